@@ -1,0 +1,1 @@
+"""Triton kernels: jit functions and their launchers, one file per family. Imported as mixreorg_fast.kernels."""

@@ -1,0 +1,21 @@
+"""mixreorg_fast: MixReorg (ICCV 2023) pre-training for open-vocabulary segmentation, on fused kernels.
+
+``from mixreorg_fast import ops`` for the fast ops, ``mixreorg_fast.load(DIR).segment(image, classes)`` for weights.
+Importing this package needs torch and nothing else, and asks no device anything.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["load", "ops"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module(".ops", __name__)
+    if name == "load":
+        return importlib.import_module(".models.weights", __name__).load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,58 @@
+"""``mixreorg COMMAND``: one table of commands, each a module with ``add_arguments(parser)`` and ``main(args)``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+from .errors import UserError, nearest, run_command
+
+# name -> (module, one line of help); modules load when their command is called, so that `mixreorg` starts at once
+# and a missing extra concerns only the command that needs it.
+COMMANDS = {
+    "info": ("mixreorg_fast.info", "what this installation can use"),
+    "segment": ("mixreorg_fast.evaluation.segment", "segment photos by class names"),
+    "evaluate": ("mixreorg_fast.evaluation.evaluate", "score weights zero-shot on a data set"),
+    "shards": ("mixreorg_fast.data.commands", "build or verify training shards"),
+    "convert": ("mixreorg_fast.models.convert", "weights from and to other formats"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors as :class:`UserError` (one line, exit code 2)."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{self.prog}: {message}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the ``mixreorg`` command; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: _dispatch(argv), debug="--debug" in argv)
+
+
+def _dispatch(argv: list[str]) -> int | None:
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print("usage: mixreorg COMMAND [options]\n")
+        print("\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()))
+        print("\n`mixreorg COMMAND --help` lists a command's options; --debug shows tracebacks.")
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        raise UserError(f"mixreorg: unknown command '{name}'{nearest(name, COMMANDS)}")
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = Parser(prog=f"mixreorg {name}", description=module.__doc__)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
+    module.add_arguments(parser)
+    return module.main(parser.parse_args(argv[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

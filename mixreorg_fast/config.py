@@ -1,0 +1,363 @@
+"""One file holds a whole run: model, method, data, optimisation, evaluation. This module is its schema.
+
+``load_config("configs/zero2.json", ["train.steps=100"])`` reads, overrides and validates; everything a user can get
+wrong ends in a :class:`~mixreorg_fast.errors.UserError` of one line. Defaults are the paper-scale setting
+(GroupViT, CVPR 2022, section 4.1 and its supplement; what MixReorg leaves open is marked "ours").
+"""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import UserError, nearest
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys and silently converted types are refused."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class TextConfig(Section):
+    """Text encoder: a causal transformer, features taken at the end-of-text token."""
+
+    width: Positive = 256
+    heads: Positive = 4
+    layers: Positive = 12
+    context: Positive = 77
+    vocab_size: NonNegative = Field(0, description="0: the tokenizer's size")
+
+
+class ModelConfig(Section):
+    """Backbone (GroupViT): three stages, a grouping block after each of the first two."""
+
+    method: Literal["mixreorg", "groupvit"] = "mixreorg"
+    image_size: Positive = 224
+    patch_size: Positive = 16
+    width: Positive = 384
+    heads: Positive = 6
+    depths: tuple[Positive, Positive, Positive] = (6, 3, 3)
+    groups: tuple[Positive, Positive] = Field((64, 8), description="group tokens, and so segments, of stages 1 and 2")
+    embed_dim: Positive = 256
+    projection_hidden: Positive = 4096
+    drop_path: Fraction = 0.1
+    hard_assignment: bool = Field(True, description="hard one-hot assignment with straight-through gradients")
+    gumbel: bool = Field(True, description="Gumbel noise on the assignment logits while training")
+    text: TextConfig = TextConfig()
+    init: str | None = Field(None, description="folder of weights to start from")
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> ModelConfig:
+        if self.image_size % self.patch_size:
+            low = self.image_size // self.patch_size * self.patch_size
+            raise ValueError(
+                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size} "
+                f"(nearest: {max(low, self.patch_size)} or {low + self.patch_size})"
+            )
+        for name, width, heads in (("", self.width, self.heads), ("text.", self.text.width, self.text.heads)):
+            if width % heads:
+                divisors = [n for n in range(1, width + 1) if width % n == 0]
+                best = min(divisors, key=lambda n: abs(n - heads))
+                raise ValueError(f"{name}width {width} is no multiple of {name}heads {heads} (nearest: {best} heads)")
+        return self
+
+
+class MixingConfig(Section):
+    """MixReorg, section 3; the values are ours (the paper's are not available to us)."""
+
+    context_blocks: NonNegative = Field(2, description="stage-1 blocks before patches are mixed")
+    group_size: Annotated[int, Field(ge=2)] = Field(4, description="images whose patches are mixed with one another")
+    blend: Fraction = Field(0.5, description="share of the original features in each progressive blend")
+    group_tokens: Literal["mean", "learned"] = "mean"
+
+
+class LossConfig(Section):
+    """L = L_original + restored * L_restored + mixed * L_mixed (+ multi_label * the noun loss)."""
+
+    restored: Annotated[float, Field(ge=0.0)] = 1.0
+    mixed: Annotated[float, Field(ge=0.0)] = 1.0
+    multi_label: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class AugmentConfig(Section):
+    """Image augmentation; the defaults are GroupViT's recipe."""
+
+    crop_scale: tuple[Fraction, Fraction] = Field((0.08, 1.0), description="share of the photo's area a crop keeps")
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = Field((3 / 4, 4 / 3), description="width : height of a crop")
+    flip: Fraction = Field(0.5, description="probability of a horizontal flip")
+    color_jitter: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="strength; unused where RandAugment is on, as in GroupViT's recipe"
+    )
+    rand_augment_ops: NonNegative = Field(2, description="RandAugment: operations per image, 0 = off")
+    rand_augment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    random_erasing: Fraction = Field(0.25, description="probability of erasing a rectangle")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AugmentConfig:
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if low > high or low <= 0:
+                raise ValueError(f"{name} must be two rising numbers above 0, got [{low}, {high}]")
+        return self
+
+
+class ScenesConfig(Section):
+    """The embedded data: procedurally drawn scenes, written as shards and as a plain evaluation folder."""
+
+    folder: str = "data/scenes"
+    train: Positive = 20000
+    val: Positive = 400
+    size: Positive = 64
+    seed: int = 0
+
+
+class DataConfig(Section):
+    shards: str | list[str] | None = Field(None, description="training shards: brace or glob patterns; null: scenes")
+    val_shards: str | list[str] | None = Field(None, description="image-text pairs for retrieval R@1")
+    tokenizer: str | None = Field(None, description="tokenizer.json; null: one is trained on the captions")
+    vocab_size: Positive = Field(8192, description="size of a tokenizer trained on the captions")
+    nouns: NonNegative = Field(3, description="noun prompts per caption when loss.multi_label is on")
+    threads: Positive = 4
+    prefetch: Positive = 2
+    augment: AugmentConfig = AugmentConfig()
+    scenes: ScenesConfig = ScenesConfig()
+
+
+class TrainConfig(Section):
+    batch: Positive = Field(4096, description="images per optimizer step over all ranks")
+    accumulation: Positive = Field(1, description="micro-steps per optimizer step")
+    steps: Positive | None = Field(None, description="optimizer steps; overrules epochs")
+    epochs: PositiveFloat = 30
+    lr: PositiveFloat = 1.6e-3
+    min_lr: Annotated[float, Field(ge=0.0)] = 4e-5
+    warmup_steps: NonNegative | None = Field(None, description="overrules warmup_epochs")
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 2
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    clip: Annotated[float, Field(ge=0.0)] = Field(5.0, description="gradient norm limit, 0 = off")
+    precision: Literal["bf16", "fp32"] = "bf16"
+    checkpoint_activations: bool = False
+    log_every: Positive = 10
+
+
+class EvalDatasetConfig(Section):
+    name: str
+    dataset: str = Field("plain", description="folder layout, as in `mixreorg evaluate --dataset`")
+    root: str
+    split: str = "val"
+    background_threshold: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
+        None, description="null: the data set's usual one"
+    )
+    limit: Positive | None = Field(None, description="score only this many images")
+
+
+class EvalConfig(Section):
+    datasets: list[EvalDatasetConfig] = Field([], description="empty with embedded data: the held-out scenes")
+    every: NonNegative = Field(0, description="validate each so many steps, 0 = only at the end")
+    every_images: Positive = Field(100, description="images per data set in a validation during training")
+    short_side: Positive = 448
+    mode: Literal["whole", "sliding"] = "whole"
+    window: Positive = 448
+    stride: Positive = 224
+    decoding: Literal["groupvit", "direct"] = "groupvit"
+    templates: list[str] = ["a photo of a {}."]
+
+    @model_validator(mode="after")
+    def _templates_hold_a_place(self) -> EvalConfig:
+        for template in self.templates:
+            if "{}" not in template:
+                raise ValueError(f"template '{template}' has no {{}} for the class name")
+        if not self.templates:
+            raise ValueError("templates is empty; the usual one is 'a photo of a {}.'")
+        return self
+
+
+class CheckpointConfig(Section):
+    every: NonNegative = Field(1000, description="steps between checkpoints, 0 = only the last")
+    keep: Positive = Field(2, description="newest checkpoints kept, besides the best")
+
+
+class DeepSpeedConfig(Section):
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    options: dict[str, Any] = Field({}, description="further DeepSpeed keys, passed through as they are")
+
+    @model_validator(mode="after")
+    def _offload_needs_its_stage(self) -> DeepSpeedConfig:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(f"offload_parameters needs zero_stage 3, got {self.zero_stage}")
+        owned = {
+            "train_batch_size": "train.batch",
+            "train_micro_batch_size_per_gpu": "train.batch",
+            "gradient_accumulation_steps": "train.accumulation",
+            "gradient_clipping": "train.clip",
+            "optimizer": "train.lr and its neighbours",
+            "scheduler": "train.warmup_steps and its neighbours",
+            "bf16": "train.precision",
+            "fp16": "train.precision",
+        }
+        for key in self.options:
+            if key in owned:
+                raise ValueError(f"options.{key} is set by {owned[key]}")
+        return self
+
+
+class Config(Section):
+    """A run. ``config.json`` of a run folder is exactly this, resolved."""
+
+    name: str = "mixreorg"
+    output: str = Field("runs", description="folder of run folders")
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    mixing: MixingConfig = MixingConfig()
+    loss: LossConfig = LossConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.output) / self.name
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if self.model.method == "mixreorg" and self.mixing.context_blocks >= self.model.depths[0]:
+            raise ValueError(
+                f"mixing.context_blocks {self.mixing.context_blocks} leaves no stage-1 block to mix in "
+                f"(nearest: {self.model.depths[0] - 1} of model.depths[0] {self.model.depths[0]})"
+            )
+        return self
+
+    def micro_batch(self, world_size: int) -> int:
+        """Images per rank and micro-step.
+
+        Raises:
+            UserError: `train.batch` does not split evenly over ranks, micro-steps and mixing groups.
+        """
+        group = self.mixing.group_size if self.model.method == "mixreorg" else 1
+        unit = world_size * self.train.accumulation * group
+        if self.train.batch % unit:
+            low = self.train.batch // unit * unit
+            choices = f"{low} or {low + unit}" if low else str(unit)
+            raise UserError(
+                f"train.batch {self.train.batch} is no multiple of {unit} = {world_size} ranks x "
+                f"train.accumulation {self.train.accumulation} x mixing.group_size {group} (nearest: {choices})"
+            )
+        return self.train.batch // (world_size * self.train.accumulation)
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a JSON configuration, apply ``key.path=value`` overrides (values are JSON, else strings), validate.
+
+    Raises:
+        UserError: the file is missing or no JSON object; a key is unknown; a value has the wrong type or does not fit.
+    """
+    values: Any = {}
+    if path is not None:
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text())
+        except OSError:
+            siblings = sorted(str(p) for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
+            raise UserError(f"no configuration file {path}{nearest(str(path), siblings)}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not a text file; a JSON configuration was expected") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: expected a JSON object at the top, got {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    return parse_config(values, source=str(path) if path is not None else "configuration")
+
+
+def parse_config(values: dict[str, Any], *, source: str = "configuration") -> Config:
+    """Validate a dictionary of values; `source` names it in errors.
+
+    Raises:
+        UserError: as :func:`load_config`.
+    """
+    try:
+        # JSON has no tuples, so lists stand for them; every other conversion ("8" for 8, 1 for true) is refused.
+        return Config.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise UserError(f"{source}: {describe(error, Config)}") from None
+
+
+def describe(error: ValidationError, schema: type[BaseModel]) -> str:
+    """One line for the first problem pydantic found, with the nearest valid choice."""
+    first = error.errors()[0]
+    names = [str(part) for part in first["loc"]]
+    key = ".".join(names)
+    if first["type"] == "extra_forbidden":
+        return f"unknown key '{key}'{nearest(names[-1], _fields(schema, names[:-1]))}"
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    if first["type"] == "literal_error":
+        choices = [choice.strip(" '") for choice in first["ctx"]["expected"].replace(" or ", ",").split(",")]
+        return f"{key}: '{first['input']}' is no valid choice{nearest(first['input'], choices)}"
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+        return f"{key}: {message}" if key else message
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key}: {message}, got {json.dumps(first['input'], default=str)}"
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: expected KEY=VALUE, such as train.steps=100")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *sections, last = key.split(".")
+    node = values
+    for depth, section in enumerate(sections):
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override}: {'.'.join(sections[: depth + 1])} is no section")
+    node[last] = value
+
+
+def _fields(schema: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """Names of the fields of the section that `path` leads to."""
+    current: Any = schema
+    for name in path:
+        if name.isdigit():
+            continue
+        field = current.model_fields.get(name)
+        if field is None:
+            return []
+        current = _section_of(field.annotation)
+        if current is None:
+            return []
+    return list(current.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class inside an annotation such as ``Section``, ``list[Section]`` or ``Section | None``."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation if issubclass(annotation, BaseModel) else None
+    return next((found for part in typing.get_args(annotation) if (found := _section_of(part))), None)

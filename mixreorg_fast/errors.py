@@ -1,0 +1,37 @@
+"""The one exception that a user's mistake raises, and how a command shows it."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """Bad input. Its message is one line: the file, key or shape; what was expected; the nearest valid choice.
+
+    Commands print it without a traceback and exit with code 2.
+    """
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"`` with the closest of `choices`, or every choice when none is close."""
+    choices = [str(choice) for choice in choices]
+    close = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.6)
+    if close:
+        return f" (did you mean '{close[0]}'?)"
+    return f" (choose from: {', '.join(choices)})" if choices else ""
+
+
+def run_command(main: Callable[[], int | None], *, debug: bool = False) -> int:
+    """Run `main`; print a :class:`UserError` as one line on stderr and return exit code 2.
+
+    With `debug` the traceback is let through.
+    """
+    try:
+        return main() or 0
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
