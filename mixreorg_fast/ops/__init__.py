@@ -1,0 +1,24 @@
+"""The public fast ops. Shapes: B images, N patches, G groups, C channels, K images in a mixing group, T texts.
+
+Every op takes ``impl="auto" | "triton" | "torch"``; its plain-PyTorch reference stands beside it and is the oracle of
+tests and benchmarks.
+"""
+
+from .attention import attention
+from .contrastive import contrastive_loss
+from .decoding import decode_segments
+from .grouping import grouping_attention
+from .mixed_segmentation import mixed_segmentation_loss
+from .mixing import MixPlan, patch_blend, patch_mix, patch_restore
+
+__all__ = [
+    "MixPlan",
+    "attention",
+    "contrastive_loss",
+    "decode_segments",
+    "grouping_attention",
+    "mixed_segmentation_loss",
+    "patch_blend",
+    "patch_mix",
+    "patch_restore",
+]

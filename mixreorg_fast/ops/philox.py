@@ -1,0 +1,51 @@
+"""Counter-based random numbers (Philox4x32-10) in plain PyTorch: the same bits as the kernels draw.
+
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A draw is a pure function of its counter and
+key, so noise never has to be stored: backward, another rank or another implementation draws it again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox(seed: int | Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four uint32 numbers for each counter ``(c0, c1, c2, c3)`` under the 64-bit key `seed`.
+
+    Counters are int64 tensors in ``[0, 2**32)`` that broadcast against one another; `seed` is an int or a 0-d int64
+    tensor (read where it lives, no synchronisation). Results are int64 tensors in ``[0, 2**32)``.
+    """
+    if isinstance(seed, Tensor):
+        k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    else:
+        k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
+    for _ in range(10):
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of the 64-bit product of two uint32 numbers, without int64 overflow."""
+    a_high, a_low = a >> 16, a & 0xFFFF
+    low = a_low * b  # < 2**48
+    high = a_high * b + (low >> 16)  # < 2**49
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def gumbel(bits: Tensor) -> Tensor:
+    """Standard Gumbel noise (fp32) from uint32 numbers.
+
+    The uniform is taken at the middle of one of 2**23 cells, exact in fp32: it is never 0 or 1, so the noise is finite
+    (from -2.8 to 16.6).
+    """
+    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(uniform))
