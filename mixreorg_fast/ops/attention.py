@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -50,12 +51,9 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Sequence[int]) -> Tensor:
     """Sequences of one length are attended together, as one dense batch."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
     rows: dict[int, list[int]] = {}
-    for start, length in zip(starts, lengths):
-        rows.setdefault(length, []).append(start)
+    for end, length in zip(accumulate(lengths), lengths, strict=True):
+        rows.setdefault(length, []).append(end - length)
     out = torch.zeros_like(q)
     for length, firsts in rows.items():
         index = torch.tensor(firsts, device=q.device)[:, None] + torch.arange(length, device=q.device)
