@@ -1,0 +1,43 @@
+"""Writing files so that a reader never takes half of one for whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary neighbour of the file or folder `path` to write to; takes its place when the block ends well.
+
+    An exception removes it and leaves what was there untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        if temporary.is_dir():
+            replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
+            if path.exists():
+                path.rename(replaced)
+            temporary.rename(path)
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

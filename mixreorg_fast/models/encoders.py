@@ -1,0 +1,152 @@
+"""GroupViT's image and text encoders (CVPR 2022, sections 3.1 to 3.3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import ModelConfig, TextConfig
+from .layers import Block, GroupingBlock, LayerNorm, Linear, TokenMixer, quick_gelu
+
+
+class GroupProjector(nn.Module):
+    """Carries the group tokens of one stage to the next: ``[B, G2, C] <- [B, G1, C]``."""
+
+    def __init__(self, width: int, groups_in: int, groups_out: int):
+        super().__init__()
+        self.norm = LayerNorm(width)
+        self.mixer = TokenMixer(groups_in, width // 2, groups_out)
+
+    def forward(self, groups: Tensor) -> Tensor:
+        return self.mixer(self.norm(groups))
+
+
+class Stage(nn.Module):
+    """Transformer blocks over patches and group tokens, then (but in the last stage) a grouping block.
+
+    Patches and group tokens are one tensor ``[B, N + G, C]``, patches first.
+    """
+
+    def __init__(self, config: ModelConfig, depth: int, groups_in: int, groups: int):
+        super().__init__()
+        self.groups = groups
+        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(depth))
+        self.group_tokens = nn.Parameter(torch.zeros(1, groups, config.width)) if groups else None
+        self.group_projector = GroupProjector(config.width, groups_in, groups) if groups and groups_in else None
+        self.grouping = GroupingBlock(config.width, config.heads, groups) if groups else None
+
+    def tokens(self, patches: Tensor, previous_groups: Tensor | None) -> Tensor:
+        """Patches ``[B, N, C]`` with the stage's group tokens appended, ``[B, N + G, C]``."""
+        if self.group_tokens is None:
+            return patches
+        groups = self.group_tokens.to(patches.dtype).expand(patches.shape[0], -1, -1)
+        if self.group_projector is not None:
+            groups = groups + self.group_projector(previous_groups)
+        return torch.cat([patches, groups], dim=1)
+
+    def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches ``[B, N, C]`` and group tokens ``[B, G, C]``, views."""
+        return tokens[:, : tokens.shape[1] - self.groups], tokens[:, tokens.shape[1] - self.groups :]
+
+
+class ImageEncoder(nn.Module):
+    """Patch embedding and three stages. How they are strung together is in :mod:`.groupvit` (evaluation) and
+    :mod:`.mixreorg` (training)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
+        self.patch_norm = LayerNorm(config.width)
+        self.positions = nn.Parameter(torch.zeros(1, config.patches, config.width))
+        groups = (*config.groups, 0)
+        self.stages = nn.ModuleList(
+            Stage(config, depth, groups[i - 1] if i else 0, groups[i]) for i, depth in enumerate(config.depths)
+        )
+        self.norm = LayerNorm(config.width)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.positions, std=0.02)
+        for stage in self.stages:
+            if stage.group_tokens is not None:
+                nn.init.trunc_normal_(stage.group_tokens, std=0.02)
+
+    def embed(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        """Patch tokens ``[B, N, C]`` in `dtype` of images ``[B, 3, H, W]``.
+
+        Raises:
+            ValueError: H or W is no multiple of the patch size.
+        """
+        height, width = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
+        if (height * self.patch_size, width * self.patch_size) != tuple(images.shape[2:]):
+            raise ValueError(
+                f"images of {tuple(images.shape[2:])} pixels do not split into {self.patch_size} px patches"
+            )
+        patches = F.conv2d(
+            images.to(dtype), self.patch_embed.weight.to(dtype), self.patch_embed.bias.to(dtype), self.patch_size
+        )
+        patches = self.patch_norm(patches.flatten(2).mT)
+        return patches + self.position_embedding(height, width).to(dtype)
+
+    def position_embedding(self, height: int, width: int) -> Tensor:
+        """Position embeddings for a grid of patches, ``[1, height * width, C]``: bicubic where the grid differs."""
+        side = int(self.positions.shape[1] ** 0.5)
+        if (height, width) == (side, side):
+            return self.positions
+        return resize_positions(self.positions, height, width)
+
+
+def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
+    """Position embeddings ``[1, N, C]`` of a square grid for one of `height` x `width` patches, bicubic."""
+    side = int(positions.shape[1] ** 0.5)
+    grid = positions.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)
+    return grid.flatten(2).mT.contiguous()
+
+
+class TextEncoder(nn.Module):
+    """Causal transformer; a caption's feature stands at its end-of-text token, the highest id of the vocabulary."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.context = config.context
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.context, config.width)
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, causal=True, activation=quick_gelu) for _ in range(config.layers)
+        )
+        self.norm = LayerNorm(config.width)
+        self._initialise(config)
+
+    def _initialise(self, config: TextConfig) -> None:
+        """CLIP's initialisation."""
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding.weight, std=0.01)
+        narrow = config.width**-0.5 * (2 * config.layers) ** -0.5
+        for block in self.blocks:
+            nn.init.normal_(block.attention.qkv.weight, std=config.width**-0.5)
+            nn.init.normal_(block.attention.out.weight, std=narrow)
+            nn.init.normal_(block.mlp.fc1.weight, std=(2 * config.width) ** -0.5)
+            nn.init.normal_(block.mlp.fc2.weight, std=narrow)
+            for linear in (block.attention.qkv, block.attention.out, block.mlp.fc1, block.mlp.fc2):
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, ids: Tensor, dtype: torch.dtype, run_block=None) -> Tensor:
+        """Features ``[B, C]`` in `dtype` of token ids int64 ``[B, L]``, L at most the context length.
+
+        Raises:
+            ValueError: L is beyond the context length.
+        """
+        if ids.shape[1] > self.context:
+            raise ValueError(f"captions of {ids.shape[1]} tokens are longer than the context of {self.context}")
+        x = (self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]).to(dtype)
+        for block in self.blocks:
+            x = block(x) if run_block is None else run_block(block, x)
+        end = ids.argmax(dim=1)  # the first occurrence of the highest id
+        return self.norm(x[torch.arange(len(ids), device=ids.device), end])

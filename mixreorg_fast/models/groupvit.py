@@ -1,0 +1,144 @@
+"""GroupViT (CVPR 2022): the backbone, and all that is left of MixReorg at test time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import ModelConfig
+from .encoders import ImageEncoder, TextEncoder
+from .layers import Projection
+
+if TYPE_CHECKING:
+    from ..data.tokenizer import Tokenizer
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The final segments of images and where they lie."""
+
+    maps: Tensor  # fp32 [B, G, h, w]: probability of each segment per patch, the product of both soft assignments
+    embeddings: Tensor  # fp32 [B, G, D], L2-normalised
+    image: Tensor  # fp32 [B, D], L2-normalised embedding of the pooled image
+
+
+class GroupViT(nn.Module):
+    """Image and text encoders with their projections into one embedding.
+
+    Args:
+        config: sizes; `config.text.vocab_size` must be set.
+        mean, std: per-channel normalisation of RGB in 0..1 that `images` have gone through.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        tokenizer: Tokenizer | None = None,
+    ):
+        super().__init__()
+        if not config.text.vocab_size:
+            raise ValueError("config.text.vocab_size is 0; set it to the tokenizer's size")
+        self.config = config
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.tokenizer = tokenizer
+        self.image_encoder = ImageEncoder(config)
+        self.text_encoder = TextEncoder(config.text)
+        self.image_projection = Projection(config.width, config.projection_hidden, config.embed_dim)
+        self.text_projection = Projection(config.text.width, config.projection_hidden, config.embed_dim)
+        # Its logarithm, of shape [1]: DeepSpeed crashes on 0-d parameters. Weight files hold it 0-d, as others do.
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    def logit_multiplier(self) -> Tensor:
+        """What cosines are multiplied with, 0-d fp32: the exponential of the parameter, at most 100."""
+        return self.logit_scale.float().exp().clamp(max=100.0).squeeze(0)
+
+    # ------------------------------------------------------------------ evaluation: only the original branch runs
+
+    @torch.no_grad()
+    def image_embeddings(self, images: Tensor) -> Tensor:
+        """L2-normalised ``[B, D]`` of normalised RGB images ``[B, 3, H, W]``, H and W multiples of the patch size."""
+        return self._encode(images)[0]
+
+    @torch.no_grad()
+    def text_embeddings(self, ids: Tensor) -> Tensor:
+        """L2-normalised ``[B, D]`` of token ids int64 ``[B, L]``, pooled at the first occurrence of the highest id."""
+        return self.text_projection(self.text_encoder(ids, torch.float32))
+
+    @torch.no_grad()
+    def grouping(self, images: Tensor) -> Tensor:
+        """Soft map of patches to final segments, fp32 ``[B, G, h, w]`` (sums to 1 over G)."""
+        return self._encode(images)[2]
+
+    @torch.no_grad()
+    def segments(self, images: Tensor) -> Segments:
+        """Maps and embeddings of the final segments of images ``[B, 3, H, W]``."""
+        image, tokens, maps = self._encode(images)
+        embeddings = self.image_projection(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+        return Segments(maps, embeddings, image)
+
+    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Image embedding ``[B, D]``, final segment tokens ``[B, G, C]``, soft maps ``[B, G, h, w]``."""
+        encoder = self.image_encoder
+        x, groups, maps = encoder.embed(images, torch.float32), None, None
+        for stage in encoder.stages:
+            x = stage.tokens(x, groups)
+            for block in stage.blocks:
+                x = block(x)
+            if stage.grouping is None:
+                break
+            patches, groups = stage.split(x)
+            patches, queries = stage.grouping.queries(patches, groups)
+            # The aggregation stays hard and noiseless; the maps are the soft assignments.
+            collected, soft = ops.grouping_attention(
+                *stage.grouping.project(patches, queries),
+                hard=self.config.hard_assignment,
+                return_assignment="soft",
+            )
+            x = stage.grouping.finish(queries, collected)
+            maps = soft if maps is None else soft @ maps  # [B, G2, N] <- [B, G2, G1] @ [B, G1, N]
+        tokens = encoder.norm(x)
+        height = images.shape[2] // encoder.patch_size
+        return self.image_projection(tokens.mean(1)), tokens, maps.unflatten(2, (height, -1))
+
+    @torch.no_grad()
+    def segment_labels(
+        self,
+        images: Tensor,
+        text_embeddings: Tensor,
+        *,
+        size: tuple[int, int] | None = None,
+        background_threshold: float | None = None,
+    ) -> Tensor:
+        """Label every pixel with one of T classes.
+
+        Args:
+            images: ``[B, 3, H, W]``, normalised. text_embeddings: ``[T, D]``, L2-normalised.
+            size: of the labels; None: (H, W).
+            background_threshold: None: label t is class t. Else 0 is background, where the segment's best score is
+                below min(threshold, the image's best score), and class t is t + 1.
+        Returns:
+            int64 ``[B, H, W]``.
+        """
+        from .decoding import class_scores, image_threshold
+
+        segments = self.segments(images)
+        scores = class_scores(segments.embeddings, segments.image, text_embeddings, self.logit_multiplier())
+        threshold = None if background_threshold is None else image_threshold(scores, background_threshold)
+        return ops.decode_segments(
+            segments.maps, scores, size or tuple(images.shape[2:]), background_threshold=threshold
+        )

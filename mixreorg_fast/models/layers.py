@@ -1,0 +1,228 @@
+"""Building blocks of both encoders.
+
+Parameters are fp32; activations keep the dtype they enter with (bf16 in training), so the dtype of a whole forward is
+decided once, at the embedding. Normalisation and softmax compute in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+
+
+class Linear(nn.Linear):
+    """Linear layer whose fp32 weights follow the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation in fp32, returned in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's approximation of GELU, used by the text encoder."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int, out: int | None = None, activation: Callable = F.gelu):
+        super().__init__()
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width if out is None else out)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class TokenMixer(Mlp):
+    """An MLP across tokens: ``[B, out, C] <- [B, width, C]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mT).mT
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int, causal: bool = False):
+        super().__init__()
+        self.heads = heads
+        self.causal = causal
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B, N, H, D] each
+        return self.out(ops.attention(q, k, v, causal=self.causal).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q = Linear(width, width)
+        self.kv = Linear(width, 2 * width)
+        self.out = Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (self.heads, -1))
+        k, v = self.kv(context).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        return self.out(ops.attention(q, k, v).flatten(2))
+
+
+def drop_path(x: Tensor, keep: Tensor | None) -> Tensor:
+    """Stochastic depth: scale each image's residual by `keep` ``[B]`` (0, or 1 / its probability)."""
+    return x if keep is None else x * keep.to(x.dtype)[:, None, None]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int, *, causal: bool = False, activation: Callable = F.gelu):
+        super().__init__()
+        self.norm1 = LayerNorm(width)
+        self.attention = SelfAttention(width, heads, causal)
+        self.norm2 = LayerNorm(width)
+        self.mlp = Mlp(width, 4 * width, activation=activation)
+
+    def forward(self, x: Tensor, keep: tuple[Tensor | None, Tensor | None] = (None, None)) -> Tensor:
+        x = x + drop_path(self.attention(self.norm1(x)), keep[0])
+        return x + drop_path(self.mlp(self.norm2(x)), keep[1])
+
+
+class PreAssign(nn.Module):
+    """Group tokens look at the patches before the patches are assigned to them."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.attention = CrossAttention(width, heads)
+        self.norm2 = LayerNorm(width)
+        self.mlp = Mlp(width, 4 * width)
+        self.norm_out = LayerNorm(width)
+
+    def forward(self, groups: Tensor, patches: Tensor) -> Tensor:
+        groups = groups + self.attention(groups, patches)
+        groups = groups + self.mlp(self.norm2(groups))
+        return self.norm_out(groups)
+
+
+class GroupingBlock(nn.Module):
+    """Merges patches into segments (GroupViT, CVPR 2022, section 3.2)."""
+
+    def __init__(self, width: int, heads: int, groups: int):
+        super().__init__()
+        self.norm_groups = LayerNorm(width)
+        self.mix_groups = TokenMixer(groups, width // 2, groups)
+        self.norm_mixed = LayerNorm(width)
+        self.norm_patches = LayerNorm(width)
+        self.pre_assign = PreAssign(width, heads)
+        self.q = Linear(width, width)
+        self.kv = Linear(width, 2 * width)
+        self.out = Linear(width, width)
+        self.norm2 = LayerNorm(width)
+        self.mlp = Mlp(width, 4 * width)
+
+    def queries(self, patches: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised patches and the group tokens that will collect them: ``[B, N, C]``, ``[B, G, C]``."""
+        patches = self.norm_patches(patches)
+        groups = self.norm_mixed(self.mix_groups(self.norm_groups(groups)))
+        return patches, self.pre_assign(groups, patches)
+
+    def project(self, patches: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q ``[B, G, C]``, k and v ``[B, N, C]`` of the grouping attention."""
+        return self.q(groups), *self.kv(patches).chunk(2, dim=-1)
+
+    def finish(self, groups: Tensor, collected: Tensor) -> Tensor:
+        """Segments ``[B, G, C]`` from the group tokens and what they collected."""
+        segments = groups + self.out(collected)
+        return segments + self.mlp(self.norm2(segments))
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over the rows of all ranks, in fp32, differentiable, on any device.
+
+    Statistics come from the first `statistics_rows` rows of each rank (equally many on all); the other rows are
+    normalised with them and leave no trace in the running averages. Buffers and their update are those of
+    ``nn.BatchNorm1d``.
+    """
+
+    def __init__(self, features: int, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.eps = eps
+        self.momentum = momentum
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features))
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, x: Tensor, statistics_rows: int | None = None) -> Tensor:
+        """``[R, C]`` in any floating dtype, returned in it."""
+        values = x.float()
+        if self.training:
+            mean, var = self._statistics(values[:statistics_rows])
+        else:
+            mean, var = self.running_mean.float(), self.running_var.float()
+        scale = self.weight.float() * torch.rsqrt(var + self.eps)
+        return torch.addcmul(self.bias.float(), values - mean, scale).to(x.dtype)
+
+    def _statistics(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        count = rows.shape[0] * world_size()
+        mean = all_reduce_sum(rows.sum(0)) / count
+        var = all_reduce_sum((rows - mean).square().sum(0)) / count
+        with torch.no_grad():
+            unbiased = var * (count / max(count - 1, 1))
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+            self.num_batches_tracked += 1
+        return mean, var
+
+
+def world_size() -> int:
+    """Ranks of the default process group; 1 without one."""
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if ready else 1
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """A sum over ranks; every rank's loss depends on it, so its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _AllReduceSum.apply(grad)
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Differentiable sum of `x` over all ranks."""
+    return _AllReduceSum.apply(x) if world_size() > 1 else x
+
+
+class Projection(nn.Module):
+    """Two-layer projection into the joint embedding: Linear, BatchNorm, ReLU, Linear."""
+
+    def __init__(self, width: int, hidden: int, out: int):
+        super().__init__()
+        self.fc1 = Linear(width, hidden)
+        self.norm = BatchNorm(hidden)
+        self.fc2 = Linear(hidden, out)
+
+    def forward(self, x: Tensor, statistics_rows: int | None = None) -> Tensor:
+        """L2-normalised fp32 embeddings ``[R, D]`` of ``[R, C]``; see :class:`BatchNorm` for `statistics_rows`."""
+        x = self.fc2(F.relu(self.norm(self.fc1(x), statistics_rows)))
+        return F.normalize(x.float(), dim=-1)

@@ -1,0 +1,242 @@
+"""MixReorg (ICCV 2023): GroupViT, trained with mixed and restored patches beside the original ones.
+
+All randomness of a step is a pure function of (seed, image index): any number of ranks that share a batch draw the
+same mixing plans, Gumbel noise and dropped paths, and a resumed run draws what the uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import ops
+from ..config import Config
+from ..ops.mixed_segmentation import mixed_segmentation_logits
+from ..ops.philox import philox
+from .encoders import Stage
+from .groupvit import GroupViT
+
+# What a seed is used for; added to it, these give independent streams. The grouping noise has one for each of the
+# three branches of each of the two grouping blocks.
+_MIXING, _DROP_PATH, _GROUPING = 0, 1, 2
+_ORIGINAL, _MIXED, _RESTORED = 0, 1, 2
+
+
+@dataclass
+class Batch:
+    """What one rank's forward needs of a micro-step."""
+
+    images: Tensor  # [B, 3, H, W], normalised
+    ids: Tensor  # int64 [B, L], zero-padded
+    lengths: list[int]  # tokens per caption, start and end included
+    seed: int | Tensor  # of this micro-step, the same on all ranks (0-d int64 tensor: no recompilation per step)
+    first_image: int = 0  # index of this rank's first image within the micro-step's images of all ranks
+    noun_ids: Tensor | None = None  # int64 [B, P, L]: prompts of the multi-label loss
+    noun_lengths: list[int] | None = None
+
+
+class MixReorg(nn.Module):
+    """The training module: ``forward(batch)`` runs every branch and returns every loss.
+
+    With ``model.method: "groupvit"`` the same code trains the baseline: the original branch alone.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.backbone = GroupViT(config.model)
+        self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        self.mixing = config.model.method == "mixreorg"
+        depth = sum(config.model.depths)
+        # Stochastic depth grows linearly with the block's number, as in DeiT.
+        self.drop_rates = [config.model.drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        if self.mixing and config.mixing.group_tokens == "learned":
+            # One set for each branch that has no group tokens of its own; dropped on export.
+            self.branch_tokens = nn.Parameter(torch.zeros(2, config.model.groups[0], config.model.width))
+            nn.init.trunc_normal_(self.branch_tokens, std=0.02)
+        else:
+            self.branch_tokens = None
+
+    # ------------------------------------------------------------------ the step
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses of one micro-step, 0-d fp32: ``loss`` (their weighted sum, what to differentiate), ``loss_original``
+        and, where they apply, ``loss_restored``, ``loss_mixed``, ``loss_multi_label``; detached measures:
+        ``mixed_accuracy`` (share of mixed patches whose source is found), ``groups_used`` (segments of an original
+        image that own at least one patch), ``group_entropy`` (of the final segments' shares of patches, in nats).
+
+        The contrastive losses are over the micro-step's images of all ranks, ``loss_mixed`` over this rank's.
+        """
+        loss, mixing = self.config.loss, self.config.mixing
+        images = len(batch.images)
+        plan = self._plan(batch) if self.mixing else None
+        tokens = self._first_stage(batch, plan)
+        segments, assignments = self._group(batch, tokens)
+
+        texts, nouns = self._texts(batch)
+        multiplier = self.backbone.logit_multiplier()
+        # One call of the projection: its batch statistics come from the pooled original features, the first rows.
+        pooled = segments.float().mean(1).to(self.dtype)
+        rows = pooled[:images]
+        if plan is not None:
+            mixed_segments = segments[images : 2 * images]
+            rows = torch.cat([rows, pooled[2 * images :], mixed_segments.flatten(0, 1)])
+        embeddings = self.backbone.image_projection(rows, statistics_rows=images)
+
+        out = {"loss_original": ops.contrastive_loss(embeddings[:images], texts, multiplier)}
+        total = out["loss_original"]
+        if plan is not None:
+            out["loss_restored"] = ops.contrastive_loss(embeddings[images : 2 * images], texts, multiplier)
+            first, second = (assignment[_MIXED] for assignment in assignments)
+            mixed_embeddings = embeddings[2 * images :].unflatten(0, (images, -1))
+            out["loss_mixed"] = ops.mixed_segmentation_loss(first, second, mixed_embeddings, texts, plan, multiplier)
+            total = total + loss.restored * out["loss_restored"] + loss.mixed * out["loss_mixed"]
+            with torch.no_grad():
+                logits = mixed_segmentation_logits(
+                    first, second, mixed_embeddings, texts, mixing.group_size, multiplier
+                )
+                out["mixed_accuracy"] = (logits.argmax(-1) == plan.labels).float().mean()
+        if nouns is not None:
+            out["loss_multi_label"] = ops.contrastive_loss(embeddings[:images], nouns, multiplier)
+            total = total + loss.multi_label * out["loss_multi_label"]
+        out.update(_usage(*(assignment[_ORIGINAL].detach() for assignment in assignments)))
+        return {"loss": total, **out}
+
+    def _plan(self, batch: Batch) -> ops.MixPlan:
+        group_size = self.config.mixing.group_size
+        return ops.MixPlan.sample(
+            len(batch.images),
+            self.backbone.image_encoder.positions.shape[1],
+            group_size,
+            device=batch.images.device,
+            seed=batch.seed + _MIXING,
+            first_group=batch.first_image // group_size,
+        )
+
+    # ------------------------------------------------------------------ image branches
+
+    def _first_stage(self, batch: Batch, plan: ops.MixPlan | None) -> Tensor:
+        """Patch and group tokens after the blocks of stage 1: ``[B, N + G, C]``, or, with a plan, those of the
+        original, mixed and restored branch along the batch, ``[3B, N + G, C]``."""
+        stage: Stage = self.backbone.image_encoder.stages[0]
+        patches = self.backbone.image_encoder.embed(batch.images, self.dtype)
+        x = stage.tokens(patches, None)
+        if plan is None:
+            return self._run_blocks(batch, stage, x, 0)
+        context, alpha = self.config.mixing.context_blocks, self.config.mixing.blend
+        x = self._run_blocks(batch, stage, x, 0, 0, context)
+
+        # Contextual mixing: patches that already know their image are mixed across the images of a group.
+        patches, groups = stage.split(x)
+        mixed = torch.cat([ops.patch_mix(patches, plan), self._branch_groups(groups, plan, _MIXED)], dim=1)
+        x = torch.cat([x, mixed])  # [2B, N + G, C]
+        last = len(stage.blocks) - 1
+        for i in range(context, last + 1):
+            x = self._run_blocks(batch, stage, x, 0, i, i + 1)
+            if i < last and alpha > 0:  # progressive mixing
+                (original, mixed), (patches, groups) = x.chunk(2), stage.split(x)
+                blended = ops.patch_blend(*reversed(patches.chunk(2)), plan, alpha)
+                x = torch.cat([original, torch.cat([blended, groups.chunk(2)[1]], dim=1)])
+
+        # Restoration: mixed patches go back to the images they came from.
+        patches, groups = stage.split(x.chunk(2)[1])
+        restored = torch.cat([ops.patch_restore(patches, plan), self._branch_groups(groups, plan, _RESTORED)], dim=1)
+        return torch.cat([x, restored])  # [3B, N + G, C]
+
+    def _branch_groups(self, groups: Tensor, plan: ops.MixPlan, branch: int) -> Tensor:
+        """Group tokens ``[B, G, C]`` of a branch: the mixing group's mean of the branch before, or learned ones."""
+        if self.branch_tokens is not None:
+            return self.branch_tokens[branch - 1].to(groups.dtype).expand_as(groups)
+        by_group = groups.unflatten(0, (-1, plan.group_size))  # [B / K, K, G, C]
+        return by_group.float().mean(1, keepdim=True).to(groups.dtype).expand_as(by_group).flatten(0, 1)
+
+    def _group(self, batch: Batch, x: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
+        """The shared grouping tail.
+
+        Returns the final segments ``[branches * B, G2, C]`` after the last norm, and for both grouping blocks each
+        branch's assignment that formed the segments, fp32 ``[B, G, N]``.
+        """
+        encoder = self.backbone.image_encoder
+        config = self.config.model
+        assignments, groups = [], None
+        for number, stage in enumerate(encoder.stages):
+            if number:
+                x = self._run_blocks(batch, stage, stage.tokens(x, groups), number)
+            if stage.grouping is None:
+                break
+            patches, groups = stage.split(x)
+            patches, queries = self._run(stage.grouping.queries, patches, groups)
+            images = len(batch.images)
+            collected, used = [], []
+            q, k, v = (t.split(images) for t in stage.grouping.project(patches, queries))
+            for branch in range(len(q)):
+                seed = batch.seed + _GROUPING + 3 * number + branch if config.gumbel and self.training else None
+                out, assignment = ops.grouping_attention(
+                    q[branch],
+                    k[branch],
+                    v[branch],
+                    hard=config.hard_assignment,
+                    seed=seed,
+                    first_image=batch.first_image,
+                    return_assignment="used",
+                )
+                collected.append(out)
+                used.append(assignment)
+            x = self._run(stage.grouping.finish, queries, torch.cat(collected))
+            assignments.append(used)
+        return encoder.norm(x), assignments
+
+    def _run_blocks(
+        self, batch: Batch, stage: Stage, x: Tensor, number: int, start: int = 0, end: int | None = None
+    ) -> Tensor:
+        """Blocks `start` to `end` of stage `number`."""
+        offset = sum(self.config.model.depths[:number])
+        for i in range(start, len(stage.blocks) if end is None else end):
+            x = self._run(stage.blocks[i], x, self._keep(batch, offset + i, len(x)))
+        return x
+
+    def _run(self, function: Callable, *args):
+        """Call, recomputing activations in backward where the configuration says so."""
+        if self.config.train.checkpoint_activations and self.training:
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+        return function(*args)
+
+    def _keep(self, batch: Batch, block: int, rows: int) -> tuple[Tensor | None, Tensor | None]:
+        """Stochastic depth of both residuals of a block: per row 0, or 1 / (its probability of being kept)."""
+        rate = self.drop_rates[block]
+        if not rate or not self.training:
+            return None, None
+        images = len(batch.images)
+        index = torch.arange(images, device=batch.images.device) + batch.first_image
+        branch = torch.arange(rows // images, device=index.device)[:, None]
+        zero = torch.zeros_like(index)
+        bits = philox(batch.seed + _DROP_PATH, index, branch, zero + block, zero)[:2]
+        return tuple((b.flatten().double() * 2.0**-32 >= rate).float() / (1 - rate) for b in bits)
+
+    # ------------------------------------------------------------------ texts
+
+    def _texts(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of the captions ``[B, D]`` and of the noun prompts ``[B, P, D]``, L2-normalised."""
+        rows, lengths = batch.ids, list(batch.lengths)
+        if batch.noun_ids is not None:
+            rows = torch.cat([rows, batch.noun_ids.flatten(0, 1)])
+            lengths += batch.noun_lengths
+        # Causal: what stands behind the longest caption's end changes nothing.
+        features = self.backbone.text_encoder(rows[:, : max(lengths)], self.dtype, self._run)
+        embeddings = self.backbone.text_projection(features, statistics_rows=len(batch.ids))
+        if batch.noun_ids is None:
+            return embeddings, None
+        captions, nouns = embeddings.split([len(batch.ids), len(embeddings) - len(batch.ids)])
+        return captions, nouns.unflatten(0, (len(batch.ids), -1))
+
+
+@torch.no_grad()
+def _usage(first: Tensor, second: Tensor) -> dict[str, Tensor]:
+    """Final segments in use per image and the entropy of their shares of patches."""
+    shares = (second @ first).mean(2)  # [B, G2] <- [B, G2, G1] @ [B, G1, N]
+    used = (shares > 0.5 / first.shape[2]).sum(1).float().mean()
+    return {"groups_used": used, "group_entropy": torch.special.entr(shares).sum(1).mean()}

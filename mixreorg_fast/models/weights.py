@@ -1,0 +1,118 @@
+"""Weights as a portable folder: ``model.safetensors``, ``model.json``, ``tokenizer.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..config import ModelConfig, describe
+from ..errors import UserError
+from ..files import atomic_path, write_json
+from .encoders import resize_positions
+from .groupvit import GroupViT
+
+WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "model.json", "tokenizer.json"
+FORMAT = "mixreorg_fast/1"
+
+
+def save(model: GroupViT, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write `model` (or `state`, if its parameters live elsewhere) as a folder of weights, atomically.
+
+    Parameters and floating buffers are written as they are; the temperature as a 0-d tensor, as others write it.
+    """
+    state = dict(model.state_dict() if state is None else state)
+    state["logit_scale"] = state["logit_scale"].reshape(())
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        write_files(model, temporary, state)
+
+
+def write_files(model: GroupViT, folder: Path, state: Mapping[str, Tensor]) -> None:
+    """The three files of a folder of weights, into an existing folder that nobody reads yet."""
+    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS)
+    config = model.config.model_dump(exclude={"method", "init"})
+    write_json(
+        folder / DESCRIPTION, {"format": FORMAT, "model": config, "mean": list(model.mean), "std": list(model.std)}
+    )
+    if model.tokenizer is not None:
+        model.tokenizer.save(folder)
+
+
+def load(folder: str | Path, device: torch.device | str = "cpu") -> GroupViT:
+    """The model of a folder of weights, in evaluation mode on `device`, with its tokenizer where it has one.
+
+    A run folder or a checkpoint folder will do: its newest weights are taken.
+
+    Raises:
+        UserError: a file is missing, damaged, or does not fit the others.
+    """
+    folder = find_weights(folder)
+    model = GroupViT(*_description(folder))
+    load_state(model, folder)
+    tokenizer = folder / TOKENIZER
+    if tokenizer.exists():
+        from ..data.tokenizer import Tokenizer
+
+        model.tokenizer = Tokenizer.load(tokenizer)
+    return model.to(device).eval()
+
+
+def find_weights(folder: str | Path) -> Path:
+    """The folder that holds the weights: `folder` itself, or the newest ``checkpoints/step_*`` of a run."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; weights are a folder with {WEIGHTS}, {DESCRIPTION} and {TOKENIZER}")
+    candidates = [folder, *sorted(folder.glob("checkpoints/step_*"), reverse=True)]
+    for candidate in candidates:
+        if (candidate / WEIGHTS).is_file():
+            return candidate
+    raise UserError(f"{folder} holds no {WEIGHTS}; other formats become ours by `mixreorg convert {folder} TARGET`")
+
+
+def load_state(model: GroupViT, folder: str | Path) -> None:
+    """Fill `model` from a folder of weights; positions of another resolution are interpolated (bicubic).
+
+    Raises:
+        UserError: the file is damaged, or a tensor is missing, unknown or of another shape.
+    """
+    path = Path(folder) / WEIGHTS
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+    own = model.state_dict()
+    for kind, keys in (("lacks", own.keys() - state.keys()), ("has an unknown", state.keys() - own.keys())):
+        if keys:
+            raise UserError(f"{path} {kind} tensor '{min(keys)}' ({len(keys)} such in all)")
+    state["logit_scale"] = state["logit_scale"].reshape(1)
+    positions = "image_encoder.positions"
+    if state[positions].shape != own[positions].shape:
+        side = int(own[positions].shape[1] ** 0.5)
+        state[positions] = resize_positions(state[positions], side, side)
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise UserError(f"{path}: '{key}' is {list(value.shape)}, the model needs {list(own[key].shape)}")
+    model.load_state_dict(state)
+
+
+def _description(folder: Path) -> tuple[ModelConfig, list[float], list[float]]:
+    path = folder / DESCRIPTION
+    try:
+        description = json.loads(path.read_text())
+        if description["format"] != FORMAT:
+            raise UserError(f"{path}: format '{description['format']}' is not '{FORMAT}'")
+        config = ModelConfig.model_validate_json(json.dumps(description["model"]), strict=True)
+        return config, description["mean"], description["std"]
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds {WEIGHTS} but no {DESCRIPTION} that says the model's sizes") from None
+    except ValidationError as error:
+        raise UserError(f"{path}: model: {describe(error, ModelConfig)}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a description of a model: {error!r}") from None
