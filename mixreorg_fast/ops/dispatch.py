@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..kernels.variants import INTERPRET
 
 Impl = Literal["auto", "triton", "torch"]
 
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-def choose(op: str, impl: str, reasons: Mapping[str, Callable[[], list[str]]], inputs: str = "") -> str:
+# Where the ledger (docs/performance.md) shows PyTorch ahead of the kernel: op -> whether these inputs are such a case.
+PYTORCH_WINS: dict[str, Callable[..., bool]] = {}
+
+
+def triton_reasons(*tensors: Tensor) -> list[str]:
+    """Why a Triton kernel cannot take these tensors; integer tensors are only asked for their device."""
+    if not TRITON_INSTALLED:
+        return ["Triton is not installed"]
+    reasons = []
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    if len(devices) > 1:
+        reasons.append(f"tensors on several devices ({', '.join(devices)})")
+    elif not tensors[0].is_cuda and not (INTERPRET and tensors[0].device.type == "cpu"):
+        reasons.append(f"tensors on {devices[0]}, Triton needs CUDA")
+    elif tensors[0].is_cuda and torch.cuda.get_device_properties(tensors[0].device).major < 8:
+        reasons.append("compute capability below 8.0")
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors if tensor.is_floating_point()):
+        if dtype not in FLOATS:
+            reasons.append(f"dtype {dtype}, expected float32, bfloat16 or float16")
+    return reasons
+
+
+def choose(op: str, impl: str, reasons: Mapping[str, Callable[[], list[str]]], inputs: Sequence[Tensor] = ()) -> str:
     """The name of the implementation to run.
 
-    `reasons` maps each implementation, fastest first, to a function that lists why it cannot run on these inputs.
+    `reasons` maps each implementation, fastest first, to a function that lists why it cannot run on `inputs`.
     With "auto" the first one without reasons is taken; a forced one that has reasons raises.
 
     Raises:
@@ -23,12 +53,39 @@ def choose(op: str, impl: str, reasons: Mapping[str, Callable[[], list[str]]], i
             raise ValueError(f"{op}: impl must be 'auto' or one of {', '.join(map(repr, reasons))}, got {impl!r}")
         problems = reasons[impl]()
         if problems:
-            raise RuntimeError(f"{op}: impl='{impl}' cannot run on {inputs or 'these inputs'}: {'; '.join(problems)}")
+            raise RuntimeError(f"{op}: impl='{impl}' cannot run on {describe(inputs)}: {'; '.join(problems)}")
         return impl
     refusals = []
     for name, not_supported_reasons in reasons.items():
-        problems = not_supported_reasons()
+        problems = (_passed_over(op, inputs) if name == "triton" else []) or not_supported_reasons()
         if not problems:
             return name
         refusals.append(f"{name}: {'; '.join(problems)}")
-    raise RuntimeError(f"{op}: no implementation can run on {inputs or 'these inputs'}: {' | '.join(refusals)}")
+    raise RuntimeError(f"{op}: no implementation can run on {describe(inputs)}: {' | '.join(refusals)}")
+
+
+def _passed_over(op: str, inputs: Sequence[Tensor]) -> list[str]:
+    """Why "auto" passes the kernel by, whether or not it could run."""
+    if not all(tensor.is_cuda for tensor in inputs):
+        return ["tensors not on CUDA"]
+    if op in PYTORCH_WINS and PYTORCH_WINS[op](*inputs):
+        return ["measured slower than PyTorch on such inputs"]
+    return []
+
+
+def describe(inputs: Sequence[Tensor]) -> str:
+    """``"bfloat16 [2, 3] on cuda:0, …"``, for error messages."""
+    texts = [f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}" for x in inputs]
+    return ", ".join(texts) or "these inputs"
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast the tensors in its dtype, as PyTorch's own matrix products take them; else unchanged.
+
+    For ops that are matrix products at heart. Ops that only move data keep their inputs' dtype.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)

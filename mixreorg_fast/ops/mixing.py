@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dispatch import Impl, choose
+from .dispatch import Impl, choose, triton_reasons
 from .philox import philox
 
 
@@ -96,44 +96,71 @@ def patch_mix_reference(x: Tensor, source: Tensor) -> Tensor:
     return x[source.long(), torch.arange(x.shape[1], device=x.device)]
 
 
+def patch_blend_reference(mixed: Tensor, original: Tensor, source: Tensor, alpha: float) -> Tensor:
+    """``(1 - alpha) * mixed + alpha * original[source, n]``, in the dtype of `mixed`."""
+    return torch.lerp(mixed, patch_mix_reference(original, source), alpha)
+
+
 def patch_mix(x: Tensor, plan: MixPlan, *, impl: Impl = "auto") -> Tensor:
     """Mix the patches of each group of images: ``out[b, n] = x[plan.source[b, n], n]``.
 
     Args:
-        x: ``[B, N, C]``, fp32, bf16 or fp16, any strides.
+        x: ``[B, N, C]``, fp32, bf16 or fp16, any strides (read in place where the channels lie together).
         plan: for B images of N patches.
     Returns:
-        ``[B, N, C]``, the dtype of `x`. Deterministic; the gradient is a gather by the inverse plan.
+        ``[B, N, C]``, the dtype of `x`, under autocast too. Deterministic; the gradient is a gather by the inverse
+        plan.
+    Raises:
+        ValueError: a plan for other sizes. RuntimeError: `impl` cannot run here.
     """
-    _check("patch_mix", x, plan)
-    choose("patch_mix", impl, {"torch": list})
-    return _Gather.apply(x, plan.source, plan.inverse)
+    return _gather("patch_mix", x, plan, plan.source, plan.inverse, impl)
 
 
 def patch_restore(x: Tensor, plan: MixPlan, *, impl: Impl = "auto") -> Tensor:
-    """Put mixed patches back: the exact inverse of :func:`patch_mix`, same arguments."""
-    _check("patch_restore", x, plan)
-    choose("patch_restore", impl, {"torch": list})
-    return _Gather.apply(x, plan.inverse, plan.source)
+    """Put mixed patches back: ``out[b, n] = x[plan.inverse[b, n], n]``, the exact inverse of :func:`patch_mix`.
+
+    Same arguments, same guarantees.
+    """
+    return _gather("patch_restore", x, plan, plan.inverse, plan.source, impl)
 
 
 def patch_blend(mixed: Tensor, original: Tensor, plan: MixPlan, alpha: float, *, impl: Impl = "auto") -> Tensor:
-    """Progressive mixing: ``(1 - alpha) * mixed + alpha * patch_mix(original, plan)``.
+    """Progressive mixing in one pass: ``(1 - alpha) * mixed + alpha * patch_mix(original, plan)``.
 
     Args:
         mixed, original: ``[B, N, C]`` of one dtype, any strides.
         alpha: share of the original features, 0 to 1.
     Returns:
-        ``[B, N, C]``; differentiable in both tensors.
+        ``[B, N, C]``, the dtype of the inputs (blended in fp32), under autocast too; differentiable in both tensors.
+        Deterministic.
+    Raises:
+        ValueError: a plan for other sizes, or inputs of two dtypes. RuntimeError: `impl` cannot run here.
     """
     _check("patch_blend", mixed, plan)
     _check("patch_blend", original, plan)
-    choose("patch_blend", impl, {"torch": list})
+    if mixed.dtype != original.dtype:
+        raise ValueError(f"patch_blend: mixed is {mixed.dtype}, original {original.dtype}; expected one dtype")
+    inputs = (mixed, original, plan.source)
+    if choose("patch_blend", impl, {"triton": lambda: triton_reasons(*inputs), "torch": list}, inputs) == "triton":
+        return _patch_blend(mixed, original, plan.source, alpha)
     return torch.lerp(mixed, _Gather.apply(original, plan.source, plan.inverse), alpha)
 
 
+def _gather(op: str, x: Tensor, plan: MixPlan, source: Tensor, inverse: Tensor, impl: Impl) -> Tensor:
+    _check(op, x, plan)
+    inputs = (x, source)
+    if choose(op, impl, {"triton": lambda: triton_reasons(*inputs), "torch": list}, inputs) == "triton":
+        return _patch_gather(x, source, inverse)
+    return _Gather.apply(x, source, inverse)
+
+
+def _check(op: str, x: Tensor, plan: MixPlan) -> None:
+    if x.dim() != 3 or x.shape[:2] != plan.source.shape:
+        raise ValueError(f"{op}: x must be [B, N, C] with [B, N] = {list(plan.source.shape)}, got {list(x.shape)}")
+
+
 class _Gather(torch.autograd.Function):
-    """A permutation's gradient is a gather by its inverse: no scatter, no atomics."""
+    """PyTorch's path: its own indexing backward would scatter with atomics or a sort."""
 
     @staticmethod
     def forward(ctx, x: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
@@ -146,6 +173,69 @@ class _Gather(torch.autograd.Function):
         return _Gather.apply(grad, inverse, source), None, None
 
 
-def _check(op: str, x: Tensor, plan: MixPlan) -> None:
-    if x.dim() != 3 or x.shape[:2] != plan.source.shape:
-        raise ValueError(f"{op}: x must be [B, N, C] with [B, N] = {list(plan.source.shape)}, got {list(x.shape)}")
+# The Triton path. Each op is its own adjoint's adjoint, so second derivatives come for free.
+
+
+@torch.library.custom_op("mixreorg::patch_gather", mutates_args=())
+def _patch_gather(x: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
+    from ..kernels.mixing import gather_forward
+
+    return gather_forward(x, source)
+
+
+@_patch_gather.register_fake
+def _(x: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _save_plan(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _patch_gather_gradient(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    source, inverse = ctx.saved_tensors
+    return _patch_gather(grad, inverse, source), None, None
+
+
+_patch_gather.register_autograd(_patch_gather_gradient, setup_context=_save_plan)
+
+
+@torch.library.custom_op("mixreorg::patch_blend", mutates_args=())
+def _patch_blend(mixed: Tensor, original: Tensor, source: Tensor, alpha: float) -> Tensor:
+    from ..kernels.mixing import blend_forward
+
+    return blend_forward(mixed, original, source, alpha)
+
+
+@torch.library.custom_op("mixreorg::patch_blend_backward", mutates_args=())
+def _patch_blend_backward(grad: Tensor, source: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    from ..kernels.mixing import blend_backward
+
+    return blend_backward(grad, source, alpha)
+
+
+@_patch_blend.register_fake
+def _(mixed: Tensor, original: Tensor, source: Tensor, alpha: float) -> Tensor:
+    return mixed.new_empty(mixed.shape)
+
+
+@_patch_blend_backward.register_fake
+def _(grad: Tensor, source: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(grad.shape), grad.new_empty(grad.shape)
+
+
+def _save_blend(ctx, inputs: tuple, output: Tensor | tuple[Tensor, Tensor]) -> None:
+    *_, source, ctx.alpha = inputs
+    ctx.save_for_backward(source)
+
+
+def _patch_blend_gradient(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    return *_patch_blend_backward(grad, *ctx.saved_tensors, ctx.alpha), None, None
+
+
+def _patch_blend_backward_gradient(ctx, mixed: Tensor, original: Tensor) -> tuple[Tensor, None, None]:
+    return _patch_blend(mixed, original, *ctx.saved_tensors, ctx.alpha), None, None
+
+
+_patch_blend.register_autograd(_patch_blend_gradient, setup_context=_save_blend)
+_patch_blend_backward.register_autograd(_patch_blend_backward_gradient, setup_context=_save_blend)

@@ -1,0 +1,208 @@
+"""Patch mixing: a gather of patches across the images of a group, and the blend that is fused with it.
+
+All of it moves memory and nothing else: each tensor is read once and written once, in tiles of rows (a row is one
+patch of one image) by channels. Sources are a permutation at every position, so backward is a gather by the inverse,
+or, where the source is at hand, a scatter without conflicts: no atomics, no sort.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .variants import Config, KernelVariant, configuration, on_device
+
+CONFIGS = {
+    80: Config({"BLOCK_ROWS": 16}, num_warps=4),
+    90: Config({"BLOCK_ROWS": 16}, num_warps=4),
+    100: Config({"BLOCK_ROWS": 16}, num_warps=4),
+}
+CANDIDATES = [Config({"BLOCK_ROWS": rows}, num_warps=warps) for rows in (4, 8, 16, 32, 64) for warps in (2, 4, 8)]
+
+
+@triton.jit
+def _rows(rows, patches, BLOCK_ROWS: tl.constexpr):
+    """This program's rows [BLOCK_ROWS] as (row, image, patch), int64, and which of them exist."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    return row, row // patches, row % patches, row < rows
+
+
+@triton.jit
+def _gather_forward_kernel(
+    x_ptr,
+    source_ptr,
+    out_ptr,
+    rows,
+    patches,
+    stride_image,
+    stride_patch,
+    CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    row, _, patch, exists = _rows(rows, patches, BLOCK_ROWS)
+    source = tl.load(source_ptr + row, mask=exists, other=0).to(tl.int64)
+    x_row = x_ptr + source * stride_image + patch * stride_patch
+    out_row = out_ptr + row * CHANNELS
+    for first in tl.static_range(0, CHANNELS, BLOCK_CHANNELS):
+        channel = first + tl.arange(0, BLOCK_CHANNELS)
+        mask = exists[:, None] & (channel < CHANNELS)
+        x = tl.load(x_row[:, None] + channel, mask=mask)
+        tl.store(out_row[:, None] + channel, x, mask=mask)
+
+
+@triton.jit
+def _blend_forward_kernel(
+    mixed_ptr,
+    original_ptr,
+    source_ptr,
+    out_ptr,
+    alpha,
+    rows,
+    patches,
+    mixed_stride_image,
+    mixed_stride_patch,
+    original_stride_image,
+    original_stride_patch,
+    CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    row, image, patch, exists = _rows(rows, patches, BLOCK_ROWS)
+    source = tl.load(source_ptr + row, mask=exists, other=0).to(tl.int64)
+    mixed_row = mixed_ptr + image * mixed_stride_image + patch * mixed_stride_patch
+    original_row = original_ptr + source * original_stride_image + patch * original_stride_patch
+    out_row = out_ptr + row * CHANNELS
+    for first in tl.static_range(0, CHANNELS, BLOCK_CHANNELS):
+        channel = first + tl.arange(0, BLOCK_CHANNELS)
+        mask = exists[:, None] & (channel < CHANNELS)
+        mixed = tl.load(mixed_row[:, None] + channel, mask=mask).to(tl.float32)
+        original = tl.load(original_row[:, None] + channel, mask=mask).to(tl.float32)
+        out = mixed + alpha * (original - mixed)
+        tl.store(out_row[:, None] + channel, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _blend_backward_kernel(
+    grad_ptr,
+    source_ptr,
+    grad_mixed_ptr,
+    grad_original_ptr,
+    alpha,
+    rows,
+    patches,
+    stride_image,
+    stride_patch,
+    CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    row, image, patch, exists = _rows(rows, patches, BLOCK_ROWS)
+    source = tl.load(source_ptr + row, mask=exists, other=0).to(tl.int64)
+    grad_row = grad_ptr + image * stride_image + patch * stride_patch
+    grad_mixed_row = grad_mixed_ptr + row * CHANNELS
+    # The source of a patch has no other reader, so its gradient has no other writer: one read, two writes.
+    grad_original_row = grad_original_ptr + (source * patches + patch) * CHANNELS
+    for first in tl.static_range(0, CHANNELS, BLOCK_CHANNELS):
+        channel = first + tl.arange(0, BLOCK_CHANNELS)
+        mask = exists[:, None] & (channel < CHANNELS)
+        grad = tl.load(grad_row[:, None] + channel, mask=mask).to(tl.float32)
+        dtype = grad_mixed_ptr.dtype.element_ty
+        tl.store(grad_mixed_row[:, None] + channel, ((1.0 - alpha) * grad).to(dtype), mask=mask)
+        tl.store(grad_original_row[:, None] + channel, (alpha * grad).to(dtype), mask=mask)
+
+
+def _channel_block(channels: int) -> int:
+    """The largest power of two up to 128 that divides `channels`, so that no lane is masked; 128 where only small ones
+    do (384 -> 128, 100 -> 128)."""
+    block = min(channels & -channels, 128)
+    return block if block >= 32 else min(triton.next_power_of_2(channels), 128)
+
+
+def _with_unit_channel_stride(x: Tensor) -> Tensor:
+    """Views into a wider tensor are read where they lie; only channels that lie apart are worth a copy."""
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _launch(name: str, kernel, arguments: tuple, like: Tensor) -> None:
+    """Run `kernel` over the rows of `like` ``[B, N, C]``."""
+    batch, patches, channels = like.shape
+    rows = batch * patches
+    if like.numel() == 0:
+        return
+
+    def launch(config: Config) -> None:
+        grid = (triton.cdiv(rows, config.blocks["BLOCK_ROWS"]),)
+        kernel[grid](*arguments, CHANNELS=channels, BLOCK_CHANNELS=_channel_block(channels), **config.kwargs)
+
+    with on_device(like):
+        launch(configuration(name, CONFIGS, like.device, (tuple(like.shape), like.dtype), CANDIDATES, launch))
+
+
+def gather_forward(x: Tensor, source: Tensor) -> Tensor:
+    """``out[b, n] = x[source[b, n], n]`` for ``x [B, N, C]``, int32 ``source [B, N]``."""
+    x = _with_unit_channel_stride(x)
+    batch, patches, _ = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    arguments = (x, source.contiguous(), out, batch * patches, patches, x.stride(0), x.stride(1))
+    _launch("gather_forward", _gather_forward_kernel, arguments, out)
+    return out
+
+
+def blend_forward(mixed: Tensor, original: Tensor, source: Tensor, alpha: float) -> Tensor:
+    """``(1 - alpha) * mixed + alpha * original[source, n]``: each tensor read once, one written."""
+    mixed, original = _with_unit_channel_stride(mixed), _with_unit_channel_stride(original)
+    batch, patches, _ = mixed.shape
+    out = torch.empty(mixed.shape, dtype=mixed.dtype, device=mixed.device)
+    strides = (mixed.stride(0), mixed.stride(1), original.stride(0), original.stride(1))
+    arguments = (mixed, original, source.contiguous(), out, alpha, batch * patches, patches, *strides)
+    _launch("blend_forward", _blend_forward_kernel, arguments, out)
+    return out
+
+
+def blend_backward(grad: Tensor, source: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Gradients of `mixed` and of `original`: `grad` read once, both written. `source` must be a bijection."""
+    grad = _with_unit_channel_stride(grad)
+    batch, patches, _ = grad.shape
+    grad_mixed, grad_original = (torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) for _ in range(2))
+    arguments = (grad, source.contiguous(), grad_mixed, grad_original, alpha, batch * patches, patches)
+    _launch("blend_backward", _blend_backward_kernel, (*arguments, grad.stride(0), grad.stride(1)), grad_mixed)
+    return grad_mixed, grad_original
+
+
+def signatures(architecture: int) -> list[KernelVariant]:
+    """The variants at the model's width (C = 384)."""
+    config = CONFIGS[architecture]
+    constexprs = {"CHANNELS": 384, "BLOCK_CHANNELS": _channel_block(384), **config.blocks}
+    sizes, plan = {"rows": "i32:16", "patches": "i32"}, {"source_ptr": "*i32:16"}
+    variants = []
+    for dtype in ("bf16", "fp32"):
+        tensor = f"*{dtype}:16"
+        strides = ("stride_image", "stride_patch")
+        gather = {"x_ptr": tensor, **plan, "out_ptr": tensor, **sizes, **dict.fromkeys(strides, "i32:16")}
+        blend = {
+            **dict.fromkeys(("mixed_ptr", "original_ptr"), tensor),
+            **plan,
+            "out_ptr": tensor,
+            "alpha": "fp32",
+            **sizes,
+            **{f"{name}_{stride}": "i32:16" for name in ("mixed", "original") for stride in strides},
+        }
+        backward = {
+            "grad_ptr": tensor,
+            **plan,
+            **dict.fromkeys(("grad_mixed_ptr", "grad_original_ptr"), tensor),
+            "alpha": "fp32",
+            **sizes,
+            **dict.fromkeys(strides, "i32:16"),
+        }
+        for kernel, signature in (
+            (_gather_forward_kernel, gather),
+            (_blend_forward_kernel, blend),
+            (_blend_backward_kernel, backward),
+        ):
+            name = f"mixing.{kernel.__name__.strip('_').removesuffix('_kernel')}[{dtype}, C=384]"
+            variants.append(KernelVariant(name, kernel, signature, constexprs, config.num_warps, config.num_stages))
+    return variants

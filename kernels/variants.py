@@ -1,0 +1,105 @@
+"""What every kernel family shares: launch configurations, and the list of variants that are checked offline.
+
+A family keeps one small table of configurations per architecture. They are fixed and checked in; with
+``MIXREORG_RETUNE=1`` a launcher times its candidates once per shape instead and prints the winner, to be pasted into
+the table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+ARCHITECTURES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One launch configuration: block sizes (constexprs of the kernel), warps and pipeline stages."""
+
+    blocks: Mapping[str, int]
+    num_warps: int
+    num_stages: int = 2
+
+    @property
+    def kwargs(self) -> dict[str, int]:
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True)
+class KernelVariant:
+    """One kernel as it is compiled for one configuration at one of the model's shapes.
+
+    `signature` gives the type of every argument that is no constexpr, in Triton's notation for ahead-of-time
+    compilation: ``"*bf16"``, ``"i32"``, ``"fp32"``; ``":16"`` behind it says divisible by 16, as the launcher finds
+    at run time for aligned pointers and strides. `constexprs` holds the others, and arguments specialised to a value.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, object]
+    num_warps: int
+    num_stages: int
+
+
+def flag(name: str) -> bool:
+    """An environment switch: on for 1, true, yes, on."""
+    return os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
+
+
+INTERPRET = flag("TRITON_INTERPRET")  # Triton runs kernels on the CPU, operation by operation
+
+
+def architecture(device: torch.device) -> int:
+    """The newest of ARCHITECTURES that is not newer than `device` (80 for older ones); 90 under the interpreter."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((known for known in ARCHITECTURES if known <= 10 * major + minor), default=ARCHITECTURES[0])
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+_winners: dict[Hashable, Config] = {}
+
+
+def configuration(
+    name: str,
+    table: Mapping[int, Config],
+    device: torch.device,
+    shape: Hashable = (),
+    candidates: Sequence[Config] = (),
+    launch: Callable[[Config], Any] | None = None,
+) -> Config:
+    """The checked-in configuration of kernel `name` on `device`, or the fastest of `candidates` when retuning.
+
+    `launch` runs the kernel with a configuration; it must be free of side effects other than its own output. A
+    candidate that the device has no resources for is passed over.
+    """
+    if launch is None or INTERPRET or not flag("MIXREORG_RETUNE"):
+        return table[architecture(device)]
+    key = (name, architecture(device), shape)
+    if key not in _winners:
+        import triton
+
+        def milliseconds(config: Config) -> float:
+            try:
+                return triton.testing.do_bench(lambda: launch(config), return_mode="median")
+            except triton.runtime.errors.OutOfResources:
+                return float("inf")
+
+        times = {index: milliseconds(config) for index, config in enumerate(candidates)}
+        best = min(times, key=times.get)
+        _winners[key] = candidates[best]
+        print(f"{name} sm_{key[1]} {shape}: {candidates[best]} {times[best]:.4f} ms", file=sys.stderr)
+    return _winners[key]

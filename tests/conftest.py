@@ -1,0 +1,46 @@
+"""Without a GPU, Triton kernels run under its interpreter: chosen here, before anything imports Triton."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_GPU:
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run in this session: the GPU, or the CPU under the interpreter."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory is NaN (integers: their lowest value), so an element that is not written shows."""
+
+    def poison(allocate):
+        def allocated(*args, **kwargs):
+            out = allocate(*args, **kwargs)
+            if out.dtype == torch.bool or out.numel() == 0:
+                return out
+            return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min)
+
+        return allocated
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
