@@ -19,8 +19,8 @@ MAX_LONG_SIDE = 2048  # GroupViT's test pipeline: short side 448, but no side ab
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
-def load_image(source: Any) -> Image.Image:
-    """A picture as 8-bit RGB, upright as its EXIF orientation says.
+def load_image(source: Any, *, upright: bool = True) -> Image.Image:
+    """A picture as 8-bit RGB, upright as its EXIF orientation says (unless `upright` is off).
 
     Grey, palette, CMYK and 16-bit pictures are converted (16 bits keep their upper byte), transparency is laid over
     white. The size is checked from the header, before anything is decoded.
@@ -32,9 +32,9 @@ def load_image(source: Any) -> Image.Image:
         UserError: no such file; no picture; truncated; more than `MAX_PIXELS` pixels; another shape or dtype.
     """
     if isinstance(source, Image.Image):
-        return _upright_rgb(source)
+        return _rgb(source, upright)
     if not isinstance(source, (str, Path)):
-        return _upright_rgb(_from_array(source))
+        return _rgb(_from_array(source), upright)
     path = Path(source)
     if not path.is_file():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -46,7 +46,7 @@ def load_image(source: Any) -> Image.Image:
             with Image.open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-                return _upright_rgb(image)
+                return _rgb(image, upright)
     except Image.DecompressionBombError:
         raise UserError(f"{path}: too large to decode (at most {MAX_PIXELS / 1e6:.0f} million pixels)") from None
     except UnidentifiedImageError:
@@ -111,8 +111,9 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np
     return (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+def _rgb(image: Image.Image, upright: bool) -> Image.Image:
+    if upright:
+        image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
         image.load()  # a lazily opened file is read here, while its errors can still be named
         return image
