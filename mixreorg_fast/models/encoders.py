@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig, TextConfig
-from .layers import Block, GroupingBlock, LayerNorm, Linear, TokenMixer, quick_gelu
+from .layers import Block, GroupingBlock, LayerNorm, LearnedTokens, Linear, PatchEmbed, TokenMixer, quick_gelu
 
 
 class GroupProjector(nn.Module):
@@ -32,7 +32,7 @@ class Stage(nn.Module):
         super().__init__()
         self.groups = groups
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(depth))
-        self.group_tokens = nn.Parameter(torch.zeros(1, groups, config.width)) if groups else None
+        self.group_tokens = LearnedTokens(groups, config.width) if groups else None
         self.group_projector = GroupProjector(config.width, groups_in, groups) if groups and groups_in else None
         self.grouping = GroupingBlock(config.width, config.heads, groups) if groups else None
 
@@ -40,7 +40,7 @@ class Stage(nn.Module):
         """Patches ``[B, N, C]`` with the stage's group tokens appended, ``[B, N + G, C]``."""
         if self.group_tokens is None:
             return patches
-        groups = self.group_tokens.to(patches.dtype).expand(patches.shape[0], -1, -1)
+        groups = self.group_tokens(patches.dtype).expand(patches.shape[0], -1, -1)
         if self.group_projector is not None:
             groups = groups + self.group_projector(previous_groups)
         return torch.cat([patches, groups], dim=1)
@@ -57,49 +57,33 @@ class ImageEncoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.patch_size = config.patch_size
-        self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
+        self.side = config.image_size // config.patch_size
+        self.patch_embed = PatchEmbed(config.width, config.patch_size)
         self.patch_norm = LayerNorm(config.width)
-        self.positions = nn.Parameter(torch.zeros(1, config.patches, config.width))
+        self.positions = LearnedTokens(config.patches, config.width)
         groups = (*config.groups, 0)
         self.stages = nn.ModuleList(
             Stage(config, depth, groups[i - 1] if i else 0, groups[i]) for i, depth in enumerate(config.depths)
         )
         self.norm = LayerNorm(config.width)
-        self._initialise()
-
-    def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.positions, std=0.02)
-        for stage in self.stages:
-            if stage.group_tokens is not None:
-                nn.init.trunc_normal_(stage.group_tokens, std=0.02)
 
     def embed(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        """Patch tokens ``[B, N, C]`` in `dtype` of images ``[B, 3, H, W]``.
+        """Patch tokens ``[B, N, C]`` in `dtype` of images ``[B, 3, H, W]``; positions are interpolated (bicubic)
+        where the grid of patches is not the trained one.
 
         Raises:
             ValueError: H or W is no multiple of the patch size.
         """
-        height, width = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
-        if (height * self.patch_size, width * self.patch_size) != tuple(images.shape[2:]):
-            raise ValueError(
-                f"images of {tuple(images.shape[2:])} pixels do not split into {self.patch_size} px patches"
-            )
-        patches = F.conv2d(
-            images.to(dtype), self.patch_embed.weight.to(dtype), self.patch_embed.bias.to(dtype), self.patch_size
-        )
-        patches = self.patch_norm(patches.flatten(2).mT)
-        return patches + self.position_embedding(height, width).to(dtype)
-
-    def position_embedding(self, height: int, width: int) -> Tensor:
-        """Position embeddings for a grid of patches, ``[1, height * width, C]``: bicubic where the grid differs."""
-        side = int(self.positions.shape[1] ** 0.5)
-        if (height, width) == (side, side):
-            return self.positions
-        return resize_positions(self.positions, height, width)
+        patches = self.patch_norm(self.patch_embed(images.to(dtype)))
+        grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
+        positions = self.positions(torch.float32)
+        if grid != (self.side, self.side):
+            positions = resize_positions(positions, *grid)
+        return patches + positions.to(dtype)
 
 
 def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
@@ -145,7 +129,8 @@ class TextEncoder(nn.Module):
         """
         if ids.shape[1] > self.context:
             raise ValueError(f"captions of {ids.shape[1]} tokens are longer than the context of {self.context}")
-        x = (self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]).to(dtype)
+        positions = self.position_embedding(torch.arange(ids.shape[1], device=ids.device))
+        x = (self.token_embedding(ids) + positions).to(dtype)
         for block in self.blocks:
             x = block(x) if run_block is None else run_block(block, x)
         end = ids.argmax(dim=1)  # the first occurrence of the highest id

@@ -23,6 +23,36 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
+class PatchEmbed(nn.Conv2d):
+    """Non-overlapping patches to tokens, ``[B, N, C] <- [B, 3, H, W]``; fp32 weights follow the dtype of the images.
+
+    Raises:
+        ValueError: H or W is no multiple of the patch size.
+    """
+
+    def __init__(self, width: int, patch_size: int):
+        super().__init__(3, width, patch_size, patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[2] % self.stride[0] or images.shape[3] % self.stride[1]:
+            raise ValueError(f"images of {tuple(images.shape[2:])} pixels do not split into patches of {self.stride}")
+        x = F.conv2d(images, self.weight.to(images.dtype), self.bias.to(images.dtype), self.stride)
+        return x.flatten(2).mT
+
+
+class LearnedTokens(nn.Module):
+    """A learned tensor ``[1, N, C]``. A module of its own, because ZeRO-3 gathers parameters around module calls."""
+
+    def __init__(self, count: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, count, width))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        # A copy: ZeRO-3 takes the parameter's memory back when this call ends.
+        return self.weight.to(dtype, copy=True)
+
+
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation in fp32, returned in the dtype of its input."""
 

@@ -19,6 +19,7 @@ from ..ops.mixed_segmentation import mixed_segmentation_logits
 from ..ops.philox import philox
 from .encoders import Stage
 from .groupvit import GroupViT
+from .layers import LearnedTokens
 
 # What a seed is used for; added to it, these give independent streams. The grouping noise has one for each of the
 # three branches of each of the two grouping blocks.
@@ -56,8 +57,7 @@ class MixReorg(nn.Module):
         self.drop_rates = [config.model.drop_path * i / max(depth - 1, 1) for i in range(depth)]
         if self.mixing and config.mixing.group_tokens == "learned":
             # One set for each branch that has no group tokens of its own; dropped on export.
-            self.branch_tokens = nn.Parameter(torch.zeros(2, config.model.groups[0], config.model.width))
-            nn.init.trunc_normal_(self.branch_tokens, std=0.02)
+            self.branch_tokens = nn.ModuleList(LearnedTokens(config.model.groups[0], config.model.width) for _ in "mr")
         else:
             self.branch_tokens = None
 
@@ -110,7 +110,7 @@ class MixReorg(nn.Module):
         group_size = self.config.mixing.group_size
         return ops.MixPlan.sample(
             len(batch.images),
-            self.backbone.image_encoder.positions.shape[1],
+            self.config.model.patches,
             group_size,
             device=batch.images.device,
             seed=batch.seed + _MIXING,
@@ -150,7 +150,7 @@ class MixReorg(nn.Module):
     def _branch_groups(self, groups: Tensor, plan: ops.MixPlan, branch: int) -> Tensor:
         """Group tokens ``[B, G, C]`` of a branch: the mixing group's mean of the branch before, or learned ones."""
         if self.branch_tokens is not None:
-            return self.branch_tokens[branch - 1].to(groups.dtype).expand_as(groups)
+            return self.branch_tokens[branch - 1](groups.dtype).expand_as(groups)
         by_group = groups.unflatten(0, (-1, plan.group_size))  # [B / K, K, G, C]
         return by_group.float().mean(1, keepdim=True).to(groups.dtype).expand_as(by_group).flatten(0, 1)
 

@@ -92,7 +92,7 @@ def load_state(model: GroupViT, folder: str | Path) -> None:
         if keys:
             raise UserError(f"{path} {kind} tensor '{min(keys)}' ({len(keys)} such in all)")
     state["logit_scale"] = state["logit_scale"].reshape(1)
-    positions = "image_encoder.positions"
+    positions = "image_encoder.positions.weight"
     if state[positions].shape != own[positions].shape:
         side = int(own[positions].shape[1] ** 0.5)
         state[positions] = resize_positions(state[positions], side, side)
