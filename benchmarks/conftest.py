@@ -1,0 +1,37 @@
+"""Collects the rows of a session and writes them to benchmarks/results/ at its end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from . import harness
+
+_rows = pytest.StashKey[list]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_rows] = []
+
+
+@pytest.fixture
+def measure(benchmark, request: pytest.FixtureRequest):
+    """``measure(case, implementation, mode, graph)``: time one combination and keep its row."""
+
+    def run(case: harness.Case, implementation: str, mode: harness.Mode, graph: bool) -> None:
+        try:
+            row = harness.run_case(benchmark, case, implementation, mode, graph)
+        except torch.OutOfMemoryError:
+            pytest.skip("out of memory")
+        request.config.stash[_rows].append(row)
+
+    yield run
+    if harness.ON_GPU:
+        torch.cuda.empty_cache()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    rows = session.config.stash[_rows]
+    if rows:
+        path = harness.write_results(rows, harness.header())
+        session.config.get_terminal_writer().line(f"\n{len(rows)} rows written to {path}")

@@ -1,0 +1,356 @@
+"""One way of measuring for every benchmark: what runs, how it is timed, what a row of the results says.
+
+A benchmark file lists :class:`Case` objects and has one test::
+
+    @matrix(CASES)
+    def test_patch_mix(measure, case, implementation, mode, graph):
+        measure(case, implementation, mode, graph)
+
+Times are wall-clock between device synchronisations, over rounds of many calls that rotate through several input
+sets, so that no cache flatters; each row is also held against this device's own copy bandwidth and matrix rate, as
+measured in the same session. With CUDA graphs the host's launch cost drops out; without, it is in, as users have it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import itertools
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixreorg_fast.ops.dispatch import TRITON_INSTALLED
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32  # CPUs compute in fp32
+RESULTS = Path(__file__).parent / "results"
+
+MODES = ("fwd", "bwd", "fwd+bwd")
+IMPLEMENTATIONS = ("eager", "compiled", "triton")
+
+INPUT_SETS = 4
+GRAPH_CALLS = 3 * INPUT_SETS  # captured together, so that the gap between two replays is spread over them
+ROUNDS = 25 if ON_GPU else 5
+ROUND_SECONDS = 0.01 if ON_GPU else 0.005
+
+Mode = Literal["fwd", "bwd", "fwd+bwd"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that any implementation must do: bytes read once and written once, operations."""
+
+    bytes: float = 0
+    flops: float = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One op at one shape, in every implementation.
+
+    Args:
+        op: its public name. shape: as printed in the tables, "1024x196x384 K=4".
+        batch: images, for images per second.
+        inputs: generator -> one set of inputs, random, on DEVICE; those that require grad are differentiated.
+        implementations: name (of IMPLEMENTATIONS) -> function of one input set. "eager" is what people write without
+            this package (no emulated Philox, no re-association that the op itself brings); "compiled" the same
+            function, compiled here when not given; "triton" is the op with impl="triton".
+        work: mode -> :class:`Work`. modes: those that exist for this op.
+        bandwidth: the ceiling of ops bound by memory: "copy", or "write" for those that hardly read.
+    """
+
+    op: str
+    shape: str
+    batch: int
+    inputs: Callable[[torch.Generator], Sequence[Any]]
+    implementations: Mapping[str, Callable[..., Any]]
+    work: Mapping[str, Work]
+    modes: Sequence[Mode] = MODES
+    dtype: torch.dtype = DTYPE
+    bandwidth: Literal["copy", "write"] = "copy"
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.shape}".replace(" ", "-")
+
+
+def matrix(cases: Sequence[Case]) -> Callable:
+    """Parametrise a test over (case, implementation, mode, graph); Triton and CUDA graphs only on a GPU."""
+    combinations = [
+        pytest.param(case, name, mode, graph, id=f"{case}-{name}-{mode}{'-graph' if graph else ''}")
+        for case in cases
+        for name in IMPLEMENTATIONS
+        if name in case.implementations or name == "compiled"
+        if name != "triton" or (ON_GPU and TRITON_INSTALLED)
+        for mode in case.modes
+        for graph in ((False, True) if ON_GPU else (False,))
+    ]
+
+    def decorate(test: Callable) -> Callable:
+        test = pytest.mark.parametrize(("case", "implementation", "mode", "graph"), combinations)(test)
+        return pytest.mark.benchmark(timer=synchronized_time)(test)
+
+    return decorate
+
+
+def synchronized_time() -> float:
+    """The clock after all device work is done."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def run_case(benchmark: Any, case: Case, implementation: str, mode: Mode, graph: bool) -> dict[str, Any]:
+    """Measure one combination with pytest-benchmark's `benchmark`; the row of the results."""
+    function = _implementation(case, implementation)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    stream = torch.cuda.Stream() if ON_GPU else None
+    # Backward runs on the stream its forward ran on, and a capture needs a stream of its own: use one for all.
+    with torch.cuda.stream(stream):
+        sets = [case.inputs(generator) for _ in range(INPUT_SETS)]
+        peak_mb = _peak_mb(function, sets[0], mode)
+        calls = [_call(function, inputs, mode) for inputs in sets]
+        for call in calls:
+            call()
+        step = _captured(calls, stream) if graph else _rotating(calls)
+        unit = GRAPH_CALLS if graph else INPUT_SETS
+        for _ in range(unit):
+            step()
+        start = synchronized_time()
+        for _ in range(unit):
+            step()
+        seconds = (synchronized_time() - start) / unit
+        iterations = unit * max(1, round(ROUND_SECONDS / seconds / unit))
+        benchmark.pedantic(step, rounds=ROUNDS, iterations=iterations)
+    times = sorted(1e3 * seconds for seconds in benchmark.stats.stats.data)
+    median, p20, p80 = (_quantile(times, q) for q in (0.5, 0.2, 0.8))
+    work = case.work[mode]
+    row = {
+        "suite": "op",
+        "op": case.op,
+        "shape": case.shape,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "mode": mode,
+        "implementation": implementation,
+        "graph": graph,
+        "median_ms": median,
+        "p20_ms": p20,
+        "p80_ms": p80,
+        "peak_mb": peak_mb,
+        "images_per_s": case.batch / median * 1e3,
+        "gb_per_s": work.bytes / median * 1e-6,
+        "tflop_per_s": work.flops / median * 1e-9,
+        "limit_fraction": _floor_ms(case, work) / median,
+        "date": _now(),
+        "commit": commit(),
+    }
+    row = {key: _rounded(value) for key, value in row.items()}
+    benchmark.group = f"{case} {mode}{' graph' if graph else ''}"
+    benchmark.extra_info.update(row)
+    return row
+
+
+@cache
+def _compiled(function: Callable) -> Callable:
+    torch._dynamo.reset()  # forget the last case: its shapes would make this one's dynamic
+    torch._functorch.config.donated_buffer = False  # backward alone is timed on a graph that is kept
+    return torch.compile(function, dynamic=False)
+
+
+def _implementation(case: Case, name: str) -> Callable:
+    if name == "compiled" and name not in case.implementations:
+        return _compiled(case.implementations["eager"])
+    return case.implementations[name]
+
+
+def _call(function: Callable, inputs: Sequence[Any], mode: Mode) -> Callable[[], Any]:
+    """One call of `mode` on one input set."""
+    if mode == "fwd":
+        return lambda: function(*inputs)
+    wanted = _differentiated(inputs)
+    outputs = _forward(function, inputs)
+    grads = [torch.randn_like(out) if out.dim() else torch.ones_like(out) for out in outputs]
+    if mode == "bwd":
+        return lambda: torch.autograd.grad(outputs, wanted, grads, retain_graph=True)
+    return lambda: torch.autograd.grad(_forward(function, inputs), wanted, grads)
+
+
+def _forward(function: Callable, inputs: Sequence[Any]) -> list[Tensor]:
+    """The outputs that can be differentiated."""
+    out = function(*inputs)
+    return [x for x in ([out] if isinstance(out, Tensor) else out) if x.requires_grad]
+
+
+def _differentiated(inputs: Sequence[Any]) -> list[Tensor]:
+    return [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+
+
+def _rotating(calls: Sequence[Callable]) -> Callable[[], None]:
+    turn = itertools.cycle(calls)
+
+    def step() -> None:
+        next(turn)()
+
+    return step
+
+
+def _captured(calls: Sequence[Callable], stream: torch.cuda.Stream) -> Callable[[], None]:
+    """A CUDA graph of GRAPH_CALLS calls, replayed at every GRAPH_CALLS-th step: one step is one call on average."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for call in itertools.islice(itertools.cycle(calls), GRAPH_CALLS):
+                call()
+    except RuntimeError as error:
+        pytest.skip(f"cannot be captured: {str(error).splitlines()[0]}")
+    turn = itertools.cycle(range(GRAPH_CALLS))
+
+    def step() -> None:
+        if next(turn) == 0:
+            graph.replay()
+
+    return step
+
+
+def _peak_mb(function: Callable, inputs: Sequence[Any], mode: Mode) -> float | None:
+    """Peak memory of one call beyond its inputs; with "bwd" what forward saved counts too. None on a CPU."""
+    _call(function, inputs, mode)()  # compiles and warms up
+    if not ON_GPU:
+        return None
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    if mode == "fwd":
+        outputs = function(*inputs)
+    else:
+        outputs = _forward(function, inputs)
+        grads = [torch.ones_like(out) for out in outputs]
+        if mode == "bwd":
+            torch.cuda.reset_peak_memory_stats()
+        torch.autograd.grad(outputs, _differentiated(inputs), grads)
+    peak = torch.cuda.max_memory_allocated() - before
+    del outputs
+    return peak / 2**20
+
+
+def _quantile(ordered: Sequence[float], q: float) -> float:
+    return ordered[round(q * (len(ordered) - 1))]
+
+
+def _floor_ms(case: Case, work: Work) -> float:
+    """The time that this device needs at least: moving the bytes, or computing."""
+    limits = ceilings()
+    matrix_rate = limits["matmul_bf16_tflop_per_s" if case.dtype != torch.float32 else "matmul_fp32_tflop_per_s"]
+    return max(work.bytes / limits[f"{case.bandwidth}_gb_per_s"] * 1e-6, work.flops / matrix_rate * 1e-9)
+
+
+@cache
+def ceilings() -> dict[str, float]:
+    """What this device reaches in a copy (bytes read plus written), a fill and square matrix products."""
+    elements = 2**29 if ON_GPU else 2**24
+    source = torch.randn(elements, device=DEVICE, dtype=torch.float32)
+    target = torch.empty_like(source)
+    size = 4096 * (2 if ON_GPU else 1) // (1 if ON_GPU else 4)
+    limits = {
+        "copy_gb_per_s": 2 * source.nbytes / _best_seconds(lambda: target.copy_(source)) * 1e-9,
+        "write_gb_per_s": target.nbytes / _best_seconds(lambda: target.fill_(1.5)) * 1e-9,
+    }
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        a, b = torch.randn(2, size, size, device=DEVICE).to(dtype)
+        rate = 2 * size**3 / _best_seconds(lambda a=a, b=b: a @ b) * 1e-12
+        limits[f"matmul_{name}_tflop_per_s"] = rate
+    return {key: _rounded(value) for key, value in limits.items()}
+
+
+def _best_seconds(call: Callable[[], Any], rounds: int = 7, calls: int = 5) -> float:
+    """Median of rounds of a few calls."""
+    call()
+    seconds = []
+    for _ in range(rounds):
+        start = synchronized_time()
+        for _ in range(calls):
+            call()
+        seconds.append((synchronized_time() - start) / calls)
+    return statistics.median(seconds)
+
+
+@cache
+def device_name() -> str:
+    """ "NVIDIA H200", or the CPU's model."""
+    if ON_GPU:
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+@cache
+def commit() -> str:
+    """The checkout's commit, with "+" behind it where files differ from it; "unknown" outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno", "--", "..") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("MIXREORG_COMMIT", "unknown")  # a copy of the tree without its history
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def header() -> dict[str, Any]:
+    """What stands above the rows of a results file."""
+    import importlib.metadata
+
+    return {
+        "device": device_name(),
+        "date": _now(),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton") if TRITON_INSTALLED else None,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "command": " ".join(["pytest", *sys.argv[1:]]),
+        **ceilings(),
+    }
+
+
+def write_results(rows: Sequence[Mapping[str, Any]], header: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Put `rows` into ``<device>.json``; what the file holds of other suites and ops stays."""
+    name = re.sub(r"[^a-z0-9]+", "_", header["device"].lower()).strip("_")
+    path = folder / f"{name}.json"
+    measured = {(row["suite"], row["op"]) for row in rows}
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = [row for row in old if (row["suite"], row.get("op")) not in measured]
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in [*kept, *rows])
+    text = json.dumps({**header, "rows": []}, indent=1).replace('"rows": []', f'"rows": [\n{lines}\n ]') + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+    return path

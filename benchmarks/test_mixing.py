@@ -1,0 +1,65 @@
+"""Patch mixing and blending: nothing but memory traffic, so the limit is a copy of the same bytes."""
+
+from __future__ import annotations
+
+import torch
+
+from mixreorg_fast import ops
+from mixreorg_fast.ops.mixing import MixPlan, patch_blend_reference, patch_mix_reference
+
+from .harness import DEVICE, DTYPE, ON_GPU, Case, Work, matrix
+
+GROUP_SIZE = 4
+# batch, patches, group tokens beside them, channels: the model at 224 px and at 448 px.
+SHAPES = [(1024, 196, 64, 384), (256, 784, 64, 384)] if ON_GPU else [(32, 196, 64, 384)]
+
+
+def tokens(generator: torch.Generator, batch: int, patches: int, groups: int, channels: int) -> torch.Tensor:
+    """Patch tokens as the model holds them: a view into tokens that end with the group tokens."""
+    x = torch.randn(batch, patches + groups, channels, device=DEVICE, dtype=DTYPE, generator=generator)
+    return x[:, :patches].requires_grad_()
+
+
+def mix_case(batch: int, patches: int, groups: int, channels: int) -> Case:
+    def inputs(generator: torch.Generator) -> tuple:
+        plan = MixPlan.sample(batch, patches, GROUP_SIZE, generator=generator)
+        return tokens(generator, batch, patches, groups, channels), plan
+
+    once = 2 * batch * patches * channels * DTYPE.itemsize  # read and written
+    return Case(
+        op="patch_mix",
+        shape=f"{batch}x{patches}x{channels} K={GROUP_SIZE}",
+        batch=batch,
+        inputs=inputs,
+        implementations={
+            "eager": lambda x, plan: patch_mix_reference(x, plan.source),
+            "triton": lambda x, plan: ops.patch_mix(x, plan, impl="triton"),
+        },
+        work={"fwd": Work(once), "bwd": Work(once), "fwd+bwd": Work(2 * once)},
+    )
+
+
+def blend_case(batch: int, patches: int, groups: int, channels: int) -> Case:
+    def inputs(generator: torch.Generator) -> tuple:
+        plan = MixPlan.sample(batch, patches, GROUP_SIZE, generator=generator)
+        mixed, original = (tokens(generator, batch, patches, groups, channels) for _ in range(2))
+        return mixed, original, plan
+
+    tensor = batch * patches * channels * DTYPE.itemsize
+    return Case(
+        op="patch_blend",
+        shape=f"{batch}x{patches}x{channels} K={GROUP_SIZE}",
+        batch=batch,
+        inputs=inputs,
+        implementations={
+            "eager": lambda mixed, original, plan: patch_blend_reference(mixed, original, plan.source, 0.5),
+            "triton": lambda mixed, original, plan: ops.patch_blend(mixed, original, plan, 0.5, impl="triton"),
+        },
+        # forward reads two tensors and writes one, backward reads one and writes two
+        work={"fwd": Work(3 * tensor), "bwd": Work(3 * tensor), "fwd+bwd": Work(6 * tensor)},
+    )
+
+
+@matrix([make(*shape) for shape in SHAPES for make in (mix_case, blend_case)])
+def test_mixing(measure, case, implementation, mode, graph):
+    measure(case, implementation, mode, graph)
