@@ -1,11 +1,9 @@
-"""Class scores of segments, and labels straight from them (GroupViT, CVPR 2022, section 3.4)."""
+"""What the final segments of an image say about classes (GroupViT, CVPR 2022)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from .. import ops
 
 
 def class_scores(embeddings: Tensor, image: Tensor, texts: Tensor, logit_scale: Tensor | float, top: int = 5) -> Tensor:
@@ -37,27 +35,3 @@ def image_threshold(scores: Tensor, threshold: float) -> Tensor:
     So the surest segment of an image is never background.
     """
     return scores.flatten(1).amax(dim=1).clamp(max=threshold)
-
-
-def decode_direct(
-    maps: Tensor,
-    embeddings: Tensor,
-    image: Tensor,
-    texts: Tensor,
-    logit_scale: Tensor | float,
-    size: tuple[int, int],
-    background_threshold: float | None = None,
-) -> Tensor:
-    """Labels at `size` straight from the maps: one arg-max over the segments per pixel.
-
-    Args:
-        maps: ``[B, G, h, w]``, the soft assignment of patches to final segments.
-        embeddings, image, texts, logit_scale: as in :func:`class_scores`.
-        size: (H, W) of the labels.
-        background_threshold: a segment whose best score is below :func:`image_threshold` is background.
-    Returns:
-        int64 ``[B, H, W]``: class t as t; with a threshold, background as 0 and class t as t + 1.
-    """
-    scores = class_scores(embeddings, image, texts, logit_scale)
-    threshold = None if background_threshold is None else image_threshold(scores, background_threshold)
-    return ops.decode_segments(maps, scores, size, background_threshold=threshold)

@@ -1,0 +1,114 @@
+"""Score weights zero-shot on a segmentation data set: mIoU, a table per class, pictures."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from .. import load
+from ..errors import UserError
+from ..files import write_json
+from .datasets import KINDS, open_dataset
+from .pictures import dataset_figure, saving
+from .prompts import TEMPLATES, templates_named, text_classifier
+from .zero_shot import Segmenter, Settings, evaluate, settings_for
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", required=True, metavar="DIR", help="folder with model.safetensors")
+    parser.add_argument("--dataset", default="plain", metavar="KIND", help=f"folder layout: {', '.join(KINDS)}")
+    parser.add_argument("--root", required=True, metavar="FOLDER", help="the data set's folder")
+    parser.add_argument("--split", default="val", help="default: val")
+    parser.add_argument("--out", metavar="FILE", help="where the scores go as JSON")
+    parser.add_argument("--pictures", metavar="FILE", help="PNG of some photos, truths, predictions and segments")
+    parser.add_argument("--limit", type=int, metavar="N", help="score only N photos, spread over the split")
+    add_view_arguments(parser, decoding="groupvit")
+
+
+def add_view_arguments(parser: argparse.ArgumentParser, decoding: str) -> None:
+    """How photos are seen and decoded: the options that `evaluate` and `segment` share."""
+    parser.add_argument(
+        "--decoding", choices=("groupvit", "direct"), default=decoding, help=f"segments to labels (default: {decoding})"
+    )
+    parser.add_argument("--mode", choices=("whole", "sliding"), default="whole", help="default: whole")
+    parser.add_argument("--short-side", type=int, default=448, metavar="PX", help="of the network's input (448)")
+    parser.add_argument("--window", type=int, default=448, metavar="PX", help="of --mode sliding (448)")
+    parser.add_argument("--stride", type=int, default=224, metavar="PX", help="of --mode sliding (224)")
+    parser.add_argument(
+        "--background-threshold",
+        type=float,
+        metavar="X",
+        help="0..1: what scores less is background (evaluate: the data set's usual one; segment: no background)",
+    )
+    parser.add_argument(
+        "--templates",
+        default="default",
+        metavar="NAME",
+        help=f"prompt templates: {', '.join(TEMPLATES)}, or one of your own with {{}} for the class",
+    )
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="photos per forward pass (8)")
+    parser.add_argument("--device", default=None, help="default: the GPU if there is one")
+
+
+def settings_from(args: argparse.Namespace) -> Settings:
+    """The settings that the options of :func:`add_view_arguments` describe."""
+    return Settings(
+        short_side=args.short_side,
+        mode=args.mode,
+        window=args.window,
+        stride=args.stride,
+        decoding=args.decoding,
+        background_threshold=args.background_threshold,
+        templates=templates_named(args.templates),
+        batch=args.batch,
+    )
+
+
+def load_on_device(weights: str, device: str | None) -> Any:
+    """The model in folder `weights`, on `device` (None: the GPU if there is one).
+
+    Raises:
+        UserError: as :func:`mixreorg_fast.load`; a device that is not there; weights without a tokenizer.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {device}: not available here (try cpu)") from None
+    model = load(weights, device)
+    if model.tokenizer is None:
+        raise UserError(f"{weights}: no tokenizer.json, so class names cannot be read")
+    return model
+
+
+def class_table(per_class: dict[str, float | None]) -> str:
+    """Lines of name and IoU in percent; a dash for a class that never occurs."""
+    width = max(map(len, per_class))
+    return "\n".join(
+        f"  {name:<{width}}  {'-' if iou is None else format(iou, '.2f'):>6}" for name, iou in per_class.items()
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit must be at least 1, got {args.limit}")
+    # The data set comes first: its errors should not wait for the weights.
+    dataset = open_dataset(args.dataset, args.root, args.split)
+    settings = settings_for(settings_from(args), dataset)
+    model = load_on_device(args.weights, args.device)
+    result = evaluate(model, model.tokenizer, dataset, settings, args.limit)
+    result["settings"]["weights"] = args.weights
+    print(class_table(result["per_class"]))
+    print(f"mIoU {result['mIoU']:.2f} % over {result['images']} photos")
+    if "all_background_mIoU" in result:
+        print(f"  all background: {result['all_background_mIoU']:.2f} %")
+    print(f"  segments with their best class: {result['oracle_mIoU']:.2f} %")
+    if args.out:
+        with saving(args.out):
+            write_json(args.out, result)
+    if args.pictures:
+        texts = text_classifier(model, model.tokenizer, dataset.prompts, settings.templates)
+        dataset_figure(Segmenter(model, texts, settings), dataset, args.pictures)
+    return 0
