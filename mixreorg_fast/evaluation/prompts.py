@@ -40,7 +40,7 @@ def templates_named(name: str) -> tuple[str, ...]:
     raise UserError(f"--templates '{name}': no such set and no {{}} in it{nearest(name, TEMPLATES)}")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def text_classifier(
     model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence[str] = TEMPLATES["default"]
 ) -> Tensor:

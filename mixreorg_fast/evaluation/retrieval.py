@@ -13,7 +13,7 @@ from ..errors import UserError
 from . import metrics
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def retrieval_at_1(model: Any, batches: Iterable[tuple[Tensor, Tensor]], chunk: int = 1024) -> dict[str, float | int]:
     """R@1 in both directions over all pairs of `batches`.
 

@@ -295,7 +295,7 @@ class Segmenter:
         model = self.model
         return to_tensor(image, self.settings.short_side, model.config.patch_size, model.mean, model.std)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, inputs: Tensor, sizes: Sequence[tuple[int, int]]) -> Iterator[Decoded]:
         """Decode photos of one network size.
 

@@ -1,0 +1,67 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mixreorg_fast.evaluation import metrics
+
+CLASSES = 7
+
+
+def random_masks(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Truth with ignored pixels and a prediction that is right half of the time; class 5 is in neither."""
+    rng = np.random.default_rng(seed)
+    values = np.array([0, 1, 2, 3, 4, 6, 255], dtype=np.uint8)
+    truth = rng.choice(values, size=(37, 53))
+    guess = rng.choice(values[:-1], size=truth.shape)
+    return truth, np.where((rng.random(truth.shape) < 0.5) & (truth != 255), truth, guess)
+
+
+def test_iou_is_that_of_sets_of_pixels():
+    truth, prediction = random_masks()
+    matrix = metrics.confusion_matrix(torch.from_numpy(truth), torch.from_numpy(prediction), CLASSES)
+    scored = {tuple(p) for p in np.argwhere(truth != 255).tolist()}
+    expected = []
+    for c in range(CLASSES):
+        true, found = ({tuple(p) for p in np.argwhere(m == c).tolist()} & scored for m in (truth, prediction))
+        expected.append(100 * len(true & found) / len(true | found) if true | found else math.nan)
+    np.testing.assert_allclose(metrics.per_class_iou(matrix).numpy(), expected, atol=1e-6)
+    assert math.isnan(expected[5])
+    assert metrics.mean_iou(matrix) == pytest.approx(np.nanmean(expected), abs=1e-6)
+    assert matrix.sum() == len(scored)
+
+
+def test_confusion_is_that_of_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    truth, prediction = random_masks(1)
+    matrix = metrics.confusion_matrix(torch.from_numpy(truth), torch.from_numpy(prediction), CLASSES)
+    known = truth != 255
+    expected = sklearn.confusion_matrix(truth[known], prediction[known], labels=range(CLASSES))
+    assert (matrix.numpy() == expected).all()
+
+
+def test_a_class_only_predicted_counts_as_zero():
+    truth, prediction = torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 0, 1])
+    matrix = metrics.confusion_matrix(truth, prediction, 3)
+    assert metrics.per_class_iou(matrix)[:2].tolist() == [75.0, 0.0]
+    assert metrics.mean_iou(matrix) == 37.5
+
+
+def test_all_background_is_the_score_of_zeros():
+    truth, prediction = (torch.from_numpy(m) for m in random_masks(2))
+    matrix = metrics.confusion_matrix(truth, prediction, CLASSES)
+    zeros = metrics.confusion_matrix(truth, torch.zeros_like(prediction), CLASSES)
+    assert metrics.mean_iou(metrics.all_background_matrix(matrix)) == metrics.mean_iou(zeros)
+
+
+def test_oracle_gives_each_segment_its_commonest_class():
+    truth, segments = (torch.from_numpy(m) for m in random_masks(3))
+    overlap = metrics.overlaps(truth, segments, CLASSES, CLASSES)
+    best = torch.zeros_like(truth)
+    for s in range(CLASSES):
+        inside = truth[(segments == s) & (truth != 255)]
+        if len(inside):
+            best[segments == s] = inside.bincount().argmax().to(best.dtype)
+    expected = metrics.confusion_matrix(truth, best, CLASSES)
+    assert torch.equal(metrics.oracle_matrix(overlap), expected)
