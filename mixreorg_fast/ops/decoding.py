@@ -6,19 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Impl, choose
+from .dispatch import Impl, choose, triton_reasons
 
 
 def decode_segments_reference(
-    assignment: Tensor, scores: Tensor, size: tuple[int, int], background_threshold: Tensor | float | None = None
+    assignment: Tensor,
+    scores: Tensor,
+    size: tuple[int, int],
+    threshold: Tensor | None = None,
+    *,
+    upcast: torch.dtype = torch.float32,
 ) -> Tensor:
     """Labels by the definition: upsample, arg-max over groups, look the segment's best class up."""
-    maps = F.interpolate(assignment.float(), size=size, mode="bilinear", align_corners=False)
+    maps = F.interpolate(assignment.to(upcast), size=size, mode="bilinear", align_corners=False)
     segment = maps.argmax(dim=1)  # [B, H, W]
-    best, label = scores.float().max(dim=2)  # [B, G]
-    if background_threshold is not None:
-        threshold = torch.as_tensor(background_threshold, dtype=best.dtype, device=best.device).reshape(-1, 1)
-        label = torch.where(best < threshold, 0, label + 1)
+    best, label = scores.to(upcast).max(dim=2)  # [B, G]
+    if threshold is not None:
+        label = torch.where(best < threshold[:, None], 0, label + 1)
     return label.gather(1, segment.flatten(1)).view_as(segment)
 
 
@@ -35,20 +39,58 @@ def decode_segments(
     The class depends on the pixel only through its segment: an arg-max over G upsampled maps and a look-up, never an
     ``[H, W, T]`` tensor.
 
+    Equivalent to ``interpolate(assignment, size, mode="bilinear").argmax(1)`` looked up in ``scores.argmax(2)``.
+
     Args:
-        assignment: ``[B, G, h, w]``, upsampled bilinearly (align_corners=False) to `size` = (H, W).
-        scores: ``[B, G, T]``, class scores of each segment.
+        assignment: ``[B, G, h, w]``, upsampled bilinearly (align_corners=False) to `size` = (H, W) in fp32.
+        scores: ``[B, G, T]``, class scores of each segment. Both fp32, bf16 or fp16, finite, any strides.
         background_threshold: float or ``[B]``. With it, label 0 is background (the segment's best score is below it)
             and class t is t + 1; without it, class t is t.
     Returns:
-        int64 ``[B, H, W]``. Not differentiable. Ties take the lowest segment and class.
+        int64 ``[B, H, W]``. Deterministic, not differentiable. Ties take the lowest segment and class.
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together. RuntimeError: `impl` cannot run here.
     """
-    if assignment.dim() != 4 or scores.dim() != 3 or assignment.shape[:2] != scores.shape[:2]:
+    height, width = size
+    if (
+        assignment.dim() != 4
+        or scores.dim() != 3
+        or assignment.shape[:2] != scores.shape[:2]
+        or 0 in (*assignment.shape[1:], scores.shape[2])
+    ):
         raise ValueError(
-            f"decode_segments: expected assignment [B, G, h, w] and scores [B, G, T], got {list(assignment.shape)} "
-            f"and {list(scores.shape)}"
+            f"decode_segments: expected assignment [B, G, h, w] and scores [B, G, T], none of them empty, got "
+            f"{list(assignment.shape)} and {list(scores.shape)}"
         )
-    choose("decode_segments", impl, {"torch": list})
-    return decode_segments_reference(assignment, scores, tuple(size), background_threshold)
+    if height < 1 or width < 1:
+        raise ValueError(f"decode_segments: size must be two positive numbers, got {tuple(size)}")
+    assignment, scores = assignment.detach(), scores.detach()
+    threshold = _threshold(background_threshold, assignment)
+    inputs = (assignment, scores)
+    if choose("decode_segments", impl, {"triton": lambda: triton_reasons(*inputs), "torch": list}, inputs) == "triton":
+        return _decode_segments(assignment, scores, height, width, threshold)
+    return decode_segments_reference(assignment, scores, (height, width), threshold)
+
+
+def _threshold(threshold: Tensor | float | None, assignment: Tensor) -> Tensor | None:
+    """One fp32 number per image."""
+    batch = assignment.shape[0]
+    if threshold is None:
+        return None
+    if not isinstance(threshold, Tensor):
+        return torch.full((batch,), threshold, dtype=torch.float32, device=assignment.device)
+    if threshold.shape not in ((), (1,), (batch,)):
+        raise ValueError(f"decode_segments: background_threshold must be a number or [{batch}], got {threshold.shape}")
+    return threshold.to(assignment.device, torch.float32).expand(batch)
+
+
+@torch.library.custom_op("mixreorg::decode_segments", mutates_args=())
+def _decode_segments(assignment: Tensor, scores: Tensor, height: int, width: int, threshold: Tensor | None) -> Tensor:
+    from ..kernels.decoding import decode_forward
+
+    return decode_forward(assignment, scores, height, width, threshold)
+
+
+@_decode_segments.register_fake
+def _(assignment: Tensor, scores: Tensor, height: int, width: int, threshold: Tensor | None) -> Tensor:
+    return assignment.new_empty((assignment.shape[0], height, width), dtype=torch.int64)

@@ -1,0 +1,213 @@
+"""Segment decoding: soft maps of segments to pixel labels, in one pass that writes nothing but labels.
+
+A pixel's class depends on the pixel only through its segment, so the class of every segment is settled first (one
+small launch); the pixel kernel then upsamples the maps bilinearly, keeps the largest of them and the label that goes
+with it in registers, and stores that label.
+
+Bilinear upsampling reads two rows of a map per row of pixels. A block of pixel rows not taller than the upsampling
+factor touches three rows of a map at most, so those three are interpolated along x once for the whole block; what is
+left per pixel and group are two products, a comparison and the selections.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .variants import Config, KernelVariant, configuration, on_device
+
+MAX_ROWS = 16  # pixel rows in a block: registers hold a best value and a label for each
+CONFIGS = {
+    80: Config({"BLOCK_X": 128}, num_warps=4),
+    90: Config({"BLOCK_X": 128}, num_warps=4),
+    100: Config({"BLOCK_X": 128}, num_warps=4),
+}
+CANDIDATES = [Config({"BLOCK_X": size}, num_warps=warps) for size in (64, 128, 256) for warps in (2, 4, 8)]
+CLASS_BLOCK = 256
+
+
+@triton.jit
+def _segment_label_kernel(
+    scores_ptr,
+    threshold_ptr,
+    labels_ptr,
+    groups,
+    classes,
+    stride_image,
+    stride_group,
+    stride_class,
+    BACKGROUND: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+):
+    """The best class of each segment; with BACKGROUND it moves up by one, 0 where its score is below the threshold."""
+    segment = tl.program_id(0).to(tl.int64)
+    image = segment // groups
+    scores = scores_ptr + image * stride_image + (segment % groups) * stride_group
+    best = tl.full((), float("-inf"), tl.float32)
+    label = tl.full((), 0, tl.int32)
+    for first in range(0, classes, BLOCK_CLASSES):
+        index = first + tl.arange(0, BLOCK_CLASSES)
+        score = tl.load(scores + index.to(tl.int64) * stride_class, mask=index < classes, other=float("-inf"))
+        block_best, block_label = tl.max(score.to(tl.float32), axis=0, return_indices=True)
+        label = tl.where(block_best > best, first + block_label, label)
+        best = tl.maximum(best, block_best)
+    if BACKGROUND:
+        label = tl.where(best < tl.load(threshold_ptr + image), 0, label + 1)
+    tl.store(labels_ptr + segment, label)
+
+
+@triton.jit
+def _source(index, scale, size):
+    """PyTorch's bilinear sampling (align_corners=False): the two cells a pixel lies between, the weight of each."""
+    position = tl.maximum(scale * (index.to(tl.float32) + 0.5) - 0.5, 0.0)
+    low = tl.minimum(position.to(tl.int32), size - 1)
+    weight = position - low.to(tl.float32)
+    return low, tl.minimum(low + 1, size - 1), 1.0 - weight, weight
+
+
+@triton.jit
+def _row_of_map(row_ptr, left, right, left_weight, right_weight, stride_x, exists):
+    """One row of a map, interpolated along x at the pixels of this block."""
+    a = tl.load(row_ptr + left * stride_x, mask=exists, other=0.0).to(tl.float32)
+    b = tl.load(row_ptr + right * stride_x, mask=exists, other=0.0).to(tl.float32)
+    return left_weight * a + right_weight * b
+
+
+@triton.jit
+def _decode_kernel(
+    maps_ptr,
+    labels_ptr,
+    out_ptr,
+    map_height,
+    map_width,
+    height,
+    width,
+    scale_y,
+    scale_x,
+    stride_image,
+    stride_group,
+    stride_y,
+    stride_x,
+    GROUPS: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
+    blocks_x, blocks_y = tl.cdiv(width, BLOCK_X), tl.cdiv(height, BLOCK_Y)
+    block = tl.program_id(0)
+    image = (block // (blocks_x * blocks_y)).to(tl.int64)
+    x = block % blocks_x * BLOCK_X + tl.arange(0, BLOCK_X)
+    y = block // blocks_x % blocks_y * BLOCK_Y + tl.arange(0, BLOCK_Y)
+
+    left, right, left_weight, right_weight = _source(x, scale_x, map_width)
+    above, _, above_weight, below_weight = _source(y, scale_y, map_height)
+    top, _, _, _ = _source(block // blocks_x % blocks_y * BLOCK_Y, scale_y, map_height)
+    # With BLOCK_Y <= height / map_height, `above` is `top` or the row after it.
+    starts_at_top = (above == top)[:, None]
+    middle, bottom = tl.minimum(top + 1, map_height - 1), tl.minimum(top + 2, map_height - 1)
+
+    maps = maps_ptr + image * stride_image
+    labels = labels_ptr + image * GROUPS
+    best = tl.full((BLOCK_Y, BLOCK_X), float("-inf"), tl.float32)
+    label = tl.zeros((BLOCK_Y, BLOCK_X), tl.int32) + tl.load(labels)
+    for group in range(GROUPS):
+        group_map = maps + group * stride_group
+        first = _row_of_map(group_map + top * stride_y, left, right, left_weight, right_weight, stride_x, x < width)
+        second = _row_of_map(group_map + middle * stride_y, left, right, left_weight, right_weight, stride_x, x < width)
+        third = _row_of_map(group_map + bottom * stride_y, left, right, left_weight, right_weight, stride_x, x < width)
+        upper = tl.where(starts_at_top, first[None, :], second[None, :])
+        lower = tl.where(starts_at_top, second[None, :], third[None, :])
+        value = above_weight[:, None] * upper + below_weight[:, None] * lower
+        better = value > best  # ties stay with the lowest group
+        best = tl.where(better, value, best)
+        label = tl.where(better, tl.load(labels + group), label)
+
+    out = out_ptr + (image * height + y[:, None]) * width + x
+    tl.store(out, label.to(tl.int64), mask=(y < height)[:, None] & (x < width))
+
+
+def _row_block(map_height: int, height: int) -> int:
+    """The tallest block of pixel rows that lies between three rows of a map."""
+    block = 1
+    while 2 * block <= min(MAX_ROWS, height // map_height):
+        block *= 2
+    return block
+
+
+def decode_forward(assignment: Tensor, scores: Tensor, height: int, width: int, threshold: Tensor | None) -> Tensor:
+    """Labels int64 ``[B, height, width]`` from maps ``[B, G, h, w]``, class scores ``[B, G, T]``, threshold ``[B]``.
+
+    Any strides are read in place.
+    """
+    batch, groups, map_height, map_width = assignment.shape
+    device = assignment.device
+    out = torch.empty((batch, height, width), dtype=torch.int64, device=device)
+    if out.numel() == 0:
+        return out
+    labels = torch.empty((batch, groups), dtype=torch.int32, device=device)
+    block_y = _row_block(map_height, height)
+
+    def launch(config: Config) -> None:
+        blocks = triton.cdiv(width, config.blocks["BLOCK_X"]) * triton.cdiv(height, block_y)
+        _decode_kernel[(batch * blocks,)](
+            assignment,
+            labels,
+            out,
+            map_height,
+            map_width,
+            height,
+            width,
+            map_height / height,
+            map_width / width,
+            *assignment.stride(),
+            GROUPS=groups,
+            BLOCK_Y=block_y,
+            **config.kwargs,
+        )
+
+    with on_device(assignment):
+        _segment_label_kernel[(batch * groups,)](
+            scores,
+            scores if threshold is None else threshold.contiguous(),
+            labels,
+            groups,
+            scores.shape[2],
+            *scores.stride(),
+            BACKGROUND=threshold is not None,
+            BLOCK_CLASSES=CLASS_BLOCK,
+            num_warps=1,
+        )
+        shape = (tuple(assignment.shape), height, width)
+        launch(configuration("decode_forward", CONFIGS, device, shape, CANDIDATES, launch))
+    return out
+
+
+def signatures(architecture: int) -> list[KernelVariant]:
+    """The variants at the model's sizes: 8 segments, 448 px to a photo, 150 classes."""
+    config = CONFIGS[architecture]
+    sizes = {name: "i32" for name in ("map_height", "map_width", "height", "width")}
+    strides = {"stride_image": "i32:16", "stride_group": "i32", "stride_y": "i32"}
+    labels = {
+        "scores_ptr": "*fp32:16",
+        "threshold_ptr": "*fp32:16",
+        "labels_ptr": "*i32:16",
+        **{name: "i32" for name in ("groups", "classes", "stride_image", "stride_group")},
+    }
+    variants = [
+        KernelVariant(
+            "decoding.segment_label[fp32]",
+            _segment_label_kernel,
+            labels,
+            {"stride_class": 1, "BACKGROUND": True, "BLOCK_CLASSES": CLASS_BLOCK},
+            num_warps=1,
+            num_stages=3,
+        )
+    ]
+    for groups in (8, 64):
+        decode = {"maps_ptr": "*fp32:16", "labels_ptr": "*i32:16", "out_ptr": "*i64:16", **sizes}
+        decode |= {"scale_y": "fp32", "scale_x": "fp32", **strides}
+        constexprs = {"stride_x": 1, "GROUPS": groups, "BLOCK_Y": MAX_ROWS, **config.blocks}
+        name = f"decoding.decode[fp32, G={groups}]"
+        variants.append(KernelVariant(name, _decode_kernel, decode, constexprs, config.num_warps, config.num_stages))
+    return variants
