@@ -10,7 +10,7 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["load", "ops"]
+__all__ = ["accelerate", "load", "ops"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +18,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(".ops", __name__)
     if name == "load":
         return importlib.import_module(".models.weights", __name__).load
+    if name == "accelerate":
+        return importlib.import_module(".models.accelerate", __name__).accelerate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

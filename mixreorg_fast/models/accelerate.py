@@ -1,0 +1,95 @@
+"""The fast ops inside a Hugging Face ``GroupViTModel``."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from .decoding import class_scores, image_threshold
+
+if TYPE_CHECKING:
+    from transformers import GroupViTModel
+
+
+def accelerate(model: GroupViTModel, *, undo: bool = False) -> GroupViTModel:
+    """Put the fast grouping attention into a Hugging Face ``GroupViTModel``, in place, and add ``segment_labels``.
+
+    Outputs and gradients are the same; parameters, their names and what ``save_pretrained`` writes are untouched. In
+    training, the Gumbel noise is of the same distribution but other draws: its seed comes from torch's generator of
+    the model's device, so that ``torch.manual_seed`` repeats a run. ``segmentation_logits`` keep their own formula.
+
+    Args:
+        undo: take it all out again instead.
+    Returns:
+        `model`.
+    Raises:
+        TypeError: `model` is something else.
+    """
+    from transformers import GroupViTModel
+
+    if not isinstance(model, GroupViTModel):
+        raise TypeError(f"accelerate: expected transformers' GroupViTModel, got {type(model).__name__}")
+    methods: dict[nn.Module, tuple] = {model: ("segment_labels", _segment_labels)}
+    for stage in model.vision_model.encoder.stages:
+        if stage.downsample is not None:
+            methods[stage.downsample.assign] = ("forward", _assign)
+    for module, (name, method) in methods.items():
+        if undo:
+            vars(module).pop(name, None)
+        else:
+            setattr(module, name, MethodType(method, module))
+    return model
+
+
+def _assign(self: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """``GroupViTAssignAttention.forward``: segments ``[B, G, C]`` and soft assignment ``[B, G, N]``."""
+    seed = torch.randint(2**62, (), device=query.device) if self.training else None
+    out, soft = ops.grouping_attention(
+        self.q_proj(query),
+        self.k_proj(key),
+        self.v_proj(key),
+        scale=self.scale,
+        eps=self.assign_eps,
+        seed=seed,
+        return_assignment="soft",
+    )
+    return self.proj(out), soft.to(query.dtype)
+
+
+@torch.no_grad()
+def _segment_labels(
+    self: GroupViTModel,
+    pixel_values: Tensor,
+    text_embeds: Tensor,
+    *,
+    size: tuple[int, int] | None = None,
+    background_threshold: float | None = None,
+) -> Tensor:
+    """Label every pixel with one of T classes, in evaluation mode.
+
+    Args:
+        pixel_values: ``[B, 3, H, W]``. text_embeds: ``[T, D]``, L2-normalised.
+        size: of the labels; None: (H, W).
+        background_threshold: None: label t is class t. Else 0 is background, where the segment's best score is below
+            min(threshold, the image's best score), and class t is t + 1.
+    Returns:
+        int64 ``[B, H, W]``.
+    """
+    vision = self.vision_model(pixel_values, output_attentions=True, return_dict=True)
+    maps = vision.attentions[0].float()
+    for attention in vision.attentions[1:]:
+        maps = attention.float() @ maps  # [B, G2, N] <- [B, G2, G1] @ [B, G1, N]
+    segments = vision.last_hidden_state
+    embeddings = F.normalize(self.visual_projection(segments.flatten(0, 1)).float(), dim=-1)
+    image = F.normalize(self.visual_projection(vision.pooler_output).float(), dim=-1)
+    multiplier = self.logit_scale.float().exp().clamp(max=100.0)
+    scores = class_scores(embeddings.unflatten(0, segments.shape[:2]), image, text_embeds, multiplier)
+    threshold = None if background_threshold is None else image_threshold(scores, background_threshold)
+    height = pixel_values.shape[2] // self.vision_model.embeddings.patch_embeddings.patch_size[0]
+    size = size or tuple(pixel_values.shape[2:])
+    return ops.decode_segments(maps.unflatten(2, (height, -1)), scores, size, background_threshold=threshold)
