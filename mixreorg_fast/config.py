@@ -105,7 +105,10 @@ class AugmentConfig(Section):
         0.0, description="strength; unused where RandAugment is on, as in GroupViT's recipe"
     )
     rand_augment_ops: NonNegative = Field(2, description="RandAugment: operations per image, 0 = off")
-    rand_augment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    rand_augment_magnitude: Annotated[int, Field(ge=0, le=30)] = Field(
+        27, description="of 30; 27 is the recipe's 9 on timm's scale of 10"
+    )
+    rand_augment_probability: Fraction = Field(0.5, description="chance of each operation to be applied, as in timm")
     random_erasing: Fraction = Field(0.25, description="probability of erasing a rectangle")
 
     @model_validator(mode="after")

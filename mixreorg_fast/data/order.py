@@ -1,0 +1,93 @@
+"""Which sample stands at which position of a run, and the random numbers of that position.
+
+Both are pure functions: of (seed, position) and the sizes of the shards. So a run resumes from one integer, and any
+number of ranks walks through the same samples, augmented the same way.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+
+import numpy as np
+
+
+class Purpose(enum.IntEnum):
+    """What random numbers are drawn for; each purpose has its own stream, so that one does not shift another."""
+
+    SHARDS = 0
+    WINDOW = 1
+    CROP = 2
+    FLIP = 3
+    JITTER = 4
+    RAND_AUGMENT = 5
+    ERASE = 6
+    CAPTION = 7
+    NOUNS = 8
+
+
+def uniforms(seed: int, purpose: Purpose, position: int, count: int, columns: int) -> np.ndarray:
+    """Uniform numbers in [0, 1), float64 ``[count, columns]``: row i belongs to position + i, whoever asks for it.
+
+    One counter-based Philox stream per (seed, purpose); a position owns a fixed stretch of it.
+    """
+    blocks = -(-columns // 4)  # Philox yields four numbers per count
+    raw = _philox(seed, purpose, position * blocks).random_raw(count * blocks * 4)
+    return (raw.reshape(count, blocks * 4)[:, :columns] >> np.uint64(11)) * 2.0**-53
+
+
+class Order:
+    """Samples in the order of a run: each once per epoch, shuffled anew from (seed, epoch).
+
+    The shuffle keeps reads local, for spinning and network disks: the shards are shuffled, then the samples within
+    windows of several shards.
+
+    Args:
+        sizes: samples of each shard.
+        seed: of the run.
+        window: shards whose samples are shuffled together.
+    """
+
+    def __init__(self, sizes: np.ndarray, seed: int, *, window: int = 16) -> None:
+        self._sizes = np.asarray(sizes, dtype=np.int64)
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self._seed = seed
+        self._window = window
+        self.samples = int(self._sizes.sum())
+        # Neighbouring batches fall into the same window; two of each are in use where one ends.
+        self._epoch = functools.lru_cache(maxsize=2)(self._shuffle_shards)
+        self._shuffled = functools.lru_cache(maxsize=2)(self._shuffle_window)
+
+    def at(self, position: int, count: int) -> np.ndarray:
+        """Sample numbers, int64 ``[count]``, at positions position … position + count - 1 of the run."""
+        parts = []
+        while count:
+            epoch, place = divmod(position, self.samples)
+            _, ends = self._epoch(epoch)
+            window = int(np.searchsorted(ends, place, side="right"))
+            samples = self._shuffled(epoch, window)
+            offset = place - (int(ends[window]) - len(samples))
+            parts.append(samples[offset : offset + count])
+            position, count = position + len(parts[-1]), count - len(parts[-1])
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def _shuffle_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's order of shards, and where its windows end."""
+        shards = _permutation(len(self._sizes), self._seed, Purpose.SHARDS, epoch, 0)
+        ends = np.cumsum(np.add.reduceat(self._sizes[shards], np.arange(0, len(shards), self._window)))
+        return shards, ends
+
+    def _shuffle_window(self, epoch: int, window: int) -> np.ndarray:
+        shards = self._epoch(epoch)[0][window * self._window : (window + 1) * self._window]
+        samples = np.concatenate([np.arange(self._sizes[s], dtype=np.int64) + self._starts[s] for s in shards])
+        return samples[_permutation(len(samples), self._seed, Purpose.WINDOW, epoch, window)]
+
+
+def _permutation(count: int, seed: int, purpose: Purpose, epoch: int, window: int) -> np.ndarray:
+    # Sorting raw bits rather than Generator.permutation, whose algorithm numpy may change between releases.
+    return np.argsort(_philox(seed, purpose, 0, epoch, window).random_raw(count), kind="stable")
+
+
+def _philox(seed: int, purpose: Purpose, *counter: int) -> np.random.Philox:
+    words = [*counter, *[0] * (4 - len(counter))]
+    return np.random.Philox(key=[seed % 2**64, int(purpose)], counter=words)

@@ -1,0 +1,475 @@
+"""Reading WebDataset tar shards in place: patterns, an index per shard, and samples by number.
+
+A sample is what shares a key (the file name up to its first dot) in consecutive members of the tar: an image
+(``.jpg .jpeg .png .webp``), a ``.txt`` with one caption per line, and optionally a ``.json`` with ``nouns``. The index
+of a shard (key, place and size of each member) comes from the tar's headers alone and is cached beside the shard, or
+in the user's cache folder where that is not writable. Samples are then read with one ``pread`` each; no member is
+ever written to disk.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import json
+import logging
+import mmap
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError, nearest
+
+log = logging.getLogger("mixreorg_fast")
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+INDEX_FORMAT = 1
+# A member larger than this is no photo; reading it would only cost memory.
+LARGEST_MEMBER = 256 << 20
+
+# How to make the folders that this project's configurations name, as docs/data.md says.
+RECIPES = {
+    "data/flickr8k": (
+        "mixreorg shards build ../shared/data/flickr8k --out 'data/flickr8k/train-{000000..}.tar' --split train "
+        "(and once more with val in place of train)"
+    ),
+    "data/voc2012_subset": 'ln -s "$(realpath ../shared/data/voc2012_subset)" data/voc2012_subset',
+    "data/camvid": 'ln -s "$(realpath ../shared/data/camvid)" data/camvid',
+    "data/scenes": "mixreorg shards scenes --out data/scenes",
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image-text pair as it lies in its shard."""
+
+    key: str
+    image: bytes  # encoded
+    captions: list[str]  # at least one, possibly empty, string
+    nouns: list[str]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar and its index: `samples` is a structured array (see ``_record_type``), mapped from the index file."""
+
+    path: Path
+    samples: np.ndarray
+    verified: bool
+
+
+def how_to_make(path: str | Path) -> str:
+    """``"; make it with: COMMAND"`` when `path` lies in a folder that docs/data.md has a command for, else ``""``."""
+    text = os.path.normpath(str(path)).replace(os.sep, "/")
+    for folder, command in RECIPES.items():
+        if re.search(rf"(^|/){folder}(/|$)", text):
+            return f"; make it with: {command} (docs/data.md)"
+    return ""
+
+
+def expand(patterns: str | Sequence[str]) -> list[Path]:
+    """Paths that brace patterns (``{000..123}``, ``{a,b}``), globs and comma-separated alternatives stand for.
+
+    The order is that of the patterns; within a glob it is alphabetical. A path named twice counts once.
+
+    Raises:
+        UserError: a brace is not closed, a named file is missing, or a glob matches nothing.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    paths: dict[Path, None] = {}
+    missing: list[str] = []
+    for pattern in (part for whole in patterns for part in _split(whole)):
+        found = []
+        for name in _braces(pattern):
+            name = os.path.expanduser(name)
+            if glob.has_magic(name):
+                matches = sorted(glob.glob(name, recursive=True))
+                if not matches:
+                    raise UserError(f"no shard matches {name}{_nearby(name)}{how_to_make(name)}")
+                found += matches
+            elif os.path.isfile(name):
+                found.append(name)
+            else:
+                missing.append(name)
+        paths.update(dict.fromkeys(map(Path, found)))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"no shard {missing[0]}{more}{_nearby(missing[0])}{how_to_make(missing[0])}")
+    if not paths:
+        raise UserError("no shards: the pattern is empty; expected something like 'data/train-{000000..000123}.tar'")
+    return list(paths)
+
+
+def open_shards(patterns: str | Sequence[str]) -> ShardSet:
+    """The shards of `patterns`, indexed.
+
+    Raises:
+        UserError: as :func:`expand`; a shard is no tar or holds no samples.
+    """
+    return ShardSet([open_shard(path) for path in expand(patterns)])
+
+
+def open_shard(path: Path) -> Shard:
+    """A shard with its cached index, which is built where it is missing or older than the tar.
+
+    Raises:
+        UserError: the file is no tar, is compressed, or holds no whole sample.
+    """
+    status = os.stat(path)
+    for place in index_places(path):
+        cached = _load_index(place, status)
+        if cached is not None:
+            samples, header = cached
+            break
+    else:
+        found, problem = scan(path)
+        header = {"verified": False, "problem": problem}
+        samples = write_index(path, status, found, **header)
+    if header["problem"]:
+        log.warning("%s: %s; its %d whole samples are used", path, header["problem"], len(samples))
+    if not len(samples):
+        reason = "no sample of it can be decoded" if header["verified"] else "no image with a .txt of the same name"
+        raise UserError(f"{path}: no samples ({reason}); expected pairs such as 0001.jpg + 0001.txt")
+    return Shard(Path(path), samples, header["verified"])
+
+
+class ShardSet:
+    """Samples of several shards under one number, 0 … ``len(self) - 1``; thread-safe for reading."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards = list(shards)
+        self.sizes = np.array([len(shard.samples) for shard in self.shards], dtype=np.int64)
+        self._ends = np.cumsum(self.sizes)
+        self._files: dict[int, int] = {}  # shard -> descriptor, oldest first
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def open_for(self, samples: np.ndarray) -> None:
+        """Open the files that hold these samples, and close the ones unused for longest.
+
+        Not thread-safe: call it before the :meth:`read` calls it serves, none of them in flight.
+        """
+        needed = np.unique(np.searchsorted(self._ends, samples, side="right")).tolist()
+        for shard in needed:
+            descriptor = self._files.pop(shard, None)
+            self._files[shard] = os.open(self.shards[shard].path, os.O_RDONLY) if descriptor is None else descriptor
+        while len(self._files) > max(64, len(needed)):
+            os.close(self._files.pop(next(iter(self._files))))
+
+    def read(self, number: int) -> Sample:
+        """Sample `number`, after :meth:`open_for` has been called with it.
+
+        Raises:
+            OSError: the shard cannot be read, or has been cut since it was indexed.
+        """
+        shard, record = self._record(number)
+        data = os.pread(self._files[shard], int(record["span"]), int(record["start"]))
+        if len(data) < record["span"]:
+            raise OSError(f"{self.shards[shard].path} is shorter than when it was indexed")
+        return _sample(record, data)
+
+    def key(self, number: int) -> str:
+        return self._record(number)[1]["key"].decode()
+
+    def captions(self, limit: int | None = None) -> Iterator[str]:
+        """All captions in order, or those of about `limit` samples spread evenly over the shards."""
+        step = 1 if limit is None else max(1, -(-len(self) // limit))
+        for shard in self.shards:
+            with open(shard.path, "rb") as file:
+                for record in shard.samples[::step]:
+                    file.seek(int(record["start"] + record["text_at"]))
+                    yield from _captions(file.read(int(record["text_size"])))
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _record(self, number: int) -> tuple[int, np.void]:
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        start = self._ends[shard] - self.sizes[shard]
+        return shard, self.shards[shard].samples[number - start]
+
+
+def scan(path: Path) -> tuple[list[dict], str | None]:
+    """Samples of a tar from its headers: one dictionary of index fields each, and what is wrong with the tar's end.
+
+    Raises:
+        UserError: the file is empty, compressed, or no tar at all.
+    """
+    if not os.path.getsize(path):
+        raise UserError(f"{path}: empty file; expected a tar of images and captions")
+    samples: list[dict] = []
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:2] == b"\x1f\x8b":
+            raise UserError(f"{path}: compressed tar; shards are read in place, so expand it first with gunzip")
+        members = _Members(data)
+        try:
+            keyed = ((*_split_name(name), offset, size) for name, offset, size in members)
+            for key, group in itertools.groupby(keyed, key=lambda member: member[0]):
+                sample = _group(key, {extension: (offset, size) for _, extension, offset, size in group})
+                if sample is not None:
+                    samples.append(sample)
+        except _NotTar:
+            raise UserError(f"{path}: not a tar file; expected a tar of images and captions") from None
+    return samples, members.problem
+
+
+def write_index(path: Path, status: os.stat_result, samples: list[dict], *, verified: bool, problem: str | None):
+    """Store an index atomically beside the shard, else in the cache folder; returns its array.
+
+    `status` is the tar's, taken before it was scanned, so that a tar that changes meanwhile is scanned again.
+    """
+    array = np.zeros(len(samples), dtype=_record_type(max((len(s["key"]) for s in samples), default=1)))
+    for name in array.dtype.names:
+        array[name] = [sample[name] for sample in samples]
+    header = {
+        "format": INDEX_FORMAT,
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "count": len(array),
+        "key_bytes": array.dtype["key"].itemsize,
+        "verified": verified,
+        "problem": problem,
+    }
+    line = json.dumps(header).encode()
+    line += b" " * (-(len(line) + 1) % 64) + b"\n"  # records start aligned
+    for place in index_places(path):
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(place, lambda temporary: temporary.write_bytes(line + array.tobytes()))
+            return _load_index(place, status)[0]
+        except OSError:
+            continue
+    return array  # nowhere to keep it: this process indexes again next time
+
+
+def index_places(path: Path) -> tuple[Path, Path]:
+    """Where the index of a shard may lie: beside it, or in the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixreorg" / "shards"
+    name = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:32]
+    return Path(f"{path}.index"), cache / f"{name}.index"
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it; nothing is left behind when it fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _load_index(place: Path, status: os.stat_result) -> tuple[np.ndarray, dict] | None:
+    """An index file's records (mapped) and header, or None where it is missing, damaged or of another tar."""
+    try:
+        with open(place, "rb") as file:
+            line = file.readline(4096)
+            header = json.loads(line)
+            fits = (header["format"], header["size"], header["mtime_ns"]) == (
+                INDEX_FORMAT,
+                status.st_size,
+                status.st_mtime_ns,
+            )
+            record = _record_type(header["key_bytes"])
+            if not fits or os.fstat(file.fileno()).st_size != len(line) + header["count"] * record.itemsize:
+                return None
+        if not header["count"]:
+            return np.zeros(0, record), header
+        return np.memmap(place, record, mode="r", offset=len(line), shape=(header["count"],)), header
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _record_type(key_bytes: int) -> np.dtype:
+    """One sample: `start` and `span` of its bytes in the tar; places of its members counted from `start`."""
+    numbers = ("start", "span", "image_at", "image_size", "text_at", "text_size", "json_at", "json_size")
+    return np.dtype([("key", f"S{key_bytes}"), *((name, "<i8") for name in numbers)])
+
+
+def _split_name(name: bytes) -> tuple[bytes, str]:
+    """WebDataset's rule: the key is the path up to the first dot of the file name, the extension what follows."""
+    folder, slash, file = name.rpartition(b"/")
+    stem, _, extension = file.partition(b".")
+    return folder + slash + stem, extension.decode(errors="replace").lower()
+
+
+def _group(key: bytes, members: dict[str, tuple[int, int]]) -> dict | None:
+    """Index fields of one sample, or None where it lacks its image or its text or a member is absurdly large."""
+    image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+    text = members.get("txt")
+    if image is None or text is None:
+        return None
+    nouns = members.get("json", (text[0], 0))
+    start = min(offset for offset, _ in (image, text, nouns))
+    span = max(offset + size for offset, size in (image, text, nouns)) - start
+    if span > LARGEST_MEMBER:
+        return None
+    places = {}
+    for name, (offset, size) in {"image": image, "text": text, "json": nouns}.items():
+        places |= {f"{name}_at": offset - start, f"{name}_size": size}
+    return {"key": key, "start": start, "span": span, **places}
+
+
+def _sample(record: np.void, data: bytes) -> Sample:
+    """A sample from the bytes of its span."""
+
+    def member(name: str) -> bytes:
+        at = int(record[f"{name}_at"])
+        return data[at : at + int(record[f"{name}_size"])]
+
+    return Sample(
+        record["key"].decode(errors="replace"), member("image"), _captions(member("text")), _nouns(member("json"))
+    )
+
+
+def _captions(text: bytes) -> list[str]:
+    lines = [line.strip() for line in text.decode(errors="replace").splitlines()]
+    return [line for line in lines if line] or [""]
+
+
+def _nouns(text: bytes) -> list[str]:
+    """The ``nouns`` of a sample's json; anything else in its place counts as none."""
+    try:
+        nouns = json.loads(text).get("nouns", []) if text else []
+    except (ValueError, AttributeError):
+        return []
+    return [noun for noun in nouns if isinstance(noun, str)] if isinstance(nouns, list) else []
+
+
+class _NotTar(Exception):
+    """The first header is none."""
+
+
+class _Members:
+    """Iterates over a tar's regular files as (name, offset, size), from its headers alone.
+
+    The standard library's reader takes ten times as long, which counts with ten million members. Plain, GNU and
+    POSIX (pax) headers are understood. `problem` says afterwards what was wrong with the end of the tar.
+    """
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.problem: str | None = None
+
+    def __iter__(self) -> Iterator[tuple[bytes, int, int]]:
+        data, end, at = self.data, len(self.data), 0
+        long_name: bytes | None = None
+        long_size: int | None = None
+        while at + 512 <= end:
+            header = data[at : at + 512]
+            if not header.strip(b"\0"):
+                return
+            if sum(header[:148]) + sum(header[156:]) + 8 * 32 != _octal(header[148:156]):
+                if at == 0:
+                    raise _NotTar
+                self.problem = f"damaged at byte {at}"
+                return
+            size = _octal(header[124:136]) if long_size is None else long_size
+            kind, content = header[156:157], at + 512
+            if size < 0 or content + size > end:
+                self.problem = "cut short"
+                return
+            at = content + -(-size // 512) * 512
+            if kind == b"L":  # GNU: the next member's name
+                long_name = data[content : content + min(size, 65536)].rstrip(b"\0")
+                continue
+            if kind == b"x":  # pax: the next member's attributes
+                fields = _pax(data[content : content + min(size, 1 << 20)])
+                long_name = fields.get(b"path", long_name)
+                long_size = int(fields[b"size"]) if fields.get(b"size", b"").isdigit() else None
+                continue
+            if kind in b"0\0":
+                yield long_name or _name(header), content, size
+            if kind not in b"gK":  # those two describe others, and leave the next member's name alone
+                long_name = long_size = None
+        if at == 0:
+            raise _NotTar
+        self.problem = "cut short"
+
+
+def _octal(field: bytes) -> int:
+    """A number of a tar header: octal digits, or big-endian binary behind a 0x80 byte; -1 where it is neither."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    text = field.strip(b" \0")
+    try:
+        return int(text, 8) if text else 0
+    except ValueError:
+        return -1
+
+
+def _name(header: bytes) -> bytes:
+    name = header[:100].rstrip(b"\0")
+    prefix = header[345:500].rstrip(b"\0") if header[257:263] == b"ustar\0" else b""
+    return prefix + b"/" + name if prefix else name
+
+
+def _pax(data: bytes) -> dict[bytes, bytes]:
+    """Records ``LENGTH KEY=VALUE\\n`` of a pax header; stops at the first that is none."""
+    fields: dict[bytes, bytes] = {}
+    while data:
+        digits, space, _ = data.partition(b" ")
+        if not space or not digits.isdigit() or int(digits) <= len(digits) + 1:
+            break
+        key, _, value = data[len(digits) + 1 : int(digits) - 1].partition(b"=")
+        fields[key] = value
+        data = data[int(digits) :]
+    return fields
+
+
+def _split(pattern: str) -> list[str]:
+    """Parts of a pattern between the commas that stand outside of braces."""
+    parts, depth = [""], 0
+    for character in pattern:
+        depth += (character == "{") - (character == "}")
+        if depth < 0:
+            break
+        if character == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    if depth:
+        raise UserError(
+            f"pattern {pattern}: braces do not match; expected something like 'train-{{000000..000123}}.tar'"
+        )
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _braces(pattern: str) -> list[str]:
+    """A pattern's brace expressions written out; ``{008..011}`` keeps its leading zeros."""
+    found = re.search(r"\{([^{}]*)\}", pattern)  # an innermost one
+    if not found:
+        return [pattern]
+    inside = found[1]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    if numbers:
+        first, last = map(int, numbers.groups())
+        if last < first or last - first >= 10_000_000:
+            raise UserError(f"pattern {pattern}: {{{inside}}} is no rising range")
+        choices = [str(number).zfill(len(numbers[1])) for number in range(first, last + 1)]
+    elif "," in inside:
+        choices = inside.split(",")
+    else:
+        raise UserError(
+            f"pattern {pattern}: {{{inside}}} is neither a range such as {{000000..000123}} nor a list {{a,b}}"
+        )
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return [name for choice in choices for name in _braces(before + choice + after)]
+
+
+def _nearby(name: str) -> str:
+    """The closest existing tar in the folder of a missing one."""
+    folder = os.path.dirname(name) or "."
+    if glob.has_magic(folder) or not os.path.isdir(folder):
+        return ""
+    siblings = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
+    return (
+        nearest(name, siblings) if len(siblings) > 3 else (f" (there are: {', '.join(siblings)})" if siblings else "")
+    )
