@@ -1,0 +1,187 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mixreorg_fast.errors import UserError
+from mixreorg_fast.evaluation.datasets import KINDS, LAYOUTS, open_dataset
+
+from .fakes import draw_mask, draw_photo
+
+SIZE = (40, 24)
+
+
+def build(root: Path, photo: str, mask: str, ids: list[int], listing: str | None = None) -> np.ndarray:
+    """One photo and its mask at these paths, with a split file where the layout has one."""
+    draw_photo(root / photo, SIZE, seed=1)
+    if listing:
+        (root / listing).parent.mkdir(parents=True, exist_ok=True)
+        (root / listing).write_text(Path(photo).stem + "\n")
+    return draw_mask(root / mask, SIZE, ids, seed=2)
+
+
+def test_plain_layout(plain):
+    dataset = open_dataset("plain", plain)
+    assert (len(dataset), dataset.classes) == (7, ("background", "cat", "dog", "red car"))
+    assert dataset.has_background and dataset.prompts == ("cat", "dog", "red car")
+    sample = dataset[1]
+    assert sample.name == "photo1" and sample.image.mode == "RGB" and sample.image.size == (50, 61)
+    assert sample.mask.shape == (61, 50) and sample.mask.dtype == np.uint8
+    assert set(np.unique(sample.mask)) == {0, 1, 2, 3, 255}
+    assert len(list(dataset)) == 7
+
+
+def test_plain_layout_without_background(plain):
+    (plain / "classes.txt").write_text("sky\ncat\ndog\nred car\n")
+    dataset = open_dataset("plain", plain)
+    assert not dataset.has_background and len(dataset.prompts) == 4 and dataset.background_threshold is None
+
+
+@pytest.mark.parametrize("home", ["", "VOCdevkit/VOC2012/"])
+def test_voc(tmp_path, home):
+    mask = build(
+        tmp_path,
+        f"{home}JPEGImages/2007_000033.jpg",
+        f"{home}SegmentationClass/2007_000033.png",
+        [0, 1, 20, 255],
+        f"{home}ImageSets/Segmentation/val.txt",
+    )
+    dataset = open_dataset("voc2012", tmp_path)
+    assert len(dataset.classes) == 21 and dataset.background_threshold == 0.95
+    assert (dataset[0].mask == mask).all()
+
+
+def test_context_with_and_without_background(tmp_path):
+    files = ("JPEGImages/a.jpg", "SegmentationClassContext/a.png")
+    mask = build(tmp_path, *files, [0, 1, 59, 255], "ImageSets/SegmentationContext/val.txt")
+    with_background, without = open_dataset("context", tmp_path), open_dataset("context59", tmp_path)
+    assert (len(with_background.classes), with_background.background_threshold) == (60, 0.35)
+    assert (len(without.classes), without.background_threshold) == (59, None)
+    assert (with_background[0].mask == mask).all()
+    expected = np.where((mask == 0) | (mask == 255), 255, mask.astype(int) - 1)
+    assert (without[0].mask == expected).all()
+
+
+def test_coco_object(tmp_path):
+    mask = build(tmp_path, "images/val2017/01.jpg", "annotations/val2017/01_instanceTrainIds.png", [0, 1, 80, 255])
+    dataset = open_dataset("coco_object", tmp_path)
+    assert len(dataset.classes) == 81 and dataset.classes[80] == "toothbrush"
+    assert (dataset[0].mask == mask).all()
+
+
+def test_coco_stuff_from_train_ids_and_from_the_original_maps(tmp_path):
+    mask = build(tmp_path, "images/val2017/01.jpg", "annotations/val2017/01_labelTrainIds.png", [0, 79, 170, 255])
+    assert (open_dataset("coco_stuff", tmp_path)[0].mask == mask).all()
+    (tmp_path / "annotations/val2017/01_labelTrainIds.png").unlink()
+    # Raw ids: person 0, toothbrush 89, banner 91, wood 181; 11 ("street sign") never became a class.
+    raw = draw_mask(tmp_path / "annotations/val2017/01.png", SIZE, [0, 89, 91, 181, 11, 255], seed=2)
+    dataset = open_dataset("coco_stuff", tmp_path)
+    for value, name in ((0, "person"), (89, "toothbrush"), (91, "banner"), (181, "wood")):
+        assert (dataset[0].mask[raw == value] == dataset.classes.index(name)).all()
+    assert (dataset[0].mask[(raw == 11) | (raw == 255)] == 255).all()
+
+
+def test_ade20k(tmp_path):
+    mask = build(tmp_path, "images/validation/ADE_val_1.jpg", "annotations/validation/ADE_val_1.png", [0, 1, 150])
+    dataset = open_dataset("ade20k", tmp_path)
+    assert len(dataset.classes) == 150 and not dataset.has_background
+    assert (dataset[0].mask == np.where(mask == 0, 255, mask.astype(int) - 1)).all()
+
+
+def test_cityscapes_from_train_ids_and_from_label_ids(tmp_path):
+    photo, mask = "leftImg8bit/val/ulm/ulm_0_leftImg8bit.png", "gtFine/val/ulm/ulm_0_gtFine"
+    truth = build(tmp_path, photo, f"{mask}_labelTrainIds.png", [0, 18, 255])
+    dataset = open_dataset("cityscapes", tmp_path)
+    assert dataset.names == ["ulm/ulm_0"] and (dataset[0].mask == truth).all()
+    (tmp_path / f"{mask}_labelTrainIds.png").unlink()
+    raw = draw_mask(tmp_path / f"{mask}_labelIds.png", SIZE, [0, 7, 26, 33], seed=2)
+    for value, name in ((7, "road"), (26, "car"), (33, "bicycle")):
+        assert (dataset[0].mask[raw == value] == dataset.classes.index(name)).all()
+    assert (dataset[0].mask[raw == 0] == 255).all()
+
+
+def test_class_lists_are_of_the_right_length_and_name_nothing_twice():
+    counts = {"voc2012": 21, "context": 60, "context59": 59, "coco_object": 81, "coco_stuff": 171, "ade20k": 150}
+    counts["cityscapes"] = 19
+    for kind, layout in LAYOUTS.items():
+        assert len(layout.classes) == len(set(layout.classes)) == counts[kind]
+
+
+def test_mask_drawn_on_the_stored_photo_or_on_the_upright_one(plain):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    photo = Image.open(plain / "images" / "photo0.jpg")
+    photo.save(plain / "images" / "photo0.jpg", exif=exif)
+    dataset = open_dataset("plain", plain)
+    assert dataset[0].image.size == (64, 48)
+    draw_mask(plain / "masks" / "photo0.png", (48, 64), [0, 1], seed=0)
+    assert dataset[0].image.size == (48, 64)
+
+
+def fail(kind: str, root: Path, split: str = "val", index: int = 0) -> str:
+    with pytest.raises(UserError) as caught:
+        open_dataset(kind, root, split)[index]
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_errors_of_the_plain_layout(plain):
+    assert "unknown data set layout 'voc'" in fail("voc", plain)
+    assert "did you mean 'ade20k'" in fail("ade", plain) or "choose from" in fail("ade", plain)
+    assert fail("plain", plain.parent / "shape").endswith("(did you mean 'shapes'?)")
+    message = fail("plain", plain, "vall")
+    assert "splits/vall.txt is missing" in message and "did you mean 'val'" in message
+
+    draw_mask(plain / "masks" / "photo0.png", (64, 47), [0], seed=0)
+    message = fail("plain", plain)
+    assert "photo0.png: mask of 64 x 47 for a photo of 64 x 48" in message
+
+    draw_mask(plain / "masks" / "photo0.png", (64, 48), [7], seed=0)
+    assert "id 7 has no class; expected 0 to 3 ('red car') or 255" in fail("plain", plain)
+
+    Image.new("RGB", (64, 48)).save(plain / "masks" / "photo0.png")
+    assert "a mask holds class ids" in fail("plain", plain)
+
+    (plain / "masks" / "photo0.png").write_bytes(b"\x89PNG no")
+    assert "photo0.png: damaged mask" in fail("plain", plain)
+
+    (plain / "masks" / "photo0.png").unlink()
+    assert "no mask" in fail("plain", plain)
+
+    (plain / "images" / "photo1.jpg").write_bytes((plain / "images" / "photo1.jpg").read_bytes()[:300])
+    assert "photo1.jpg: damaged picture" in fail("plain", plain, index=1)
+
+    (plain / "images" / "photo2.jpg").unlink()
+    assert "no photo" in fail("plain", plain, index=2)
+
+    (plain / "splits" / "empty.txt").write_text("\n")
+    assert "empty.txt is empty" in fail("plain", plain, "empty")
+    (plain / "classes.txt").write_text("cat\ndog\ncat\n")
+    assert "class 'cat' is named twice" in fail("plain", plain)
+    (plain / "classes.txt").write_text("cat\n\ndog\n")
+    assert "line 2 is empty" in fail("plain", plain)
+    (plain / "classes.txt").unlink()
+    assert "no file" in fail("plain", plain)
+    shutil.rmtree(plain / "masks")
+    assert "the plain layout has images/, masks/" in fail("plain", plain)
+
+
+def test_errors_of_the_standard_layouts(tmp_path):
+    assert "JPEGImages, where voc2012 keeps its photos" in fail("voc2012", tmp_path)
+    build(tmp_path, "images/validation/a.jpg", "annotations/validation/a.png", [1])
+    message = fail("ade20k", tmp_path, "vall")
+    assert "for split 'vall'" in message and "did you mean 'val'" in message
+    (tmp_path / "annotations/validation/a.png").unlink()
+    assert "no mask a.png in" in fail("ade20k", tmp_path)
+    shutil.rmtree(tmp_path / "annotations")
+    assert "annotations/validation, where ade20k keeps its masks" in fail("ade20k", tmp_path)
+    build(tmp_path, "JPEGImages/a.jpg", "elsewhere/a.png", [1], "ImageSets/SegmentationContext/val.txt")
+    assert "pascal_context.py makes them" in fail("context", tmp_path)
+
+
+def test_every_kind_is_documented():
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    assert all(f"`{kind}`" in page for kind in KINDS)
