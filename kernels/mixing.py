@@ -19,6 +19,7 @@ CONFIGS = {
     90: Config({"BLOCK_ROWS": 16}, num_warps=4),
     100: Config({"BLOCK_ROWS": 16}, num_warps=4),
 }
+PLAN_BLOCK = 128
 CANDIDATES = [Config({"BLOCK_ROWS": rows}, num_warps=warps) for rows in (4, 8, 16, 32, 64) for warps in (2, 4, 8)]
 
 
@@ -114,6 +115,59 @@ def _blend_backward_kernel(
         tl.store(grad_original_row[:, None] + channel, (alpha * grad).to(dtype), mask=mask)
 
 
+@triton.jit
+def _preceding(key, member, key0, key1, key2, key3, first, group_size):
+    """How many of the members first .. first + 3 come before `member`: smaller key, ties by number."""
+    count = ((key0 < key) | ((key0 == key) & (first < member))).to(tl.int32)
+    count += (((key1 < key) | ((key1 == key) & (first + 1 < member))) & (first + 1 < group_size)).to(tl.int32)
+    count += (((key2 < key) | ((key2 == key) & (first + 2 < member))) & (first + 2 < group_size)).to(tl.int32)
+    count += (((key3 < key) | ((key3 == key) & (first + 3 < member))) & (first + 3 < group_size)).to(tl.int32)
+    return count
+
+
+@triton.jit
+def _store_member(source_ptr, inverse_ptr, group, member, rank, patch, group_size, patches):
+    mask = (member < group_size) & (patch < patches)
+    image, place = group * group_size + member, group * group_size + rank
+    tl.store(inverse_ptr + image * patches + patch, place.to(tl.int32), mask=mask)
+    tl.store(source_ptr + place * patches + patch, image.to(tl.int32) + tl.zeros_like(rank), mask=mask)
+
+
+@triton.jit(do_not_specialize=["first_group"])
+def _sample_plan_kernel(
+    seed_ptr,
+    source_ptr,
+    inverse_ptr,
+    first_group,
+    group_size,
+    patches,
+    BLOCK_PATCHES: tl.constexpr,
+):
+    """Four members of a group at a block of patches: the rank of a member's random key is its place."""
+    blocks, quads = tl.cdiv(patches, BLOCK_PATCHES), tl.cdiv(group_size, 4)
+    program = tl.program_id(0)
+    patch = program % blocks * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
+    quad = program // blocks % quads
+    group = (program // (blocks * quads)).to(tl.int64)
+    seed = tl.load(seed_ptr)
+    number = group + first_group
+    low, high = number.to(tl.int32), (number >> 32).to(tl.int32)
+    key0, key1, key2, key3 = tl.philox(seed, patch, quad, low, high)
+    rank0 = tl.zeros((BLOCK_PATCHES,), tl.int32)
+    rank1, rank2, rank3 = rank0, rank0, rank0
+    first = 4 * quad
+    for other in range(0, quads):
+        other0, other1, other2, other3 = tl.philox(seed, patch, other, low, high)
+        rank0 += _preceding(key0, first, other0, other1, other2, other3, 4 * other, group_size)
+        rank1 += _preceding(key1, first + 1, other0, other1, other2, other3, 4 * other, group_size)
+        rank2 += _preceding(key2, first + 2, other0, other1, other2, other3, 4 * other, group_size)
+        rank3 += _preceding(key3, first + 3, other0, other1, other2, other3, 4 * other, group_size)
+    _store_member(source_ptr, inverse_ptr, group, first, rank0, patch, group_size, patches)
+    _store_member(source_ptr, inverse_ptr, group, first + 1, rank1, patch, group_size, patches)
+    _store_member(source_ptr, inverse_ptr, group, first + 2, rank2, patch, group_size, patches)
+    _store_member(source_ptr, inverse_ptr, group, first + 3, rank3, patch, group_size, patches)
+
+
 def _channel_block(channels: int) -> int:
     """The largest power of two up to 128 that divides `channels`, so that no lane is masked; 128 where only small ones
     do (384 -> 128, 100 -> 128)."""
@@ -172,6 +226,18 @@ def blend_backward(grad: Tensor, source: Tensor, alpha: float) -> tuple[Tensor, 
     return grad_mixed, grad_original
 
 
+def sample_plan(seed: Tensor, first_group: int, batch: int, patches: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """`source` and `inverse` int32 ``[B, N]`` under the key `seed` (0-d int64, read on the device)."""
+    source, inverse = (torch.empty((batch, patches), dtype=torch.int32, device=seed.device) for _ in range(2))
+    programs = batch // group_size * triton.cdiv(group_size, 4) * triton.cdiv(patches, PLAN_BLOCK)
+    if programs:
+        with on_device(seed):
+            _sample_plan_kernel[(programs,)](
+                seed, source, inverse, first_group, group_size, patches, BLOCK_PATCHES=PLAN_BLOCK, num_warps=4
+            )
+    return source, inverse
+
+
 def signatures(architecture: int) -> list[KernelVariant]:
     """The variants at the model's width (C = 384)."""
     config = CONFIGS[architecture]
@@ -205,4 +271,9 @@ def signatures(architecture: int) -> list[KernelVariant]:
         ):
             name = f"mixing.{kernel.__name__.strip('_').removesuffix('_kernel')}[{dtype}, C=384]"
             variants.append(KernelVariant(name, kernel, signature, constexprs, config.num_warps, config.num_stages))
+    plan = {"seed_ptr": "*i64:16", **dict.fromkeys(("source_ptr", "inverse_ptr"), "*i32:16")}
+    plan |= {"first_group": "i64", "group_size": "i32", "patches": "i32"}
+    variants.append(
+        KernelVariant("mixing.sample_plan", _sample_plan_kernel, plan, {"BLOCK_PATCHES": PLAN_BLOCK}, 4, num_stages=3)
+    )
     return variants

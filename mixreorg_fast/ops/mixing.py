@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import Impl, choose, triton_reasons
-from .philox import philox
+from .philox import philox, seed_tensor
 
 
 @dataclass(frozen=True)
@@ -39,32 +39,26 @@ class MixPlan:
         device: torch.device | str | None = None,
         seed: int | Tensor | None = None,
         first_group: int = 0,
+        impl: Impl = "auto",
     ) -> MixPlan:
         """Draw a plan on `device`, without synchronising with the host.
 
-        With `seed` (int or 0-d int64 tensor) the plan is a pure function of (seed, first_group + group, position), so
-        that any number of ranks draws the same; otherwise the seed is drawn from `generator`.
+        With `seed` (int or 0-d int64 tensor) the plan is a pure function of (seed, first_group + group, position), the
+        same from every `impl`, so that any number of ranks draws the same; otherwise the seed is drawn from
+        `generator`. `device` defaults to that of `seed` or `generator`, else the CPU.
 
         Raises:
-            ValueError: `group_size` does not divide `batch`, or is below 1.
+            ValueError: `group_size` does not divide `batch`, or is below 1. RuntimeError: `impl` cannot run there.
         """
-        if group_size < 1 or batch % group_size:
-            raise ValueError(f"a batch of {batch} images does not split into mixing groups of {group_size}")
+        _check_groups(batch, group_size)
         if device is None:
-            device = generator.device if generator is not None else "cpu"
+            device = next((x.device for x in (seed, generator) if isinstance(x, (Tensor, torch.Generator))), "cpu")
         if seed is None:
             seed = torch.randint(2**62, (), generator=generator, device=device)
-        groups = batch // group_size
-        group = first_group + torch.arange(groups, device=device)[:, None, None]
-        position = torch.arange(patches, device=device)
-        call = torch.arange((group_size + 3) // 4, device=device)[:, None]
-        # One Philox call gives the sort keys of four images: [groups, 4 * calls, N]
-        keys = torch.stack(philox(seed, position, call, group & 0xFFFFFFFF, group >> 32), dim=2).flatten(1, 2)
-        order = keys[:, :group_size].argsort(dim=1, stable=True)
-        offset = torch.arange(groups, device=device)[:, None, None] * group_size
-        source = (order + offset).flatten(0, 1).int()
-        inverse = (order.argsort(dim=1) + offset).flatten(0, 1).int()
-        return cls(source, inverse, group_size)
+        seed = seed_tensor(seed, torch.device(device))
+        kernel = choose("MixPlan.sample", impl, {"triton": lambda: triton_reasons(seed), "torch": list}, (seed,))
+        draw = _sample_plan if kernel == "triton" else sample_plan_reference
+        return cls(*draw(seed, first_group, batch, patches, group_size), group_size)
 
     @classmethod
     def from_source(cls, source: Tensor, group_size: int) -> MixPlan:
@@ -77,8 +71,7 @@ class MixPlan:
         if source.dim() != 2:
             raise ValueError(f"source must be [B, N], got {list(source.shape)}")
         batch, patches = source.shape
-        if group_size < 1 or batch % group_size:
-            raise ValueError(f"a batch of {batch} images does not split into mixing groups of {group_size}")
+        _check_groups(batch, group_size)
         offset = torch.arange(0, batch, group_size, device=source.device)[:, None, None]
         order = source.long().view(-1, group_size, patches) - offset
         within = torch.arange(group_size, device=source.device)[:, None]
@@ -89,6 +82,25 @@ class MixPlan:
 
     def to(self, device: torch.device | str) -> MixPlan:
         return MixPlan(self.source.to(device), self.inverse.to(device), self.group_size)
+
+
+def sample_plan_reference(
+    seed: int | Tensor, first_group: int, batch: int, patches: int, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """`source` and `inverse` of a plan: at each position the group's images in the order of their random keys.
+
+    One Philox call under the key `seed` and the counter (position, quad, group's low and high half) gives the keys of
+    the images ``4 * quad .. 4 * quad + 3`` of a group.
+    """
+    device = seed.device if isinstance(seed, Tensor) else None
+    groups = torch.arange(batch // group_size, device=device)[:, None, None]
+    position = torch.arange(patches, device=device)
+    quad = torch.arange((group_size + 3) // 4, device=device)[:, None]
+    number = first_group + groups
+    keys = torch.stack(philox(seed, position, quad, number & 0xFFFFFFFF, number >> 32), dim=2).flatten(1, 2)
+    order = keys[:, :group_size].argsort(dim=1, stable=True)  # [groups, K, N]
+    source, inverse = (groups * group_size + index for index in (order, order.argsort(dim=1)))
+    return source.flatten(0, 1).int(), inverse.flatten(0, 1).int()
 
 
 def patch_mix_reference(x: Tensor, source: Tensor) -> Tensor:
@@ -154,6 +166,11 @@ def _gather(op: str, x: Tensor, plan: MixPlan, source: Tensor, inverse: Tensor, 
     return _Gather.apply(x, source, inverse)
 
 
+def _check_groups(batch: int, group_size: int) -> None:
+    if group_size < 1 or batch % group_size:
+        raise ValueError(f"a batch of {batch} images does not split into mixing groups of {group_size}")
+
+
 def _check(op: str, x: Tensor, plan: MixPlan) -> None:
     if x.dim() != 3 or x.shape[:2] != plan.source.shape:
         raise ValueError(f"{op}: x must be [B, N, C] with [B, N] = {list(plan.source.shape)}, got {list(x.shape)}")
@@ -173,7 +190,19 @@ class _Gather(torch.autograd.Function):
         return _Gather.apply(grad, inverse, source), None, None
 
 
-# The Triton path. Each op is its own adjoint's adjoint, so second derivatives come for free.
+# The Triton path. The adjoint of each op is registered with it as its own adjoint: second derivatives come for free.
+
+
+@torch.library.custom_op("mixreorg::sample_plan", mutates_args=())
+def _sample_plan(seed: Tensor, first_group: int, batch: int, patches: int, group_size: int) -> tuple[Tensor, Tensor]:
+    from ..kernels.mixing import sample_plan
+
+    return sample_plan(seed, first_group, batch, patches, group_size)
+
+
+@_sample_plan.register_fake
+def _(seed: Tensor, first_group: int, batch: int, patches: int, group_size: int) -> tuple[Tensor, Tensor]:
+    return tuple(seed.new_empty((batch, patches), dtype=torch.int32) for _ in range(2))
 
 
 @torch.library.custom_op("mixreorg::patch_gather", mutates_args=())

@@ -14,16 +14,20 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    """`seed` as a 0-d int64 tensor on `device`, as kernels read it; an int's 64 bits, without synchronising."""
+    if isinstance(seed, Tensor):
+        return seed.to(device, torch.int64).reshape(())
+    return torch.full((), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+
+
 def philox(seed: int | Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four uint32 numbers for each counter ``(c0, c1, c2, c3)`` under the 64-bit key `seed`.
 
     Counters are int64 tensors in ``[0, 2**32)`` that broadcast against one another; `seed` is an int or a 0-d int64
     tensor (read where it lives, no synchronisation). Results are int64 tensors in ``[0, 2**32)``.
     """
-    if isinstance(seed, Tensor):
-        k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    else:
-        k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
     for _ in range(10):
         high0, low0 = _multiply(c0, _MULTIPLIERS[0])

@@ -105,6 +105,7 @@ def test_gradcheck_of_the_references(device):
 def test_registration_passes_opcheck(device):
     mixed, original, plan = make((2, 3, 4, 2), torch.float32, device)
     mixed, original = mixed.clone().requires_grad_(), original.requires_grad_()
+    torch.library.opcheck(mixing._sample_plan, (torch.tensor(3, device=device), 5, 2, 3, 2))
     torch.library.opcheck(mixing._patch_gather, (mixed, plan.source, plan.inverse))
     torch.library.opcheck(mixing._patch_blend, (mixed, original, plan.source, 0.3))
     torch.library.opcheck(mixing._patch_blend_backward, (mixed, plan.source, 0.3))
@@ -126,3 +127,50 @@ def test_errors_name_what_is_wrong(device):
         ops.patch_blend(x, other.half(), plan, 0.5)
     with pytest.raises(RuntimeError, match=r"patch_restore: impl='triton' cannot run on float64 \[2, 3, 4\].*dtype"):
         ops.patch_restore(x.double(), plan, impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("batch", "patches", "group_size"),
+    [(8, 196, 4), (5, 7, 1), (14, 3, 7), (66, 5, 33)],  # the model's; the identity; a prime; many Philox calls
+)
+def test_both_implementations_draw_the_same_plan(batch, patches, group_size, device, poisoned_memory):
+    for seed, first_group in ((3, 0), (-(2**40) - 1, 2**33 + 5)):
+        expected = MixPlan.sample(
+            batch, patches, group_size, seed=seed, first_group=first_group, device=device, impl="torch"
+        )
+        tensor = torch.tensor(seed, device=device)
+        plan = MixPlan.sample(batch, patches, group_size, seed=tensor, first_group=first_group, impl="triton")
+        for got, truth in ((plan.source, expected.source), (plan.inverse, expected.inverse)):
+            assert got.dtype == truth.dtype == torch.int32
+            assert torch.equal(got, truth)
+        checked = MixPlan.from_source(plan.source, group_size)  # a bijection
+        assert torch.equal(checked.inverse, plan.inverse)
+
+
+def test_a_plan_depends_on_the_global_group_alone(device):
+    whole = MixPlan.sample(12, 5, 3, seed=9, device=device)
+    part = MixPlan.sample(6, 5, 3, seed=9, first_group=2, device=device)
+    assert torch.equal(part.source + 6, whole.source[6:])
+    assert not torch.equal(whole.source, MixPlan.sample(12, 5, 3, seed=10, device=device).source)
+    assert (whole.labels == whole.source % 3).all()
+
+
+def test_every_permutation_is_as_likely_as_another(device):
+    plan = MixPlan.sample(3, 60_000, 3, seed=1, device=device)
+    code = (plan.source * torch.tensor([[9], [3], [1]], device=device)).sum(dim=0)
+    counts = code.bincount()
+    counts = counts[counts > 0].double()
+    assert len(counts) == 6
+    assert ((counts - 10_000) ** 2 / 10_000).sum() < 25  # chi-square with 5 degrees of freedom: p < 1e-4
+
+
+def test_plans_are_refused_with_a_reason(device):
+    with pytest.raises(ValueError, match="a batch of 6 images does not split into mixing groups of 4"):
+        MixPlan.sample(6, 5, 4, device=device)
+    source = MixPlan.sample(4, 5, 2, seed=0, device=device).source
+    with pytest.raises(ValueError, match="no bijection"):
+        MixPlan.from_source(source.clone().fill_(1), 2)
+    with pytest.raises(ValueError, match="no bijection"):
+        MixPlan.from_source(source.roll(2, dims=0), 2)  # permutations, but of another group's images
+    with pytest.raises(ValueError, match=r"source must be \[B, N\], got \[20\]"):
+        MixPlan.from_source(source.flatten(), 2)
