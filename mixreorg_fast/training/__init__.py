@@ -1,0 +1,1 @@
+"""Training under DeepSpeed: one module a concern, strung together in :mod:`.trainer`."""

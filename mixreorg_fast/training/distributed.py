@@ -1,0 +1,100 @@
+"""Ranks and devices: the same code under ``deepspeed``, ``torchrun`` and plain ``python``."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ..errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def initialise() -> World:
+    """Join the process group that the launcher's environment describes, or one of a single process.
+
+    NCCL with one GPU per local rank where there are GPUs, else gloo on the CPU.
+
+    Raises:
+        UserError: DeepSpeed is missing, or a node has fewer GPUs than ranks.
+    """
+    if "RANK" not in os.environ:  # plain `python train.py`; without these DeepSpeed looks for mpi4py
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in alone.items()}, MASTER_ADDR="127.0.0.1")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        # Launchers set one thread per rank; the cores of the node are there to be shared out.
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    deepspeed = import_deepspeed()
+    if not dist.is_initialized():
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def import_deepspeed():
+    """The deepspeed module, its chatter silenced.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(f"training needs DeepSpeed: pip install 'mixreorg-fast[train]' ({error})") from None
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    return deepspeed
+
+
+def on_main(world: World, function: Callable[[], T]) -> T:
+    """Run `function` on rank 0 alone and give every rank its result, or its :class:`UserError`."""
+    answer: list = [None, None]
+    if world.is_main:
+        try:
+            answer[0] = function()
+        except UserError as error:
+            answer[1] = str(error)
+    if world.size > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
+
+
+def mean_over_ranks(values: torch.Tensor, world: World) -> list[float]:
+    """Mean of a small tensor over all ranks, read on the host (this synchronises)."""
+    if world.size > 1:
+        dist.all_reduce(values)
+        values = values / world.size
+    return values.tolist()

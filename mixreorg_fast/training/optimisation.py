@@ -1,0 +1,63 @@
+"""Learning rate, parameter groups, and what DeepSpeed is told."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import Config
+
+
+def learning_rate(step: int, *, steps: int, warmup: int, peak: float, floor: float) -> float:
+    """Linear warm-up to `peak`, then half a cosine down to `floor`; `step` counts from 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def schedule_length(config: Config, samples: int) -> tuple[int, int]:
+    """Optimizer steps of the whole run and of its warm-up, for a training set of `samples`."""
+    per_epoch = samples / config.train.batch
+    steps = config.train.steps or max(1, math.ceil(config.train.epochs * per_epoch))
+    if config.train.warmup_steps is not None:
+        return steps, min(config.train.warmup_steps, steps)
+    # A run shorter than its usual warm-up warms up for a tenth of its steps.
+    return steps, min(round(config.train.warmup_epochs * per_epoch), steps // 10)
+
+
+def optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """AdamW; biases, normalisations, learned tokens and the temperature are not decayed."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.dim() >= 2 and not name.endswith(("tokens.weight", "positions.weight"))
+        (decayed if is_matrix and "embedding" not in name else free).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.train.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    fused = next(model.parameters()).is_cuda
+    return torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas, fused=fused)
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a run on `world_size` ranks.
+
+    Parameters stay fp32 and activations are cast by the model itself, so DeepSpeed runs in fp32 for either precision.
+    """
+    zero: dict[str, Any] = {"stage": config.deepspeed.zero_stage}
+    if config.deepspeed.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.deepspeed.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    settings = {
+        "train_micro_batch_size_per_gpu": config.micro_batch(world_size),
+        "gradient_accumulation_steps": config.train.accumulation,
+        "gradient_clipping": config.train.clip,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    extra = dict(config.deepspeed.options)
+    zero.update(extra.pop("zero_optimization", {}))
+    return {**settings, **extra}

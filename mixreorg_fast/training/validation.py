@@ -1,0 +1,105 @@
+"""Zero-shot scores and pictures of the model in training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..config import Config
+from ..data.loader import ValidationLoader, validation_shards
+from ..data.shards import ShardSet
+from ..data.tokenizer import Tokenizer
+from ..evaluation.datasets import open_dataset
+from ..evaluation.pictures import dataset_figure, mixing_figure
+from ..evaluation.prompts import text_classifier
+from ..evaluation.retrieval import retrieval_at_1
+from ..evaluation.zero_shot import Segmenter, Settings, evaluate, settings_for
+from ..models import GroupViT
+from .distributed import World
+
+
+def evaluation_model(backbone: GroupViT, state: dict[str, Tensor], world: World) -> GroupViT:
+    """A copy of the backbone with the tensors of `state`, apart from the engine that owns the parameters."""
+    model = GroupViT(backbone.config, backbone.mean, backbone.std, tokenizer=backbone.tokenizer)
+    model.load_state_dict(copy.copy(state))
+    return model.to(world.device).eval()
+
+
+def score(model: GroupViT, config: Config, tokenizer: Tokenizer, world: World, *, limit: int | None) -> dict[str, Any]:
+    """Zero-shot mIoU per data set and, with validation shards, retrieval R@1; call on every rank.
+
+    Args:
+        limit: images per data set; None: each data set's own limit.
+    """
+    scores: dict[str, Any] = {}
+    for entry in config.eval.datasets:
+        dataset = open_dataset(entry.dataset, entry.root, entry.split)
+        settings = Settings.from_config(config.eval, entry.background_threshold)
+        images = min(filter(None, (limit, entry.limit)), default=None)
+        scores[entry.name] = evaluate(model, tokenizer, dataset, settings, images, progress=limit is None)
+    shards = validation_shards(config)
+    if shards is not None:
+        scores["retrieval"] = retrieval_at_1(model, _pairs(config, tokenizer, shards, world, limit))
+    return scores
+
+
+def _pairs(
+    config: Config, tokenizer: Tokenizer, shards: ShardSet, world: World, limit: int | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's images and token ids; `limit`: about so many pairs over all ranks."""
+    loader = ValidationLoader(
+        config, tokenizer, shards, micro_batch=64, rank=world.rank, world_size=world.size, device=world.device
+    )
+    try:
+        seen = 0
+        for batch in loader:
+            yield batch.images, batch.ids
+            seen += len(batch.ids) * world.size
+            if limit is not None and seen >= limit:
+                break
+    finally:
+        loader.close()
+
+
+def headline(scores: dict[str, Any]) -> dict[str, float]:
+    """The one figure of each score: mIoU, or R@1 both ways."""
+    figures = {f"{name}_mIoU": value["mIoU"] for name, value in scores.items() if "mIoU" in value}
+    for direction in ("image_to_text", "text_to_image"):
+        if direction in scores.get("retrieval", {}):
+            figures[f"{direction}_R@1"] = scores["retrieval"][direction]
+    return figures
+
+
+def draw(model: GroupViT, config: Config, tokenizer: Tokenizer, images: Tensor, run: Path) -> None:
+    """``segmentation.png`` of the first data set, and ``mixing.png`` of training `images` ``[B, 3, H, W]``."""
+    if config.eval.datasets:
+        entry = config.eval.datasets[0]
+        dataset = open_dataset(entry.dataset, entry.root, entry.split)
+        settings = settings_for(Settings.from_config(config.eval, entry.background_threshold), dataset)
+        texts = text_classifier(model, tokenizer, dataset.prompts, settings.templates)
+        dataset_figure(Segmenter(model, texts, settings), dataset, run / "segmentation.png")
+    group = config.mixing.group_size
+    images = images[: len(images) // group * group][: max(group, 4 // group * group)].float().cpu()
+    if len(images):
+        patches = patchify(images, config.model.patch_size)
+        plan = ops.MixPlan.sample(*patches.shape[:2], group, seed=config.seed)
+        mixed = ops.patch_mix(patches, plan)
+        restored = ops.patch_restore(mixed, plan)
+        back = [unpatchify(x, config.model.patch_size, images.shape[2]) for x in (mixed, restored)]
+        mixing_figure(images, *back, run / "mixing.png", model.mean, model.std)
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """Pixels of each patch, ``[B, N, 3 * patch * patch]`` of images ``[B, 3, H, W]``."""
+    return torch.nn.functional.unfold(images, patch, stride=patch).mT.contiguous()
+
+
+def unpatchify(patches: Tensor, patch: int, size: int) -> Tensor:
+    """The inverse of :func:`patchify` for square images of `size` pixels."""
+    return torch.nn.functional.fold(patches.mT, size, patch, stride=patch)

@@ -1,0 +1,31 @@
+"""Data parallelism changes nothing: every engine against one process with the whole batch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .parity_worker import cases
+
+pytest.importorskip("deepspeed")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def deviations(tmp_path_factory):
+    out = tmp_path_factory.mktemp("parity") / "deviations.json"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command = [*launch, "tests.training.parity_worker", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("name", [case["name"] for case in cases()])
+def test_two_ranks_equal_one(deviations, name):
+    measured = deviations[name]
+    assert measured["loss"] < 1e-5, measured
+    assert measured["gradient"] < 1e-5, measured
+    assert measured["buffer"] < 1e-6, measured
