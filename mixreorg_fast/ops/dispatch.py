@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -18,6 +18,22 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # Where the ledger (docs/performance.md) shows PyTorch ahead of the kernel: op -> whether these inputs are such a case.
 PYTORCH_WINS: dict[str, Callable[..., bool]] = {}
+
+
+class UnknownImplementation(ValueError):
+    """`impl` names none of the op's implementations, which `known` lists."""
+
+    def __init__(self, op: str, impl: str, known: Iterable[str]) -> None:
+        self.known = tuple(known)
+        super().__init__(f"{op}: impl must be 'auto' or one of {', '.join(map(repr, self.known))}, got {impl!r}")
+
+
+class CannotRun(RuntimeError):
+    """A forced implementation cannot run on its inputs; `reasons` lists why."""
+
+    def __init__(self, message: str, reasons: Sequence[str]) -> None:
+        super().__init__(f"{message}: {'; '.join(reasons)}")
+        self.reasons = list(reasons)
 
 
 def triton_reasons(*tensors: Tensor) -> list[str]:
@@ -45,15 +61,15 @@ def choose(op: str, impl: str, reasons: Mapping[str, Callable[[], list[str]]], i
     With "auto" the first one without reasons is taken; a forced one that has reasons raises.
 
     Raises:
-        ValueError: `impl` is no known implementation.
-        RuntimeError: the forced implementation (or, with "auto", every one) cannot run; every reason is listed.
+        UnknownImplementation: `impl` is no implementation of this op.
+        CannotRun: the forced implementation (or, with "auto", every one) cannot run; every reason is listed.
     """
     if impl != "auto":
         if impl not in reasons:
-            raise ValueError(f"{op}: impl must be 'auto' or one of {', '.join(map(repr, reasons))}, got {impl!r}")
+            raise UnknownImplementation(op, impl, reasons)
         problems = reasons[impl]()
         if problems:
-            raise RuntimeError(f"{op}: impl='{impl}' cannot run on {describe(inputs)}: {'; '.join(problems)}")
+            raise CannotRun(f"{op}: impl='{impl}' cannot run on {describe(inputs)}", problems)
         return impl
     refusals = []
     for name, not_supported_reasons in reasons.items():
@@ -61,7 +77,7 @@ def choose(op: str, impl: str, reasons: Mapping[str, Callable[[], list[str]]], i
         if not problems:
             return name
         refusals.append(f"{name}: {'; '.join(problems)}")
-    raise RuntimeError(f"{op}: no implementation can run on {describe(inputs)}: {' | '.join(refusals)}")
+    raise CannotRun(f"{op}: no implementation can run on {describe(inputs)}", refusals)
 
 
 def _passed_over(op: str, inputs: Sequence[Tensor]) -> list[str]:

@@ -1,0 +1,156 @@
+"""What this installation can use: the libraries, each op's implementations, and with --kernels their resources."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__, ops
+from .errors import UserError
+from .ops.dispatch import TRITON_INSTALLED, CannotRun, UnknownImplementation
+
+# What is asked about -> the module that must be importable, and the distributions that bring it, any of them.
+LIBRARIES = {
+    "Triton": ("triton", ("triton",)),
+    "xformers": ("xformers", ("xformers",)),
+    "DALI": ("nvidia.dali", ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")),
+    "DeepSpeed": ("deepspeed", ("deepspeed",)),
+    "transformers": ("transformers", ("transformers",)),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="registers, spills and shared memory of every Triton kernel, compiled offline per architecture",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    rows = [("mixreorg_fast", __version__), ("Python", platform.python_version()), ("torch", torch.__version__)]
+    rows += [("CUDA", cuda()), *((name, library(*where)) for name, where in LIBRARIES.items())]
+    print(table(rows))
+    print("\nops on " + ("CUDA" if torch.cuda.is_available() else "the CPU"))
+    print(table([(op, name, reasons) for op, name, reasons in implementations()]))
+    if args.kernels:
+        columns = ("kernel", "sm", "warps", "registers", "spilled bytes", "shared bytes")
+        print("\n" + table([columns, *(tuple(map(str, row.values())) for row in kernel_resources())]))
+    return 0
+
+
+def cuda() -> str:
+    """The GPUs, or why there are none."""
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            return "no: this PyTorch is built without CUDA"
+        return f"no: PyTorch is built for CUDA {torch.version.cuda}, but there is no usable device"
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    names = ", ".join(f"{device.name} (sm_{device.major}{device.minor})" for device in devices)
+    return f"{torch.version.cuda}, {names}"
+
+
+def library(module: str, distributions: Sequence[str]) -> str:
+    """The installed version; nothing is imported."""
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a parent package is missing
+        found = False
+    if not found:
+        return "no: not installed"
+    for distribution in distributions:
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "yes"
+
+
+def implementations() -> list[tuple[str, str, str]]:
+    """(op, implementation, "yes" or why not), found by forcing each one on fake tensors: nothing is computed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    with FakeTensorMode(), device:
+        for op, call in _calls(device).items():
+            for name in _implementations_of(call):
+                try:
+                    call(name)
+                    rows.append((op, name, "yes"))
+                except CannotRun as error:
+                    rows.append((op, name, "no: " + "; ".join(error.reasons)))
+    return rows
+
+
+def _implementations_of(call: Callable[[str], Any]) -> Sequence[str]:
+    try:
+        call("which?")
+    except UnknownImplementation as error:
+        return error.known
+    raise AssertionError("an op took an implementation that does not exist")
+
+
+def _calls(device: torch.device) -> dict[str, Callable[[str], Any]]:
+    """Every op on small inputs, waiting for the implementation's name."""
+    plan = ops.MixPlan.sample(4, 16, 4, device=device, impl="torch")
+    x, q, maps = torch.empty(4, 16, 64), torch.empty(4, 8, 64), torch.empty(4, 8, 4, 4)
+    first, second, texts = torch.empty(4, 8, 16), torch.empty(4, 8, 8), torch.empty(4, 64)
+    heads = torch.empty(4, 16, 2, 32)
+    return {
+        "MixPlan.sample": lambda impl: ops.MixPlan.sample(4, 16, 4, device=device, impl=impl),
+        "patch_mix": lambda impl: ops.patch_mix(x, plan, impl=impl),
+        "patch_restore": lambda impl: ops.patch_restore(x, plan, impl=impl),
+        "patch_blend": lambda impl: ops.patch_blend(x, x, plan, 0.5, impl=impl),
+        "grouping_attention": lambda impl: ops.grouping_attention(q, x, x, impl=impl),
+        "mixed_segmentation_loss": lambda impl: ops.mixed_segmentation_loss(
+            first, second, q, texts, plan, 1.0, impl=impl
+        ),
+        "contrastive_loss": lambda impl: ops.contrastive_loss(texts, texts, 1.0, impl=impl),
+        "decode_segments": lambda impl: ops.decode_segments(maps, q, (8, 8), impl=impl),
+        "attention": lambda impl: ops.attention(heads, heads, heads, impl=impl),
+    }
+
+
+def kernel_resources(architectures: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """Registers, spills and shared memory of every checked-in kernel variant, compiled in a process of its own.
+
+    Raises:
+        UserError: Triton is not installed.
+    """
+    if not TRITON_INSTALLED:
+        raise UserError("info --kernels: Triton is not installed; expected triton >= 3.6 (pip install triton)")
+    command = [sys.executable, "-m", "mixreorg_fast.kernels.report"]
+    if architectures:
+        command += ["--architectures", *map(str, architectures)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = str(Path(__file__).resolve().parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Left-aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+if __name__ == "__main__":
+    from .cli import main as command
+
+    sys.exit(command(["info", *sys.argv[1:]]))
