@@ -1,0 +1,154 @@
+"""The method: what is mixed, what is learned from it, and that none of it is left at test time."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mixreorg_fast import ops
+from mixreorg_fast.models import GroupViT, MixReorg
+from tests.tiny import fill, random_batch, tiny_config
+
+
+def module(**changes) -> MixReorg:
+    model = MixReorg(tiny_config(**changes))
+    fill(model)
+    return model
+
+
+def test_patches_that_carry_their_image_show_the_labels_and_come_back():
+    images, patches, group = 12, 49, 4
+    index = torch.arange(images)[:, None, None].expand(images, patches, 1).float()
+    plan = ops.MixPlan.sample(images, patches, group, seed=3)
+    mixed = ops.patch_mix(index, plan)
+    # The number found in a mixed patch is the image it came from, and its label that image's place in the group.
+    assert torch.equal(mixed[..., 0].long() % group, plan.labels)
+    assert torch.equal(mixed[..., 0].int(), plan.source)
+    assert torch.equal(mixed[..., 0] // group, index[..., 0] // group)  # never leaves its group
+    # Used exactly once: at each position the group's numbers are all there.
+    assert torch.equal(mixed.view(-1, group, patches).sort(dim=1).values, index.view(-1, group, patches))
+    assert torch.equal(ops.patch_restore(mixed, plan), index)
+
+
+def test_every_loss_and_their_sum():
+    model = module(loss={"restored": 0.7, "mixed": 0.3, "multi_label": 0.2})
+    out = model(random_batch(model.config, 8, nouns=2))
+    total = out["loss_original"] + 0.7 * out["loss_restored"] + 0.3 * out["loss_mixed"] + 0.2 * out["loss_multi_label"]
+    torch.testing.assert_close(out["loss"], total)
+    assert all(value.dim() == 0 and value.dtype == torch.float32 for value in out.values())
+    out["loss"].backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_baseline_is_the_original_branch_alone():
+    mixing, baseline = module(), module(model={"method": "groupvit"})
+    baseline.load_state_dict(mixing.state_dict())
+    batch = random_batch(mixing.config, 8)
+    out = baseline(batch)
+    assert "loss_mixed" not in out and "loss_restored" not in out
+    # Its noise and batch statistics are those of the original branch within the full method.
+    torch.testing.assert_close(out["loss_original"], mixing(batch)["loss_original"])
+    torch.testing.assert_close(out["loss"], out["loss_original"])
+
+
+def test_restoration_without_blending_or_blocks_between_returns_the_original():
+    """With identity blocks after mixing, restored patches are the originals, bit for bit."""
+    model = module(mixing={"blend": 0.0})
+    for block in model.backbone.image_encoder.stages[0].blocks[1:]:
+        block.forward = lambda x, keep: x
+    batch = random_batch(model.config, 8)
+    tokens = model._first_stage(batch, model._plan(batch))
+    original, mixed, restored = tokens.chunk(3)
+    patches = model.config.model.patches
+    assert torch.equal(restored[:, :patches], original[:, :patches])
+    assert not torch.equal(mixed[:, :patches], original[:, :patches])
+
+
+@pytest.mark.parametrize("method", ["mixreorg", "groupvit"])
+def test_nothing_of_training_reaches_evaluation(method):
+    """At test time an image's result depends on neither its neighbours, the seed, nor the mixing's settings."""
+    model = module(model={"method": method}).eval()
+    batch = random_batch(model.config, 8)
+    together = model.backbone.segments(batch.images)
+    for image in range(8):
+        alone = model.backbone.segments(batch.images[image : image + 1])
+        torch.testing.assert_close(alone.maps[0], together.maps[image])
+        torch.testing.assert_close(alone.embeddings[0], together.embeddings[image])
+    torch.manual_seed(1)
+    again = model.backbone.segments(batch.images)
+    assert torch.equal(again.maps, together.maps) and torch.equal(again.embeddings, together.embeddings)
+
+
+def test_shapes_and_weights_at_test_time_are_the_backbones():
+    learned = module(mixing={"group_tokens": "learned"})
+    baseline = GroupViT(learned.config.model)
+    assert {k: v.shape for k, v in learned.backbone.state_dict().items()} == {
+        k: v.shape for k, v in baseline.state_dict().items()
+    }
+    learned(random_batch(learned.config, 8))["loss"].backward()
+    assert all(tokens.weight.grad is not None for tokens in learned.branch_tokens)
+
+
+def test_randomness_is_a_function_of_seed_and_image_index():
+    model = module(model={"drop_path": 0.5})
+    batch = random_batch(model.config, 8)
+    first = model(batch)
+    assert torch.equal(first["loss"], model(batch)["loss"])
+    assert torch.equal(first["loss"], model(replace(batch, seed=torch.tensor(batch.seed)))["loss"])
+    assert not torch.equal(first["loss"], model(replace(batch, seed=batch.seed + 1))["loss"])
+    assert not torch.equal(first["loss"], model(replace(batch, first_image=8))["loss"])
+
+
+def test_batch_statistics_come_from_the_pooled_originals():
+    """Restored and mixed rows are normalised with them and leave no trace in the running averages."""
+    mixing, baseline = module(), module(model={"method": "groupvit"})
+    batch = random_batch(mixing.config, 8)
+    mixing(batch)
+    baseline(batch)
+    for name, value in baseline.named_buffers():
+        torch.testing.assert_close(mixing.get_buffer(name), value)
+    assert mixing.backbone.image_projection.norm.num_batches_tracked == 1
+
+
+def test_recomputed_activations_change_nothing():
+    plain = module(model={"drop_path": 0.3})
+    recomputing = module(model={"drop_path": 0.3}, train={"checkpoint_activations": True})
+    batch = random_batch(plain.config, 8)
+    for model in (plain, recomputing):
+        model(batch)["loss"].backward()
+    for (name, a), (_, b) in zip(plain.named_parameters(), recomputing.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+    for a, b in zip(plain.buffers(), recomputing.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bf16_is_near_fp32():
+    exact, half = module(), module(train={"precision": "bf16"})
+    batch = random_batch(exact.config, 8)
+    a, b = exact(batch), half(batch)
+    assert abs(a["loss"] - b["loss"]) < 0.05 * a["loss"]
+
+
+def test_a_tiny_batch_is_overfitted():
+    """Mixed-patch accuracy above 95 %, both contrastive losses near zero."""
+    torch.manual_seed(0)
+    model = MixReorg(
+        tiny_config(
+            model={"width": 48, "depths": [3, 1, 1], "groups": [8, 4], "gumbel": False, "hard_assignment": False},
+            mixing={"blend": 0.2},
+        )
+    )
+    batch = random_batch(model.config, 4)
+    # An image's patches share a look of their own, as those of a photo do.
+    batch.images = 0.3 * batch.images + torch.randn(4, 3, 1, 1, generator=torch.Generator().manual_seed(5))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(400):
+        out = model(replace(batch, seed=step))
+        optimizer.zero_grad()
+        out["loss"].backward()
+        optimizer.step()
+        done = out["mixed_accuracy"] > 0.98 and max(out["loss_original"], out["loss_restored"]) < 0.02
+        if done:
+            break
+    assert out["mixed_accuracy"] > 0.95, out
+    assert out["loss_original"] < 0.05 and out["loss_restored"] < 0.05, out
