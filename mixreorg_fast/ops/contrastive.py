@@ -1,13 +1,23 @@
-"""Symmetric image-text contrastive loss (InfoNCE) over the global batch (GroupViT, CVPR 2022, equations 9 to 11)."""
+"""Symmetric image-text contrastive loss (InfoNCE) over the global batch (GroupViT, CVPR 2022, equations 9 to 11).
+
+How the parts fit together (docs/losses.md has the maths): every rank gathers all features, finds the log-sum-exps of
+its own rows and columns of the logits, and gathers those too, a few numbers per sample. They are all that backward
+needs, so gradients are never communicated, and no B x B matrix exists at any time.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Impl, choose
+from .dispatch import Impl, autocast, choose, triton_reasons
+
+CHUNK_ELEMENTS = 2**24  # logits that the PyTorch path holds at a time
 
 
 def contrastive_loss_reference(image: Tensor, text: Tensor, logit_scale: Tensor | float) -> Tensor:
@@ -34,41 +44,236 @@ def contrastive_loss(
 ) -> Tensor:
     """``(image -> text + text -> image) / 2``, the mean over the global batch, the same on every rank.
 
+    With one text per image and ``logits = logit_scale * images @ texts.T`` of all ranks' rows::
+
+        labels = torch.arange(len(logits))
+        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+    With P prompts per image, image -> text has the mean of an image's prompts as its target, and text -> image is the
+    mean over all prompts.
+
     Args:
         image: ``[B, D]``, text: ``[B, D]`` or, several positive prompts per image (GroupViT's multi-label loss),
-            ``[B, P, D]``; L2-normalised by the caller; B equal on all ranks.
-        logit_scale: the multiplier of the cosines.
+            ``[B, P, D]``; L2-normalised by the caller; B equal on all ranks. fp32, bf16 or fp16; any strides. Under
+            autocast they are taken in its dtype, as in a matrix product.
+        logit_scale: the multiplier of the cosines, a number or a tensor of one element.
         process_group: None: the default group if torch.distributed is initialised, else this process alone.
     Returns:
-        0-d fp32. The gradient to `image` and `text` is world_size times the true one, so that the average over ranks
-        that data parallelism takes of parameter gradients is the gradient of the global batch's loss; the gradient to
-        `logit_scale` is the true one.
+        0-d fp32; products accumulate in fp32, all else is fp32. The same bits on every rank and from run to run.
+        Every gradient is world_size times this rank's share of the true one, so that the average over ranks that data
+        parallelism takes is the gradient of the global batch's loss: for `image` and `text`, whose rows are on one
+        rank alone, world_size times the true gradient; for `logit_scale` a share that becomes the true gradient with
+        the average. The gradient cannot be differentiated again.
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes or dtypes that do not fit together. RuntimeError: `impl` cannot run here.
     """
     if image.dim() != 2 or text.dim() not in (2, 3) or (text.shape[0], text.shape[-1]) != tuple(image.shape):
         raise ValueError(
             f"contrastive_loss: expected image [B, D] and text [B, D] or [B, P, D], got {list(image.shape)} and "
             f"{list(text.shape)}"
         )
-    choose("contrastive_loss", impl, {"torch": list})
-    image, text = image.float(), text.float()
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1:
-        image, text = _Gather.apply(image, process_group), _Gather.apply(text, process_group)
-    return contrastive_loss_reference(image, text, logit_scale)
+    image, text = autocast(image, text)
+    if image.dtype != text.dtype:
+        raise ValueError(f"contrastive_loss: image is {image.dtype}, text {text.dtype}; expected one dtype")
+    inputs = (image, text)
+    implementations = {"triton": lambda: triton_reasons(*inputs), "torch": list}
+    kernels = _TRITON if choose("contrastive_loss", impl, implementations, inputs) == "triton" else _TORCH
+    scale = multiplier(logit_scale, image.device)
+    texts = text.reshape(-1, text.shape[-1])  # [B * P, D]
+    prompts = text[0].numel() // text.shape[-1]
+
+    world, rank = 1, 0
+    if dist.is_available() and dist.is_initialized():
+        world, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
+    with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+        positives = _positives(image, texts, scale)
+        if world == 1:
+            all_images, all_texts = image, texts
+            image_lse, text_lse = kernels.log_sum_exp(image, texts, scale, True)
+        else:
+            all_images, all_texts = (_gather(x, world, process_group) for x in (image, texts))
+            image_lse, _ = kernels.log_sum_exp(image, all_texts, scale, False)
+            text_lse, _ = kernels.log_sum_exp(texts, all_images, scale, False)
+            image_lse, text_lse, positives = (
+                _gather(x, world, process_group) for x in (image_lse, text_lse, positives)
+            )
+        loss = (0.5 * (image_lse + text_lse.view(-1, prompts).mean(1)) - positives).mean()
+    return _Loss.apply(
+        image, texts, scale, loss, all_images, all_texts, image_lse, text_lse, prompts, world, rank, kernels
+    )
 
 
-class _Gather(torch.autograd.Function):
-    """All ranks' rows. Every rank then computes the same loss, so its gradient to the own rows is complete: backward
-    needs no communication, only the factor world_size that the averaging of parameter gradients takes away again."""
+def multiplier(logit_scale: Tensor | float, device: torch.device) -> Tensor:
+    """The multiplier as a 0-d tensor on `device`, fp32 (fp64 if it was), differentiable."""
+    if isinstance(logit_scale, Tensor):
+        return logit_scale.to(device, torch.promote_types(logit_scale.dtype, torch.float32)).reshape(())
+    return torch.full((), logit_scale, dtype=torch.float32, device=device)
+
+
+def _positives(image: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+    """The mean logit of each image with its own prompts, fp32 ``[B]``."""
+    products = texts.unflatten(0, (len(image), -1)).to(torch.float32, copy=True).mul_(image.unsqueeze(1))
+    return products.sum(-1).mean(1) * scale
+
+
+def _gather(x: Tensor, world: int, group: dist.ProcessGroup | None) -> Tensor:
+    """All ranks' rows."""
+    out = x.new_empty(world * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+class _Kernels(NamedTuple):
+    """What the loss is made of. Both work on any block of rows against any block of columns: a log-sum-exp over
+    columns that arrive in parts is the logaddexp of the parts', a gradient over columns in parts their sum.
+
+    log_sum_exp(rows, columns, scale, both): of the logits ``scale * rows @ columns.T``, over every row's columns and,
+        if `both`, over every column's rows (else empty), fp32.
+    gradient(rows, columns, row_lse, column_lse, scale, row_prompts, column_prompts, first_row, both): the gradients of
+        rows and, if `both`, of columns (else empty), fp32, but for the factor ``scale / (2 * B)``. Row r belongs to
+        sample ``(first_row + r) // row_prompts``, column c to sample ``c // column_prompts``.
+    """
+
+    log_sum_exp: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+    gradient: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, int, bool], tuple[Tensor, Tensor]]
+
+
+class _Loss(torch.autograd.Function):
+    """Hands the loss through and holds the log-sum-exps for its gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.world, ctx.rank, ctx.rows = dist.get_world_size(group), dist.get_rank(group), x.shape[0]
-        out = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ctx.world)]
-        dist.all_gather(out, x.contiguous(), group=group)
-        return torch.cat(out)
+    def forward(
+        ctx, image, texts, scale, loss, all_images, all_texts, image_lse, text_lse, prompts, world, rank, kernels
+    ):
+        ctx.save_for_backward(image, texts, scale, all_images, all_texts, image_lse, text_lse)
+        ctx.prompts, ctx.world, ctx.rank, ctx.kernels = prompts, world, rank, kernels
+        return loss.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad[ctx.rank * ctx.rows : (ctx.rank + 1) * ctx.rows] * ctx.world, None
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        image, texts, scale, all_images, all_texts, image_lse, text_lse = ctx.saved_tensors
+        images, samples = len(image), len(all_images)
+        first = ctx.rank * images
+        need_image, need_text, need_scale = ctx.needs_input_grad[:3]
+        grad_image = grad_text = grad_scale = None
+        factor = grad * (ctx.world / (2 * samples))
+        with torch.autocast(image.device.type, enabled=False):
+            if need_image or need_scale:
+                both = need_text and ctx.world == 1  # then one sweep over the logits gives both
+                own_lse = image_lse[first : first + images]
+                grad_image, grad_text = ctx.kernels.gradient(
+                    image, all_texts, own_lse, text_lse, scale, 1, ctx.prompts, first, both
+                )
+            if need_text and (ctx.world > 1 or grad_image is None):
+                first *= ctx.prompts
+                own_lse = text_lse[first : first + len(texts)]
+                grad_text, _ = ctx.kernels.gradient(
+                    texts, all_images, own_lse, image_lse, scale, ctx.prompts, 1, first, False
+                )
+            if need_scale:
+                grad_scale = (image * grad_image).sum() * factor
+        factor = factor * scale
+        grad_image = (grad_image * factor).to(image.dtype) if need_image else None
+        grad_text = (grad_text * factor).to(texts.dtype) if need_text else None
+        return grad_image, grad_text, grad_scale, *[None] * 9
+
+
+# The PyTorch path: chunks of rows.
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32 from operands of any dtype."""
+    if a.is_cuda and a.dtype == b.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return a.to(wide) @ b.to(wide)
+
+
+def _chunks(rows: Tensor, columns: Tensor) -> list[slice]:
+    size = max(1, CHUNK_ELEMENTS // max(1, len(columns)))
+    return [slice(start, start + size) for start in range(0, len(rows), size)]
+
+
+def _log_sum_exp_torch(rows: Tensor, columns: Tensor, scale: Tensor, both: bool) -> tuple[Tensor, Tensor]:
+    row_lse, column_lse = [], None
+    for chunk in _chunks(rows, columns):
+        logits = _product(rows[chunk], columns.mT) * scale
+        row_lse.append(logits.logsumexp(1))
+        if both:
+            part = logits.logsumexp(0)
+            column_lse = part if column_lse is None else torch.logaddexp(column_lse, part)
+    return torch.cat(row_lse), scale.new_empty(0) if column_lse is None else column_lse
+
+
+def _gradient_torch(
+    rows: Tensor,
+    columns: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    scale: Tensor,
+    row_prompts: int,
+    column_prompts: int,
+    first_row: int,
+    both: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_rows, grad_columns = [], None
+    for chunk in _chunks(rows, columns):
+        logits = _product(rows[chunk], columns.mT) * scale
+        weights = (logits - row_lse[chunk, None]).exp_().div_(row_prompts)
+        weights += (logits - column_lse).exp_().div_(column_prompts)
+        del logits
+        row = torch.arange(len(weights), device=rows.device)
+        sample = (first_row + chunk.start + row) // row_prompts
+        own = sample[:, None] * column_prompts + torch.arange(column_prompts, device=rows.device)
+        weights[row[:, None], own] -= 2 / (row_prompts * column_prompts)
+        if rows.is_cuda and rows.dtype == torch.bfloat16:  # fp16 has no room for the small ones
+            weights = weights.bfloat16()
+        grad_rows.append(_product(weights, columns))
+        if both:
+            part = _product(weights.mT, rows[chunk])
+            grad_columns = part if grad_columns is None else grad_columns + part
+    return torch.cat(grad_rows), scale.new_empty(0) if grad_columns is None else grad_columns
+
+
+_TORCH = _Kernels(_log_sum_exp_torch, _gradient_torch)
+
+
+# The Triton path.
+
+
+@torch.library.custom_op("mixreorg::contrastive_log_sum_exp", mutates_args=())
+def _log_sum_exp_triton(rows: Tensor, columns: Tensor, scale: Tensor, both: bool) -> tuple[Tensor, Tensor]:
+    from ..kernels.contrastive import log_sum_exp_forward
+
+    return log_sum_exp_forward(rows, columns, scale, both)
+
+
+@torch.library.custom_op("mixreorg::contrastive_gradient", mutates_args=())
+def _gradient_triton(
+    rows: Tensor,
+    columns: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    scale: Tensor,
+    row_prompts: int,
+    column_prompts: int,
+    first_row: int,
+    both: bool,
+) -> tuple[Tensor, Tensor]:
+    from ..kernels.contrastive import gradient_backward
+
+    return gradient_backward(rows, columns, row_lse, column_lse, scale, row_prompts, column_prompts, first_row, both)
+
+
+@_log_sum_exp_triton.register_fake
+def _(rows, columns, scale, both):
+    return scale.new_empty(len(rows)), scale.new_empty(len(columns) if both else 0)
+
+
+@_gradient_triton.register_fake
+def _(rows, columns, row_lse, column_lse, scale, row_prompts, column_prompts, first_row, both):
+    return scale.new_empty(rows.shape), scale.new_empty(columns.shape if both else 0)
+
+
+_TRITON = _Kernels(_log_sum_exp_triton, _gradient_triton)

@@ -1,4 +1,4 @@
-"""The segmentation loss of mixed images (MixReorg, ICCV 2023, section 3; the formula is ours)."""
+"""The segmentation loss of mixed images (MixReorg, ICCV 2023, section 3; the formula is ours: docs/losses.md)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Impl, choose
+from .contrastive import multiplier
+from .dispatch import Impl, choose, triton_reasons
 from .mixing import MixPlan
 
 
@@ -20,14 +21,31 @@ def mixed_segmentation_logits(
     *,
     upcast: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Logits ``[B, N, K]`` of each patch over the K texts of its mixing group, in `upcast`.
+    """Logits ``[B, N, K]`` of each patch over the K texts of its mixing group, in `upcast`, under autocast too.
 
     Re-associated as ``firstᵀ (secondᵀ (segments · textsᵀ))``: G1 x K numbers per image, never ``[B, N, G2]``.
     """
-    first, second, segments, texts = (x.to(upcast) for x in (first, second, segments, texts))
-    texts = texts.unflatten(0, (-1, group_size)).repeat_interleave(group_size, dim=0)  # [B, K, D]
-    scores = segments @ texts.mT * logit_scale  # [B, G2, K]
-    return first.mT @ (second.mT @ scores)  # [B, N, K] <- [B, N, G1] @ ([B, G1, G2] @ [B, G2, K])
+    with torch.autocast(first.device.type, enabled=False):
+        first, second, segments, texts = (x.to(upcast) for x in (first, second, segments, texts))
+        texts = texts.unflatten(0, (-1, group_size)).repeat_interleave(group_size, dim=0)  # [B, K, D]
+        scores = segments @ texts.mT * logit_scale  # [B, G2, K]
+        return first.mT @ (second.mT @ scores)  # [B, N, K] <- [B, N, G1] @ ([B, G1, G2] @ [B, G2, K])
+
+
+def mixed_segmentation_loss_reference(
+    first: Tensor,
+    second: Tensor,
+    segments: Tensor,
+    texts: Tensor,
+    source: Tensor,
+    group_size: int,
+    logit_scale: Tensor | float,
+    *,
+    upcast: torch.dtype = torch.float32,
+) -> Tensor:
+    """The mean cross-entropy, computed in `upcast`; `source` ``[B, N]`` are absolute image indices."""
+    logits = mixed_segmentation_logits(first, second, segments, texts, group_size, logit_scale, upcast=upcast)
+    return F.cross_entropy(logits.flatten(0, 1), (source % group_size).long().flatten())
 
 
 def mixed_segmentation_loss(
@@ -42,23 +60,39 @@ def mixed_segmentation_loss(
 ) -> Tensor:
     """Cross-entropy of every mixed patch against the image it came from, over the texts of its mixing group.
 
+    For image b of the group with the texts t_0..t_{K-1},
+    ``logits[n, k] = logit_scale * (first[b].T @ second[b].T @ segments[b] @ t.T)[n, k]`` and
+    ``loss = mean over b, n of (logsumexp(logits[n]) - logits[n, source[b, n] % K])``.
+
     Args:
         first: ``[B, G1, N]``, assignment of patches to stage-1 segments. second: ``[B, G2, G1]``.
-        segments: ``[B, G2, D]`` and texts: ``[B, D]``, L2-normalised by the caller.
-        plan: the mixing of these B images. logit_scale: the multiplier of the cosines.
+        segments: ``[B, G2, D]`` and texts: ``[B, D]``, L2-normalised by the caller. The four may differ in dtype
+            (fp32, bf16, fp16) and have any strides (the kernel copies what is not contiguous).
+        plan: the mixing of these B images.
+        logit_scale: the multiplier of the cosines, a number or a tensor of one element.
     Returns:
-        0-d fp32, the mean over B·N patches.
+        0-d fp32, the mean over B·N patches; computed in fp32 from inputs of any dtype, under autocast too.
+        Differentiable in all five; deterministic. Backward recomputes: nothing but the inputs is kept.
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together. RuntimeError: `impl` cannot run here.
     """
-    batch, groups, patches = first.shape
+    _check(first, second, segments, texts, plan, logit_scale)
+    inputs = (first, second, segments, texts, plan.source)
+    implementations = {"triton": lambda: _triton_reasons(*inputs, plan.group_size), "torch": list}
+    if choose("mixed_segmentation_loss", impl, implementations, inputs) == "triton":
+        return _mixed_segmentation(*inputs, multiplier(logit_scale, first.device), plan.group_size).mean()
+    return mixed_segmentation_loss_reference(*inputs, plan.group_size, multiplier(logit_scale, first.device))
+
+
+def _check(
+    first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, plan: MixPlan, logit_scale: Tensor | float
+) -> None:
     fits = (
-        second.dim() == 3
-        and second.shape[0] == batch
-        and second.shape[2] == groups
-        and segments.shape[:2] == second.shape[:2]
-        and texts.shape == (batch, segments.shape[2])
-        and plan.source.shape == (batch, patches)
+        (first.dim(), second.dim(), segments.dim()) == (3, 3, 3)
+        and second.shape == (first.shape[0], segments.shape[1], first.shape[1])
+        and texts.shape == (first.shape[0], segments.shape[2])
+        and segments.shape[0] == first.shape[0]
+        and plan.source.shape == (first.shape[0], first.shape[2])
     )
     if not fits:
         raise ValueError(
@@ -66,6 +100,72 @@ def mixed_segmentation_loss(
             f"texts [B, D] and a plan of [B, N], got {list(first.shape)}, {list(second.shape)}, "
             f"{list(segments.shape)}, {list(texts.shape)} and {list(plan.source.shape)}"
         )
-    choose("mixed_segmentation_loss", impl, {"torch": list})
-    logits = mixed_segmentation_logits(first, second, segments, texts, plan.group_size, logit_scale)
-    return F.cross_entropy(logits.flatten(0, 1), plan.labels.flatten())
+
+
+def _triton_reasons(
+    first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, source: Tensor, group_size: int
+) -> list[str]:
+    reasons = triton_reasons(first, second, segments, texts, source)
+    if not reasons:
+        from ..kernels.mixed_segmentation import MAX_FIRST_GROUPS, MAX_GROUP_SIZE, MAX_SECOND_GROUPS
+
+        for what, size, most in (
+            ("G1", first.shape[1], MAX_FIRST_GROUPS),
+            ("G2", second.shape[1], MAX_SECOND_GROUPS),
+            ("group_size", group_size, MAX_GROUP_SIZE),
+        ):
+            if size > most:
+                reasons.append(f"{what} = {size} is above {most}")
+    return reasons
+
+
+# The Triton path.
+
+
+@torch.library.custom_op("mixreorg::mixed_segmentation", mutates_args=())
+def _mixed_segmentation(
+    first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, source: Tensor, scale: Tensor, group_size: int
+) -> Tensor:
+    """The mean loss of each image, fp32 ``[B]``; `scale` 0-d fp32."""
+    from ..kernels.mixed_segmentation import mixed_segmentation_forward
+
+    return mixed_segmentation_forward(first, second, segments, texts, source, scale, group_size)
+
+
+@torch.library.custom_op("mixreorg::mixed_segmentation_backward", mutates_args=())
+def _mixed_segmentation_backward(
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    segments: Tensor,
+    texts: Tensor,
+    source: Tensor,
+    scale: Tensor,
+    group_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from ..kernels.mixed_segmentation import mixed_segmentation_backward
+
+    return mixed_segmentation_backward(grad, first, second, segments, texts, source, scale, group_size)
+
+
+@_mixed_segmentation.register_fake
+def _(first, second, segments, texts, source, scale, group_size):
+    return first.new_empty(first.shape[0], dtype=torch.float32)
+
+
+@_mixed_segmentation_backward.register_fake
+def _(grad, first, second, segments, texts, source, scale, group_size):
+    return *(x.new_empty(x.shape) for x in (first, second, segments, texts)), torch.empty_like(scale)
+
+
+def _save(ctx, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.group_size = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradient(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *gradients, scale = _mixed_segmentation_backward(grad, *ctx.saved_tensors, ctx.group_size)
+    return *gradients, None, scale, None
+
+
+_mixed_segmentation.register_autograd(_gradient, setup_context=_save)

@@ -1,0 +1,403 @@
+"""Contrastive loss: log-sum-exps over rows and columns of ``scale * rows @ columns.T``, and the gradient from them.
+
+The matrix of logits never exists. Both kernels are matrix products over [BLOCK_M, BLOCK_N] tiles whose epilogue
+reduces the tile (forward: to one log-sum-exp per row and per column) or turns it into gradient weights (backward). The
+rows are taken in strips, so that what one launch leaves behind, the tiles' log-sum-exps or a strip of weights in the
+inputs' dtype, stays within a fixed budget at any batch (docs/losses.md counts bytes and operations). The weights meet
+the features in plain matrix products that accumulate in fp32. No atomics: partial results have one writer each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .variants import INTERPRET, Config, KernelVariant, configuration, on_device
+
+# Per architecture for 16-bit operands (tensor cores) and for fp32 ones (IEEE products on the plain units).
+CONFIGS_16 = {
+    80: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 32}, num_warps=8, num_stages=3),
+    90: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 64}, num_warps=8, num_stages=3),
+    100: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 64}, num_warps=8, num_stages=3),
+}
+CONFIGS_32 = {
+    architecture: Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=8, num_stages=2)
+    for architecture in CONFIGS_16
+}
+CANDIDATES_16 = [
+    Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": d}, num_warps=warps, num_stages=stages)
+    for m, n, warps in ((128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8), (64, 128, 4))
+    for d in (32, 64)
+    for stages in (2, 3, 4)
+]
+CANDIDATES_32 = [
+    Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": 16}, num_warps=warps, num_stages=stages)
+    for m, n in ((32, 64), (64, 64), (64, 128))
+    for warps in (4, 8)
+    for stages in (2, 3)
+]
+MERGE_BLOCK = {"BLOCK_N": 128, "BLOCK_PARTS": 16}
+
+PARTIALS_BYTES = 2**24  # the tiles' log-sum-exps of one strip
+STRIP_BYTES = 2**26  # the weights of one strip
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _tile(
+    rows_ptr,
+    columns_ptr,
+    rows,
+    columns,
+    row_stride,
+    column_stride,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """This program's rows [BLOCK_M], columns [BLOCK_N] (int64) and their products [BLOCK_M, BLOCK_N] in fp32.
+
+    Rows vary fastest over the programs: those that run together share a block of columns and a strip of rows in L2.
+    """
+    blocks = tl.cdiv(rows, BLOCK_M)
+    program = tl.program_id(0).to(tl.int64)
+    row = program % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = program // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    # Rows and columns outside repeat the last one: no masks in the loop.
+    row_ptr = rows_ptr + tl.minimum(row, rows - 1)[:, None] * row_stride + d[None, :]
+    column_ptr = columns_ptr + tl.minimum(column, columns - 1)[:, None] * column_stride + d[None, :]
+    products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        if D % BLOCK_D == 0:
+            a = tl.load(row_ptr + start)
+            b = tl.load(column_ptr + start)
+        else:
+            a = tl.load(row_ptr + start, mask=(start + d < D)[None, :], other=0.0)
+            b = tl.load(column_ptr + start, mask=(start + d < D)[None, :], other=0.0)
+        if UPCAST:  # the interpreter's bf16 product is wrong
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        products = tl.dot(a, tl.trans(b), products, input_precision=PRECISION)
+    return row, column, products
+
+
+@triton.jit
+def _log_sum_exp_kernel(
+    rows_ptr,
+    columns_ptr,
+    scale_ptr,
+    row_parts_ptr,
+    column_parts_ptr,
+    rows,
+    columns,
+    row_stride,
+    column_stride,
+    D: tl.constexpr,
+    BOTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """row_parts[column block, row], column_parts[row block, column]: the tile's log-sum-exps, to base 2."""
+    row, column, products = _tile(
+        rows_ptr,
+        columns_ptr,
+        rows,
+        columns,
+        row_stride,
+        column_stride,
+        D,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+        PRECISION,
+        UPCAST,
+    )
+    logits = products * (tl.load(scale_ptr).to(tl.float32) * LOG2_E)
+    in_row = tl.where((column < columns)[None, :], logits, float("-inf"))
+    largest = tl.max(in_row, 1)
+    row_lse = largest + tl.log2(tl.sum(tl.exp2(in_row - largest[:, None]), 1))
+    program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(rows, BLOCK_M)
+    tl.store(row_parts_ptr + program // blocks * rows + row, row_lse, mask=row < rows)
+    if BOTH:
+        in_column = tl.where((row < rows)[:, None], logits, float("-inf"))
+        largest = tl.max(in_column, 0)
+        column_lse = largest + tl.log2(tl.sum(tl.exp2(in_column - largest[None, :]), 0))
+        tl.store(column_parts_ptr + program % blocks * columns + column, column_lse, mask=column < columns)
+
+
+@triton.jit
+def _merge_kernel(
+    parts_ptr,
+    lse_ptr,
+    parts,
+    columns,
+    CONTINUE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    """lse[column] = ln Σ_part 2^parts[part, column], together with what lse already holds if CONTINUE."""
+    column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = column < columns
+    if CONTINUE:
+        largest = tl.load(lse_ptr + column, mask=exists, other=0.0) * LOG2_E
+        total = tl.full([BLOCK_N], 1.0, tl.float32)
+    else:
+        largest = tl.full([BLOCK_N], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, parts, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS).to(tl.int64)
+        # Columns outside hold zeros, so that no infinity meets another.
+        inside = (part < parts)[:, None] & exists[None, :]
+        block = tl.load(parts_ptr + part[:, None] * columns + column[None, :], mask=inside, other=0.0)
+        block = tl.where((part < parts)[:, None], block, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(block, 0))
+        total = total * tl.exp2(largest - new_largest) + tl.sum(tl.exp2(block - new_largest[None, :]), 0)
+        largest = new_largest
+    tl.store(lse_ptr + column, (largest + tl.log2(total)) / LOG2_E, mask=exists)
+
+
+@triton.jit
+def _weights_kernel(
+    rows_ptr,
+    columns_ptr,
+    scale_ptr,
+    row_lse_ptr,
+    column_lse_ptr,
+    weights_ptr,
+    rows,
+    columns,
+    row_stride,
+    column_stride,
+    weights_stride,
+    first_row,
+    row_prompts,
+    column_prompts,
+    FACTOR: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """FACTOR · (softmax over the row / row_prompts + softmax over the column / column_prompts - 2 · positives)."""
+    row, column, products = _tile(
+        rows_ptr,
+        columns_ptr,
+        rows,
+        columns,
+        row_stride,
+        column_stride,
+        D,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+        PRECISION,
+        UPCAST,
+    )
+    logits = products * (tl.load(scale_ptr).to(tl.float32) * LOG2_E)
+    row_exists, column_exists = row < rows, column < columns
+    row_lse = tl.load(row_lse_ptr + row, mask=row_exists, other=float("inf")) * LOG2_E
+    column_lse = tl.load(column_lse_ptr + column, mask=column_exists, other=float("inf")) * LOG2_E
+    in_row = tl.exp2(logits - row_lse[:, None]) * (FACTOR / row_prompts)
+    in_column = tl.exp2(logits - column_lse[None, :]) * (FACTOR / column_prompts)
+    own = ((first_row + row) // row_prompts)[:, None] == (column // column_prompts)[None, :]
+    weights = in_row + in_column - tl.where(own, 2.0 * FACTOR / (row_prompts * column_prompts), 0.0)
+    tl.store(
+        weights_ptr + row[:, None] * weights_stride + column[None, :],
+        weights.to(weights_ptr.dtype.element_ty),
+        mask=row_exists[:, None] & column_exists[None, :],
+    )
+
+
+def _features(x: Tensor) -> Tensor:
+    """Rows are read where they lie; only features that lie apart are worth a copy."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _constexprs(dtype: torch.dtype) -> dict[str, object]:
+    """fp32 means fp32, not tf32."""
+    return {"PRECISION": "ieee" if dtype == torch.float32 else "tf32", "UPCAST": INTERPRET and dtype != torch.float32}
+
+
+def _configuration(name: str, rows: Tensor, columns: Tensor, launch: Callable[[Config], object]) -> Config:
+    single = rows.dtype == torch.float32
+    key = (tuple(rows.shape), len(columns), rows.dtype)
+    table, candidates = (CONFIGS_32, CANDIDATES_32) if single else (CONFIGS_16, CANDIDATES_16)
+    return configuration(name, table, rows.device, key, candidates, launch)
+
+
+def _grid(rows: Tensor, columns: Tensor, config: Config) -> tuple[int]:
+    blocks = config.blocks
+    return (triton.cdiv(len(rows), blocks["BLOCK_M"]) * triton.cdiv(len(columns), blocks["BLOCK_N"]),)
+
+
+def _strips(rows: int, bytes_per_row: float, budget: int) -> list[slice]:
+    """The rows in strips that keep within the budget, but of no fewer than 128."""
+    size = max(128, int(budget / bytes_per_row) // 128 * 128)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _merge(parts: Tensor, lse: Tensor, proceed: bool) -> None:
+    columns = parts.shape[1]
+    grid = (triton.cdiv(columns, MERGE_BLOCK["BLOCK_N"]),)
+    _merge_kernel[grid](parts, lse, len(parts), columns, CONTINUE=proceed, **MERGE_BLOCK, num_warps=4)
+
+
+def log_sum_exp_forward(rows: Tensor, columns: Tensor, scale: Tensor, both: bool) -> tuple[Tensor, Tensor]:
+    """Log-sum-exps of the logits ``scale * rows @ columns.T`` over the columns of every row ``[M]`` and, if `both`,
+    over the rows of every column ``[N]`` (else empty), fp32.
+
+    rows ``[M, D]`` and columns ``[N, D]`` of one dtype, scale 0-d.
+    """
+    rows, columns = _features(rows), _features(columns)
+    row_lse = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+    column_lse = torch.empty(len(columns) if both else 0, dtype=torch.float32, device=rows.device)
+
+    def tiles(config: Config, strip: slice) -> tuple[Tensor, Tensor]:
+        """The log-sum-exps of every tile of a strip of rows."""
+        part = rows[strip]
+        row_blocks = triton.cdiv(len(part), config.blocks["BLOCK_M"]) if both else 0
+        column_blocks = triton.cdiv(len(columns), config.blocks["BLOCK_N"])
+        row_parts = row_lse.new_empty(column_blocks, len(part))
+        column_parts = row_lse.new_empty(row_blocks, len(columns))
+        _log_sum_exp_kernel[_grid(part, columns, config)](
+            part,
+            columns,
+            scale,
+            row_parts,
+            column_parts,
+            len(part),
+            len(columns),
+            part.stride(0),
+            columns.stride(0),
+            D=rows.shape[1],
+            BOTH=both,
+            **_constexprs(rows.dtype),
+            **config.kwargs,
+        )
+        return row_parts, column_parts
+
+    with on_device(rows):
+        smallest = 64  # block, for the budget
+        strips = _strips(len(rows), 4 * len(columns) * (1 + both) / smallest, PARTIALS_BYTES)
+        config = _configuration("contrastive_log_sum_exp", rows, columns, lambda config: tiles(config, strips[0]))
+        for strip in strips:
+            row_parts, column_parts = tiles(config, strip)
+            _merge(row_parts, row_lse[strip], False)
+            if both:
+                _merge(column_parts, column_lse, strip.start > 0)
+    return row_lse, column_lse
+
+
+def gradient_backward(
+    rows: Tensor,
+    columns: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    scale: Tensor,
+    row_prompts: int,
+    column_prompts: int,
+    first_row: int,
+    both: bool,
+) -> tuple[Tensor, Tensor]:
+    """``W @ columns`` fp32 ``[M, D]`` and, if `both`, ``W.T @ rows`` ``[N, D]`` (else empty), with
+
+    ``W = softmax over the row / row_prompts + softmax over the column / column_prompts - 2 * positives``, where the
+    positives of a row are the prompts of its own sample, each ``1 / (row_prompts * column_prompts)``. Row r belongs to
+    sample ``(first_row + r) // row_prompts``, column c to sample ``c // column_prompts``.
+    """
+    rows, columns = _features(rows), _features(columns)
+    row_lse, column_lse = row_lse.contiguous(), column_lse.contiguous()
+    grad_rows = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+    grad_columns = torch.empty(columns.shape if both else 0, dtype=torch.float32, device=rows.device)
+    factor = 4096.0 if rows.dtype == torch.float16 else 1.0  # keeps small weights out of fp16's subnormal numbers
+    width = triton.cdiv(len(columns), 8) * 8  # aligned rows
+    strips = _strips(len(rows), width * rows.element_size(), STRIP_BYTES)
+    # The interpreter rounds to bf16 towards zero, a bias that no GPU has.
+    buffer = torch.empty(strips[0].stop, width, dtype=torch.float32 if INTERPRET else rows.dtype, device=rows.device)
+
+    def weigh(config: Config, strip: slice) -> Tensor:
+        part = rows[strip]
+        _weights_kernel[_grid(part, columns, config)](
+            part,
+            columns,
+            scale,
+            row_lse[strip],
+            column_lse,
+            buffer,
+            len(part),
+            len(columns),
+            part.stride(0),
+            columns.stride(0),
+            width,
+            first_row + strip.start,
+            row_prompts,
+            column_prompts,
+            FACTOR=factor,
+            D=rows.shape[1],
+            **_constexprs(rows.dtype),
+            **config.kwargs,
+        )
+        return buffer[: len(part), : len(columns)]
+
+    with on_device(rows):
+        config = _configuration("contrastive_weights", rows, columns, lambda config: weigh(config, strips[0]))
+        for strip in strips:
+            weights = weigh(config, strip)
+            _multiply(weights, columns, grad_rows[strip], add=False)
+            if both:
+                _multiply(weights.mT, rows[strip], grad_columns, add=strip.start > 0)
+    if factor != 1.0:
+        grad_rows /= factor
+        grad_columns /= factor
+    return grad_rows, grad_columns
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """``out (+)= a @ b``, accumulated and written in fp32 from operands of any dtype."""
+    if a.is_cuda and a.dtype != torch.float32:
+        if add:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)
+
+
+def signatures(architecture: int) -> list[KernelVariant]:
+    """The variants at the model's width (D = 256)."""
+    variants = []
+    for dtype, table in (("bf16", CONFIGS_16), ("fp32", CONFIGS_32)):
+        config, tensor = table[architecture], f"*{dtype}:16"
+        features = {"rows_ptr": tensor, "columns_ptr": tensor, "scale_ptr": "*fp32:16"}
+        sizes = dict.fromkeys(("rows", "columns", "row_stride", "column_stride"), "i32:16")
+        lse = dict.fromkeys(("row_lse_ptr", "column_lse_ptr"), "*fp32:16")
+        parts = dict.fromkeys(("row_parts_ptr", "column_parts_ptr"), "*fp32:16")
+        constexprs = {"D": 256, **_constexprs(getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[dtype]))}
+        weights = {"FACTOR": 1.0, "row_prompts": 1, "column_prompts": 1}
+        for name, kernel, signature, extra in (
+            ("log_sum_exp", _log_sum_exp_kernel, {**features, **parts, **sizes}, {"BOTH": True}),
+            (
+                "weights",
+                _weights_kernel,
+                {**features, **lse, "weights_ptr": tensor, **sizes, "weights_stride": "i32:16", "first_row": "i32:16"},
+                weights,
+            ),
+        ):
+            values = {**constexprs, **extra, **config.blocks}
+            name = f"contrastive.{name}[{dtype}, D=256]"
+            variants.append(KernelVariant(name, kernel, signature, values, config.num_warps, config.num_stages))
+    merge = {"parts_ptr": "*fp32:16", "lse_ptr": "*fp32:16", "parts": "i32:16", "columns": "i32:16"}
+    variants.append(KernelVariant("contrastive.merge", _merge_kernel, merge, {"CONTINUE": True, **MERGE_BLOCK}, 4, 3))
+    return variants
