@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 from . import __version__, ops
 from .errors import UserError
+from .kernels.variants import ARCHITECTURES
 from .ops.dispatch import TRITON_INSTALLED, CannotRun, UnknownImplementation
 
 # What is asked about -> the module that must be importable, and the distributions that bring it, any of them.
@@ -123,24 +125,27 @@ def _calls(device: torch.device) -> dict[str, Callable[[str], Any]]:
     }
 
 
-def kernel_resources(architectures: Sequence[int] = ()) -> list[dict[str, Any]]:
-    """Registers, spills and shared memory of every checked-in kernel variant, compiled in a process of its own.
+def kernel_resources(architectures: Sequence[int] = ARCHITECTURES) -> list[dict[str, Any]]:
+    """Registers, spills and shared memory of every checked-in kernel variant, one compiling process per architecture.
 
     Raises:
         UserError: Triton is not installed.
     """
     if not TRITON_INSTALLED:
         raise UserError("info --kernels: Triton is not installed; expected triton >= 3.6 (pip install triton)")
-    command = [sys.executable, "-m", "mixreorg_fast.kernels.report"]
-    if architectures:
-        command += ["--architectures", *map(str, architectures)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = str(Path(__file__).resolve().parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
-    return [json.loads(line) for line in result.stdout.splitlines()]
+
+    def compile_for(architecture: int) -> list[dict[str, Any]]:
+        command = [sys.executable, "-m", "mixreorg_fast.kernels.report", "--architectures", str(architecture)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
+        return [json.loads(line) for line in result.stdout.splitlines()]
+
+    with ThreadPoolExecutor() as pool:
+        return [row for rows in pool.map(compile_for, architectures) for row in rows]
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -1,0 +1,98 @@
+"""The choice of an implementation: capability as data, refusal with every reason, nothing imported too early."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mixreorg_fast.ops import dispatch
+from mixreorg_fast.ops.dispatch import CannotRun, UnknownImplementation, autocast, choose, triton_reasons
+
+
+def test_auto_takes_the_first_that_can_run():
+    assert choose("op", "auto", {"fast": list, "slow": list}) == "fast"
+    assert choose("op", "auto", {"fast": lambda: ["too big"], "slow": list}) == "slow"
+    assert choose("op", "slow", {"fast": list, "slow": list}) == "slow"
+
+
+def test_refusals_name_the_inputs_and_every_reason():
+    inputs = (torch.zeros(2, 3), torch.zeros(4, dtype=torch.int32))
+    with pytest.raises(CannotRun) as error:
+        choose("op", "fast", {"fast": lambda: ["too big", "too odd"], "slow": list}, inputs)
+    text = "op: impl='fast' cannot run on float32 [2, 3] on cpu, int32 [4] on cpu: too big; too odd"
+    assert str(error.value) == text
+    assert error.value.reasons == ["too big", "too odd"]
+    with pytest.raises(CannotRun, match="no implementation .*: fast: too big; slow: too odd"):
+        choose("op", "auto", {"fast": lambda: ["too big"], "slow": lambda: ["too odd"]}, inputs)
+
+
+def test_an_unknown_implementation_is_told_the_known_ones():
+    with pytest.raises(UnknownImplementation, match="op: impl must be 'auto' or one of 'fast', 'slow', got 'cuda'"):
+        choose("op", "cuda", {"fast": list, "slow": list})
+
+
+def test_auto_never_takes_the_interpreter():
+    inputs = (torch.zeros(2),)
+    assert choose("op", "auto", {"triton": list, "torch": list}, inputs) == "torch"
+    assert choose("op", "triton", {"triton": list, "torch": list}, inputs) == "triton"
+
+
+def test_triton_reasons(monkeypatch):
+    monkeypatch.setattr(dispatch, "INTERPRET", False)
+    assert triton_reasons(torch.zeros(2)) == ["tensors on cpu, Triton needs CUDA"]
+    monkeypatch.setattr(dispatch, "INTERPRET", True)
+    assert triton_reasons(torch.zeros(2), torch.zeros(2, dtype=torch.int64)) == []
+    meta = torch.zeros(2, device="meta", dtype=torch.float64)
+    assert triton_reasons(torch.zeros(2), meta) == [
+        "tensors on several devices (cpu, meta)",
+        "dtype torch.float64, expected float32, bfloat16 or float16",
+    ]
+    monkeypatch.setattr(dispatch, "TRITON_INSTALLED", False)
+    assert triton_reasons(torch.zeros(2)) == ["Triton is not installed"]
+
+
+def test_autocast_casts_floats_only():
+    x, index = torch.zeros(2), torch.zeros(2, dtype=torch.int32)
+    assert autocast(x, index) == (x, index)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [tensor.dtype for tensor in autocast(x, index)] == [torch.bfloat16, torch.int32]
+
+
+BARE = """
+import sys
+
+for name in ("triton", "xformers", "nvidia", "deepspeed", "transformers", "pydantic", "tokenizers", "safetensors"):
+    sys.modules[name] = None  # as if it were not installed
+
+import torch
+
+def asked(*arguments, **keywords):
+    raise AssertionError("a device was asked at import")
+
+torch.cuda.is_available = torch.cuda.get_device_properties = torch.cuda.device_count = asked
+import mixreorg_fast
+from mixreorg_fast import ops
+
+plan = ops.MixPlan.sample(4, 5, 2)
+x = torch.randn(4, 5, 3)
+assert torch.equal(ops.patch_restore(ops.patch_mix(x, plan), plan), x)
+try:
+    ops.patch_mix(x, plan, impl="triton")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_the_package_needs_torch_and_nothing_else():
+    result = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Triton is not installed" in result.stdout
+
+
+def test_importing_the_ops_does_not_import_triton():
+    code = "import sys; from mixreorg_fast import ops; assert 'triton' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
