@@ -7,8 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .dispatch import Impl, choose
-from .philox import gumbel, philox
+from .dispatch import Impl, autocast, choose, triton_reasons
+from .philox import gumbel, philox, seed_tensor
+
+ReturnAssignment = Literal["none", "soft", "used"]
+MOST_GROUPS = 128  # of the kernels: a tile holds all groups, and a winner is one byte
 
 
 def grouping_noise(
@@ -36,9 +39,11 @@ def grouping_attention_reference(
     first_image: int = 0,
     tau: float = 1.0,
     eps: float = 1.0,
-    upcast: torch.dtype = torch.float32,
+    upcast: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, soft and used assignment by the definition, computed in `upcast`; results in that dtype."""
+    """Output, soft and used assignment by the definition, computed and returned in `upcast` (default: fp32, or the
+    inputs' dtype if that is wider)."""
+    upcast = torch.promote_types(q.dtype, torch.float32) if upcast is None else upcast
     q, k, v = q.to(upcast), k.to(upcast), v.to(upcast)
     logits = (q @ k.mT) * scale  # [B, G, N] <- [B, G, C] @ [B, C, N]
     soft = torch.softmax(logits / tau, dim=1)
@@ -65,27 +70,30 @@ def grouping_attention(
     first_image: int = 0,
     tau: float = 1.0,
     eps: float = 1.0,
-    return_assignment: Literal["none", "soft", "used"] = "none",
+    return_assignment: ReturnAssignment = "none",
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Assign patches to groups by a softmax **over groups** and average each group's patches.
 
     ``a = softmax((q @ k.mT * scale + noise) / tau, dim=groups)``, hard one-hot with a straight-through gradient,
-    ``out = (a / (a.sum(patches) + eps)) @ v``.
+    ``out = (a / (a.sum(patches) + eps)) @ v``. GroupViT (CVPR 2022), equations 5 to 7; docs/kernels.md has the
+    gradients. The kernels keep one byte per patch for backward and no map of groups by patches unless it is returned
+    (with ``hard=False``, and images of several tiles in backward, one).
 
     Args:
-        q: ``[B, G, C]``. k, v: ``[B, N, C]``. fp32, bf16 or fp16; products accumulate in fp32.
+        q: ``[B, G, C]``. k, v: ``[B, N, C]``. fp32, bf16 or fp16, of one dtype; products accumulate in fp32. Views are
+            read in place where the channels lie together. Under autocast they are taken in its dtype.
         scale: of the logits; default ``C ** -0.5``.
         hard: one-hot assignment (ties take the lowest group); its gradient is the soft one's.
         seed: int or 0-d int64 tensor; switches Gumbel noise on. The noise depends on (seed, first_image + b, g, n)
-            alone and is never stored.
+            alone and is never stored. A tensor is read where it lies: the same graph draws anew with every value.
         tau: temperature of the softmax. eps: added to each group's number of patches.
         return_assignment: "soft" adds ``softmax(logits / tau)`` without noise, "used" the assignment that formed the
             output, fp32 ``[B, G, N]``; both differentiable.
     Returns:
         ``[B, G, C]`` in the dtype of `v`, or a pair with the assignment. Deterministic.
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together. RuntimeError: `impl` cannot run here.
     """
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
         raise ValueError(
@@ -94,12 +102,113 @@ def grouping_attention(
         )
     if return_assignment not in ("none", "soft", "used"):
         raise ValueError(f"grouping_attention: return_assignment must be none, soft or used, got {return_assignment!r}")
-    choose("grouping_attention", impl, {"torch": list})
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    out, soft, used = grouping_attention_reference(
-        q, k, v, scale=scale, hard=hard, seed=seed, first_image=first_image, tau=tau, eps=eps
-    )
-    out = out.to(v.dtype)
-    if return_assignment == "none":
-        return out
-    return out, soft if return_assignment == "soft" else used
+    q, k, v = autocast(q, k, v)
+    reasons = {"triton": lambda: _not_supported_reasons(q, k, v), "torch": list}
+    if choose("grouping_attention", impl, reasons, (q, k, v)) == "triton":
+        seed = None if seed is None else seed_tensor(seed, q.device)
+        out, assignment, _, _ = _grouping_attention(
+            q, k, v, seed, first_image, scale, tau, eps, hard, return_assignment
+        )
+    else:
+        with torch.autocast(q.device.type, enabled=False):
+            out, soft, used = grouping_attention_reference(
+                q, k, v, scale=scale, hard=hard, seed=seed, first_image=first_image, tau=tau, eps=eps
+            )
+        out, assignment = out.to(v.dtype), soft if return_assignment == "soft" else used
+    return out if return_assignment == "none" else (out, assignment)
+
+
+def _not_supported_reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+    reasons = triton_reasons(q, k, v)
+    if not q.dtype == k.dtype == v.dtype:
+        reasons.append(f"inputs of several dtypes ({q.dtype}, {k.dtype}, {v.dtype})")
+    if q.shape[1] > MOST_GROUPS:
+        reasons.append(f"{q.shape[1]} groups, at most {MOST_GROUPS}")
+    return reasons
+
+
+@torch.library.custom_op("mixreorg::grouping_attention", mutates_args=())
+def _grouping_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seed: Tensor | None,
+    first_image: int,
+    scale: float,
+    tau: float,
+    eps: float,
+    hard: bool,
+    return_assignment: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from ..kernels.grouping import grouping_forward
+
+    return grouping_forward(q, k, v, seed, first_image, scale, tau, eps, hard, return_assignment)
+
+
+@_grouping_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seed: Tensor | None,
+    first_image: int,
+    scale: float,
+    tau: float,
+    eps: float,
+    hard: bool,
+    return_assignment: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, groups, patches = *q.shape[:2], k.shape[1]
+    assignment = q.new_empty((batch, groups, 0 if return_assignment == "none" else patches), dtype=torch.float32)
+    winner = q.new_empty((batch, patches if hard else 0), dtype=torch.uint8)
+    return v.new_empty(q.shape), assignment, winner, q.new_empty((batch, groups), dtype=torch.float32)
+
+
+@torch.library.custom_op("mixreorg::grouping_attention_backward", mutates_args=())
+def _grouping_attention_backward(
+    grad_out: Tensor,
+    grad_assignment: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seed: Tensor | None,
+    out: Tensor,
+    winner: Tensor,
+    total: Tensor,
+    first_image: int,
+    scale: float,
+    tau: float,
+    eps: float,
+    hard: bool,
+    return_assignment: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels.grouping import grouping_backward
+
+    saved = (q, k, v, seed, out, winner, total)
+    return grouping_backward(grad_out, grad_assignment, *saved, first_image, scale, tau, eps, hard, return_assignment)
+
+
+@_grouping_attention_backward.register_fake
+def _(grad_out: Tensor, grad_assignment: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    q, k, v, seed, *ctx.numbers = inputs
+    out, _, winner, total = output
+    ctx.mark_non_differentiable(winner, total)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, seed, out, winner, total)
+
+
+def _gradient(ctx, grad_out: Tensor | None, grad_assignment: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    out = ctx.saved_tensors[4]
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    if ctx.numbers[-1] == "none":
+        grad_assignment = None
+    grads = _grouping_attention_backward(grad_out, grad_assignment, *ctx.saved_tensors, *ctx.numbers)
+    return *grads, None, *(None for _ in ctx.numbers)
+
+
+_grouping_attention.register_autograd(_gradient, setup_context=_save)

@@ -1,0 +1,610 @@
+"""Grouping attention: hard Gumbel assignment of patches to groups, and the mean of each group's patches.
+
+The maths of forward and backward, and what each kernel moves, stand in docs/kernels.md. In short: a program owns a
+tile of patches by all groups of one image; its logits, noise and softmax live in registers and are drawn again in
+backward. What forward keeps is the winning group of each patch (one byte) and each group's total.
+
+Columns of a tile are groups in the order of :func:`_group_of_column`, which noise wants; memory is in natural order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from .philox import gumbel_noise
+from .variants import INTERPRET, Config, KernelVariant, configuration, on_device
+
+# By kernel and element size, then by the tile's elements at most, then by architecture.
+CONFIGS = {
+    ("forward", 2): {
+        2**12: dict.fromkeys((80, 90, 100), Config({"BLOCK_CHANNELS": 64}, num_warps=4)),
+        2**14: dict.fromkeys((80, 90, 100), Config({"BLOCK_CHANNELS": 64}, num_warps=16)),
+    },
+    ("backward", 2): {
+        2**12: dict.fromkeys((80, 90, 100), Config({"BLOCK_CHANNELS": 64}, num_warps=4)),
+        2**14: dict.fromkeys((80, 90, 100), Config({"BLOCK_CHANNELS": 32}, num_warps=16)),
+    },
+    ("aggregate", 2): {
+        2**12: dict.fromkeys((80, 90, 100), Config({"BLOCK_CHANNELS": 64}, num_warps=4)),
+        2**14: dict.fromkeys((80, 90, 100), Config({"BLOCK_CHANNELS": 64}, num_warps=8)),
+    },
+    **{
+        (kernel, 4): {2**12: dict.fromkeys((80, 90, 100), Config({"BLOCK_CHANNELS": 32}, num_warps=8))}
+        for kernel in ("forward", "backward", "aggregate")
+    },
+}
+CANDIDATES = [
+    Config({"BLOCK_CHANNELS": channels}, num_warps=warps, num_stages=stages)
+    for channels in (32, 64, 128)
+    for warps in (4, 8, 16)
+    for stages in (2, 3, 4)
+]
+
+
+@triton.jit
+def _group_of_column(BLOCK_GROUPS: tl.constexpr):
+    """The group of each column of a tile: 0, 4, 8, …, 1, 5, 9, …"""
+    column = tl.arange(0, BLOCK_GROUPS)
+    return column % (BLOCK_GROUPS // 4) * 4 + column // (BLOCK_GROUPS // 4)
+
+
+@triton.jit
+def _tile(row, row_exists, first, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """Offsets and mask of channels ``first`` to ``first + BLOCK_CHANNELS`` of the rows that start at offsets `row`."""
+    channel = first + tl.arange(0, BLOCK_CHANNELS)[None, :]
+    mask = row_exists[:, None]
+    if CHANNELS % BLOCK_CHANNELS > 0:
+        mask &= channel < CHANNELS
+    return row[:, None] + channel, mask
+
+
+@triton.jit
+def _load(base, row, row_exists, first, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, UPCAST: tl.constexpr):
+    """A tile of rows that start at ``base + row``; what does not exist is 0."""
+    offset, mask = _tile(row, row_exists, first, CHANNELS, BLOCK_CHANNELS)
+    x = tl.load(base + offset, mask=mask, other=0.0)
+    return x.to(tl.float32) if UPCAST else x
+
+
+@triton.jit
+def _store(base, row, row_exists, first, x, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    offset, mask = _tile(row, row_exists, first, CHANNELS, BLOCK_CHANNELS)
+    tl.store(base + offset, x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _inner_products(
+    patch_base,
+    patch_row,
+    patch_exists,
+    group_base,
+    group_row,
+    group_exists,
+    CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """fp32 ``[P, G] <- [P, C] @ [C, G]``, each row read once."""
+    products = tl.zeros((patch_row.shape[0], group_row.shape[0]), tl.float32)
+    for first in range(0, CHANNELS, BLOCK_CHANNELS):
+        x = _load(patch_base, patch_row, patch_exists, first, CHANNELS, BLOCK_CHANNELS, UPCAST)
+        y = _load(group_base, group_row, group_exists, first, CHANNELS, BLOCK_CHANNELS, UPCAST)
+        products = tl.dot(x, tl.trans(y), products, input_precision="ieee")
+    return products
+
+
+@triton.jit
+def _weighted_sums(weights, x):
+    """fp32 ``[G, C] <- [P, G], [P, C]``. The weights stand second: that operand of a product is read from shared
+    memory, while a first one that comes from registers would be spread over them, a copy per warp."""
+    return tl.trans(tl.dot(tl.trans(x), weights.to(x.dtype), input_precision="ieee"))
+
+
+@triton.jit
+def _mask_groups(logits, group, GROUPS: tl.constexpr):
+    """-inf in the columns that are no groups."""
+    if group.shape[0] > GROUPS:
+        logits = tl.where((group < GROUPS)[None, :], logits, float("-inf"))
+    return logits
+
+
+@triton.jit
+def _softmax(logits):
+    """Over the groups; columns that are no groups hold -inf."""
+    weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+    return weights / tl.sum(weights, axis=1)[:, None]
+
+
+@triton.jit
+def _winners(logits, group):
+    """The group with the largest logit ``[P]``, the lowest among equals; BLOCK_GROUPS for a patch with a NaN."""
+    largest = tl.max(tl.where(logits == logits, logits, float("inf")), axis=1)  # which no finite logit equals
+    return tl.min(tl.where(logits == largest[:, None], group[None, :], group.shape[0]), axis=1)
+
+
+@triton.jit
+def _one_hot(winner, group):
+    """fp32 ``[P, G]``, and the number of patches of each group ``[G]``: NaN everywhere if one patch has a NaN."""
+    one_hot = (winner[:, None] == group[None, :]).to(tl.float32)
+    total = tl.sum(one_hot, axis=0)
+    return one_hot, tl.where(tl.max(winner) == group.shape[0], float("nan"), total)
+
+
+@triton.jit
+def _grouping_forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    seed_ptr,
+    out_ptr,
+    total_ptr,
+    winner_ptr,
+    soft_ptr,
+    used_ptr,
+    first_image,
+    patches,
+    scale,
+    inverse_tau,
+    eps,
+    q_stride_image,
+    q_stride_group,
+    k_stride_image,
+    k_stride_patch,
+    v_stride_image,
+    v_stride_patch,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_PATCHES: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Assign one tile of patches, and where that is the whole image, aggregate it too.
+
+    Pointers may be None: seed_ptr (no noise), winner_ptr (soft assignment), soft_ptr and used_ptr (maps not wanted).
+    """
+    image = tl.program_id(0).to(tl.int64)
+    patch = tl.program_id(1) * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
+    patch_exists = patch < patches
+    group = _group_of_column(BLOCK_GROUPS)
+    group_exists = group < GROUPS
+    q_ptr += image * q_stride_image
+    k_ptr += image * k_stride_image
+    v_ptr += image * v_stride_image
+    q_row, k_row = group * q_stride_group, patch * k_stride_patch
+    map_offset = (image * GROUPS + group[None, :]) * patches + patch[:, None]
+    map_mask = patch_exists[:, None] & group_exists[None, :]
+
+    products = _inner_products(k_ptr, k_row, patch_exists, q_ptr, q_row, group_exists, CHANNELS, BLOCK_CHANNELS, UPCAST)
+    logits = products * scale
+    if soft_ptr is not None:
+        soft = _softmax(_mask_groups(logits * inverse_tau, group, GROUPS))
+        tl.store(soft_ptr + map_offset, soft, mask=map_mask)
+    if seed_ptr is not None:
+        logits += gumbel_noise(tl.load(seed_ptr), first_image + image, patch, BLOCK_GROUPS // 4)
+    logits = _mask_groups(logits * inverse_tau, group, GROUPS)
+    if winner_ptr is not None:
+        winner = _winners(logits, group)
+        tl.store(winner_ptr + image * patches + patch, winner.to(tl.uint8), mask=patch_exists)
+        used, total = _one_hot(tl.where(patch_exists, winner, -1), group)
+    else:
+        used = tl.where(patch_exists[:, None], _softmax(logits), 0.0)
+        total = tl.sum(used, axis=0)
+    if used_ptr is not None:
+        tl.store(used_ptr + map_offset, used, mask=map_mask)
+    if ONE_TILE:
+        tl.store(total_ptr + image * GROUPS + group, total, mask=group_exists)
+        out_ptr += image * GROUPS * CHANNELS
+        for first in range(0, CHANNELS, BLOCK_CHANNELS):
+            v = _load(v_ptr, patch * v_stride_patch, patch_exists, first, CHANNELS, BLOCK_CHANNELS, UPCAST)
+            out = _weighted_sums(used, v) / (total + eps)[:, None]
+            _store(out_ptr, group * CHANNELS, group_exists, first, out, CHANNELS, BLOCK_CHANNELS)
+
+
+@triton.jit
+def _aggregate_kernel(
+    winner_ptr,
+    map_ptr,
+    x_ptr,
+    out_ptr,
+    total_ptr,
+    patches,
+    scale,
+    eps,
+    x_stride_image,
+    x_stride_patch,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_PATCHES: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """``out[b, g] = factor[b, g] * sum over patches of map[b, g, n] * x[b, n]`` for images of several tiles.
+
+    The map is the one-hot of `winner` if there is one, else `map`. The factor is ``1 / (sum of the map + eps)`` where
+    totals are kept, else `scale`.
+    """
+    image = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK_CHANNELS
+    group = tl.arange(0, BLOCK_GROUPS)
+    group_exists = group < GROUPS
+    x_ptr += image * x_stride_image
+    out = tl.zeros((BLOCK_GROUPS, BLOCK_CHANNELS), tl.float32)
+    totals = tl.zeros((BLOCK_GROUPS,), tl.float32)
+    for first_patch in range(0, patches, BLOCK_PATCHES):
+        patch = first_patch + tl.arange(0, BLOCK_PATCHES)
+        patch_exists = patch < patches
+        x = _load(x_ptr, patch * x_stride_patch, patch_exists, first, CHANNELS, BLOCK_CHANNELS, UPCAST)
+        if winner_ptr is not None:
+            winner = tl.load(winner_ptr + image * patches + patch, mask=patch_exists, other=0).to(tl.int32)
+            weights, total = _one_hot(tl.where(patch_exists, winner, -1), group)
+        else:
+            mask = patch_exists[:, None] & group_exists[None, :]
+            offset = (image * GROUPS + group[None, :]) * patches + patch[:, None]
+            weights = tl.load(map_ptr + offset, mask=mask, other=0.0)
+            total = tl.sum(weights.to(tl.float32), axis=0)
+        totals += total
+        out += _weighted_sums(weights, x)
+    if total_ptr is not None:
+        # every program of the image writes the same numbers
+        tl.store(total_ptr + image * GROUPS + group, totals, mask=group_exists)
+        out = out / (totals + eps)[:, None]
+    else:
+        out = out * scale
+    out_ptr += image * GROUPS * CHANNELS
+    _store(out_ptr, group * CHANNELS, group_exists, first, out, CHANNELS, BLOCK_CHANNELS)
+
+
+@triton.jit
+def _grouping_backward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    seed_ptr,
+    out_ptr,
+    total_ptr,
+    winner_ptr,
+    grad_out_ptr,
+    grad_soft_ptr,
+    grad_used_ptr,
+    grad_q_ptr,
+    grad_k_ptr,
+    grad_v_ptr,
+    grad_logits_ptr,
+    first_image,
+    patches,
+    scale,
+    inverse_tau,
+    eps,
+    q_stride_image,
+    q_stride_group,
+    k_stride_image,
+    k_stride_patch,
+    v_stride_image,
+    v_stride_patch,
+    grad_stride_image,
+    grad_stride_group,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_PATCHES: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Gradients of one tile of patches; that of q too where the tile is the whole image, else of the logits.
+
+    Pointers may be None: seed_ptr, winner_ptr (soft assignment), grad_soft_ptr and grad_used_ptr (no such gradient);
+    with one tile out_ptr and grad_logits_ptr, with several grad_q_ptr.
+    """
+    image = tl.program_id(0).to(tl.int64)
+    patch = tl.program_id(1) * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
+    patch_exists = patch < patches
+    group = _group_of_column(BLOCK_GROUPS)
+    group_exists = group < GROUPS
+    q_ptr += image * q_stride_image
+    k_ptr += image * k_stride_image
+    v_ptr += image * v_stride_image
+    grad_out_ptr += image * grad_stride_image
+    grad_k_ptr += image * patches * CHANNELS
+    grad_v_ptr += image * patches * CHANNELS
+    q_row, grad_row = group * q_stride_group, group * grad_stride_group
+    k_row, v_row = patch * k_stride_patch, patch * v_stride_patch
+    map_offset = (image * GROUPS + group[None, :]) * patches + patch[:, None]
+    map_mask = group_exists[None, :] & patch_exists[:, None]
+
+    products = _inner_products(k_ptr, k_row, patch_exists, q_ptr, q_row, group_exists, CHANNELS, BLOCK_CHANNELS, UPCAST)
+    logits = products * scale
+    if grad_soft_ptr is not None:
+        soft = _softmax(_mask_groups(logits * inverse_tau, group, GROUPS))
+    if seed_ptr is not None:
+        logits += gumbel_noise(tl.load(seed_ptr), first_image + image, patch, BLOCK_GROUPS // 4)
+    probability = _softmax(_mask_groups(logits * inverse_tau, group, GROUPS))
+
+    # d out / d assignment: the weighted mean's, total included
+    inverse_total = 1.0 / (tl.load(total_ptr + image * GROUPS + group, mask=group_exists, other=1.0) + eps)
+    products = _inner_products(
+        v_ptr, v_row, patch_exists, grad_out_ptr, grad_row, group_exists, CHANNELS, BLOCK_CHANNELS, UPCAST
+    )
+    if winner_ptr is not None:
+        winner = tl.load(winner_ptr + image * patches + patch, mask=patch_exists, other=0).to(tl.int32)
+        used_products = tl.where(winner[:, None] == group[None, :], products, 0.0)
+    else:
+        used_products = probability * products
+    if ONE_TILE:
+        mean = tl.sum(used_products, axis=0) * inverse_total
+    else:
+        out_ptr += image * GROUPS * CHANNELS
+        mean = tl.zeros((BLOCK_GROUPS,), tl.float32)
+        for first in range(0, CHANNELS, BLOCK_CHANNELS):
+            grad = _load(grad_out_ptr, grad_row, group_exists, first, CHANNELS, BLOCK_CHANNELS, True)
+            out = _load(out_ptr, group * CHANNELS, group_exists, first, CHANNELS, BLOCK_CHANNELS, True)
+            mean += tl.sum(grad * out, axis=1)
+    grad_used = (products - mean[None, :]) * inverse_total[None, :]
+    if grad_used_ptr is not None:
+        grad_used += tl.load(grad_used_ptr + map_offset, mask=map_mask, other=0.0)
+
+    # straight through to the softmax
+    grad_logits = probability * (grad_used - tl.sum(probability * grad_used, axis=1)[:, None])
+    if grad_soft_ptr is not None:
+        grad_soft = tl.load(grad_soft_ptr + map_offset, mask=map_mask, other=0.0)
+        grad_logits += soft * (grad_soft - tl.sum(soft * grad_soft, axis=1)[:, None])
+    dtype = tl.float32 if UPCAST else k_ptr.dtype.element_ty
+    grad_logits = (grad_logits * inverse_tau).to(dtype)
+    if winner_ptr is not None:
+        # A row of the one-hot picks a row of grad_out exactly; its total divides in fp32 behind the product. The added
+        # 0 has the compiler build the one-hot in the registers where the product wants it.
+        weights = (winner[:, None] == group[None, :]).to(dtype) + (grad_logits - grad_logits)
+        winner_total = tl.load(total_ptr + image * GROUPS + winner, mask=patch_exists, other=1.0)
+        row_factor = 1.0 / (winner_total + eps)
+    else:
+        weights = (probability * inverse_total[None, :]).to(dtype)
+        row_factor = tl.full((BLOCK_PATCHES,), 1.0, tl.float32)
+    for first in range(0, CHANNELS, BLOCK_CHANNELS):
+        q = _load(q_ptr, q_row, group_exists, first, CHANNELS, BLOCK_CHANNELS, UPCAST)
+        grad_k = tl.dot(grad_logits, q, input_precision="ieee") * scale
+        _store(grad_k_ptr, patch * CHANNELS, patch_exists, first, grad_k, CHANNELS, BLOCK_CHANNELS)
+        grad = _load(grad_out_ptr, grad_row, group_exists, first, CHANNELS, BLOCK_CHANNELS, UPCAST)
+        grad_v = tl.dot(weights, grad, input_precision="ieee") * row_factor[:, None]
+        _store(grad_v_ptr, patch * CHANNELS, patch_exists, first, grad_v, CHANNELS, BLOCK_CHANNELS)
+        if ONE_TILE:
+            k = _load(k_ptr, k_row, patch_exists, first, CHANNELS, BLOCK_CHANNELS, UPCAST)
+            grad_q = _weighted_sums(grad_logits, k) * scale
+            _store(
+                grad_q_ptr + image * GROUPS * CHANNELS,
+                group * CHANNELS,
+                group_exists,
+                first,
+                grad_q,
+                CHANNELS,
+                BLOCK_CHANNELS,
+            )
+    if not ONE_TILE:
+        tl.store(grad_logits_ptr + map_offset, grad_logits.to(grad_logits_ptr.dtype.element_ty), mask=map_mask)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """The sizes of a call, and how its images are cut into tiles of patches."""
+
+    batch: int
+    groups: int
+    patches: int
+    channels: int
+    itemsize: int
+
+    @property
+    def block_groups(self) -> int:
+        return max(16, triton.next_power_of_2(self.groups))
+
+    @property
+    def block_patches(self) -> int:
+        """As many as a program's registers hold: a whole image of the model at 224 px in 16 bits."""
+        most = (2**14 if self.itemsize == 2 else 2**12) // self.block_groups
+        return max(16, min(triton.next_power_of_2(self.patches), most))
+
+    @property
+    def tiles(self) -> int:
+        return max(1, triton.cdiv(self.patches, self.block_patches))
+
+    @property
+    def constexprs(self) -> dict[str, object]:
+        return {
+            "GROUPS": self.groups,
+            "CHANNELS": self.channels,
+            "BLOCK_PATCHES": self.block_patches,
+            "BLOCK_GROUPS": self.block_groups,
+            "UPCAST": INTERPRET,
+        }
+
+    def configurations(self, kernel: str) -> dict[int, Config]:
+        """The table for `kernel`'s tiles of this size."""
+        tables = CONFIGS[kernel, self.itemsize]
+        size = self.block_patches * self.block_groups
+        return tables[min(most for most in tables if most >= size)]
+
+
+def _rows_together(x: Tensor) -> Tensor:
+    """Views are read where they lie, unless channels lie apart or an image spans 2**31 elements: offsets within one are
+    int32."""
+    _, rows, channels = x.shape
+    if (x.stride(2) == 1 or channels == 1) and (rows - 1) * x.stride(1) + channels <= 2**31:
+        return x
+    return x.contiguous()
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(x.stride(axis) for x in tensors for axis in (0, 1))
+
+
+def _aggregate(
+    problem: _Problem,
+    winner: Tensor | None,
+    weights: Tensor | None,
+    x: Tensor,
+    out: Tensor,
+    total: Tensor | None,
+    scale: float,
+    eps: float,
+) -> None:
+    arguments = (winner, weights, x, out, total, problem.patches, scale, eps, *_strides(x))
+
+    def launch(config: Config) -> None:
+        grid = (problem.batch, triton.cdiv(problem.channels, config.blocks["BLOCK_CHANNELS"]))
+        _aggregate_kernel[grid](*arguments, **problem.constexprs, **config.kwargs)
+
+    table = problem.configurations("aggregate")
+    launch(configuration("grouping_aggregate", table, x.device, (problem, winner is None), CANDIDATES, launch))
+
+
+def grouping_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seed: Tensor | None,
+    first_image: int,
+    scale: float,
+    tau: float,
+    eps: float,
+    hard: bool,
+    return_assignment: Literal["none", "soft", "used"],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output ``[B, G, C]``, the assignment fp32 ``[B, G, N]`` (``[B, G, 0]`` if not asked for), and what backward
+    needs: the winner of each patch uint8 ``[B, N]`` (``[B, 0]`` if not hard) and each group's total fp32 ``[B, G]``.
+
+    `seed`: 0-d int64 tensor on the device, or None for no noise. At most 128 groups. Inputs of one dtype.
+    """
+    q, k, v = _rows_together(q), _rows_together(k), _rows_together(v)
+    (batch, groups, channels), patches, device = q.shape, k.shape[1], q.device
+    problem = _Problem(batch, groups, patches, channels, q.element_size())
+    one_tile = problem.tiles == 1
+    out = torch.empty(q.shape, dtype=v.dtype, device=device)
+    total = torch.empty((batch, groups), dtype=torch.float32, device=device)
+    winner = torch.empty((batch, patches if hard else 0), dtype=torch.uint8, device=device)
+    columns = 0 if return_assignment == "none" else patches
+    assignment = torch.empty((batch, groups, columns), dtype=torch.float32, device=device)
+    if out.numel() == 0:
+        return out, assignment, winner, total
+    soft, used = (assignment if return_assignment == kind else None for kind in ("soft", "used"))
+    if used is None and not hard and not one_tile:
+        used = torch.empty((batch, groups, patches), dtype=torch.float32, device=device)
+    winner_or_none = winner if hard else None
+    arguments = (q, k, v, seed, out, total, winner_or_none, soft, used)
+    arguments += (first_image, patches, scale, 1.0 / tau, eps, *_strides(q, k, v))
+
+    def launch(config: Config) -> None:
+        _grouping_forward_kernel[batch, problem.tiles](
+            *arguments, **problem.constexprs, ONE_TILE=one_tile, **config.kwargs
+        )
+
+    with on_device(q):
+        key = (problem, hard, seed is None, return_assignment)
+        table = problem.configurations("forward")
+        launch(configuration("grouping_forward", table, device, key, CANDIDATES, launch))
+        if not one_tile:
+            _aggregate(problem, winner_or_none, used, v, out, total, scale, eps)
+    return out, assignment, winner, total
+
+
+def grouping_backward(
+    grad_out: Tensor,
+    grad_assignment: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seed: Tensor | None,
+    out: Tensor,
+    winner: Tensor,
+    total: Tensor,
+    first_image: int,
+    scale: float,
+    tau: float,
+    eps: float,
+    hard: bool,
+    return_assignment: Literal["none", "soft", "used"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `q`, `k` and `v`, from what :func:`grouping_forward` took and gave."""
+    q, k, v, grad_out = (_rows_together(x) for x in (q, k, v, grad_out))
+    (batch, groups, channels), patches, device = q.shape, k.shape[1], q.device
+    problem = _Problem(batch, groups, patches, channels, q.element_size())
+    one_tile = problem.tiles == 1
+    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
+    if grad_q.numel() == 0:
+        return grad_q, grad_k.zero_(), grad_v.zero_()
+    grad_logits = None if one_tile else torch.empty((batch, groups, patches), dtype=k.dtype, device=device)
+    if grad_assignment is not None:
+        grad_assignment = grad_assignment.contiguous()
+    grad_soft, grad_used = (grad_assignment if return_assignment == kind else None for kind in ("soft", "used"))
+    arguments = (q, k, v, seed, None if one_tile else out, total, winner if hard else None)
+    arguments += (grad_out, grad_soft, grad_used, grad_q if one_tile else None, grad_k, grad_v, grad_logits)
+    arguments += (first_image, patches, scale, 1.0 / tau, eps, *_strides(q, k, v, grad_out))
+
+    def launch(config: Config) -> None:
+        _grouping_backward_kernel[batch, problem.tiles](
+            *arguments, **problem.constexprs, ONE_TILE=one_tile, **config.kwargs
+        )
+
+    with on_device(q):
+        key = (problem, hard, seed is None, return_assignment)
+        table = problem.configurations("backward")
+        launch(configuration("grouping_backward", table, device, key, CANDIDATES, launch))
+        if not one_tile:
+            _aggregate(problem, None, grad_logits, k, grad_q, None, scale, eps)
+    return grad_q, grad_k, grad_v
+
+
+def signatures(architecture: int) -> list[KernelVariant]:
+    """The variants at the model's shapes: both groupings at 224 px and the first at 448 px, C = 384, as training
+    (with noise, with and without the assignment) and evaluation (soft maps, no noise, no backward) launch them."""
+    numbers = {"first_image": "i64", "patches": "i32", "scale": "fp32", "inverse_tau": "fp32", "eps": "fp32"}
+    maps = dict.fromkeys(("soft_ptr", "used_ptr", "grad_soft_ptr", "grad_used_ptr"), "*fp32:16")
+    kept = {"seed_ptr": "*i64:16", "total_ptr": "*fp32:16", "winner_ptr": "*u8:16"}
+    variants = []
+
+    def add(kernel: JITFunction, what: str, problem: _Problem, absent: tuple[str, ...], **constexprs: object) -> None:
+        name = kernel.__name__.strip("_").removesuffix("_kernel")
+        config = problem.configurations(name.removeprefix("grouping_"))[architecture]
+        tensor = "*bf16:16" if problem.itemsize == 2 else "*fp32:16"
+        types = {**numbers, **maps, **kept}
+        constexprs = {**problem.constexprs, "UPCAST": False, **constexprs, **config.blocks, **dict.fromkeys(absent)}
+        signature = {
+            argument: types.get(argument, "i32:16" if "stride" in argument else tensor)
+            for argument in kernel.arg_names
+            if argument not in constexprs
+        }
+        shape = f"{tensor[1:5]}, G={problem.groups}, N={problem.patches}, C={problem.channels}"
+        variants.append(
+            KernelVariant(
+                f"grouping.{name}[{what}, {shape}]", kernel, signature, constexprs, config.num_warps, config.num_stages
+            )
+        )
+
+    for itemsize in (2, 4):
+        for groups, patches in ((64, 196), (8, 64), (64, 784)):
+            problem = _Problem(1024, groups, patches, 384, itemsize)
+            one_tile = problem.tiles == 1
+            unused = ("out_ptr", "grad_logits_ptr") if one_tile else ("grad_q_ptr",)
+            for what, absent in (
+                ("train", ("soft_ptr", "used_ptr")),
+                ("train, used map", ("soft_ptr",)),
+                ("eval, soft map", ("seed_ptr", "used_ptr")),
+            ):
+                add(_grouping_forward_kernel, what, problem, absent, ONE_TILE=one_tile)
+            for what, absent in (
+                ("train", ("grad_soft_ptr", "grad_used_ptr")),
+                ("train, used map", ("grad_soft_ptr",)),
+            ):
+                add(_grouping_backward_kernel, what, problem, (*absent, *unused), ONE_TILE=one_tile)
+            if not one_tile:
+                add(_aggregate_kernel, "output", problem, ("map_ptr",))
+                add(_aggregate_kernel, "gradient of q", problem, ("winner_ptr", "total_ptr"))
+    return variants
