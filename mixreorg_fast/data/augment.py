@@ -8,7 +8,7 @@ erase.
 
 from __future__ import annotations
 
-import warnings
+import functools
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ def draw(config: AugmentConfig, seed: int, position: int, sizes: np.ndarray) -> 
     elif config.color_jitter:
         numbers = 2 * uniforms(seed, Purpose.JITTER, position, count, 4) - 1  # -1 … 1
         factors = np.maximum(0.0, 1 + config.color_jitter * numbers).astype(np.float32)
-        drawn |= {"brightness": factors[:, 0], "contrast": factors[:, 1], "saturation": factors[:, 2]}
+        drawn |= dict(zip(("brightness", "contrast", "saturation"), factors[:, :3].T.copy(), strict=True))
         # torchvision's usual hue range is a quarter of the other strengths, in turns.
         drawn["hue"] = (360 * min(0.5, config.color_jitter / 4) * numbers[:, 3]).astype(np.float32)
     if config.random_erasing:
@@ -87,7 +87,7 @@ def _operations(config: AugmentConfig, seed: int, position: int, count: int) -> 
     # Box and Muller; 1 - u is never 0.
     normal = np.sqrt(-2 * np.log(1 - numbers[..., 0])) * np.cos(2 * np.pi * numbers[..., 1])
     magnitude = np.rint(config.rand_augment_magnitude + MAGNITUDE_NOISE * normal).clip(0, MAGNITUDES - 1)
-    kinds = 1 + np.floor(numbers[..., 2] * len(_suite()[1:]))  # 0 leaves the image as it is
+    kinds = 1 + np.floor(numbers[..., 2] * (len(_suite()) - 1))  # 0 leaves the image as it is
     applied = numbers[..., 3] < config.rand_augment_probability
     return {
         "operation": np.where(applied, kinds, 0).astype(np.int32),
@@ -193,23 +193,36 @@ def _normalised(images: Any, **crop: Any) -> Any:
 def _built(graph: Any, *, gpu: bool, batch: int, threads: int, depth: int) -> Any:
     import torch
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # DALI's own augmentations use names DALI has since renamed
-        pipeline = graph(
-            batch_size=batch,
-            num_threads=threads,
-            device_id=torch.cuda.current_device() if gpu else None,
-            prefetch_queue_depth=depth,
-            # The executor that goes on after a photo that cannot be decoded; the older one stays in its error.
-            exec_dynamic=True,
-        )
-        pipeline.build()
+    pipeline = graph(
+        batch_size=batch,
+        num_threads=threads,
+        device_id=torch.cuda.current_device() if gpu else None,
+        prefetch_queue_depth=depth,
+        # The executor that goes on after a photo that cannot be decoded; the older one stays in its error.
+        exec_dynamic=True,
+    )
+    pipeline.build()
     return pipeline
 
 
+@functools.cache
 def _suite() -> list[Any]:
     """Identity, and timm's fifteen "increasing" operations, of DALI's making."""
+    from nvidia.dali import fn
     from nvidia.dali.auto_aug import augmentations, rand_augment
+    from nvidia.dali.auto_aug.core import augmentation
 
-    usual = [a for a in rand_augment.get_rand_augment_suite(use_shape=True) if a.name != "identity"]
+    # DALI's own versions of these two call operators by names it has since deprecated, and warn each time.
+    @augmentation(
+        mag_range=(0, 0.9), randomly_negate=True, mag_to_param=augmentations.sharpness_kernel, param_device="auto"
+    )
+    def sharpness(data: Any, kernel: Any) -> Any:
+        return fn.filter(data, kernel)
+
+    @augmentation
+    def equalize(data: Any, _: Any) -> Any:
+        return fn.equalize(data)
+
+    ours = {"sharpness": sharpness, "equalize": equalize}
+    usual = [ours.get(a.name, a) for a in rand_augment.get_rand_augment_suite(use_shape=True) if a.name != "identity"]
     return [augmentations.identity, *usual, augmentations.invert, augmentations.solarize_add]

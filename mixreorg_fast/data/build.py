@@ -18,10 +18,18 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import UserError, nearest
-from .shards import IMAGE_EXTENSIONS, expand, how_to_make, index_places, scan, write_atomically, write_index
+from .shards import (
+    IMAGE_EXTENSIONS,
+    LARGEST_PHOTO,
+    expand,
+    how_to_make,
+    index_places,
+    scan,
+    write_atomically,
+    write_index,
+)
 
 OPEN_RANGE = re.compile(r"\{(\d+)\.\.\}")
-LARGEST_PHOTO = 178_956_970  # pixels; the loader refuses larger ones too
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,12 @@ later is searched for the photo at fault, which another one stands in for.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
 import queue
+import re
 import threading
 import time
 from collections import deque
@@ -36,13 +38,11 @@ from ..errors import UserError
 from .augment import draw, training_graph, validation_graph
 from .order import Order, Purpose, uniforms
 from .scenes import ensure_scenes
-from .shards import Sample, ShardSet, open_shards
+from .shards import LARGEST_PHOTO, Sample, ShardSet, open_shards
 from .tokenizer import Tokenizer
 
 log = logging.getLogger("mixreorg_fast")
 
-# A photo of more pixels is refused: decoded, it would take over half a gigabyte (Pillow draws the same line).
-LARGEST_PHOTO = 178_956_970
 NOUN_PROMPT = "a photo of a {}."
 
 
@@ -134,7 +134,7 @@ class TrainLoader:
         self._next = start + rank * micro_batch
         self._device = _device(device)
         self._threads = min(config.data.threads, os.cpu_count() or 1)
-        self._photos = _Photos(training_shards(config), self._threads)
+        self._photos = _Photos(training_shards(config), self._threads, self._device)
         self._order = Order(self._photos.shards.sizes, config.seed)
         self.samples = len(self._photos.shards)
         self.wait_seconds = 0.0
@@ -145,6 +145,7 @@ class TrainLoader:
         self._failed: BaseException | None = None
         self._thread = threading.Thread(target=self._produce, name="mixreorg-loader", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # before DALI takes its pipelines down under the thread
 
     @property
     def bad_samples(self) -> list[tuple[str, str]]:
@@ -184,6 +185,7 @@ class TrainLoader:
             except queue.Empty:
                 self._thread.join(timeout=0.05)
         self._photos.close()
+        atexit.unregister(self.close)
 
     def _produce(self) -> None:
         try:
@@ -224,8 +226,7 @@ class TrainLoader:
     def _repair(self, pipeline: Any, pending: deque[_Request], error: RuntimeError) -> None:
         """After a batch failed: find its bad photos, drop what is in flight, and run all of it again."""
         head = pending[0]
-        if not self._photos.find_bad(head.numbers, head.samples, head.inputs["encoded"]):
-            raise RuntimeError(f"DALI failed on a batch whose photos all decode one by one: {error}") from error
+        self._photos.find_bad(head.numbers, head.samples, head.inputs["encoded"], error)
         for _ in range(len(pending) - 1):
             try:
                 _take(pipeline, self._device)
@@ -298,7 +299,7 @@ class ValidationLoader:
         self._micro_batch = micro_batch
         self._device = _device(device)
         threads = min(config.data.threads, os.cpu_count() or 1)
-        self._photos = _Photos(shards, threads)
+        self._photos = _Photos(shards, threads, self._device)
         self._numbers = np.arange(rank, len(shards), world_size)
         self._pipeline = validation_graph(
             config.model.image_size, gpu=self._device.type == "cuda", batch=micro_batch, threads=threads
@@ -328,8 +329,7 @@ class ValidationLoader:
                 images = _take(self._pipeline, self._device)
                 break
             except RuntimeError as error:
-                if not self._photos.find_bad(found, samples, encoded):
-                    raise RuntimeError(f"DALI failed on a batch whose photos all decode one by one: {error}") from error
+                self._photos.find_bad(found, samples, encoded, error)
         ids, lengths = self._tokenizer.encode([s.captions[0] for s in samples], self._context)
         return Batch(images, _to(ids, self._device), lengths, found[0], [s.key for s in samples])
 
@@ -340,6 +340,7 @@ class _Photos:
 
     shards: ShardSet
     threads: int
+    device: torch.device
     bad: dict[int, str] = field(default_factory=dict)  # sample -> reason
     bad_samples: list[tuple[str, str]] = field(default_factory=list)
 
@@ -373,20 +374,30 @@ class _Photos:
         sizes = np.array([size for *_, size in kept], dtype=np.int64).reshape(-1, 2)
         return [number for number, *_ in kept], [sample for _, sample, _ in kept], encoded, sizes
 
-    def find_bad(self, numbers: list[int], samples: list[Sample], encoded: list[np.ndarray]) -> bool:
-        """Decode photos one by one on the CPU after a batch with them failed; True if any cannot be decoded."""
+    def find_bad(
+        self, numbers: list[int], samples: list[Sample], encoded: list[np.ndarray], failure: RuntimeError
+    ) -> None:
+        """Mark the photos that made a batch fail, by decoding its photos one by one.
+
+        Raises:
+            RuntimeError: `failure`, if all of them decode and it names none.
+        """
         if self._probe is None:
-            self._probe = validation_graph(32, gpu=False, batch=1, threads=1)
-        found = False
-        for number, sample, photo in zip(numbers, samples, encoded, strict=True):
+            self._probe = validation_graph(32, gpu=self.device.type == "cuda", batch=1, threads=1)
+        bad = {}
+        for place, photo in enumerate(encoded):
             try:
                 _feed(self._probe, {"encoded": [photo]})
                 self._probe.schedule_run()
-                _take(self._probe, torch.device("cpu"))
+                _take(self._probe, self.device)
             except RuntimeError as error:
-                found = True
-                self._mark(number, sample.key, _decode_reason(error))
-        return found
+                bad[place] = error
+        # A photo may decode whole and fail in its crop; DALI then names it.
+        bad = bad or {int(place): failure for place in re.findall(r"sample #(\d+)", str(failure))}
+        if not bad:
+            raise failure
+        for place, error in bad.items():
+            self._mark(numbers[place], samples[place].key, _decode_reason(error))
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)

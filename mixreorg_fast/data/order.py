@@ -89,5 +89,5 @@ def _permutation(count: int, seed: int, purpose: Purpose, epoch: int, window: in
 
 
 def _philox(seed: int, purpose: Purpose, *counter: int) -> np.random.Philox:
-    words = [*counter, *[0] * (4 - len(counter))]
-    return np.random.Philox(key=[seed % 2**64, int(purpose)], counter=words)
+    words = np.array([*counter, *[0] * (4 - len(counter))], dtype=np.uint64)
+    return np.random.Philox(key=np.array([seed % 2**64, int(purpose)], dtype=np.uint64), counter=words)

@@ -31,6 +31,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 INDEX_FORMAT = 1
 # A member larger than this is no photo; reading it would only cost memory.
 LARGEST_MEMBER = 256 << 20
+# Pixels. A larger photo is refused: decoded, it would take over half a gigabyte (Pillow draws the same line).
+LARGEST_PHOTO = 178_956_970
 
 # How to make the folders that this project's configurations name, as docs/data.md says.
 RECIPES = {

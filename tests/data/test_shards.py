@@ -1,0 +1,308 @@
+"""Patterns, indexes, building and verifying of shards."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixreorg_fast import cli
+from mixreorg_fast.data import shards as shards_module
+from mixreorg_fast.data.build import NounFinder, ShardWriter, build, photo_problem, verify, write_shard
+from mixreorg_fast.data.shards import expand, index_places, open_shard, open_shards, scan
+from mixreorg_fast.errors import UserError
+
+from .conftest import bomb, pairs
+
+
+def names(patterns) -> list[str]:
+    return [path.name for path in expand(patterns)]
+
+
+class TestPatterns:
+    @pytest.fixture(autouse=True)
+    def files(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for name in ("t-08.tar", "t-09.tar", "t-10.tar", "v-a.tar", "v-b.tar"):
+            Path(name).touch()
+
+    def test_ranges_keep_leading_zeros(self):
+        assert names("t-{08..10}.tar") == ["t-08.tar", "t-09.tar", "t-10.tar"]
+
+    def test_globs_lists_and_commas(self):
+        assert names("t-*.tar") == ["t-08.tar", "t-09.tar", "t-10.tar"]
+        assert names("{t-08,v-{a,b}}.tar") == ["t-08.tar", "v-a.tar", "v-b.tar"]
+        assert names("v-b.tar, t-{08..09}.tar") == ["v-b.tar", "t-08.tar", "t-09.tar"]
+        assert names(["v-?.tar", "v-a.tar"]) == ["v-a.tar", "v-b.tar"]
+
+    @pytest.mark.parametrize(
+        ("pattern", "message"),
+        [
+            ("t-{08..12}.tar", r"no shard t-11\.tar and 1 more \(did you mean"),
+            ("x-*.tar", r"no shard matches x-\*\.tar"),
+            ("t-{08..10.tar", "braces do not match"),
+            ("t-{08}.tar", "neither a range"),
+            ("t-{10..08}.tar", "no rising range"),
+            ("", "pattern is empty"),
+            ("data/flickr8k/train-{000000..000001}.tar", r"mixreorg shards build .*flickr8k.*docs/data\.md"),
+            ("data/scenes/train-*.tar", r"mixreorg shards scenes"),
+        ],
+    )
+    def test_errors(self, pattern, message):
+        with pytest.raises(UserError, match=message):
+            expand(pattern)
+
+
+class TestIndex:
+    def test_samples_read_back(self, shards):
+        opened = open_shards(shards)
+        assert len(opened) == 30 and opened.sizes.tolist() == [13, 10, 7]
+        expected = pairs(30)
+        opened.open_for(np.arange(30))
+        for number, pair in enumerate(expected):
+            sample = opened.read(number)
+            assert (sample.key, sample.image, sample.captions) == (pair.key, pair.image, pair.captions)
+            assert sample.nouns == (pair.fields or {"nouns": []})["nouns"]
+            assert opened.key(number) == pair.key
+        assert list(opened.captions()) == [caption for pair in expected for caption in pair.captions]
+        assert 8 <= len(list(opened.captions(limit=5))) <= 16
+        opened.close()
+
+    @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+    def test_all_tar_formats_and_long_names(self, tmp_path, format):
+        path = tmp_path / "a.tar"
+        folder = "f" * 90 if format == tarfile.USTAR_FORMAT else "f" * 150 + "/ö"
+        with tarfile.open(path, "w", format=format) as tar:
+            directory = tarfile.TarInfo("some")
+            directory.type = tarfile.DIRTYPE
+            tar.addfile(directory)
+            for pair in pairs(3):
+                for extension, data in (("JPG", pair.image), ("txt", b"hello"), ("cls", b"1")):
+                    info = tarfile.TarInfo(f"{folder}/{'k' * 40}{pair.key}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        shard = open_shard(path)
+        assert [key.decode() for key in shard.samples["key"]] == [f"{folder}/{'k' * 40}{p.key}" for p in pairs(3)]
+        with tarfile.open(path) as tar:
+            offsets = [member.offset_data for member in tar if member.name.endswith("JPG")]
+        assert (shard.samples["start"] + shard.samples["image_at"]).tolist() == offsets
+
+    def test_index_is_kept_and_rebuilt_when_the_tar_changes(self, tmp_path, monkeypatch):
+        path = tmp_path / "a.tar"
+        write_shard(path, pairs(3))
+        assert len(open_shard(path).samples) == 3 and index_places(path)[0].is_file()
+        with monkeypatch.context() as patch:
+            patch.setattr(shards_module, "scan", lambda path: pytest.fail("scanned again"))
+            assert len(open_shard(path).samples) == 3
+        write_shard(path, pairs(5))
+        assert len(open_shard(path).samples) == 5
+        index_places(path)[0].write_bytes(b"\x00garbage")
+        assert len(open_shard(path).samples) == 5
+
+    def test_index_goes_to_the_cache_when_the_folder_is_read_only(self, tmp_path, monkeypatch):
+        path = tmp_path / "a.tar"
+        write_shard(path, pairs(3))
+        beside, cached = index_places(path)
+        # Root may write anywhere, so the refusal is staged.
+        write = shards_module.write_atomically
+
+        def refuse(target, *rest):
+            if target == beside:
+                raise PermissionError
+            write(target, *rest)
+
+        monkeypatch.setattr(shards_module, "write_atomically", refuse)
+        assert len(open_shard(path).samples) == 3
+        assert not beside.exists() and cached.is_file()
+
+    @pytest.mark.parametrize("part", ["header", "image"])
+    def test_a_cut_tar_is_used_up_to_the_cut(self, tmp_path, caplog, part):
+        path = tmp_path / "a.tar"
+        write_shard(path, pairs(6))
+        with tarfile.open(path) as tar:
+            image = tar.getmember("0004.jpg")
+        os.truncate(path, {"header": image.offset + 100, "image": image.offset_data + 100}[part])
+        assert len(open_shard(path).samples) == 4
+        assert len(caplog.records) == 1 and f"{path}: cut short; its 4 whole samples are used" in caplog.text
+        assert len(open_shards(str(path))) == 4  # from the kept index
+
+    def test_a_damaged_tar_is_used_up_to_the_damage(self, tmp_path, caplog):
+        path = tmp_path / "a.tar"
+        write_shard(path, pairs(6))
+        with tarfile.open(path) as tar:
+            at = tar.getmember("0003.jpg").offset
+        content = bytearray(path.read_bytes())
+        content[at : at + 512] = b"\xff" * 512
+        path.write_bytes(content)
+        assert len(open_shard(path).samples) == 3
+        assert f"damaged at byte {at}" in caplog.text
+
+    def test_incomplete_samples_are_left_out(self, tmp_path):
+        path = tmp_path / "a.tar"
+        with tarfile.open(path, "w") as tar:
+            for name in ("0.jpg", "1.jpg", "1.txt", "2.txt", "3.txt", "3.png"):
+                info = tarfile.TarInfo(name)
+                info.size = 4
+                tar.addfile(info, io.BytesIO(b"data"))
+        assert [sample["key"] for sample in scan(path)[0]] == [b"1", b"3"]
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"", "empty file"),
+            (b"no tar at all" * 100, "not a tar"),
+            (b"short", "not a tar"),
+            (gzip.compress(b"x" * 2000), "compressed tar"),
+            (bytes(10240), "no samples"),
+        ],
+    )
+    def test_what_is_no_shard(self, tmp_path, content, message):
+        path = tmp_path / "a.tar"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{path}: .*{message}"):
+            open_shard(path)
+
+
+class TestBuild:
+    def test_round_trip(self, photos, built):
+        assert [path.name for path in built] == [f"train-{n:06d}.tar" for n in range(3)]
+        opened = open_shards([str(path) for path in built])
+        assert opened.sizes.tolist() == [8, 8, 4]
+        opened.open_for(np.array([19]))
+        sample = opened.read(19)
+        assert sample.key == "p19" and sample.captions == ["A dog and 19 cats .", "animals in photo 19"]
+        assert sample.image == (photos / "images/p19.jpg").read_bytes()
+
+    def test_same_input_gives_same_bytes(self, photos, tmp_path, built):
+        again = build(photos, f"{tmp_path}/b/x-{{00..}}.tar", split="train", samples_per_shard=8, progress=False)
+        assert [path.name for path in again] == ["x-00.tar", "x-01.tar", "x-02.tar"]
+        assert [path.read_bytes() for path in again] == [path.read_bytes() for path in built]
+
+    def test_nouns(self, photos, tmp_path):
+        (tmp_path / "nouns.txt").write_text("Dog\ncat\nhot dog\n")
+        paths = build(photos, f"{tmp_path}/n-{{0..}}.tar", nouns=tmp_path / "nouns.txt", progress=False)
+        opened = open_shards([str(path) for path in paths])
+        opened.open_for(np.array([0]))
+        assert opened.read(0).nouns == ["dog", "cat"]
+        assert NounFinder(["dog", "hot dog", "bus"]).find(["Hot dogs, buses and a dog", "dogma"]) == [
+            "hot dog",
+            "bus",
+            "dog",
+        ]
+
+    def test_existing_shards_need_overwrite(self, photos, tmp_path, built):
+        pattern = f"{tmp_path}/out/train-{{000000..}}.tar"
+        with pytest.raises(UserError, match="exists already .*--overwrite"):
+            build(photos, pattern, progress=False)
+        open_shards([str(path) for path in built])
+        build(photos, pattern, split="val", overwrite=True, progress=False)
+        assert sorted(os.listdir(tmp_path / "out")) == ["train-000000.tar"]  # older shards and their indexes are gone
+
+    def test_failure_leaves_nothing(self, photos, tmp_path):
+        (photos / "images/p25.jpg").unlink()
+        with pytest.raises(UserError, match=r"captions\.tsv names p25\.jpg"):
+            build(photos, f"{tmp_path}/out/t-{{0..}}.tar", samples_per_shard=4, progress=False)
+        assert os.listdir(tmp_path / "out") == []
+
+    def test_failure_keeps_what_was_there(self, photos, tmp_path, built):
+        before = [path.read_bytes() for path in built]
+        (photos / "images/p05.jpg").unlink()
+        with pytest.raises(UserError):
+            build(photos, f"{tmp_path}/out/train-{{000000..}}.tar", overwrite=True, progress=False)
+        assert [path.read_bytes() for path in built] == before
+
+    def test_errors(self, photos, tmp_path):
+        out = f"{tmp_path}/t-{{0..}}.tar"
+        with pytest.raises(UserError, match=r"did you mean 'train'"):
+            build(photos, out, split="trian", progress=False)
+        with pytest.raises(UserError, match="one open range"):
+            build(photos, f"{tmp_path}/t.tar", progress=False)
+        with pytest.raises(UserError, match="ends in .tar"):
+            build(photos, f"{tmp_path}/t-{{0..}}.zip", progress=False)
+        with pytest.raises(UserError, match=r"no .*captions\.tsv"):
+            build(tmp_path, out, progress=False)
+        with pytest.raises(UserError, match="no readable noun list"):
+            build(photos, out, nouns=tmp_path / "absent", progress=False)
+        for line, message in (("no tab", "line 1: expected photo TAB caption"), ("../x.jpg\thello", "leads out")):
+            (photos / "captions.tsv").write_text(line + "\n")
+            with pytest.raises(UserError, match=message):
+                build(photos, out, progress=False)
+        (photos / "captions.tsv").write_text("p00.gif\thello\n")
+        with pytest.raises(UserError, match="photos must be"):
+            build(photos, out, progress=False)
+
+    def test_writer_needs_no_shard_for_no_sample(self, tmp_path):
+        with ShardWriter(f"{tmp_path}/t-{{0..}}.tar") as writer:
+            pass
+        assert writer.paths == [] and os.listdir(tmp_path) == []
+
+
+class TestVerify:
+    def broken_shard(self, path: Path) -> None:
+        samples = pairs(8)
+        samples[2] = samples[2].__class__("0002", samples[2].image[:300], "jpg", ["cut"])
+        samples[4] = samples[4].__class__("0004", b"<html>404</html>", "jpg", ["no photo"])
+        samples[5] = samples[5].__class__("0005", samples[5].image, "jpg", [""])
+        write_shard(path, samples)
+
+    def test_broken_samples_leave_the_index(self, tmp_path, capsys):
+        path = tmp_path / "a.tar"
+        self.broken_shard(path)
+        assert len(open_shard(path).samples) == 8
+        assert cli.main(["shards", "verify", str(path), "--workers", "1"]) == 1
+        printed = capsys.readouterr().out
+        assert "0002" in printed and "5 samples are sound, 3 broken" in printed
+        shard = open_shard(path)
+        assert shard.verified and [k.decode() for k in shard.samples["key"]] == ["0000", "0001", "0003", "0006", "0007"]
+        rows = dict(line.split("\t") for line in Path(f"{path}.broken.tsv").read_text().splitlines())
+        assert rows["0004"] == "not a JPEG, PNG or WebP image" and rows["0005"] == "empty caption"
+
+    def test_sound_shards(self, shards, capsys):
+        assert cli.main(["shards", "verify", shards, "--workers", "1"]) == 0
+        assert "30 samples are sound" in capsys.readouterr().out
+        assert not list(Path(shards).parent.glob("*.broken.tsv"))
+
+    def test_several_processes_agree(self, shards):
+        assert [sound for _, sound, _ in verify(shards, workers=2, progress=False)] == [13, 10, 7]
+
+    def test_a_cut_tar_counts_as_broken(self, tmp_path, capsys):
+        path = tmp_path / "a.tar"
+        write_shard(path, pairs(6))
+        os.truncate(path, 12_000)
+        assert cli.main(["shards", "verify", str(path), "--workers", "1"]) == 1
+        assert "the tar is cut short" in capsys.readouterr().out
+
+    def test_nothing_left(self, tmp_path, capsys):
+        path = tmp_path / "a.tar"
+        write_shard(path, [pairs(1)[0].__class__("x", b"nothing", "jpg", ["a"])])
+        assert cli.main(["shards", "verify", str(path), "--workers", "1"]) == 1
+        with pytest.raises(UserError, match="no sample of it can be decoded"):
+            open_shard(path)
+
+    def test_bombs_are_not_decoded(self):
+        assert "more than" in photo_problem(bomb()) or "exceeds limit" in photo_problem(bomb())
+
+
+def test_command_line_builds(photos, tmp_path, capsys):
+    out = f"{tmp_path}/cli/train-{{000000..}}.tar"
+    assert (
+        cli.main(["shards", "build", str(photos), "--out", out, "--split", "train", "--samples-per-shard", "15"]) == 0
+    )
+    assert "wrote 2 shards" in capsys.readouterr().out
+    assert cli.main(["shards", "build", str(photos), "--out", out]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert cli.main(["shards", "verify", f"{tmp_path}/none-*.tar"]) == 2
+    assert cli.main(["shards"]) == 2
+
+
+def test_moving_a_shard_keeps_it_usable(shards, tmp_path):
+    opened = open_shards(shards)
+    target = tmp_path / "moved"
+    shutil.copytree(opened.shards[0].path.parent, target)
+    assert len(open_shards(f"{target}/train-*.tar")) == 30
