@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -91,10 +92,13 @@ def load_state(model: GroupViT, folder: str | Path) -> None:
     for kind, keys in (("lacks", own.keys() - state.keys()), ("has an unknown", state.keys() - own.keys())):
         if keys:
             raise UserError(f"{path} {kind} tensor '{min(keys)}' ({len(keys)} such in all)")
-    state["logit_scale"] = state["logit_scale"].reshape(1)
+    if state["logit_scale"].numel() == 1:
+        state["logit_scale"] = state["logit_scale"].reshape(1)
     positions = "image_encoder.positions.weight"
-    if state[positions].shape != own[positions].shape:
-        side = int(own[positions].shape[1] ** 0.5)
+    found, wanted = state[positions].shape, own[positions].shape
+    # Only a square grid of patches can be taken to another size; anything else is refused below.
+    if found != wanted and len(found) == 3 and math.isqrt(found[1]) ** 2 == found[1]:
+        side = math.isqrt(wanted[1])
         state[positions] = resize_positions(state[positions], side, side)
     for key, value in state.items():
         if value.shape != own[key].shape:

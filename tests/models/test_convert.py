@@ -1,0 +1,393 @@
+"""`mixreorg convert`: every format in and out, exactly; files that are not what they seem."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import pickle
+import re
+import sys
+import types
+import typing
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import mixreorg_fast
+from mixreorg_fast.cli import main
+from mixreorg_fast.data.tokenizer import Tokenizer
+from mixreorg_fast.models import pth, weights
+from mixreorg_fast.models.convert import read_tokenizer
+
+from .huggingface import SMALL, VOCABULARY, random_ids, random_images, random_model, state_equal, transformers
+
+CAPTIONS = ["a red striped ball on grass", "two dogs, one cat's bowl", "a plain blue box", "the quick dog again"] * 5
+
+
+def convert(*arguments) -> None:
+    assert main(["convert", *map(str, arguments)]) == 0
+
+
+def refusal(capsys, *arguments) -> str:
+    """The one line that a refused conversion ends in."""
+    assert main(["convert", *map(str, arguments)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return random_model(SMALL)
+
+
+@pytest.fixture(scope="module")
+def their_folder(theirs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("huggingface") / "theirs"
+    theirs.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def our_folder(their_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ours") / "ours"
+    convert(their_folder, folder)
+    return folder
+
+
+# ---------------------------------------------------------------------- Hugging Face
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_hugging_face_to_ours_and_back_is_exact(dtype, tmp_path):
+    theirs = random_model(SMALL).to(dtype)
+    theirs.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back", "--to", "hf")
+    convert(tmp_path / "theirs", tmp_path / "straight", "--to", "hf")
+    assert state_equal(load_file(tmp_path / "back" / "model.safetensors"), theirs.state_dict())
+    assert state_equal(load_file(tmp_path / "straight" / "model.safetensors"), theirs.state_dict())
+    assert load_file(tmp_path / "ours" / "model.safetensors")["logit_scale"].shape == ()
+
+    back = transformers.GroupViTModel.from_pretrained(tmp_path / "back")
+    assert state_equal(back.state_dict(), theirs.state_dict())
+    configs = (transformers.GroupViTConfig.from_pretrained(tmp_path / name).to_dict() for name in ("theirs", "back"))
+    expected, found = ({k: v for k, v in config.items() if k != "transformers_version"} for config in configs)
+    assert found == expected
+
+
+def test_pytorch_bin_is_read_as_safetensors_is(theirs, their_folder, our_folder, tmp_path):
+    older = tmp_path / "older"
+    older.mkdir()
+    (older / "config.json").write_bytes((their_folder / "config.json").read_bytes())
+    # Releases up to 4.30 stored this buffer.
+    state = theirs.state_dict() | {"text_model.embeddings.position_ids": torch.arange(12)[None]}
+    torch.save(state, older / "pytorch_model.bin")
+    convert(older, tmp_path / "ours")
+    assert state_equal(*(load_file(f / "model.safetensors") for f in (tmp_path / "ours", our_folder)))
+
+
+def test_ours_as_a_hugging_face_folder_gives_the_same_embeddings(theirs, our_folder, tmp_path):
+    model = weights.load(our_folder)
+    model.tokenizer = Tokenizer.train(CAPTIONS, 300)
+    model.config.text.vocab_size = model.tokenizer.vocab_size
+    model.text_encoder.token_embedding = torch.nn.Embedding(model.tokenizer.vocab_size, model.config.text.width)
+    weights.save(model, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "theirs", "--to", "hf")
+
+    back = transformers.GroupViTModel.from_pretrained(tmp_path / "theirs").eval()
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "theirs")
+    texts = ["a red Striped ball", "", "two dogs on grass, the quick cat's bowl and more than fits into the context"]
+    image = Image.fromarray((random_images(1, 64, 64)[0].permute(1, 2, 0).clamp(0, 1) * 255).byte().numpy())
+    wide = image.resize((100, 80))
+    inputs = processor(text=texts, images=[image, wide], return_tensors="pt", padding=True, truncation=True)
+    with torch.no_grad():
+        expected = back(**inputs)
+
+    ids, lengths = model.tokenizer.encode(texts, model.config.text.context)
+    assert max(lengths) == model.config.text.context, "one text should be cut"
+    for row, length, other in zip(ids, lengths, inputs.input_ids, strict=True):
+        assert row[:length].tolist() == other[:length].tolist()
+    assert (model.text_embeddings(ids) - expected.text_embeds).abs().max() < 1e-5
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(64, 64, 3).permute(2, 0, 1) / 255
+    pixels = (pixels - torch.tensor(model.mean)[:, None, None]) / torch.tensor(model.std)[:, None, None]
+    assert (inputs.pixel_values[0] - pixels).abs().max() < 1e-5
+    assert inputs.pixel_values.shape == (2, 3, 64, 64)
+    assert (model.image_embeddings(inputs.pixel_values) - expected.image_embeds).abs().max() < 1e-5
+
+    convert(tmp_path / "theirs", tmp_path / "again")
+    again = mixreorg_fast.load(tmp_path / "again")
+    assert torch.equal(again.tokenizer.encode(texts, 12)[0], ids)
+    assert (again.mean, again.std) == (model.mean, model.std)
+
+
+def test_clip_tokenizer_of_two_files_gives_clips_ids(tmp_path):
+    # In CLIP's order: bytes, bytes at a word's end, merges, the two special tokens.
+    letters = list("abcdefghijklmnopqrstuvwxyz,.'!0123456789")
+    merges = [("r", "e"), ("re", "d</w>"), ("c", "a"), ("ca", "t</w>"), ("'", "s</w>"), ("a", "n")]
+    tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
+    vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n")
+    ours = read_tokenizer(tmp_path)
+    theirs = transformers.CLIPTokenizer(vocab=vocabulary, merges=merges)
+    for text in ("A Red  cat's can, no. 42!", "", "re-red"):
+        ids, (length,) = ours.encode([text], 77)
+        assert ids[0, :length].tolist() == theirs(text).input_ids
+
+
+# ---------------------------------------------------------------------- NVlabs
+
+
+def nvlabs_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Hugging Face's tensors under NVlabs' names, written down here a second time as rules of replacement."""
+    renamed = {}
+    for name, value in state.items():
+        for pattern, replacement in (
+            (r"^vision_model\.embeddings\.patch_embeddings\.projection", "img_encoder.patch_embed.proj"),
+            (r"^vision_model\.embeddings\.layernorm", "img_encoder.patch_embed.norm"),
+            (r"^vision_model\.embeddings\.position_embeddings", "img_encoder.pos_embed"),
+            (r"^vision_model\.layernorm", "img_encoder.norm"),
+            (r"^vision_model\.encoder\.stages\.(\d+)\.layers", r"img_encoder.layers.\1.blocks"),
+            (r"^vision_model\.encoder\.stages", "img_encoder.layers"),
+            (r"^(img.*)\.layer_norm", r"\1.norm"),
+            (r"^(img.*)\.self_attn\.out_proj", r"\1.attn.proj"),
+            (r"^(img.*)\.pre_assign_attn\.attn\.out_proj", r"\1.pre_assign_attn.attn.proj"),
+            (r"^(img.*)\.self_attn", r"\1.attn"),
+            (r"^text_model\.embeddings\.token_embedding", "text_encoder.token_embedding"),
+            (r"^text_model\.embeddings\.position_embedding\.weight", "text_encoder.positional_embedding"),
+            (r"^text_model\.final_layer_norm", "text_encoder.ln_final"),
+            (r"^text_model\.encoder\.layers", "text_encoder.transformer.resblocks"),
+            (r"^(text.*)\.layer_norm", r"\1.ln_"),
+            (r"^(text.*)\.self_attn", r"\1.attn"),
+            (r"^(text.*)\.mlp\.fc1", r"\1.mlp.c_fc"),
+            (r"^(text.*)\.mlp\.fc2", r"\1.mlp.c_proj"),
+            (r"^visual_projection\.3", "img_projector.linear_out"),
+            (r"^visual_projection", "img_projector.linear_hidden"),
+            (r"^text_projection\.3", "text_projector.linear_out"),
+            (r"^text_projection", "text_projector.linear_hidden"),
+        ):
+            name = re.sub(pattern, replacement, name)
+        if re.match(r".*_projector\.linear_(hidden\.0|out)\.weight", name):
+            value = value[..., None]  # they are convolutions of width 1 there
+        renamed[name] = value
+    for name in [name for name in renamed if re.search(r"\.attn\.q_proj", name) and "pre_assign" not in name]:
+        stem, _, leaf = name.rpartition(".q_proj.")
+        fused = torch.cat([renamed.pop(f"{stem}.{part}_proj.{leaf}") for part in "qkv"])
+        renamed[f"{stem}.in_proj_{leaf}" if name.startswith("text") else f"{stem}.qkv.{leaf}"] = fused
+    return renamed
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """A random model with NVlabs' 64 channels per head: their files do not tell the number of heads."""
+    vision = SMALL["vision_config"] | {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2}
+    text = SMALL["text_config"] | {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 1}
+    return random_model(SMALL | {"vision_config": vision, "text_config": text})
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_nvlabs_file_gives_the_same_model(wide, zipped, tmp_path, capsys, monkeypatch):
+    state = nvlabs_state(wide.state_dict()) | {"multi_label_logit_scale": torch.tensor(1.0)}
+    # Beside the weights: a configuration of a class that is not installed here, and objects of any kind.
+    module = types.ModuleType("omegaconf.dictconfig")
+    module.DictConfig = type("DictConfig", (dict,), {"__module__": module.__name__, "__qualname__": "DictConfig"})
+    monkeypatch.setitem(sys.modules, "omegaconf", types.ModuleType("omegaconf"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    config = module.DictConfig(lr=1e-3)
+    config.parent, config.kind, config.flags = config, typing.Any, {int: collections.deque([1])}
+    extras = {"config": config, "history": collections.defaultdict(list, loss=[1.0]), "path": tmp_path}
+    torch.save(
+        {"model": collections.OrderedDict(state), "epoch": 3, **extras},
+        tmp_path / "group_vit.pth",
+        _use_new_zipfile_serialization=zipped,
+    )
+    monkeypatch.undo()
+
+    convert(tmp_path / "group_vit.pth", tmp_path / "ours")
+    out = capsys.readouterr().out
+    assert "multi_label_logit_scale left out" in out and "2 and 1, of 64 channels" in out
+    convert(tmp_path / "ours", tmp_path / "back", "--to", "hf")
+    assert state_equal(load_file(tmp_path / "back" / "model.safetensors"), wide.state_dict())
+
+    images, ids = random_images(2, 64, 64), random_ids(2, 12, VOCABULARY)
+    ours = mixreorg_fast.load(tmp_path / "ours")
+    with torch.no_grad():
+        expected = wide(pixel_values=images, input_ids=ids)
+    assert (ours.image_embeddings(images) - expected.image_embeds).abs().max() < 1e-5
+    assert (ours.text_embeddings(ids) - expected.text_embeds).abs().max() < 1e-5
+
+
+def test_bare_state_dict_is_read_too(wide, tmp_path):
+    torch.save(nvlabs_state(wide.state_dict()), tmp_path / "bare.pth")
+    convert(tmp_path / "bare.pth", tmp_path / "back", "--to", "hf")
+    assert state_equal(load_file(tmp_path / "back" / "model.safetensors"), wide.state_dict())
+
+
+class Calls:
+    """Pickles as a call of `function`, as malicious files do."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_no_code_of_a_file_runs(wide, zipped, tmp_path):
+    proof = tmp_path / "ran"
+    attacks = {
+        "system": Calls(os.system, f"touch {proof}"),
+        "eval": Calls(eval, f"open({str(proof)!r}, 'w')"),
+        "exec": Calls(exec, f"open({str(proof)!r}, 'w')"),
+        "open": Calls(open, str(proof), "w"),
+        "nested": [{"config": (Calls(getattr, Calls(__import__, "os"), "system"),)}],
+        "load": Calls(torch.load, str(proof)),
+        "storage": Calls(torch.storage._load_from_bytes, pickle.dumps(Calls(os.system, f"touch {proof}"))),
+        Calls(os.mkdir, str(proof)): "as a key",
+    }
+    file = tmp_path / "evil.pth"
+    torch.save(
+        {"config": attacks, "model": nvlabs_state(wide.state_dict())}, file, _use_new_zipfile_serialization=zipped
+    )
+    convert(file, tmp_path / "ours")
+    assert not proof.exists()
+
+    content = pth.read(file)
+    assert all(isinstance(value, (pth.Placeholder, str, list)) for value in content["config"].values())
+    assert type(content["config"]["nested"][0]["config"][0]) is pth.Placeholder
+    # The control: the same file does run under torch's own unrestricted reading.
+    with pytest.raises(Exception):  # noqa: B017 - whatever the attacks end in
+        torch.load(file, weights_only=False)
+    assert proof.exists()
+
+
+def test_code_in_the_place_of_weights_is_refused(wide, tmp_path, capsys):
+    proof = tmp_path / "ran"
+    state = nvlabs_state(wide.state_dict()) | {"logit_scale": Calls(os.system, f"touch {proof}")}
+    torch.save({"model": state}, tmp_path / "evil.pth")
+    assert "'logit_scale' is no tensor" in refusal(capsys, tmp_path / "evil.pth", tmp_path / "ours")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Calls(os.system, f"touch {proof}")))
+    assert "not a file of torch.save" in refusal(capsys, tmp_path / "plain.pth", tmp_path / "ours")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "script.pth"))
+    assert "TorchScript" in refusal(capsys, tmp_path / "script.pth", tmp_path / "ours")
+    assert not proof.exists()
+
+
+# ---------------------------------------------------------------------- ours, and errors
+
+
+def test_a_run_gives_its_newest_checkpoint(our_folder, tmp_path):
+    for step, source in ((9, "old"), (10, "new")):
+        folder = tmp_path / "run" / "checkpoints" / f"step_{step:08d}"
+        model = weights.load(our_folder)
+        with torch.no_grad():
+            model.logit_scale.fill_(len(source) + step)
+        weights.save(model, folder)
+    (tmp_path / "run" / "config.json").write_text('{"name": "run", "model": {}}')
+    convert(tmp_path / "run", tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors")["logit_scale"] == 13
+
+
+def edited(folder, target, **changes):
+    """A copy of a Hugging Face folder with another config.json; `vision_config` and `text_config` are updated."""
+    target.mkdir()
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in changes.items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
+    (target / "config.json").write_text(json.dumps(config))
+    (target / "model.safetensors").symlink_to(folder / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "clip"}, "a model of type 'clip'; 'groupvit' was expected"),
+        ({"vision_config": {"hidden_act": "relu"}}, "vision_config.hidden_act is relu, only gelu is supported"),
+        ({"text_config": {"layer_norm_eps": 1e-6}}, "text_config.layer_norm_eps is 1e-06, only 1e-05"),
+        ({"vision_config": {"image_size": [32, 128]}}, "image_size is [32, 128]; a square one was expected"),
+        ({"vision_config": {"num_attention_heads": 5}}, "width 96 is no multiple of heads 5 (nearest: 4 heads)"),
+        ({"text_config": {"eos_token_id": 7}}, "eos_token_id is 7, but texts must end with the highest id 59"),
+    ],
+)
+def test_models_that_ours_cannot_be_are_refused(their_folder, tmp_path, capsys, changes, message):
+    source = edited(their_folder, tmp_path / "source", **changes)
+    assert message in refusal(capsys, source, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"], "nothing half-written"
+
+
+def test_the_older_eos_token_id_means_the_highest_id(their_folder, our_folder, tmp_path):
+    convert(edited(their_folder, tmp_path / "source", text_config={"eos_token_id": 2}), tmp_path / "out")
+    assert state_equal(*(load_file(f / "model.safetensors") for f in (tmp_path / "out", our_folder)))
+
+
+NORM = "vision_model.encoder.stages.1.downsample.norm_x.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop(NORM), f"lacks tensor '{NORM}' (1 such in all)"),
+        (lambda s: s.update(extra=torch.zeros(1)), "has an unknown tensor 'extra' (1 such in all)"),
+        (lambda s: s.update({NORM: torch.zeros(7)}), f"'{NORM}' is [7], but its neighbours' sizes make it [96]"),
+        (lambda s: s.pop("vision_model.embeddings.position_embeddings"), "lacks tensor 'vision_model.embeddings.pos"),
+        (
+            lambda s: s.update({"vision_model.embeddings.position_embeddings": torch.zeros(1, 63, 96)}),
+            "63 position embeddings are no square grid",
+        ),
+    ],
+    ids=["missing", "unknown", "shape", "no positions", "not square"],
+)
+def test_tensors_that_do_not_fit_are_named(theirs, their_folder, tmp_path, capsys, change, message):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_bytes((their_folder / "config.json").read_bytes())
+    state = theirs.state_dict()
+    change(state)
+    save_file(state, source / "model.safetensors")
+    assert message in refusal(capsys, source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sources_and_targets_that_do_not_fit_are_refused(their_folder, tmp_path, capsys):
+    out, full, empty = tmp_path / "out", tmp_path / "full", tmp_path / "empty"
+    full.mkdir()
+    (full / "kept").write_text("kept")
+    empty.mkdir()
+    assert f"no file or folder {tmp_path / 'nothing'}" in refusal(capsys, tmp_path / "nothing", out)
+    assert "is not recognised" in refusal(capsys, empty, out)
+    assert "exists and is not an empty folder" in refusal(capsys, their_folder, full)
+    assert "exists and is not an empty folder" in refusal(capsys, their_folder, full / "kept")
+    assert "cannot be written" in refusal(capsys, their_folder, full / "kept" / "below")
+    assert "not a file of torch.save" in refusal(capsys, full / "kept", out)
+    damaged = tmp_path / "damaged.pth"
+    torch.save({"model": {"a": torch.zeros(1000)}}, damaged)
+    damaged.write_bytes(damaged.read_bytes()[:2000])
+    assert "not a readable torch file" in refusal(capsys, damaged, out)
+    torch.save({"model": {"a": torch.zeros(3)}}, damaged)
+    assert "lacks tensor 'img_encoder.pos_embed'; GroupViT's tensors were expected" in refusal(capsys, damaged, out)
+    torch.save([torch.zeros(3)], damaged)
+    assert "expected tensors by name" in refusal(capsys, damaged, out)
+    lonely = edited(their_folder, tmp_path / "lonely")
+    (lonely / "model.safetensors").unlink()
+    assert "neither model.safetensors nor pytorch_model.bin" in refusal(capsys, lonely, out)
+    (lonely / "model.safetensors").write_bytes(b"\0" * 100)
+    assert "not a readable safetensors file" in refusal(capsys, lonely, out)
+    (lonely / "config.json").write_text("{")
+    assert "config.json: not JSON" in refusal(capsys, lonely, out)
+    assert (full / "kept").read_text() == "kept" and not out.exists()
+    convert(their_folder, empty)
+    assert (empty / "model.json").is_file(), "an empty folder may be filled"
+
+
+def test_a_tokenizer_can_be_added_and_must_fit(their_folder, our_folder, tmp_path, capsys):
+    Tokenizer.train(CAPTIONS, 300).save(tmp_path)
+    message = refusal(capsys, their_folder, tmp_path / "out", "--tokenizer", tmp_path / "tokenizer.json")
+    assert "but" in message and f"has embeddings for {VOCABULARY}" in message
+    assert "no tokenizer" in refusal(capsys, their_folder, tmp_path / "out", "--tokenizer", tmp_path / "missing")
+    assert not (tmp_path / "out").exists()
