@@ -42,12 +42,12 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32  # CPUs compute in fp32
 RESULTS = Path(__file__).parent / "results"
 
 MODES = ("fwd", "bwd", "fwd+bwd")
-IMPLEMENTATIONS = ("eager", "compiled", "triton")
 
-INPUT_SETS = 4
+INPUT_SETS = 4 if ON_GPU else 2
 GRAPH_CALLS = 3 * INPUT_SETS  # captured together, so that the gap between two replays is spread over them
 ROUNDS = 25 if ON_GPU else 5
-ROUND_SECONDS = 0.01 if ON_GPU else 0.005
+ROUND_SECONDS = 0.01 if ON_GPU else 0.005  # at least: a round is as many calls as that takes
+ROW_SECONDS = 5.0 if ON_GPU else 1.0  # at most, unless three rounds take longer
 
 Mode = Literal["fwd", "bwd", "fwd+bwd"]
 
@@ -68,9 +68,9 @@ class Case:
         op: its public name. shape: as printed in the tables, "1024x196x384 K=4".
         batch: images, for images per second.
         inputs: generator -> one set of inputs, random, on DEVICE; those that require grad are differentiated.
-        implementations: name (of IMPLEMENTATIONS) -> function of one input set. "eager" is what people write without
-            this package (no emulated Philox, no re-association that the op itself brings); "compiled" the same
-            function, compiled here when not given; "triton" is the op with impl="triton".
+        implementations: name -> function of one input set. "eager" is what people write without this package (no
+            emulated Philox, no re-association that the op itself brings); "compiled" the same function, compiled here
+            when not given; "triton" is the op with impl="triton"; others are further baselines.
         work: mode -> :class:`Work`. modes: those that exist for this op.
         bandwidth: the ceiling of ops bound by memory: "copy", or "write" for those that hardly read.
     """
@@ -94,8 +94,7 @@ def matrix(cases: Sequence[Case]) -> Callable:
     combinations = [
         pytest.param(case, name, mode, graph, id=f"{case}-{name}-{mode}{'-graph' if graph else ''}")
         for case in cases
-        for name in IMPLEMENTATIONS
-        if name in case.implementations or name == "compiled"
+        for name in dict.fromkeys(("eager", "compiled", *case.implementations))
         if name != "triton" or (ON_GPU and TRITON_INSTALLED)
         for mode in case.modes
         for graph in ((False, True) if ON_GPU else (False,))
@@ -136,7 +135,8 @@ def run_case(benchmark: Any, case: Case, implementation: str, mode: Mode, graph:
             step()
         seconds = (synchronized_time() - start) / unit
         iterations = unit * max(1, round(ROUND_SECONDS / seconds / unit))
-        benchmark.pedantic(step, rounds=ROUNDS, iterations=iterations)
+        rounds = min(ROUNDS, max(3, round(ROW_SECONDS / (seconds * iterations))))
+        benchmark.pedantic(step, rounds=rounds, iterations=iterations)
     times = sorted(1e3 * seconds for seconds in benchmark.stats.stats.data)
     median, p20, p80 = (_quantile(times, q) for q in (0.5, 0.2, 0.8))
     work = case.work[mode]
