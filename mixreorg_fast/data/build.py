@@ -22,7 +22,6 @@ from .shards import (
     IMAGE_EXTENSIONS,
     LARGEST_PHOTO,
     expand,
-    how_to_make,
     index_places,
     scan,
     write_atomically,
@@ -187,7 +186,7 @@ def read_captions(folder: Path) -> dict[str, list[str]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
-        raise UserError(f"no {path}; expected lines of photo TAB caption{how_to_make(folder)}") from None
+        raise UserError(f"no {path}; expected lines of photo TAB caption") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text: {error}") from None
     captions: dict[str, list[str]] = {}

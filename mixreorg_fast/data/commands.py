@@ -53,7 +53,7 @@ def _build(args: argparse.Namespace) -> int:
         samples_per_shard=args.samples_per_shard,
         overwrite=args.overwrite,
     )
-    print(f"wrote {len(paths)} shards: {paths[0]} … {paths[-1]}")
+    print(f"wrote {paths[0]}" + (f" … {paths[-1].name}, {len(paths)} shards" if len(paths) > 1 else ""))
     return 0
 
 

@@ -294,7 +294,7 @@ def test_command_line_builds(photos, tmp_path, capsys):
     assert (
         cli.main(["shards", "build", str(photos), "--out", out, "--split", "train", "--samples-per-shard", "15"]) == 0
     )
-    assert "wrote 2 shards" in capsys.readouterr().out
+    assert "train-000001.tar, 2 shards" in capsys.readouterr().out
     assert cli.main(["shards", "build", str(photos), "--out", out]) == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert cli.main(["shards", "verify", f"{tmp_path}/none-*.tar"]) == 2
