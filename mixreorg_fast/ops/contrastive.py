@@ -54,8 +54,8 @@ def contrastive_loss(
 
     Args:
         image: ``[B, D]``, text: ``[B, D]`` or, several positive prompts per image (GroupViT's multi-label loss),
-            ``[B, P, D]``; L2-normalised by the caller; B equal on all ranks. fp32, bf16 or fp16; any strides. Under
-            autocast they are taken in its dtype, as in a matrix product.
+            ``[B, P, D]``; L2-normalised by the caller; B equal on all ranks. fp32, bf16 or fp16 (of two dtypes, both
+            are taken in the one that holds both; under autocast in its dtype, as in a matrix product); any strides.
         logit_scale: the multiplier of the cosines, a number or a tensor of one element.
         process_group: None: the default group if torch.distributed is initialised, else this process alone.
     Returns:
@@ -65,7 +65,7 @@ def contrastive_loss(
         rank alone, world_size times the true gradient; for `logit_scale` a share that becomes the true gradient with
         the average. The gradient cannot be differentiated again.
     Raises:
-        ValueError: shapes or dtypes that do not fit together. RuntimeError: `impl` cannot run here.
+        ValueError: shapes that do not fit together. RuntimeError: `impl` cannot run here.
     """
     if image.dim() != 2 or text.dim() not in (2, 3) or (text.shape[0], text.shape[-1]) != tuple(image.shape):
         raise ValueError(
@@ -73,9 +73,8 @@ def contrastive_loss(
             f"{list(text.shape)}"
         )
     image, text = autocast(image, text)
-    if image.dtype != text.dtype:
-        raise ValueError(f"contrastive_loss: image is {image.dtype}, text {text.dtype}; expected one dtype")
-    inputs = (image, text)
+    dtype = torch.promote_types(image.dtype, text.dtype)
+    inputs = image, text = image.to(dtype), text.to(dtype)
     implementations = {"triton": lambda: triton_reasons(*inputs), "torch": list}
     kernels = _TRITON if choose("contrastive_loss", impl, implementations, inputs) == "triton" else _TORCH
     scale = multiplier(logit_scale, image.device)
@@ -112,7 +111,8 @@ def multiplier(logit_scale: Tensor | float, device: torch.device) -> Tensor:
 
 def _positives(image: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     """The mean logit of each image with its own prompts, fp32 ``[B]``."""
-    products = texts.unflatten(0, (len(image), -1)).to(torch.float32, copy=True).mul_(image.unsqueeze(1))
+    wide = torch.promote_types(texts.dtype, torch.float32)
+    products = texts.unflatten(0, (len(image), -1)).to(wide, copy=True).mul_(image.unsqueeze(1))
     return products.sum(-1).mean(1) * scale
 
 

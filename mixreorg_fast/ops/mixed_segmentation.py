@@ -76,17 +76,17 @@ def mixed_segmentation_loss(
     Raises:
         ValueError: shapes that do not fit together. RuntimeError: `impl` cannot run here.
     """
-    _check(first, second, segments, texts, plan, logit_scale)
+    _check(first, second, segments, texts, plan)
     inputs = (first, second, segments, texts, plan.source)
     implementations = {"triton": lambda: _triton_reasons(*inputs, plan.group_size), "torch": list}
     if choose("mixed_segmentation_loss", impl, implementations, inputs) == "triton":
         return _mixed_segmentation(*inputs, multiplier(logit_scale, first.device), plan.group_size).mean()
-    return mixed_segmentation_loss_reference(*inputs, plan.group_size, multiplier(logit_scale, first.device))
+    upcast = torch.promote_types(first.dtype, torch.float32)
+    scale = multiplier(logit_scale, first.device)
+    return mixed_segmentation_loss_reference(*inputs, plan.group_size, scale, upcast=upcast)
 
 
-def _check(
-    first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, plan: MixPlan, logit_scale: Tensor | float
-) -> None:
+def _check(first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, plan: MixPlan) -> None:
     fits = (
         (first.dim(), second.dim(), segments.dim()) == (3, 3, 3)
         and second.shape == (first.shape[0], segments.shape[1], first.shape[1])
