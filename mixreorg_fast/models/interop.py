@@ -196,7 +196,11 @@ def _sizes(state: Mapping[str, Any], naming: Naming, source: str, heads: tuple[i
     side = math.isqrt(patches)
     if side * side != patches:
         raise UserError(f"{source}: {patches} position embeddings are no square grid; a square image_size was expected")
-    heads = heads or (width // 64, text_width // 64)
+    if heads is None:
+        for channels in (width, text_width):
+            if channels % 64:
+                raise UserError(f"{source}: a width of {channels} is no multiple of GroupViT's 64 channels per head")
+        heads = (width // 64, text_width // 64)
     values = {
         "image_size": side * patch,
         "patch_size": patch,

@@ -115,7 +115,10 @@ def _description(folder: Path) -> tuple[ModelConfig, list[float], list[float]]:
         config = ModelConfig.model_validate_json(json.dumps(description["model"]), strict=True)
         return config, description["mean"], description["std"]
     except FileNotFoundError:
-        raise UserError(f"{folder} holds {WEIGHTS} but no {DESCRIPTION} that says the model's sizes") from None
+        raise UserError(
+            f"{folder} holds {WEIGHTS} but no {DESCRIPTION} that says the model's sizes; Hugging Face's folders become "
+            f"ours by `mixreorg convert {folder} TARGET`"
+        ) from None
     except ValidationError as error:
         raise UserError(f"{path}: model: {describe(error, ModelConfig)}") from None
     except (KeyError, TypeError, ValueError) as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import io
 import json
 import os
 import pickle
@@ -227,6 +229,12 @@ def test_bare_state_dict_is_read_too(wide, tmp_path):
     assert state_equal(load_file(tmp_path / "back" / "model.safetensors"), wide.state_dict())
 
 
+def test_heads_that_cannot_be_told_are_refused(theirs, tmp_path, capsys):
+    torch.save({"model": nvlabs_state(theirs.state_dict())}, tmp_path / "narrow.pth")
+    message = refusal(capsys, tmp_path / "narrow.pth", tmp_path / "out")
+    assert "a width of 96 is no multiple of GroupViT's 64 channels per head" in message
+
+
 class Calls:
     """Pickles as a call of `function`, as malicious files do."""
 
@@ -264,6 +272,21 @@ def test_no_code_of_a_file_runs(wide, zipped, tmp_path):
     with pytest.raises(Exception):  # noqa: B017 - whatever the attacks end in
         torch.load(file, weights_only=False)
     assert proof.exists()
+
+
+def test_a_file_cannot_change_torchs_functions():
+    rebuild = torch._utils._rebuild_tensor_v2
+    # BUILD with a pair sets attributes of what lies below it on the stack, here of the function.
+    attack = b"ctorch._utils\n_rebuild_tensor_v2\n(N}X\x0c\x00\x00\x00__defaults__K\x01\x85stb."
+    defaults = rebuild.__defaults__
+    try:
+        with contextlib.suppress(TypeError):
+            pth.load(io.BytesIO(attack))
+        assert rebuild.__defaults__ == defaults
+        pickle.loads(attack)  # the control
+        assert rebuild.__defaults__ == (1,)
+    finally:
+        rebuild.__defaults__ = defaults
 
 
 def test_code_in_the_place_of_weights_is_refused(wide, tmp_path, capsys):
