@@ -1,11 +1,11 @@
-"""Collects the rows of a session and writes them to benchmarks/results/ at its end."""
+"""Collects the rows of a session; at its end writes them to benchmarks/results/ and the tables of the docs anew."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from . import harness
+from . import harness, report
 
 _rows = pytest.StashKey[list]()
 
@@ -34,4 +34,5 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     rows = session.config.stash[_rows]
     if rows:
         path = harness.write_results(rows, harness.header())
+        report.main([])
         session.config.get_terminal_writer().line(f"\n{len(rows)} rows written to {path}")

@@ -1,0 +1,112 @@
+"""Write the tables of docs/performance.md from the results files: ``python -m benchmarks.report``.
+
+Only what stands between the page's two markers is replaced; ``--check`` changes nothing and fails where it would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "performance.md"
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+Row = Mapping[str, Any]
+
+
+def tables(folder: Path = HERE / "results") -> str:
+    """One section per device, GPUs first."""
+    files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    files = [file for file in files if any(row["suite"] == "op" for row in file["rows"])]
+    return "\n\n".join(device_section(file) for file in sorted(files, key=lambda file: file["cuda"] is None))
+
+
+def device_section(file: Mapping[str, Any]) -> str:
+    """The device, its ceilings, and a table per op."""
+    rows = [row for row in file["rows"] if row["suite"] == "op"]
+    commits = sorted({row["commit"] for row in rows})
+    lines = [
+        f"### {file['device']}",
+        "",
+        f"{file['date'][:10]}, commit {', '.join(commits)}, torch {file['torch']}, triton {file['triton']}. Measured "
+        f"ceilings: copy {file['copy_gb_per_s']:.0f} GB/s, write {file['write_gb_per_s']:.0f} GB/s, matrix products "
+        f"{file['matmul_bf16_tflop_per_s']:.3g} TFLOP/s in bf16, {file['matmul_fp32_tflop_per_s']:.3g} in fp32.",
+    ]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        lines += ["", *op_table(op, [row for row in rows if row["op"] == op])]
+    return "\n".join(lines)
+
+
+def op_table(op: str, rows: Sequence[Row]) -> list[str]:
+    """A line per shape, mode and launch; a column per implementation; what the kernel gains, where it ran."""
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    with_kernel = "triton" in names
+    head = ["shape", "dtype", "mode", *(f"{name} ms" for name in names)]
+    if with_kernel:
+        head += ["vs eager", "vs compiled", "of the limit", "peak MB", "eager's"]
+    lines = [f"**{op}**", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    combinations = dict.fromkeys((row["shape"], row["dtype"], row["mode"], row["graph"]) for row in rows)
+    for shape, dtype, mode, graph in combinations:
+        by_name = {
+            row["implementation"]: row
+            for row in rows
+            if (row["shape"], row["dtype"], row["mode"], row["graph"]) == (shape, dtype, mode, graph)
+        }
+        cells = [
+            shape,
+            dtype,
+            f"{mode}, graph" if graph else mode,
+            *(milliseconds(by_name.get(name)) for name in names),
+        ]
+        if with_kernel:
+            kernel, eager = by_name.get("triton"), by_name.get("eager")
+            cells += [ratio(eager, kernel), ratio(by_name.get("compiled"), kernel), share(kernel)]
+            cells += [megabytes(kernel), megabytes(eager)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def milliseconds(row: Row | None) -> str:
+    """Median with the 20th and 80th percentile."""
+    return f"{row['median_ms']:.3g} ({row['p20_ms']:.3g}–{row['p80_ms']:.3g})" if row else "–"
+
+
+def ratio(baseline: Row | None, kernel: Row | None) -> str:
+    return f"{baseline['median_ms'] / kernel['median_ms']:.2f}×" if baseline and kernel else "–"
+
+
+def share(row: Row | None) -> str:
+    return f"{row['limit_fraction']:.0%}" if row else "–"
+
+
+def megabytes(row: Row | None) -> str:
+    return f"{row['peak_mb']:.0f}" if row and row["peak_mb"] is not None else "–"
+
+
+def updated(text: str, content: str) -> str:
+    """`text` with `content` between its markers."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="fail where the page is not what the results say")
+    check = parser.parse_args(argv).check
+    old = PAGE.read_text()
+    new = updated(old, tables())
+    if check and new != old:
+        print("docs/performance.md is not what benchmarks/results/ says: run python -m benchmarks.report")
+        return 1
+    if new != old:
+        PAGE.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
