@@ -67,7 +67,7 @@ def test_calls_rotate_through_the_input_sets_and_time_what_they_say():
     seen = []
 
     def function(x):
-        seen.append(float(x))
+        seen.append(x.item())
         return 3 * x
 
     case = Case("op", "1", 1, lambda generator: (), {"eager": function}, {"fwd": Work(8)})
