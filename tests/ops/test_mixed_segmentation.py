@@ -1,0 +1,209 @@
+"""Mixed segmentation loss: both implementations against the definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mixreorg_fast import ops
+from mixreorg_fast.ops import mixed_segmentation
+from mixreorg_fast.ops.mixed_segmentation import mixed_segmentation_loss_reference
+from mixreorg_fast.ops.mixing import MixPlan
+
+from .tolerances import TOLERANCE, assert_close_to_truth
+
+IMPLEMENTATIONS = ("torch", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = [  # images, G1, N, G2, D, group size
+    (4, 64, 196, 8, 256, 4),  # the model's
+    (6, 7, 13, 3, 20, 3),  # primes; sides far below a block
+    (14, 8, 33, 5, 100, 7),  # one patch more than a block; a width that is no multiple of one
+    (17, 5, 9, 17, 16, 17),  # a group and segments of one more than the smallest block
+    (3, 16, 32, 2, 16, 1),  # groups of one image: no loss
+    (2, 1, 1, 1, 1, 2),  # one of everything
+]
+
+
+def make(shape, dtype, device, scale=14.0, hard=False):
+    """Assignments that sum to one over the groups, normalised embeddings, the multiplier, and a plan."""
+    images, first_groups, patches, second_groups, width, group_size = shape
+    generator = torch.Generator(device).manual_seed(3)
+
+    def random(*size):
+        return torch.randn(*size, device=device, generator=generator)
+
+    first = (2 * random(images, first_groups, patches)).softmax(1)
+    second = (2 * random(images, second_groups, first_groups)).softmax(1)
+    if hard:
+        first = torch.zeros_like(first).scatter_(1, first.argmax(1, keepdim=True), 1.0)
+    segments = F.normalize(random(images, second_groups, width), dim=-1)
+    texts = F.normalize(random(images, width), dim=-1)
+    plan = MixPlan.sample(images, patches, group_size, generator=torch.Generator(device).manual_seed(4))
+    tensors = [x.to(dtype) for x in (first, second, segments, texts)]
+    return [*tensors, torch.tensor([scale], device=device)], plan
+
+
+def run(function, inputs, dtype=None, upstream=3.0):
+    """The loss, and the gradients of `upstream` times it."""
+    inputs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+    loss = function(*inputs)
+    return [loss.detach(), *torch.autograd.grad(upstream * loss, inputs)]
+
+
+def check(inputs, plan, impl):
+    def reference(upcast):
+        def loss(*x):
+            return mixed_segmentation_loss_reference(*x[:4], plan.source, plan.group_size, x[4], upcast=upcast)
+
+        return loss
+
+    results = run(lambda *x: ops.mixed_segmentation_loss(*x[:4], plan, x[4], impl=impl), inputs)
+    baselines = run(reference(torch.float32), inputs)
+    truths = run(reference(torch.float64), inputs, torch.float64)
+    assert results[0].dtype == torch.float32
+    for result, baseline, truth, x in zip(results, baselines, truths, [None, *inputs], strict=True):
+        if x is not None:
+            assert result.dtype == x.dtype and result.shape == x.shape
+        # Outputs round to their own dtype, all between is fp32; a softmax errs by the rounding of its exponent.
+        tolerance = TOLERANCE[result.dtype] + 4 * torch.finfo(torch.float32).eps * float(inputs[4])
+        assert_close_to_truth(result, baseline, truth, result.dtype, tolerance)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_and_gradients_are_as_exact_as_pytorch(shape, dtype, impl, device, poisoned_memory):
+    check(*make(shape, dtype, device), impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_hard_assignments_and_the_highest_temperature(impl, device):
+    check(*make((8, 16, 20, 4, 32, 4), torch.float32, device, scale=100.0, hard=True), impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_each_input_has_its_own_dtype(impl, device):
+    (first, second, segments, texts, scale), plan = make((8, 16, 20, 4, 32, 4), torch.float32, device)
+    check([first, second.half(), segments.bfloat16(), texts, scale], plan, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_any_strides_any_scale_and_frozen_inputs(impl, device):
+    inputs, plan = make((8, 16, 20, 4, 32, 4), torch.float32, device)
+
+    def loss(first, second, segments, texts, scale):
+        return ops.mixed_segmentation_loss(first, second, segments, texts, plan, scale, impl=impl)
+
+    expected = run(loss, inputs)
+    apart = [x.transpose(0, -1).contiguous().transpose(0, -1) for x in inputs[:4]]
+    for result, truth in zip(run(loss, [*apart, inputs[4]]), expected, strict=True):
+        torch.testing.assert_close(result, truth)
+    for multiplier in (14.0, inputs[4][0]):
+        torch.testing.assert_close(loss(*inputs[:4], multiplier), expected[0])
+    for index in range(5):  # one input alone needs a gradient
+        alone = [x.detach().clone() for x in inputs]
+        alone[index].requires_grad_()
+        (3 * loss(*alone)).backward()
+        torch.testing.assert_close(alone[index].grad, expected[1 + index])
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_the_same_bits_every_time(impl, device):
+    inputs, plan = make((8, 16, 20, 4, 32, 4), torch.bfloat16, device)
+    first, second = (
+        run(lambda *x: ops.mixed_segmentation_loss(*x[:4], plan, x[4], impl=impl), inputs) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_autocast_changes_nothing(impl, device):
+    inputs, plan = make((8, 16, 20, 4, 32, 4), torch.float32, device)
+    expected = ops.mixed_segmentation_loss(*inputs[:4], plan, inputs[4], impl=impl)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert torch.equal(ops.mixed_segmentation_loss(*inputs[:4], plan, inputs[4], impl=impl), expected)
+
+
+def test_the_kernel_keeps_nothing_but_the_inputs(device):
+    inputs, plan = make((8, 16, 20, 4, 32, 4), torch.float32, device)
+    inputs = [x.requires_grad_() for x in inputs]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        ops.mixed_segmentation_loss(*inputs[:4], plan, inputs[4], impl="triton")
+    known = {x.data_ptr() for x in (*inputs, plan.source)}
+    assert kept and all(x.data_ptr() in known for x in kept)
+
+
+def test_gradcheck_of_the_reference(device):
+    inputs, plan = make((4, 3, 5, 2, 6, 2), torch.float64, device, scale=3.0)
+    inputs = [x.double().requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(lambda *x: ops.mixed_segmentation_loss(*x[:4], plan, x[4], impl="torch"), inputs)
+
+
+def test_registration_passes_opcheck(device):
+    (*tensors, scale), plan = make((4, 3, 5, 2, 16, 2), torch.float32, device)
+    arguments = (*(x.requires_grad_() for x in tensors), plan.source, scale[0].clone().requires_grad_(), 2)
+    torch.library.opcheck(mixed_segmentation._mixed_segmentation, arguments)
+    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+    torch.library.opcheck(mixed_segmentation._mixed_segmentation_backward, (torch.ones(4, device=device), *arguments))
+
+
+def test_errors_name_what_is_wrong(device):
+    (first, second, segments, texts, scale), plan = make((4, 3, 5, 2, 16, 2), torch.float32, device)
+    with pytest.raises(ValueError, match=r"second \[B, G2, G1\].*got \[4, 3, 5\], \[4, 3, 2\]"):
+        ops.mixed_segmentation_loss(first, second.mT, segments, texts, plan, scale)
+    with pytest.raises(ValueError, match=r"a plan of \[B, N\].*\[4, 5\]"):
+        ops.mixed_segmentation_loss(first[..., :4], second, segments, texts, plan, scale)
+    with pytest.raises(RuntimeError, match=r"impl='triton' cannot run on .*dtype torch.float64"):
+        ops.mixed_segmentation_loss(first.double(), second, segments, texts, plan, scale, impl="triton")
+    many = torch.ones(4, 129, 5, device=device)
+    with pytest.raises(RuntimeError, match="G1 = 129 is above 128"):
+        ops.mixed_segmentation_loss(many, second.new_ones(4, 2, 129), segments, texts, plan, scale, impl="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("patches", [196, 784])
+def test_model_sizes_natively(patches, dtype, device):
+    check(*make((256, 64, patches, 8, 256, 4), dtype, device, scale=50.0), "triton")
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements(device):
+    images = 2**31 // (64 * 784) // 4 * 4 + 8
+    (first, *others, scale), plan = make((8, 64, 784, 8, 16, 4), torch.bfloat16, device)
+    times = images // 8
+    first = first.repeat(times, 1, 1)
+    others = [x.repeat(times, *[1] * (x.dim() - 1)) for x in others]
+    offset = 8 * torch.arange(times, device=device).repeat_interleave(8)[:, None]
+    source = (plan.source.repeat(times, 1) + offset).int()
+    losses = mixed_segmentation._mixed_segmentation(first, *others, source, scale[0], 4)
+    assert torch.equal(losses[-8:], losses[:8])
+
+
+@pytest.mark.gpu
+def test_cuda_graph_and_compile(device):
+    inputs, plan = make((64, 64, 196, 8, 256, 4), torch.bfloat16, device)
+    inputs = [x.requires_grad_() for x in inputs]
+
+    def loss(*x):
+        return ops.mixed_segmentation_loss(*x[:4], plan, x[4], impl="triton")
+
+    def step():
+        value = loss(*inputs)
+        return value, *torch.autograd.grad(value, inputs)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    compiled = torch.compile(loss, fullgraph=True)(*inputs)
+    torch.testing.assert_close(compiled, expected[0])
+    for got, truth in zip(torch.autograd.grad(compiled, inputs), expected[1:], strict=True):
+        torch.testing.assert_close(got, truth)
