@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..config import AugmentConfig
 from .order import Purpose, uniforms
@@ -110,7 +111,9 @@ def _erased(numbers: np.ndarray, probability: float) -> tuple[np.ndarray, np.nda
     return start.astype(np.float32), extent.astype(np.float32)
 
 
-def training_graph(config: AugmentConfig, size: int, *, gpu: bool, batch: int, threads: int, depth: int) -> Any:
+def training_graph(
+    config: AugmentConfig, size: int, *, device: torch.device, batch: int, threads: int, depth: int
+) -> Any:
     """The built DALI pipeline from encoded photos and drawn parameters to fp32 ``[3, size, size]``.
 
     Its inputs are ``encoded`` and the keys of :func:`draw`. Only the crop is decoded.
@@ -125,7 +128,7 @@ def training_graph(config: AugmentConfig, size: int, *, gpu: bool, batch: int, t
     def graph() -> Any:
         images = fn.decoders.image_slice(
             source("encoded", types.UINT8, 1),
-            device="mixed" if gpu else "cpu",
+            device="mixed" if device.type == "cuda" else "cpu",
             rel_start=source("start", types.FLOAT, 1),
             rel_shape=source("extent", types.FLOAT, 1),
             axes=(0, 1),
@@ -166,21 +169,21 @@ def training_graph(config: AugmentConfig, size: int, *, gpu: bool, batch: int, t
             )
         return images
 
-    return _built(graph, gpu=gpu, batch=batch, threads=threads, depth=depth)
+    return _built(graph, device=device, batch=batch, threads=threads, depth=depth)
 
 
-def validation_graph(size: int, *, gpu: bool, batch: int, threads: int) -> Any:
+def validation_graph(size: int, *, device: torch.device, batch: int, threads: int) -> Any:
     """As :func:`training_graph` with the one input ``encoded``: short side to `size`, the middle square."""
     from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def
     def graph() -> Any:
         images = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-        images = fn.decoders.image(images, device="mixed" if gpu else "cpu", output_type=types.RGB)
+        images = fn.decoders.image(images, device="mixed" if device.type == "cuda" else "cpu", output_type=types.RGB)
         images = fn.resize(images, resize_shorter=size, interp_type=types.INTERP_CUBIC, antialias=True)
         return _normalised(images, crop=(size, size))
 
-    return _built(graph, gpu=gpu, batch=batch, threads=threads, depth=1)
+    return _built(graph, device=device, batch=batch, threads=threads, depth=1)
 
 
 def _normalised(images: Any, **crop: Any) -> Any:
@@ -190,13 +193,11 @@ def _normalised(images: Any, **crop: Any) -> Any:
     return fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std, **crop)
 
 
-def _built(graph: Any, *, gpu: bool, batch: int, threads: int, depth: int) -> Any:
-    import torch
-
+def _built(graph: Any, *, device: torch.device, batch: int, threads: int, depth: int) -> Any:
     pipeline = graph(
         batch_size=batch,
         num_threads=threads,
-        device_id=torch.cuda.current_device() if gpu else None,
+        device_id=device.index,  # None: no GPU
         prefetch_queue_depth=depth,
         # The executor that goes on after a photo that cannot be decoded; the older one stays in its error.
         exec_dynamic=True,

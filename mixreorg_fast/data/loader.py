@@ -201,7 +201,7 @@ class TrainLoader:
         pipeline = training_graph(
             augment,
             self._config.model.image_size,
-            gpu=self._device.type == "cuda",
+            device=self._device,
             batch=self._micro_batch,
             threads=self._threads,
             depth=depth,
@@ -302,7 +302,7 @@ class ValidationLoader:
         self._photos = _Photos(shards, threads, self._device)
         self._numbers = np.arange(rank, len(shards), world_size)
         self._pipeline = validation_graph(
-            config.model.image_size, gpu=self._device.type == "cuda", batch=micro_batch, threads=threads
+            config.model.image_size, device=self._device, batch=micro_batch, threads=threads
         )
 
     def __len__(self) -> int:
@@ -383,7 +383,7 @@ class _Photos:
             RuntimeError: `failure`, if all of them decode and it names none.
         """
         if self._probe is None:
-            self._probe = validation_graph(32, gpu=self.device.type == "cuda", batch=1, threads=1)
+            self._probe = validation_graph(32, device=self.device, batch=1, threads=1)
         bad = {}
         for place, photo in enumerate(encoded):
             try:
@@ -505,9 +505,11 @@ def _decode_reason(error: RuntimeError) -> str:
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """`device` with its number if it is a GPU; None: the current GPU where there is one."""
+    found = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if found.type == "cpu" else found  # the CPU has no number here
 
 
 def _to(ids: Tensor, device: torch.device) -> Tensor:
