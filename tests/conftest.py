@@ -29,6 +29,19 @@ def device() -> torch.device:
 
 
 @pytest.fixture
+def gpu_memory(device: torch.device):
+    """``gpu_memory(gib)`` skips where the GPU has less free memory."""
+
+    def require(gib: float) -> None:
+        free = torch.cuda.mem_get_info(device)[0] / 2**30
+        if free < gib:
+            pytest.skip(f"needs {gib:.0f} GiB of GPU memory, {free:.0f} are free")
+
+    yield require
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised memory is NaN (integers: their lowest value), so an element that is not written shows."""
 

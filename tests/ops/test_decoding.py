@@ -107,3 +107,15 @@ def test_errors_name_what_is_wrong(device):
         ops.decode_segments(maps, scores, (6, 6), background_threshold=torch.zeros(3, device=device))
     with pytest.raises(RuntimeError, match="decode_segments: impl='triton' cannot run on float64"):
         ops.decode_segments(maps.double(), scores, (6, 6), impl="triton")
+
+
+@pytest.mark.gpu
+def test_indices_past_31_bits(device, gpu_memory):
+    gpu_memory(24)
+    batch = 8_200  # x 512 x 512 pixels: 2.1e9
+    maps = torch.rand(batch, 2, 4, 4, device=device)
+    scores = torch.rand(batch, 2, 3, device=device)
+    labels = ops.decode_segments(maps, scores, (512, 512), impl="triton")
+    clear = clear_pixels(maps[-1:], (512, 512))
+    truth = decode_segments_reference(maps[-1:], scores[-1:], (512, 512), upcast=torch.float64)
+    assert torch.equal(labels[-1:][clear], truth[clear])

@@ -174,3 +174,37 @@ def test_plans_are_refused_with_a_reason(device):
         MixPlan.from_source(source.roll(2, dims=0), 2)  # permutations, but of another group's images
     with pytest.raises(ValueError, match=r"source must be \[B, N\], got \[20\]"):
         MixPlan.from_source(source.flatten(), 2)
+
+
+def test_the_same_bits_at_every_run(device):
+    mixed, original, plan = make((4, 6, 32, 2), torch.bfloat16, device)
+    first, second = (ops.patch_blend(mixed, original, plan, 0.3, impl="triton") for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+def test_indices_past_31_bits(device, gpu_memory):
+    gpu_memory(40)
+    batch, patches, channels = 28_000, 196, 400  # 2.2e9 elements
+    x = torch.randn(batch, patches, channels, device=device, dtype=torch.bfloat16).requires_grad_()
+    plan = MixPlan.sample(batch, patches, 4, seed=0, device=device)
+    mixed = ops.patch_mix(x, plan, impl="triton")
+    blended = ops.patch_blend(mixed.detach(), x, plan, 0.5, impl="triton")
+    last = slice(batch - 4, None)  # the last mixing group, at the highest addresses
+    source = plan.source[last] - (batch - 4)
+    assert torch.equal(mixed[last], patch_mix_reference(x[last], source))
+    torch.testing.assert_close(blended[last], mixed[last])  # both halves are the mixed patches
+    (grad,) = torch.autograd.grad(mixed, x, x.detach())
+    inverse = plan.inverse[last] - (batch - 4)
+    assert torch.equal(grad[last], patch_mix_reference(x[last], inverse))
+
+
+@pytest.mark.gpu
+def test_sampling_a_plan_needs_no_synchronisation(device):
+    MixPlan.sample(8, 196, 4, seed=0, device=device)  # compiles the kernel
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plan = MixPlan.sample(8, 196, 4, seed=1, device=device)
+        ops.patch_mix(torch.empty(8, 196, 16, device=device), plan)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
