@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="val", help="default: val")
     parser.add_argument("--out", metavar="FILE", help="where the scores go as JSON")
     parser.add_argument("--pictures", metavar="FILE", help="PNG of some photos, truths, predictions and segments")
+    parser.add_argument("--predictions", metavar="FOLDER", help="the labels of every photo, as palette PNGs")
+    parser.add_argument("--resume", action="store_true", help="go on where the same command was interrupted")
     parser.add_argument("--limit", type=int, metavar="N", help="score only N photos, spread over the split")
     add_view_arguments(parser, decoding="groupvit")
 
@@ -92,13 +94,25 @@ def class_table(per_class: dict[str, float | None]) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.resume and not args.out:
+        raise UserError("--resume needs --out FILE: the counts are kept beside it while it runs")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, got {args.limit}")
     # The data set comes first: its errors should not wait for the weights.
     dataset = open_dataset(args.dataset, args.root, args.split)
     settings = settings_for(settings_from(args), dataset)
     model = load_on_device(args.weights, args.device)
-    result = evaluate(model, model.tokenizer, dataset, settings, args.limit)
+    keep = f"{args.out}.partial" if args.out else None
+    result = evaluate(
+        model,
+        model.tokenizer,
+        dataset,
+        settings,
+        args.limit,
+        predictions=args.predictions,
+        keep=keep,
+        resume=args.resume,
+    )
     result["settings"]["weights"] = args.weights
     print(class_table(result["per_class"]))
     print(f"mIoU {result['mIoU']:.2f} % over {result['images']} photos")

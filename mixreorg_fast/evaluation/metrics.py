@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from ..files import write_json
 
 IGNORE = 255
 
@@ -63,10 +69,58 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def sum_over_ranks(counts: Tensor, device: torch.device) -> Tensor:
-    """The exact sum of an int64 tensor over all ranks, on the CPU; `device` is the model's (NCCL sums only there)."""
-    if rank_and_world()[1] == 1:
-        return counts
-    counts = counts.to(device)
-    torch.distributed.all_reduce(counts)
-    return counts.cpu()
+class Tally:
+    """The counts of an evaluation: integers only, so that sums over photos, ranks and interruptions are exact.
+
+    Attributes:
+        matrix, oracle: int64 ``[C, C]`` confusion matrices of the labels, and with every segment's best class.
+        done: indices of the photos counted.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.matrix, self.oracle = torch.zeros(2, classes, classes, dtype=torch.int64)
+        self.used = torch.zeros(3, dtype=torch.int64)  # distinct segments, windows, photos
+        self.done: set[int] = set()
+
+    def add(self, index: int, truth: Tensor, labels: Tensor, segments: Tensor, count: int, windows: int) -> None:
+        """Count photo `index`, of `count` possible segments in `windows` windows; all maps integer ``[H, W]``."""
+        classes = len(self.matrix)
+        self.matrix += confusion_matrix(truth, labels, classes)
+        self.oracle += oracle_matrix(overlaps(truth, segments, classes, count))
+        self.used += torch.tensor([len(segments.unique()), windows, 1])
+        self.done.add(index)
+
+    @property
+    def images(self) -> int:
+        return int(self.used[2])
+
+    @property
+    def groups_used(self) -> float:
+        """Distinct segments per window, on average."""
+        return (self.used[0] / self.used[1]).item()
+
+    def over_ranks(self, device: torch.device) -> Tally:
+        """The sum over all ranks; `device` is the model's (NCCL sums only there)."""
+        if rank_and_world()[1] == 1:
+            return self
+        counts = torch.cat([self.matrix.flatten(), self.oracle.flatten(), self.used]).to(device)
+        torch.distributed.all_reduce(counts)
+        total = Tally(len(self.matrix))
+        total.matrix, total.oracle = counts[:-3].cpu().view(2, *self.matrix.shape)
+        total.used = counts[-3:].cpu()
+        return total
+
+    def keep(self, path: Path, about: dict[str, Any]) -> None:
+        """Write the counts to `path`, with a description (JSON values) of what they are counts of."""
+        counts = {name: getattr(self, name).tolist() for name in ("matrix", "oracle", "used")}
+        write_json(path, {"about": about, "done": sorted(self.done), **counts})
+
+    def restore(self, path: Path, about: dict[str, Any]) -> None:
+        """Go on from the counts at `path`, if there are any and `about` describes them."""
+        try:
+            state = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return
+        if state["about"] == json.loads(json.dumps(about)):
+            self.matrix, self.oracle, self.used = (torch.tensor(state[name]) for name in ("matrix", "oracle", "used"))
+            self.done = set(state["done"])

@@ -80,6 +80,13 @@ def colourise(labels: Any, palette: np.ndarray) -> Image.Image:
     return Image.fromarray(palette[np.asarray(labels).astype(np.uint8)])
 
 
+def save_labels(path: str | Path, labels: Tensor, has_background: bool) -> None:
+    """Labels ``[H, W]`` (uint8) as a palette PNG: its values are the labels, its colours the classes'."""
+    picture = Image.fromarray(labels.cpu().numpy())
+    picture.putpalette(class_palette(has_background).tobytes())
+    save_png(path, picture)
+
+
 def blend(photo: Image.Image, labels: Any, palette: np.ndarray, opacity: float = 0.55) -> Image.Image:
     """`photo` under the colours of `labels`; black (the background) leaves it as it is. In strips, so that a photo of
     a hundred megapixels costs no more than its result."""

@@ -5,8 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from .fakes import FakeModel, FakeTokenizer, draw_mask, draw_photo
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These tensors are tiny; on a busy machine a team of threads waits for its members longer than it works."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -55,6 +55,7 @@ def test_evaluate(weights, plain, tmp_path, capsys):
     [
         (["--dataset", "voc"], "unknown data set layout 'voc'"),
         (["--split", "vla"], "did you mean 'val'"),
+        (["--resume"], "--resume needs --out FILE"),
         (["--limit", "0"], "--limit must be at least 1"),
         (["--templates", "imagenet"], "did you mean 'imagenet7'"),
         (["--device", "nowhere"], "--device nowhere: not available"),

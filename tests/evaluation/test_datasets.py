@@ -132,6 +132,7 @@ def test_errors_of_the_plain_layout(plain):
     assert "unknown data set layout 'voc'" in fail("voc", plain)
     assert "did you mean 'ade20k'" in fail("ade", plain) or "choose from" in fail("ade", plain)
     assert fail("plain", plain.parent / "shape").endswith("(did you mean 'shapes'?)")
+    assert "; make it with: ln -s " in fail("plain", plain / "data" / "camvid")
     message = fail("plain", plain, "vall")
     assert "splits/vall.txt is missing" in message and "did you mean 'val'" in message
 

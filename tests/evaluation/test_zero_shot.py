@@ -8,23 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from mixreorg_fast import ops
 from mixreorg_fast.config import EvalConfig, ModelConfig, TextConfig
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.evaluation import metrics
 from mixreorg_fast.evaluation.datasets import open_dataset
+from mixreorg_fast.evaluation.decoding import Box, decode, decode_groupvit_reference, window_boxes
 from mixreorg_fast.evaluation.prompts import text_classifier
-from mixreorg_fast.evaluation.zero_shot import (
-    Box,
-    Segmenter,
-    Settings,
-    decode,
-    decode_groupvit_reference,
-    evaluate,
-    settings_for,
-    window_boxes,
-)
+from mixreorg_fast.evaluation.zero_shot import Segmenter, Settings, evaluate, settings_for
 from mixreorg_fast.models import GroupViT
 from mixreorg_fast.models.decoding import class_scores, image_threshold
 
@@ -65,7 +58,7 @@ def test_strips_and_chunks_change_nothing(monkeypatch):
     boxes = window_boxes(64, 112, 64, 32)
     maps, scores = random_windows(boxes, 6, 20, patch=8)
     expected = decode(maps, scores, boxes, (64, 112), (150, 260), 0.3).labels
-    monkeypatch.setattr("mixreorg_fast.evaluation.zero_shot.CHUNK", 1000)
+    monkeypatch.setattr("mixreorg_fast.evaluation.decoding.CHUNK", 1000)
     assert torch.equal(decode(maps, scores, boxes, (64, 112), (150, 260), 0.3).labels, expected)
 
 
@@ -119,7 +112,7 @@ def test_photos_above_the_bound_are_decoded_smaller(monkeypatch):
     maps, scores = random_windows([Box(0, 0, 64, 64)], 4, 6, patch=8)
     arguments = (maps, scores, [Box(0, 0, 64, 64)], (64, 64), (600, 600), 0.3, "direct")
     exact = decode(*arguments).labels
-    monkeypatch.setattr("mixreorg_fast.evaluation.zero_shot.MAX_DECODED", 150 * 150)
+    monkeypatch.setattr("mixreorg_fast.evaluation.decoding.MAX_DECODED", 150 * 150)
     assert (decode(*arguments).labels == exact).float().mean() > 0.97
 
 
@@ -200,6 +193,54 @@ def test_limit_spreads_over_the_split(model, tokenizer, plain, monkeypatch):
     assert sorted(read) == ["photo0", "photo2", "photo4"]
 
 
+def test_an_interrupted_evaluation_goes_on(model, tokenizer, plain, tmp_path, monkeypatch):
+    monkeypatch.setattr("mixreorg_fast.evaluation.zero_shot.SAVE_EVERY", -1.0)
+    settings, keep = replace(SETTINGS, batch=1), tmp_path / "eval.json.partial"
+    dataset = open_dataset("plain", plain)
+    whole = evaluate(model, tokenizer, dataset, settings, progress=False)
+    inner, read = dataset._paths, []
+
+    def paths(name: str):
+        read.append(name)
+        if len(read) == 5:
+            raise KeyboardInterrupt
+        return inner(name)
+
+    dataset._paths = paths
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, tokenizer, dataset, settings, progress=False, keep=keep)
+    read[:] = [None] * 5  # from here on nothing interrupts
+    assert evaluate(model, tokenizer, dataset, settings, progress=False, keep=keep, resume=True) == whole
+    assert 0 < len(read) - 5 < 7
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_counts_of_another_model_are_not_gone_on_from(model, tokenizer, plain, tmp_path):
+    about = {"model": 1.0}
+    tally = metrics.Tally(4)
+    tally.add(3, torch.zeros(2, 2, dtype=torch.uint8), torch.ones(2, 2), torch.zeros(2, 2), 1, 1)
+    tally.keep(tmp_path / "counts", about)
+    same, other = metrics.Tally(4), metrics.Tally(4)
+    same.restore(tmp_path / "counts", about)
+    other.restore(tmp_path / "counts", {"model": 2.0})
+    assert (same.done, same.images, other.done, other.images) == ({3}, 1, set(), 0)
+    (tmp_path / "counts").write_bytes(b"half a fi")
+    other.restore(tmp_path / "counts", about)
+    assert not other.done
+
+
+def test_predictions_are_written_as_palette_pngs(model, tokenizer, plain, tmp_path):
+    dataset = open_dataset("plain", plain)
+    result = evaluate(model, tokenizer, dataset, SETTINGS, progress=False, predictions=tmp_path / "p")
+    matrix = torch.zeros(4, 4, dtype=torch.int64)
+    for sample in dataset:
+        with Image.open(tmp_path / "p" / f"{sample.name}.png") as picture:
+            assert picture.mode == "P"
+            labels = torch.from_numpy(np.array(picture))
+        matrix += metrics.confusion_matrix(torch.from_numpy(sample.mask), labels, 4)
+    assert metrics.mean_iou(matrix) == result["mIoU"]
+
+
 def test_evaluation_leaves_the_mode_of_the_model(model, tokenizer, plain):
     model.train()
     evaluate(model, tokenizer, open_dataset("plain", plain), SETTINGS, limit=1, progress=False)
@@ -226,7 +267,8 @@ def test_largest_photos_of_150_classes_stay_within_memory():
     """ADE20K's largest are about 6 megapixels: the process, PyTorch included, stays under 2 GiB."""
     code = """
 import resource, torch
-from mixreorg_fast.evaluation.zero_shot import decode, window_boxes
+torch.set_num_threads(1)
+from mixreorg_fast.evaluation.decoding import decode, window_boxes
 for decoding in ("groupvit", "direct"):
     boxes = window_boxes(448, 672, 448, 224)
     maps, scores = torch.randn(len(boxes), 8, 28, 28).softmax(1), torch.rand(len(boxes), 8, 150)
@@ -294,7 +336,6 @@ def test_a_window_that_cuts_patches_is_refused(model):
 
 def test_labels_reach_numpy_small(model, tokenizer):
     texts = text_classifier(model, tokenizer, ["cat", "dog"])
-    from PIL import Image
 
     decoded = Segmenter(model, texts, SETTINGS).segment(Image.new("RGB", (50, 40), "red"))
     assert decoded.labels.numpy().dtype == np.uint8
