@@ -103,8 +103,12 @@ def _decode_kernel(
     left, right, left_weight, right_weight = _source(x, scale_x, map_width)
     above, _, above_weight, below_weight = _source(y, scale_y, map_height)
     top, _, _, _ = _source(block // blocks_x % blocks_y * BLOCK_Y, scale_y, map_height)
-    # With BLOCK_Y <= height / map_height, `above` is `top` or the row after it.
-    starts_at_top = (above == top)[:, None]
+    # With BLOCK_Y <= height / map_height, `above` is `top` or the row after it: each pixel row is a weighted sum of the
+    # same three rows of the map, one weight being 0.
+    starts_at_top = above == top
+    first_weight = tl.where(starts_at_top, above_weight, 0.0)[:, None]
+    second_weight = tl.where(starts_at_top, below_weight, above_weight)[:, None]
+    third_weight = tl.where(starts_at_top, 0.0, below_weight)[:, None]
     middle, bottom = tl.minimum(top + 1, map_height - 1), tl.minimum(top + 2, map_height - 1)
 
     maps = maps_ptr + image * stride_image
@@ -116,9 +120,7 @@ def _decode_kernel(
         first = _row_of_map(group_map + top * stride_y, left, right, left_weight, right_weight, stride_x, x < width)
         second = _row_of_map(group_map + middle * stride_y, left, right, left_weight, right_weight, stride_x, x < width)
         third = _row_of_map(group_map + bottom * stride_y, left, right, left_weight, right_weight, stride_x, x < width)
-        upper = tl.where(starts_at_top, first[None, :], second[None, :])
-        lower = tl.where(starts_at_top, second[None, :], third[None, :])
-        value = above_weight[:, None] * upper + below_weight[:, None] * lower
+        value = first_weight * first[None, :] + second_weight * second[None, :] + third_weight * third[None, :]
         better = value > best  # ties stay with the lowest group
         best = tl.where(better, value, best)
         label = tl.where(better, tl.load(labels + group), label)
