@@ -9,6 +9,7 @@ Columns of a tile are groups in the order of :func:`_group_of_column`, which noi
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,23 +22,32 @@ from triton.runtime.jit import JITFunction
 from .philox import gumbel_noise
 from .variants import INTERPRET, Config, KernelVariant, configuration, on_device
 
+
+def _same(*architectures: int, channels: int, warps: int, stages: int = 2) -> dict[int, Config]:
+    return dict.fromkeys(architectures, Config({"BLOCK_CHANNELS": channels}, num_warps=warps, num_stages=stages))
+
+
 # By kernel and element size, then by the tile's elements at most, then by architecture.
 CONFIGS = {
     ("forward", 2): {
-        2**12: dict.fromkeys((80, 90, 100), Config({"BLOCK_CHANNELS": 64}, num_warps=4)),
-        2**14: dict.fromkeys((80, 90, 100), Config({"BLOCK_CHANNELS": 64}, num_warps=16)),
+        2**12: _same(80, 90, 100, channels=64, warps=4, stages=3),
+        2**13: _same(80, 90, 100, channels=64, warps=8),
+        2**14: _same(80, 90, 100, channels=64, warps=16),
     },
     ("backward", 2): {
-        2**12: dict.fromkeys((80, 90, 100), Config({"BLOCK_CHANNELS": 64}, num_warps=4)),
-        2**14: dict.fromkeys((80, 90, 100), Config({"BLOCK_CHANNELS": 32}, num_warps=16)),
+        2**12: _same(80, 90, 100, channels=64, warps=4, stages=3),
+        2**13: _same(80, 90, 100, channels=64, warps=8),
+        2**14: {**_same(80, channels=32, warps=8, stages=3), **_same(90, 100, channels=64, warps=16)},
     },
-    ("aggregate", 2): {
-        2**12: dict.fromkeys((80, 90, 100), Config({"BLOCK_CHANNELS": 64}, num_warps=4)),
-        2**14: dict.fromkeys((80, 90, 100), Config({"BLOCK_CHANNELS": 64}, num_warps=8)),
+    ("backward with map", 2): {
+        2**12: _same(80, 90, 100, channels=64, warps=4, stages=3),
+        2**13: _same(80, 90, 100, channels=64, warps=8),
+        2**14: _same(80, 90, 100, channels=32, warps=8, stages=3),
     },
+    ("aggregate", 2): {2**13: _same(80, 90, 100, channels=64, warps=8, stages=3)},
     **{
-        (kernel, 4): {2**12: dict.fromkeys((80, 90, 100), Config({"BLOCK_CHANNELS": 32}, num_warps=8))}
-        for kernel in ("forward", "backward", "aggregate")
+        (kernel, 4): {2**12: _same(80, 90, 100, channels=32, warps=8)}
+        for kernel in ("forward", "backward", "backward with map", "aggregate")
     },
 }
 CANDIDATES = [
@@ -80,7 +90,21 @@ def _store(base, row, row_exists, first, x, CHANNELS: tl.constexpr, BLOCK_CHANNE
 
 
 @triton.jit
+def _load_map(base, patch, group, patches, GROUPS: tl.constexpr):
+    """A tile ``[P, G]`` of an image's map ``[GROUPS, patches]``; what does not exist is 0."""
+    mask = (patch < patches)[:, None] & (group < GROUPS)[None, :]
+    return tl.load(base + (group[None, :] * patches + patch[:, None]), mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_map(base, patch, group, x, patches, GROUPS: tl.constexpr):
+    mask = (patch < patches)[:, None] & (group < GROUPS)[None, :]
+    tl.store(base + (group[None, :] * patches + patch[:, None]), x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _inner_products(
+    products,
     patch_base,
     patch_row,
     patch_exists,
@@ -91,8 +115,7 @@ def _inner_products(
     BLOCK_CHANNELS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """fp32 ``[P, G] <- [P, C] @ [C, G]``, each row read once."""
-    products = tl.zeros((patch_row.shape[0], group_row.shape[0]), tl.float32)
+    """fp32 ``[P, G] <- products + [P, C] @ [C, G]``, each row read once."""
     for first in range(0, CHANNELS, BLOCK_CHANNELS):
         x = _load(patch_base, patch_row, patch_exists, first, CHANNELS, BLOCK_CHANNELS, UPCAST)
         y = _load(group_base, group_row, group_exists, first, CHANNELS, BLOCK_CHANNELS, UPCAST)
@@ -180,26 +203,28 @@ def _grouping_forward_kernel(
     k_ptr += image * k_stride_image
     v_ptr += image * v_stride_image
     q_row, k_row = group * q_stride_group, patch * k_stride_patch
-    map_offset = (image * GROUPS + group[None, :]) * patches + patch[:, None]
-    map_mask = patch_exists[:, None] & group_exists[None, :]
+    map_start = image * GROUPS * patches
 
-    products = _inner_products(k_ptr, k_row, patch_exists, q_ptr, q_row, group_exists, CHANNELS, BLOCK_CHANNELS, UPCAST)
-    logits = products * scale
-    if soft_ptr is not None:
-        soft = _softmax(_mask_groups(logits * inverse_tau, group, GROUPS))
-        tl.store(soft_ptr + map_offset, soft, mask=map_mask)
+    zero = tl.zeros((BLOCK_PATCHES, BLOCK_GROUPS), tl.float32)
+    logits = scale * _inner_products(
+        zero, k_ptr, k_row, patch_exists, q_ptr, q_row, group_exists, CHANNELS, BLOCK_CHANNELS, UPCAST
+    )
+    noisy = logits
     if seed_ptr is not None:
-        logits += gumbel_noise(tl.load(seed_ptr), first_image + image, patch, BLOCK_GROUPS // 4)
-    logits = _mask_groups(logits * inverse_tau, group, GROUPS)
+        noisy += gumbel_noise(tl.load(seed_ptr), first_image + image, patch, BLOCK_GROUPS // 4)
+    noisy = _mask_groups(noisy * inverse_tau, group, GROUPS)
     if winner_ptr is not None:
-        winner = _winners(logits, group)
+        winner = _winners(noisy, group)
         tl.store(winner_ptr + image * patches + patch, winner.to(tl.uint8), mask=patch_exists)
         used, total = _one_hot(tl.where(patch_exists, winner, -1), group)
     else:
-        used = tl.where(patch_exists[:, None], _softmax(logits), 0.0)
+        used = tl.where(patch_exists[:, None], _softmax(noisy), 0.0)
         total = tl.sum(used, axis=0)
+    if soft_ptr is not None:
+        soft = _softmax(_mask_groups(logits * inverse_tau, group, GROUPS))
+        _store_map(soft_ptr + map_start, patch, group, soft, patches, GROUPS)
     if used_ptr is not None:
-        tl.store(used_ptr + map_offset, used, mask=map_mask)
+        _store_map(used_ptr + map_start, patch, group, used, patches, GROUPS)
     if ONE_TILE:
         tl.store(total_ptr + image * GROUPS + group, total, mask=group_exists)
         out_ptr += image * GROUPS * CHANNELS
@@ -248,9 +273,7 @@ def _aggregate_kernel(
             winner = tl.load(winner_ptr + image * patches + patch, mask=patch_exists, other=0).to(tl.int32)
             weights, total = _one_hot(tl.where(patch_exists, winner, -1), group)
         else:
-            mask = patch_exists[:, None] & group_exists[None, :]
-            offset = (image * GROUPS + group[None, :]) * patches + patch[:, None]
-            weights = tl.load(map_ptr + offset, mask=mask, other=0.0)
+            weights = _load_map(map_ptr + image * GROUPS * patches, patch, group, patches, GROUPS)
             total = tl.sum(weights.to(tl.float32), axis=0)
         totals += total
         out += _weighted_sums(weights, x)
@@ -304,7 +327,7 @@ def _grouping_backward_kernel(
     """Gradients of one tile of patches; that of q too where the tile is the whole image, else of the logits.
 
     Pointers may be None: seed_ptr, winner_ptr (soft assignment), grad_soft_ptr and grad_used_ptr (no such gradient);
-    with one tile out_ptr and grad_logits_ptr, with several grad_q_ptr.
+    with one tile grad_logits_ptr, with several grad_q_ptr; out_ptr if there is one tile and no grad_used.
     """
     image = tl.program_id(0).to(tl.int64)
     patch = tl.program_id(1) * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
@@ -319,47 +342,58 @@ def _grouping_backward_kernel(
     grad_v_ptr += image * patches * CHANNELS
     q_row, grad_row = group * q_stride_group, group * grad_stride_group
     k_row, v_row = patch * k_stride_patch, patch * v_stride_patch
-    map_offset = (image * GROUPS + group[None, :]) * patches + patch[:, None]
-    map_mask = group_exists[None, :] & patch_exists[:, None]
+    map_start = image * GROUPS * patches
 
-    products = _inner_products(k_ptr, k_row, patch_exists, q_ptr, q_row, group_exists, CHANNELS, BLOCK_CHANNELS, UPCAST)
-    logits = products * scale
+    zero = tl.zeros((BLOCK_PATCHES, BLOCK_GROUPS), tl.float32)
+    logits = scale * _inner_products(
+        zero, k_ptr, k_row, patch_exists, q_ptr, q_row, group_exists, CHANNELS, BLOCK_CHANNELS, UPCAST
+    )
     if grad_soft_ptr is not None:
         soft = _softmax(_mask_groups(logits * inverse_tau, group, GROUPS))
     if seed_ptr is not None:
         logits += gumbel_noise(tl.load(seed_ptr), first_image + image, patch, BLOCK_GROUPS // 4)
     probability = _softmax(_mask_groups(logits * inverse_tau, group, GROUPS))
 
-    # d out / d assignment: the weighted mean's, total included
-    inverse_total = 1.0 / (tl.load(total_ptr + image * GROUPS + group, mask=group_exists, other=1.0) + eps)
+    # The gradient of the assignment: of the weighted mean (the total's share is -mean), and its own
+    total = tl.load(total_ptr + image * GROUPS + group, mask=group_exists, other=1.0) + eps
+    inverse_total = 1.0 / total
+    products = zero
+    if grad_used_ptr is not None:
+        products = _load_map(grad_used_ptr + map_start, patch, group, patches, GROUPS) * total[None, :]
     products = _inner_products(
-        v_ptr, v_row, patch_exists, grad_out_ptr, grad_row, group_exists, CHANNELS, BLOCK_CHANNELS, UPCAST
+        products, v_ptr, v_row, patch_exists, grad_out_ptr, grad_row, group_exists, CHANNELS, BLOCK_CHANNELS, UPCAST
     )
     if winner_ptr is not None:
         winner = tl.load(winner_ptr + image * patches + patch, mask=patch_exists, other=0).to(tl.int32)
-        used_products = tl.where(winner[:, None] == group[None, :], products, 0.0)
-    else:
-        used_products = probability * products
-    if ONE_TILE:
-        mean = tl.sum(used_products, axis=0) * inverse_total
-    else:
+    if out_ptr is not None:
         out_ptr += image * GROUPS * CHANNELS
         mean = tl.zeros((BLOCK_GROUPS,), tl.float32)
         for first in range(0, CHANNELS, BLOCK_CHANNELS):
             grad = _load(grad_out_ptr, grad_row, group_exists, first, CHANNELS, BLOCK_CHANNELS, True)
             out = _load(out_ptr, group * CHANNELS, group_exists, first, CHANNELS, BLOCK_CHANNELS, True)
             mean += tl.sum(grad * out, axis=1)
+    elif winner_ptr is not None:
+        mean = tl.sum(tl.where(winner[:, None] == group[None, :], products, 0.0), axis=0) * inverse_total
+    else:
+        mean = tl.sum(probability * products, axis=0) * inverse_total
     grad_used = (products - mean[None, :]) * inverse_total[None, :]
-    if grad_used_ptr is not None:
-        grad_used += tl.load(grad_used_ptr + map_offset, mask=map_mask, other=0.0)
 
     # straight through to the softmax
     grad_logits = probability * (grad_used - tl.sum(probability * grad_used, axis=1)[:, None])
     if grad_soft_ptr is not None:
-        grad_soft = tl.load(grad_soft_ptr + map_offset, mask=map_mask, other=0.0)
+        grad_soft = _load_map(grad_soft_ptr + map_start, patch, group, patches, GROUPS)
         grad_logits += soft * (grad_soft - tl.sum(soft * grad_soft, axis=1)[:, None])
     dtype = tl.float32 if UPCAST else k_ptr.dtype.element_ty
     grad_logits = (grad_logits * inverse_tau).to(dtype)
+    for first in range(0, CHANNELS, BLOCK_CHANNELS):
+        q = _load(q_ptr, q_row, group_exists, first, CHANNELS, BLOCK_CHANNELS, UPCAST)
+        grad_k = tl.dot(grad_logits, q, input_precision="ieee") * scale
+        _store(grad_k_ptr, patch * CHANNELS, patch_exists, first, grad_k, CHANNELS, BLOCK_CHANNELS)
+        if ONE_TILE:
+            k = _load(k_ptr, k_row, patch_exists, first, CHANNELS, BLOCK_CHANNELS, UPCAST)
+            grad_q = _weighted_sums(grad_logits, k) * scale
+            grad_q_row = image * GROUPS * CHANNELS
+            _store(grad_q_ptr + grad_q_row, group * CHANNELS, group_exists, first, grad_q, CHANNELS, BLOCK_CHANNELS)
     if winner_ptr is not None:
         # A row of the one-hot picks a row of grad_out exactly; its total divides in fp32 behind the product. The added
         # 0 has the compiler build the one-hot in the registers where the product wants it.
@@ -370,26 +404,11 @@ def _grouping_backward_kernel(
         weights = (probability * inverse_total[None, :]).to(dtype)
         row_factor = tl.full((BLOCK_PATCHES,), 1.0, tl.float32)
     for first in range(0, CHANNELS, BLOCK_CHANNELS):
-        q = _load(q_ptr, q_row, group_exists, first, CHANNELS, BLOCK_CHANNELS, UPCAST)
-        grad_k = tl.dot(grad_logits, q, input_precision="ieee") * scale
-        _store(grad_k_ptr, patch * CHANNELS, patch_exists, first, grad_k, CHANNELS, BLOCK_CHANNELS)
         grad = _load(grad_out_ptr, grad_row, group_exists, first, CHANNELS, BLOCK_CHANNELS, UPCAST)
         grad_v = tl.dot(weights, grad, input_precision="ieee") * row_factor[:, None]
         _store(grad_v_ptr, patch * CHANNELS, patch_exists, first, grad_v, CHANNELS, BLOCK_CHANNELS)
-        if ONE_TILE:
-            k = _load(k_ptr, k_row, patch_exists, first, CHANNELS, BLOCK_CHANNELS, UPCAST)
-            grad_q = _weighted_sums(grad_logits, k) * scale
-            _store(
-                grad_q_ptr + image * GROUPS * CHANNELS,
-                group * CHANNELS,
-                group_exists,
-                first,
-                grad_q,
-                CHANNELS,
-                BLOCK_CHANNELS,
-            )
     if not ONE_TILE:
-        tl.store(grad_logits_ptr + map_offset, grad_logits.to(grad_logits_ptr.dtype.element_ty), mask=map_mask)
+        _store_map(grad_logits_ptr + map_start, patch, group, grad_logits, patches, GROUPS)
 
 
 @dataclass(frozen=True)
@@ -401,6 +420,7 @@ class _Problem:
     patches: int
     channels: int
     itemsize: int
+    soft_map: bool = False
 
     @property
     def block_groups(self) -> int:
@@ -408,9 +428,16 @@ class _Problem:
 
     @property
     def block_patches(self) -> int:
-        """As many as a program's registers hold: a whole image of the model at 224 px in 16 bits."""
-        most = (2**14 if self.itemsize == 2 else 2**12) // self.block_groups
-        return max(16, min(triton.next_power_of_2(self.patches), most))
+        """The whole image if a program's registers hold it, as they do the model's at 224 px in 16 bits."""
+        whole, part = (2**14, 2**13) if self.itemsize == 2 else (2**12, 2**12)
+        most = part if self.soft_map else whole  # the softmax without noise takes registers of its own
+        block = max(16, triton.next_power_of_2(self.patches))
+        return block if block * self._width <= most else part // self._width
+
+    @property
+    def _width(self) -> int:
+        """Of a tile: groups, or a block of channels."""
+        return max(64, self.block_groups)
 
     @property
     def tiles(self) -> int:
@@ -429,8 +456,8 @@ class _Problem:
     def configurations(self, kernel: str) -> dict[int, Config]:
         """The table for `kernel`'s tiles of this size."""
         tables = CONFIGS[kernel, self.itemsize]
-        size = self.block_patches * self.block_groups
-        return tables[min(most for most in tables if most >= size)]
+        elements = self.block_patches * self._width
+        return tables[min(most for most in tables if most >= elements)]
 
 
 def _rows_together(x: Tensor) -> Tensor:
@@ -485,7 +512,7 @@ def grouping_forward(
     """
     q, k, v = _rows_together(q), _rows_together(k), _rows_together(v)
     (batch, groups, channels), patches, device = q.shape, k.shape[1], q.device
-    problem = _Problem(batch, groups, patches, channels, q.element_size())
+    problem = _Problem(batch, groups, patches, channels, q.element_size(), return_assignment == "soft")
     one_tile = problem.tiles == 1
     out = torch.empty(q.shape, dtype=v.dtype, device=device)
     total = torch.empty((batch, groups), dtype=torch.float32, device=device)
@@ -535,7 +562,8 @@ def grouping_backward(
     """Gradients of `q`, `k` and `v`, from what :func:`grouping_forward` took and gave."""
     q, k, v, grad_out = (_rows_together(x) for x in (q, k, v, grad_out))
     (batch, groups, channels), patches, device = q.shape, k.shape[1], q.device
-    problem = _Problem(batch, groups, patches, channels, q.element_size())
+    with_soft = grad_assignment is not None and return_assignment == "soft"
+    problem = _Problem(batch, groups, patches, channels, q.element_size(), with_soft)
     one_tile = problem.tiles == 1
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
     if grad_q.numel() == 0:
@@ -544,7 +572,8 @@ def grouping_backward(
     if grad_assignment is not None:
         grad_assignment = grad_assignment.contiguous()
     grad_soft, grad_used = (grad_assignment if return_assignment == kind else None for kind in ("soft", "used"))
-    arguments = (q, k, v, seed, None if one_tile else out, total, winner if hard else None)
+    out_or_none = None if one_tile and grad_used is None else out
+    arguments = (q, k, v, seed, out_or_none, total, winner if hard else None)
     arguments += (grad_out, grad_soft, grad_used, grad_q if one_tile else None, grad_k, grad_v, grad_logits)
     arguments += (first_image, patches, scale, 1.0 / tau, eps, *_strides(q, k, v, grad_out))
 
@@ -555,7 +584,7 @@ def grouping_backward(
 
     with on_device(q):
         key = (problem, hard, seed is None, return_assignment)
-        table = problem.configurations("backward")
+        table = problem.configurations("backward" if grad_assignment is None else "backward with map")
         launch(configuration("grouping_backward", table, device, key, CANDIDATES, launch))
         if not one_tile:
             _aggregate(problem, None, grad_logits, k, grad_q, None, scale, eps)
@@ -566,45 +595,42 @@ def signatures(architecture: int) -> list[KernelVariant]:
     """The variants at the model's shapes: both groupings at 224 px and the first at 448 px, C = 384, as training
     (with noise, with and without the assignment) and evaluation (soft maps, no noise, no backward) launch them."""
     numbers = {"first_image": "i64", "patches": "i32", "scale": "fp32", "inverse_tau": "fp32", "eps": "fp32"}
-    maps = dict.fromkeys(("soft_ptr", "used_ptr", "grad_soft_ptr", "grad_used_ptr"), "*fp32:16")
-    kept = {"seed_ptr": "*i64:16", "total_ptr": "*fp32:16", "winner_ptr": "*u8:16"}
+    maps = dict.fromkeys(("soft_ptr", "used_ptr", "grad_soft_ptr", "grad_used_ptr", "total_ptr"), "*fp32:16")
+    types = {**numbers, **maps, "seed_ptr": "*i64:16", "winner_ptr": "*u8:16"}
     variants = []
 
-    def add(kernel: JITFunction, what: str, problem: _Problem, absent: tuple[str, ...], **constexprs: object) -> None:
+    def add(table: str, kernel: JITFunction, what: str, problem: _Problem, **constexprs: object) -> None:
         name = kernel.__name__.strip("_").removesuffix("_kernel")
-        config = problem.configurations(name.removeprefix("grouping_"))[architecture]
+        config = problem.configurations(table)[architecture]
+        constexprs = {**problem.constexprs, "UPCAST": False, **constexprs, **config.blocks}
         tensor = "*bf16:16" if problem.itemsize == 2 else "*fp32:16"
-        types = {**numbers, **maps, **kept}
-        constexprs = {**problem.constexprs, "UPCAST": False, **constexprs, **config.blocks, **dict.fromkeys(absent)}
         signature = {
             argument: types.get(argument, "i32:16" if "stride" in argument else tensor)
             for argument in kernel.arg_names
             if argument not in constexprs
         }
         shape = f"{tensor[1:5]}, G={problem.groups}, N={problem.patches}, C={problem.channels}"
-        variants.append(
-            KernelVariant(
-                f"grouping.{name}[{what}, {shape}]", kernel, signature, constexprs, config.num_warps, config.num_stages
-            )
-        )
+        name = f"grouping.{name}[{what}, {shape}]"
+        variants.append(KernelVariant(name, kernel, signature, constexprs, config.num_warps, config.num_stages))
 
-    for itemsize in (2, 4):
-        for groups, patches in ((64, 196), (8, 64), (64, 784)):
-            problem = _Problem(1024, groups, patches, 384, itemsize)
+    for (groups, patches), itemsize in itertools.product(((64, 196), (8, 64), (64, 784)), (2, 4)):
+        for what, map_name in (("train", None), ("train, used map", "used"), ("eval, soft map", "soft")):
+            problem = _Problem(1024, groups, patches, 384, itemsize, map_name == "soft")
             one_tile = problem.tiles == 1
-            unused = ("out_ptr", "grad_logits_ptr") if one_tile else ("grad_q_ptr",)
-            for what, absent in (
-                ("train", ("soft_ptr", "used_ptr")),
-                ("train, used map", ("soft_ptr",)),
-                ("eval, soft map", ("seed_ptr", "used_ptr")),
-            ):
-                add(_grouping_forward_kernel, what, problem, absent, ONE_TILE=one_tile)
-            for what, absent in (
-                ("train", ("grad_soft_ptr", "grad_used_ptr")),
-                ("train, used map", ("grad_soft_ptr",)),
-            ):
-                add(_grouping_backward_kernel, what, problem, (*absent, *unused), ONE_TILE=one_tile)
+            absent = {f"{name}_ptr": None for name in ("soft", "used") if name != map_name}
+            if map_name == "soft":
+                absent["seed_ptr"] = None
+            add("forward", _grouping_forward_kernel, what, problem, ONE_TILE=one_tile, **absent)
             if not one_tile:
-                add(_aggregate_kernel, "output", problem, ("map_ptr",))
-                add(_aggregate_kernel, "gradient of q", problem, ("winner_ptr", "total_ptr"))
+                add("aggregate", _aggregate_kernel, f"{what}: output", problem, map_ptr=None)
+            if map_name == "soft":
+                continue
+            absent = {f"grad_{name}_ptr": None for name in ("soft", "used") if name != map_name}
+            absent["grad_logits_ptr" if one_tile else "grad_q_ptr"] = None
+            if one_tile and map_name is None:
+                absent["out_ptr"] = None
+            table = "backward" if map_name is None else "backward with map"
+            add(table, _grouping_backward_kernel, what, problem, ONE_TILE=one_tile, **absent)
+            if not one_tile:
+                add("aggregate", _aggregate_kernel, f"{what}: gradient of q", problem, winner_ptr=None, total_ptr=None)
     return variants
