@@ -9,6 +9,7 @@ the features in plain matrix products that accumulate in fp32. No atomics: parti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -62,18 +63,18 @@ def _tile(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """This program's rows [BLOCK_M], columns [BLOCK_N] (int64) and their products [BLOCK_M, BLOCK_N] in fp32.
+    """This program's rows [BLOCK_M], columns [BLOCK_N] and their products [BLOCK_M, BLOCK_N] in fp32.
 
     Rows vary fastest over the programs: those that run together share a block of columns and a strip of rows in L2.
     """
     blocks = tl.cdiv(rows, BLOCK_M)
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     row = program % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     column = program // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     # Rows and columns outside repeat the last one: no masks in the loop.
-    row_ptr = rows_ptr + tl.minimum(row, rows - 1)[:, None] * row_stride + d[None, :]
-    column_ptr = columns_ptr + tl.minimum(column, columns - 1)[:, None] * column_stride + d[None, :]
+    row_ptr = rows_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * row_stride + d[None, :]
+    column_ptr = columns_ptr + tl.minimum(column, columns - 1).to(tl.int64)[:, None] * column_stride + d[None, :]
     products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, D, BLOCK_D):
         if D % BLOCK_D == 0:
@@ -126,13 +127,15 @@ def _log_sum_exp_kernel(
     in_row = tl.where((column < columns)[None, :], logits, float("-inf"))
     largest = tl.max(in_row, 1)
     row_lse = largest + tl.log2(tl.sum(tl.exp2(in_row - largest[:, None]), 1))
-    program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(rows, BLOCK_M)
-    tl.store(row_parts_ptr + program // blocks * rows + row, row_lse, mask=row < rows)
+    program, blocks = tl.program_id(0), tl.cdiv(rows, BLOCK_M)
+    tl.store(row_parts_ptr + (program // blocks).to(tl.int64) * rows + row, row_lse, mask=row < rows)
     if BOTH:
         in_column = tl.where((row < rows)[:, None], logits, float("-inf"))
         largest = tl.max(in_column, 0)
         column_lse = largest + tl.log2(tl.sum(tl.exp2(in_column - largest[None, :]), 0))
-        tl.store(column_parts_ptr + program % blocks * columns + column, column_lse, mask=column < columns)
+        tl.store(
+            column_parts_ptr + (program % blocks).to(tl.int64) * columns + column, column_lse, mask=column < columns
+        )
 
 
 @triton.jit
@@ -182,7 +185,9 @@ def _weights_kernel(
     first_row,
     row_prompts,
     column_prompts,
-    FACTOR: tl.constexpr,
+    row_shift,
+    column_shift,
+    positive,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -190,7 +195,7 @@ def _weights_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """FACTOR · (softmax over the row / row_prompts + softmax over the column / column_prompts - 2 · positives)."""
+    """2^-row_shift · softmax over the row + 2^-column_shift · softmax over the column - positive, at own columns."""
     row, column, products = _tile(
         rows_ptr,
         columns_ptr,
@@ -207,14 +212,13 @@ def _weights_kernel(
     )
     logits = products * (tl.load(scale_ptr).to(tl.float32) * LOG2_E)
     row_exists, column_exists = row < rows, column < columns
-    row_lse = tl.load(row_lse_ptr + row, mask=row_exists, other=float("inf")) * LOG2_E
-    column_lse = tl.load(column_lse_ptr + column, mask=column_exists, other=float("inf")) * LOG2_E
-    in_row = tl.exp2(logits - row_lse[:, None]) * (FACTOR / row_prompts)
-    in_column = tl.exp2(logits - column_lse[None, :]) * (FACTOR / column_prompts)
+    row_shift += tl.load(row_lse_ptr + row, mask=row_exists, other=float("inf")) * LOG2_E
+    column_shift += tl.load(column_lse_ptr + column, mask=column_exists, other=float("inf")) * LOG2_E
+    weights = tl.exp2(logits - row_shift[:, None]) + tl.exp2(logits - column_shift[None, :])
     own = ((first_row + row) // row_prompts)[:, None] == (column // column_prompts)[None, :]
-    weights = in_row + in_column - tl.where(own, 2.0 * FACTOR / (row_prompts * column_prompts), 0.0)
+    weights = tl.where(own, weights - positive, weights)
     tl.store(
-        weights_ptr + row[:, None] * weights_stride + column[None, :],
+        weights_ptr + row.to(tl.int64)[:, None] * weights_stride + column[None, :],
         weights.to(weights_ptr.dtype.element_ty),
         mask=row_exists[:, None] & column_exists[None, :],
     )
@@ -344,7 +348,9 @@ def gradient_backward(
             first_row + strip.start,
             row_prompts,
             column_prompts,
-            FACTOR=factor,
+            math.log2(row_prompts / factor),
+            math.log2(column_prompts / factor),
+            2 * factor / (row_prompts * column_prompts),
             D=rows.shape[1],
             **_constexprs(rows.dtype),
             **config.kwargs,
@@ -385,14 +391,16 @@ def signatures(architecture: int) -> list[KernelVariant]:
         lse = dict.fromkeys(("row_lse_ptr", "column_lse_ptr"), "*fp32:16")
         parts = dict.fromkeys(("row_parts_ptr", "column_parts_ptr"), "*fp32:16")
         constexprs = {"D": 256, **_constexprs(getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[dtype]))}
-        weights = {"FACTOR": 1.0, "row_prompts": 1, "column_prompts": 1}
+        prompts = {"row_prompts": 1, "column_prompts": 1}
+        shifts = dict.fromkeys(("row_shift", "column_shift", "positive"), "fp32")
+        strip = {**sizes, "weights_stride": "i32:16", "first_row": "i32:16", **shifts}
         for name, kernel, signature, extra in (
             ("log_sum_exp", _log_sum_exp_kernel, {**features, **parts, **sizes}, {"BOTH": True}),
             (
                 "weights",
                 _weights_kernel,
-                {**features, **lse, "weights_ptr": tensor, **sizes, "weights_stride": "i32:16", "first_row": "i32:16"},
-                weights,
+                {**features, **lse, "weights_ptr": tensor, **strip},
+                prompts,
             ),
         ):
             values = {**constexprs, **extra, **config.blocks}

@@ -87,15 +87,15 @@ def contrastive_loss(
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         positives = _positives(image, texts, scale)
         if world == 1:
-            all_images, all_texts = image, texts
+            all_images = all_texts = None  # its own
             image_lse, text_lse = kernels.log_sum_exp(image, texts, scale, True)
         else:
             all_images, all_texts = (_gather(x, world, process_group) for x in (image, texts))
             image_lse, _ = kernels.log_sum_exp(image, all_texts, scale, False)
             text_lse, _ = kernels.log_sum_exp(texts, all_images, scale, False)
-            image_lse, text_lse, positives = (
-                _gather(x, world, process_group) for x in (image_lse, text_lse, positives)
-            )
+            own = (image_lse, text_lse, positives)
+            parts = _gather(torch.cat(own), world, process_group).view(world, -1)
+            image_lse, text_lse, positives = (x.flatten() for x in parts.split([len(x) for x in own], dim=1))
         loss = (0.5 * (image_lse + text_lse.view(-1, prompts).mean(1)) - positives).mean()
     return _Loss.apply(
         image, texts, scale, loss, all_images, all_texts, image_lse, text_lse, prompts, world, rank, kernels
@@ -153,7 +153,7 @@ class _Loss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         image, texts, scale, all_images, all_texts, image_lse, text_lse = ctx.saved_tensors
-        images, samples = len(image), len(all_images)
+        images, samples = len(image), len(image_lse)
         first = ctx.rank * images
         need_image, need_text, need_scale = ctx.needs_input_grad[:3]
         grad_image = grad_text = grad_scale = None
@@ -161,15 +161,17 @@ class _Loss(torch.autograd.Function):
         with torch.autocast(image.device.type, enabled=False):
             if need_image or need_scale:
                 both = need_text and ctx.world == 1  # then one sweep over the logits gives both
+                columns = texts if all_texts is None else all_texts
                 own_lse = image_lse[first : first + images]
                 grad_image, grad_text = ctx.kernels.gradient(
-                    image, all_texts, own_lse, text_lse, scale, 1, ctx.prompts, first, both
+                    image, columns, own_lse, text_lse, scale, 1, ctx.prompts, first, both
                 )
             if need_text and (ctx.world > 1 or grad_image is None):
+                columns = image if all_images is None else all_images
                 first *= ctx.prompts
                 own_lse = text_lse[first : first + len(texts)]
                 grad_text, _ = ctx.kernels.gradient(
-                    texts, all_images, own_lse, image_lse, scale, ctx.prompts, 1, first, False
+                    texts, columns, own_lse, image_lse, scale, ctx.prompts, 1, first, False
                 )
             if need_scale:
                 grad_scale = (image * grad_image).sum() * factor
