@@ -87,10 +87,15 @@ def save_labels(path: str | Path, labels: Tensor, has_background: bool) -> None:
     save_png(path, picture)
 
 
-def blend(photo: Image.Image, labels: Any, palette: np.ndarray, opacity: float = 0.55) -> Image.Image:
-    """`photo` under the colours of `labels`; black (the background) leaves it as it is. In strips, so that a photo of
-    a hundred megapixels costs no more than its result."""
-    labels, out = np.asarray(labels), Image.new("RGB", photo.size)
+def blend(
+    photo: Image.Image, labels: Any, palette: np.ndarray, opacity: float = 0.55, onto: Image.Image | None = None
+) -> Image.Image:
+    """`photo` under the colours of `labels`; black (the background) leaves it as it is.
+
+    Drawn at the top left of `onto`, or of a new picture, in strips: a photo of a hundred megapixels costs no more than
+    its result.
+    """
+    labels, out = np.asarray(labels), onto or Image.new("RGB", photo.size)
     rows = max(1, STRIP // photo.width)
     for top in range(0, photo.height, rows):
         part = photo.crop((0, top, photo.width, min(top + rows, photo.height)))
@@ -99,6 +104,14 @@ def blend(photo: Image.Image, labels: Any, palette: np.ndarray, opacity: float =
         mixed = np.asarray(part) * (1 - share) + colours * share
         out.paste(Image.fromarray(mixed.round().astype(np.uint8)), (0, top))
     return out
+
+
+def label_counts(labels: Any, count: int) -> np.ndarray:
+    """Pixels of each label 0..count-1, int64 ``[count]``; in strips, since NumPy counts in copies of 8 bytes each."""
+    labels = np.asarray(labels)
+    rows = max(1, STRIP // labels.shape[1])
+    strips = (labels[top : top + rows].ravel() for top in range(0, len(labels), rows))
+    return sum(np.bincount(strip, minlength=count) for strip in strips)
 
 
 def legend(entries: Iterable[tuple[str, Sequence[int]]], width: int, size: int = 15) -> Image.Image:
@@ -121,14 +134,12 @@ def legend(entries: Iterable[tuple[str, Sequence[int]]], width: int, size: int =
 
 def overlay(photo: Image.Image, labels: Any, names: Sequence[str], palette: np.ndarray) -> Image.Image:
     """`photo` under the colours of `labels` (label t is ``names[t]``), over a legend of the classes that occur."""
-    labels = np.asarray(labels)
-    picture = blend(photo, labels, palette)
-    present = [(names[t], palette[t]) for t in np.flatnonzero(np.bincount(labels.ravel(), minlength=len(names)))]
+    present = [(names[t], palette[t]) for t in np.flatnonzero(label_counts(labels, len(names)))]
     width = max(photo.width, 160)
     strip = legend(present, width, size=max(13, photo.width // 45))
-    out = Image.new("RGB", (width, picture.height + strip.height), PAPER)
-    out.paste(picture, (0, 0))
-    out.paste(strip, (0, picture.height))
+    out = Image.new("RGB", (width, photo.height + strip.height), PAPER)
+    blend(photo, labels, palette, onto=out)
+    out.paste(strip, (0, photo.height))
     return out
 
 

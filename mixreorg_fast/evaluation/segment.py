@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..files import write_json
 from ..models.images import find_images, load_image
 from .evaluate import add_view_arguments, load_on_device, settings_from
-from .pictures import class_palette, overlay, save_labels, save_png, saving
+from .pictures import class_palette, label_counts, overlay, save_labels, save_png, saving
 from .prompts import text_classifier
 from .zero_shot import Segmenter
 
@@ -43,12 +43,11 @@ def main(args: argparse.Namespace) -> int:
             print(f"skipped: {error}", file=sys.stderr, flush=True)
             failures += 1
             continue
-        decoded = segmenter.segment(image)
-        labels = decoded.labels.cpu().numpy()
+        labels = segmenter.segment(image).labels.cpu()
         save_png(out / f"{name}.png", overlay(image, labels, names, palette))
         if args.mask:
-            save_labels(out / f"{name}_mask.png", decoded.labels, background)
-        shares = np.bincount(labels.ravel(), minlength=len(names)) / labels.size
+            save_labels(out / f"{name}_mask.png", labels, background)
+        shares = label_counts(labels, len(names)) / labels.numel()
         areas[str(photo)] = dict(zip(names, shares.tolist(), strict=True))
         # After each photo, so that an interrupted run has told what it did.
         with saving(out / "areas.json"):

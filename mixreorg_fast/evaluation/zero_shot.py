@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 from ..models.decoding import class_scores
 from ..models.images import network_size, to_tensor
 from . import metrics
@@ -61,6 +61,11 @@ class Settings:
         for name in ("short_side", "window", "stride", "batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, choices in (("mode", ("whole", "sliding")), ("decoding", ("groupvit", "direct"))):
+            if getattr(self, name) not in choices:
+                raise UserError(
+                    f"{name} '{getattr(self, name)}' is no valid choice{nearest(getattr(self, name), choices)}"
+                )
         if self.stride > self.window:
             raise UserError(
                 f"stride {self.stride} leaves gaps between windows of {self.window} (at most {self.window})"

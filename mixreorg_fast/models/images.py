@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import UserError, nearest
@@ -114,7 +114,7 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np
 
 
 def _rgb(image: Image.Image, upright: bool) -> Image.Image:
-    if upright:
+    if upright and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
         image.load()  # a lazily opened file is read here, while its errors can still be named

@@ -321,6 +321,8 @@ def test_the_data_set_decides_about_background(plain):
     [
         ({"stride": 500}, "stride 500 leaves gaps between windows of 448"),
         ({"short_side": 0}, "short_side must be at least 1"),
+        ({"mode": "slide"}, "mode 'slide' is no valid choice .did you mean 'sliding'"),
+        ({"decoding": "dense"}, "decoding 'dense' is no valid choice .choose from: groupvit, direct"),
         ({"background_threshold": 1.5}, "must lie in 0..1, got 1.5"),
     ],
 )
