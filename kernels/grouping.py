@@ -23,30 +23,30 @@ from .philox import gumbel_noise
 from .variants import INTERPRET, Config, KernelVariant, configuration, on_device
 
 
-def _same(*architectures: int, channels: int, warps: int, stages: int = 2) -> dict[int, Config]:
+def _on(*architectures: int, channels: int, warps: int, stages: int = 3) -> dict[int, Config]:
     return dict.fromkeys(architectures, Config({"BLOCK_CHANNELS": channels}, num_warps=warps, num_stages=stages))
 
 
 # By kernel and element size, then by the tile's elements at most, then by architecture.
 CONFIGS = {
     ("forward", 2): {
-        2**12: _same(80, 90, 100, channels=64, warps=4, stages=3),
-        2**13: _same(80, 90, 100, channels=64, warps=8),
-        2**14: _same(80, 90, 100, channels=64, warps=16),
+        2**12: _on(80, 90, 100, channels=64, warps=4),
+        2**13: _on(80, 90, 100, channels=64, warps=8),
+        2**14: _on(80, 90, 100, channels=64, warps=16),
     },
     ("backward", 2): {
-        2**12: _same(80, 90, 100, channels=64, warps=4, stages=3),
-        2**13: _same(80, 90, 100, channels=64, warps=8),
-        2**14: {**_same(80, channels=32, warps=8, stages=3), **_same(90, 100, channels=64, warps=16)},
+        2**12: _on(80, 90, 100, channels=64, warps=4),
+        2**13: _on(80, 90, 100, channels=64, warps=8),
+        2**14: {**_on(80, channels=32, warps=8), **_on(90, 100, channels=64, warps=8)},
     },
     ("backward with map", 2): {
-        2**12: _same(80, 90, 100, channels=64, warps=4, stages=3),
-        2**13: _same(80, 90, 100, channels=64, warps=8),
-        2**14: _same(80, 90, 100, channels=32, warps=8, stages=3),
+        2**12: _on(80, 90, 100, channels=64, warps=4),
+        2**13: {**_on(80, channels=32, warps=8), **_on(90, 100, channels=64, warps=8, stages=2)},
+        2**14: _on(80, 90, 100, channels=32, warps=8),
     },
-    ("aggregate", 2): {2**13: _same(80, 90, 100, channels=64, warps=8, stages=3)},
+    ("aggregate", 2): {2**13: _on(80, 90, 100, channels=64, warps=8)},
     **{
-        (kernel, 4): {2**12: _same(80, 90, 100, channels=32, warps=8)}
+        (kernel, 4): {2**12: _on(80, 90, 100, channels=32, warps=8, stages=2)}
         for kernel in ("forward", "backward", "backward with map", "aggregate")
     },
 }
