@@ -94,7 +94,7 @@ def contrastive_loss(
             image_lse, _ = kernels.log_sum_exp(image, all_texts, scale, False)
             text_lse, _ = kernels.log_sum_exp(texts, all_images, scale, False)
             own = (image_lse, text_lse, positives)
-            parts = _gather(torch.cat(own), world, process_group).view(world, -1)
+            parts = _gather(torch.cat(own)[None], world, process_group)  # [world, B + B * P + B]
             image_lse, text_lse, positives = (x.flatten() for x in parts.split([len(x) for x in own], dim=1))
         loss = (0.5 * (image_lse + text_lse.view(-1, prompts).mean(1)) - positives).mean()
     return _Loss.apply(
@@ -118,9 +118,9 @@ def _positives(image: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
 
 def _gather(x: Tensor, world: int, group: dist.ProcessGroup | None) -> Tensor:
     """All ranks' rows."""
-    out = x.new_empty(world * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-    return out
+    out = x.new_empty(world, *x.shape)
+    dist.all_gather(list(out.unbind()), x.contiguous(), group=group)
+    return out.flatten(0, 1)
 
 
 class _Kernels(NamedTuple):
