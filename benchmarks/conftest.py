@@ -23,7 +23,8 @@ def measure(benchmark, request: pytest.FixtureRequest):
             row = harness.run_case(benchmark, case, implementation, mode, graph)
         except torch.OutOfMemoryError:
             pytest.skip("out of memory")
-        request.config.stash[_rows].append(row)
+        if row is not None:
+            request.config.stash[_rows].append(row)
 
     yield run
     if harness.ON_GPU:

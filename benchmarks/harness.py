@@ -114,8 +114,11 @@ def synchronized_time() -> float:
     return time.perf_counter()
 
 
-def run_case(benchmark: Any, case: Case, implementation: str, mode: Mode, graph: bool) -> dict[str, Any]:
-    """Measure one combination with pytest-benchmark's `benchmark`; the row of the results."""
+def run_case(benchmark: Any, case: Case, implementation: str, mode: Mode, graph: bool) -> dict[str, Any] | None:
+    """Measure one combination with pytest-benchmark's `benchmark`; the row of the results.
+
+    None with ``--benchmark-disable``, which only runs everything once.
+    """
     function = _implementation(case, implementation)
     generator = torch.Generator(DEVICE).manual_seed(0)
     stream = torch.cuda.Stream() if ON_GPU else None
@@ -137,6 +140,8 @@ def run_case(benchmark: Any, case: Case, implementation: str, mode: Mode, graph:
         iterations = unit * max(1, round(ROUND_SECONDS / seconds / unit))
         rounds = min(ROUNDS, max(3, round(ROW_SECONDS / (seconds * iterations))))
         benchmark.pedantic(step, rounds=rounds, iterations=iterations)
+    if benchmark.stats is None:
+        return None
     times = sorted(1e3 * seconds for seconds in benchmark.stats.stats.data)
     median, p20, p80 = (_quantile(times, q) for q in (0.5, 0.2, 0.8))
     work = case.work[mode]
