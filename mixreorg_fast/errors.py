@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -12,6 +13,10 @@ class UserError(Exception):
 
     Commands print it without a traceback and exit with code 2.
     """
+
+
+class RankError(UserError):
+    """A mistake that concerns one rank alone; the others are raised, with the same text, on every rank."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
@@ -26,12 +31,13 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 def run_command(main: Callable[[], int | None], *, debug: bool = False) -> int:
     """Run `main`; print a :class:`UserError` as one line on stderr and return exit code 2.
 
-    With `debug` the traceback is let through.
+    Of several ranks only the first prints what all of them raise. With `debug` the traceback is let through.
     """
     try:
         return main() or 0
     except UserError as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2

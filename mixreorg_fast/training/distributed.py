@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from ..errors import UserError
+from ..errors import RankError, UserError
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ def initialise() -> World:
     NCCL with one GPU per local rank where there are GPUs, else gloo on the CPU.
 
     Raises:
-        UserError: DeepSpeed is missing, or a node has fewer GPUs than ranks.
+        UserError: DeepSpeed is missing. RankError: this node has fewer GPUs than ranks.
     """
     if "RANK" not in os.environ:  # plain `python train.py`; without these DeepSpeed looks for mpi4py
         with socket.socket() as free:
@@ -46,7 +46,7 @@ def initialise() -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}")
+            raise RankError(f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:

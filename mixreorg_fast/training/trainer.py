@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import resource
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,9 +37,12 @@ def train(config: Config, resume: str = "auto") -> dict[str, Any]:
     """
     world = initialise()
     config.micro_batch(world.size)  # refused before anything is made
-    source = on_main(world, lambda: _checkpoint_to_resume(config, resume))
+    source, state = on_main(world, lambda: _checkpoint_to_resume(config, resume, world))
     prepared = on_main(world, lambda: prepare(config, resuming=source is not None))
-    return Trainer(prepared.config, prepared.samples, world, source).run()
+    trainer = Trainer(prepared.config, prepared.samples, world)
+    if source is not None:
+        trainer.resume(source, state)
+    return trainer.run()
 
 
 def micro_step_seed(seed: int, position: int) -> int:
@@ -49,31 +54,31 @@ def micro_step_seed(seed: int, position: int) -> int:
 class Trainer:
     """One run on one rank."""
 
-    def __init__(self, config: Config, samples: int, world: World, source: Path | None):
+    def __init__(self, config: Config, samples: int, world: World):
         self.config, self.world = config, world
         self.run_folder = config.run_folder
         self.tokenizer = Tokenizer.load(self.run_folder / weights.TOKENIZER)
         self.steps, self.warmup = schedule_length(config, samples)
         self.micro_batch = config.micro_batch(world.size)
+        self.step, self.best = 0, None
 
         torch.manual_seed(config.seed)
         module = MixReorg(config)
         module.backbone.tokenizer = self.tokenizer
-        if config.model.init is not None and source is None:
+        if config.model.init is not None:
             weights.load_state(module.backbone, weights.find_weights(config.model.init))
         module.to(world.device)
         deepspeed = import_deepspeed()
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer(module, config), config=deepspeed_config(config, world.size)
         )
-        self.step, self.best = 0, None
-        if source is not None:
-            expected = {"world_size": world.size, "zero_stage": config.deepspeed.zero_stage}
-            state = on_main(world, lambda: checkpoint.read_state(source, expected))
-            checkpoint.restore(self.engine, source)
-            self.step, self.best = state["step"], state["best"]
-            if world.is_main:
-                print(f"resumed from {source} at step {self.step}", flush=True)
+
+    def resume(self, source: Path, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint and its ``state.json``."""
+        checkpoint.restore(self.engine, source)
+        self.step, self.best = state["step"], state["best"]
+        if self.world.is_main:
+            print(f"resumed from {source} at step {self.step}", flush=True)
 
     # ------------------------------------------------------------------ the loop
 
@@ -253,27 +258,33 @@ class _Window:
         return time.perf_counter() - self._start, loader.wait_seconds - self._waited
 
 
-def _checkpoint_to_resume(config: Config, resume: str) -> Path | None:
-    source = checkpoint.find(config.run_folder, resume)
+def _checkpoint_to_resume(config: Config, resume: str, world: World) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint to go on from and its state; makes way for a run that starts anew."""
     run = config.run_folder
-    if source is None and resume == "never" and run.exists():
-        number = 1
-        while (aside := run.with_name(f"{run.name}.{number}")).exists():
-            number += 1
-        run.rename(aside)
-        print(f"{run} set aside as {aside}", flush=True)
-    if source is not None and not (run / weights.TOKENIZER).exists():
-        if not (source / weights.TOKENIZER).exists():
-            raise UserError(f"{source} has no {weights.TOKENIZER}")
-        run.mkdir(parents=True, exist_ok=True)
-        (run / weights.TOKENIZER).write_bytes((source / weights.TOKENIZER).read_bytes())
-    return source
+    source = checkpoint.find(run, resume)
+    if source is None:
+        if resume == "never" and run.exists():
+            _set_aside(run)
+        return None, {}
+    expected = {"world_size": world.size, "zero_stage": config.deepspeed.zero_stage, "seed": config.seed}
+    state = checkpoint.read_state(source, expected)
+    run.mkdir(parents=True, exist_ok=True)
+    if not (source / weights.TOKENIZER).is_file():
+        raise UserError(f"{source} has no {weights.TOKENIZER}")
+    shutil.copyfile(source / weights.TOKENIZER, run / weights.TOKENIZER)
+    return source, state
+
+
+def _set_aside(run: Path) -> None:
+    number = 1
+    while (aside := run.with_name(f"{run.name}.{number}")).exists():
+        number += 1
+    run.rename(aside)
+    print(f"{run} set aside as {aside}", flush=True)
 
 
 def _peak_memory(device: torch.device) -> int:
     """Peak bytes: allocated on a GPU, resident of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,201 @@
+"""``train.py`` as users start it: two ranks under the deepspeed launcher, what a run leaves, resuming, mistakes."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mixreorg_fast
+from mixreorg_fast.config import parse_config
+from mixreorg_fast.errors import UserError
+from mixreorg_fast.training import checkpoint
+from mixreorg_fast.training.optimisation import learning_rate, schedule_length
+from mixreorg_fast.training.preparation import prepare
+from tests.tiny import merged, tiny_config
+
+pytest.importorskip("deepspeed")
+ROOT = Path(__file__).parents[2]
+STEPS = 6
+
+
+def settings(folder: Path, **changes) -> dict:
+    base = tiny_config().model_dump(mode="json")
+    base["model"]["text"]["vocab_size"] = 0
+    return merged(
+        base,
+        {
+            "name": "run",
+            "output": str(folder / "runs"),
+            "model": {"drop_path": 0.1, "text": {"context": 24}},
+            "data": {
+                "vocab_size": 300,
+                "threads": 1,
+                "scenes": {"folder": str(folder / "scenes"), "train": 40, "val": 8, "size": 32},
+            },
+            "train": {"batch": 16, "accumulation": 2, "steps": STEPS, "log_every": 1, "precision": "bf16"},
+            "eval": {"short_side": 32, "every": 4, "every_images": 4},
+            "checkpoint": {"every": 3, "keep": 5},
+            **changes,
+        },
+    )
+
+
+def launch(folder: Path, *options: str, launcher: tuple[str, ...] = ("--num_gpus", "2"), **changes):
+    """Run train.py in `folder`; returns the finished process."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(settings(folder, **changes)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    binaries = Path(sys.executable).parent
+    deepspeed = [str(binaries / "deepspeed"), *launcher, "--master_port", port]
+    command = [*deepspeed, str(ROOT / "train.py"), "--config", str(path), *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=folder)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    done = launch(folder)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return folder
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_run_folder_holds_what_is_promised(run):
+    folder = run / "runs" / "run"
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "eval.json",
+        "segmentation.png",
+        "mixing.png",
+        "best/model.safetensors",
+    ):
+        assert (folder / name).stat().st_size > 0, name
+    assert list(folder.glob("tensorboard/events*"))
+    assert [path.name for path in checkpoint.complete(folder)] == ["step_00000003", "step_00000006"]
+    assert not list(folder.rglob("*.partial"))
+
+    reports = [line for line in lines(folder) if "loss" in line]
+    assert [line["step"] for line in reports] == list(range(1, STEPS + 1))
+    for key in (
+        *("loss", "loss_original", "loss_restored", "loss_mixed", "mixed_accuracy", "groups_used", "group_entropy"),
+        *("samples", "lr", "grad_norm", "temperature", "images_per_s", "data_wait", "peak_memory_mb"),
+    ):
+        assert all(isinstance(line[key], (int, float)) for line in reports), key
+    assert reports[-1]["samples"] == STEPS * 16
+    assert [line["step"] for line in lines(folder) if "validation" in line] == [4]
+
+    scores = json.loads((folder / "eval.json").read_text())
+    assert set(scores) == {"scenes", "scenes_unseen", "retrieval"}
+    assert {"mIoU", "per_class", "all_background_mIoU", "oracle_mIoU", "images", "settings"} <= set(scores["scenes"])
+    assert json.loads((folder / "config.json").read_text())["model"]["text"]["vocab_size"] > 0
+
+
+def test_weights_load_and_segment(run):
+    model = mixreorg_fast.load(run / "runs" / "run")
+    assert not model.training and model.tokenizer is not None
+    ids, _ = model.tokenizer.encode(["a photo of a star.", "a photo of a fish."], model.config.text.context)
+    labels = model.segment_labels(torch.randn(2, 3, 32, 32), model.text_embeddings(ids), background_threshold=0.9)
+    assert labels.shape == (2, 32, 32) and labels.max() <= 2
+
+
+def test_resumed_run_equals_the_uninterrupted_one(run):
+    """From step 3 on, in a run folder of its own: the same losses and the same weights, bit for bit."""
+    middle = run / "runs" / "run" / "checkpoints" / "step_00000003"
+    done = launch(run, "--resume", str(middle), name="resumed")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert f"resumed from {middle} at step 3" in done.stdout
+    resumed = run / "runs" / "resumed"
+    expected = load_file(run / "runs/run/checkpoints/step_00000006/model.safetensors")
+    got = load_file(resumed / "checkpoints/step_00000006/model.safetensors")
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    losses = {line["step"]: line["loss"] for line in lines(run / "runs" / "run") if "loss" in line}
+    again = {line["step"]: line["loss"] for line in lines(resumed) if "loss" in line}
+    assert again == {step: losses[step] for step in (4, 5, 6)}
+
+
+def test_another_number_of_ranks_is_refused_in_one_line(run):
+    done = launch(run, launcher=("--num_gpus", "1"))
+    assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "world_size 2" in errors[0] and "world_size 1" in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------- mistakes, found before anything is made
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"data": {"shards": "no/such-{000000..000003}.tar"}}, ["no/such-000000.tar"]),
+        ({"data": {"shards": "data/flickr8k/train-*.tar"}}, ["mixreorg shards build"]),
+        ({"data": {"tokenizer": "no/tokenizer.json"}}, ["no/tokenizer.json"]),
+        ({"train": {"batch": 4000}}, ["train.batch 4000", "nearest: 40"]),
+        ({"eval": {"datasets": [{"name": "x", "root": "no/folder"}]}}, ["no/folder"]),
+        ({"eval": {"datasets": [{"name": "x", "root": ".", "dataset": "voc2021"}]}}, ["did you mean 'voc2012'"]),
+    ],
+)
+def test_missing_data(run, tmp_path, changes, parts):
+    base = settings(run, name="mistake")
+    config = parse_config(merged(base, changes))
+    with pytest.raises(UserError) as caught:
+        prepare(config, resuming=False)
+    for part in parts:
+        assert part in str(caught.value)
+    assert not config.run_folder.exists()
+
+
+def test_command_line_mistakes():
+    def call(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, timeout=60, cwd=ROOT
+        )
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        return done.stderr
+
+    assert "--config" in call()
+    assert "configs/zero2.json" in call("--config", "configs/zero22.json")
+    assert "did you mean 'steps'" in call("--config", "configs/zero2.json", "--set", "train.stesp=3")
+
+
+def test_resume_names_a_checkpoint(run, tmp_path):
+    folder = run / "runs" / "run"
+    newest = folder / "checkpoints" / "step_00000006"
+    assert checkpoint.find(folder, "auto") == newest
+    assert checkpoint.find(folder, "never") is None
+    assert checkpoint.find(tmp_path, "auto") is None
+    assert checkpoint.find(tmp_path, str(folder)) == newest
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        checkpoint.find(folder, str(tmp_path))
+    # A folder without its state was never finished.
+    copy = tmp_path / "runs" / "checkpoints" / "step_00000009"
+    shutil.copytree(newest, copy)
+    (copy / checkpoint.STATE).unlink()
+    assert checkpoint.find(tmp_path / "runs", "auto") is None
+    (copy / checkpoint.STATE).write_text("{")
+    with pytest.raises(UserError, match="not the state of a checkpoint"):
+        checkpoint.read_state(copy, {})
+
+
+def test_schedule():
+    rates = [learning_rate(step, steps=100, warmup=10, peak=1.0, floor=0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0) and rates[10] == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] == pytest.approx(0.1, abs=1e-3)
+    paper = parse_config({})
+    assert schedule_length(paper, samples=409_600) == (3000, 200)
+    assert schedule_length(parse_config({"train": {"steps": 50}}), samples=409_600) == (50, 5)
