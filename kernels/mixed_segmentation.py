@@ -156,6 +156,7 @@ def _mixed_segmentation_backward_kernel(
         grad_scores += _product(first, grad_logits)
         _store(grad_first_ptr + image * G1 * N, g1, n, _product(scores, tl.trans(grad_logits)), G1, N)
 
+    second = _load(second_ptr + image * G2 * G1, g2, g1, G2, G1)  # again: held through the loop it costs registers
     _store(grad_second_ptr + image * G2 * G1, g2, g1, _product(cosines * scale, tl.trans(grad_scores)), G2, G1)
     grad_scaled = _product(second, grad_scores)  # of scale · cosines
     tl.store(grad_scale_ptr + image, tl.sum(grad_scaled * cosines))
