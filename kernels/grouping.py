@@ -9,7 +9,6 @@ Columns of a tile are groups in the order of :func:`_group_of_column`, which noi
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,16 +36,16 @@ CONFIGS = {
     ("backward", 2): {
         2**12: _on(80, 90, 100, channels=64, warps=4),
         2**13: _on(80, 90, 100, channels=64, warps=8),
-        2**14: {**_on(80, channels=32, warps=8), **_on(90, 100, channels=64, warps=8)},
+        2**14: {**_on(80, 100, channels=32, warps=8), **_on(90, channels=64, warps=8)},
     },
     ("backward with map", 2): {
         2**12: _on(80, 90, 100, channels=64, warps=4),
-        2**13: {**_on(80, channels=32, warps=8), **_on(90, 100, channels=64, warps=8, stages=2)},
+        2**13: {**_on(80, 100, channels=32, warps=8), **_on(90, channels=64, warps=8, stages=2)},
         2**14: _on(80, 90, 100, channels=32, warps=8),
     },
     ("aggregate", 2): {2**13: _on(80, 90, 100, channels=64, warps=8)},
     **{
-        (kernel, 4): {2**12: _on(80, 90, 100, channels=32, warps=8, stages=2)}
+        (kernel, 4): {2**12: _on(80, 90, 100, channels=32, warps=8)}
         for kernel in ("forward", "backward", "backward with map", "aggregate")
     },
 }
@@ -613,7 +612,7 @@ def signatures(architecture: int) -> list[KernelVariant]:
         name = f"grouping.{name}[{what}, {shape}]"
         variants.append(KernelVariant(name, kernel, signature, constexprs, config.num_warps, config.num_stages))
 
-    for (groups, patches), itemsize in itertools.product(((64, 196), (8, 64), (64, 784)), (2, 4)):
+    for groups, patches, itemsize in ((64, 196, 2), (8, 64, 2), (64, 784, 2), (64, 196, 4)):
         for what, map_name in (("train", None), ("train, used map", "used"), ("eval, soft map", "soft")):
             problem = _Problem(1024, groups, patches, 384, itemsize, map_name == "soft")
             one_tile = problem.tiles == 1
@@ -621,8 +620,8 @@ def signatures(architecture: int) -> list[KernelVariant]:
             if map_name == "soft":
                 absent["seed_ptr"] = None
             add("forward", _grouping_forward_kernel, what, problem, ONE_TILE=one_tile, **absent)
-            if not one_tile:
-                add("aggregate", _aggregate_kernel, f"{what}: output", problem, map_ptr=None)
+            if not one_tile and map_name != "used":
+                add("aggregate", _aggregate_kernel, f"{what}, output", problem, map_ptr=None)
             if map_name == "soft":
                 continue
             absent = {f"grad_{name}_ptr": None for name in ("soft", "used") if name != map_name}
@@ -631,6 +630,6 @@ def signatures(architecture: int) -> list[KernelVariant]:
                 absent["out_ptr"] = None
             table = "backward" if map_name is None else "backward with map"
             add(table, _grouping_backward_kernel, what, problem, ONE_TILE=one_tile, **absent)
-            if not one_tile:
-                add("aggregate", _aggregate_kernel, f"{what}: gradient of q", problem, winner_ptr=None, total_ptr=None)
+            if not one_tile and map_name is None:
+                add("aggregate", _aggregate_kernel, "train, gradient of q", problem, winner_ptr=None, total_ptr=None)
     return variants
