@@ -10,9 +10,9 @@ import torch
 from .. import load
 from ..errors import UserError
 from ..files import write_json
+from ..models.prompts import TEMPLATES, templates_named, text_classifier
 from .datasets import KINDS, open_dataset
 from .pictures import dataset_figure, saving
-from .prompts import TEMPLATES, templates_named, text_classifier
 from .zero_shot import Segmenter, Settings, evaluate, settings_for
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from ..errors import UserError
 from ..files import write_json
 from ..models.images import find_images, load_image
+from ..models.prompts import text_classifier
 from .evaluate import add_view_arguments, load_on_device, settings_from
 from .pictures import class_palette, label_counts, overlay, save_labels, save_png, saving
-from .prompts import text_classifier
 from .zero_shot import Segmenter
 
 

@@ -23,11 +23,11 @@ from tqdm import tqdm
 from ..errors import UserError, nearest
 from ..models.decoding import class_scores
 from ..models.images import network_size, to_tensor
+from ..models.prompts import TEMPLATES, text_classifier
 from . import metrics
 from .datasets import Sample, SegmentationDataset
 from .decoding import Box, Decoded, decode, window_boxes
 from .pictures import save_labels, saving
-from .prompts import TEMPLATES, text_classifier
 
 READERS = 4  # threads that read photos and masks ahead
 SAVE_EVERY = 30.0  # seconds between the counts that an interrupted evaluation goes on from
@@ -89,7 +89,7 @@ class Segmenter:
 
     Args:
         model: a :class:`~mixreorg_fast.models.GroupViT` in evaluation mode.
-        texts: ``[T, D]`` from :func:`~mixreorg_fast.evaluation.prompts.text_classifier`.
+        texts: ``[T, D]`` from :func:`~mixreorg_fast.models.prompts.text_classifier`.
         settings: `background_threshold` None means that there is no background here.
     Raises:
         UserError: a window that is no multiple of the patch.

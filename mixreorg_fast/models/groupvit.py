@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
 from ..config import ModelConfig
+from ..errors import UserError
+from .decoding import class_scores, image_threshold
 from .encoders import ImageEncoder, TextEncoder
+from .images import load_image, to_tensor
 from .layers import Projection
+from .prompts import TEMPLATES, text_classifier
 
 if TYPE_CHECKING:
     from ..data.tokenizer import Tokenizer
@@ -29,6 +34,15 @@ class Segments:
     maps: Tensor  # fp32 [B, G, h, w]: probability of each segment per patch, the product of both soft assignments
     embeddings: Tensor  # fp32 [B, G, D], L2-normalised
     image: Tensor  # fp32 [B, D], L2-normalised embedding of the pooled image
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """A photo, segmented."""
+
+    labels: Tensor  # int64 [H, W]: label t is classes[t]
+    classes: list[str]
+    segments: Tensor  # int64 [H, W]: the final segment of each pixel
 
 
 class GroupViT(nn.Module):
@@ -75,9 +89,13 @@ class GroupViT(nn.Module):
         return self._encode(images)[0]
 
     @torch.no_grad()
-    def text_embeddings(self, ids: Tensor) -> Tensor:
-        """L2-normalised ``[B, D]`` of token ids int64 ``[B, L]``, pooled at the first occurrence of the highest id."""
-        return self.text_projection(self.text_encoder(ids, torch.float32))
+    def text_embeddings(self, ids: Tensor, *, normalise: bool = True) -> Tensor:
+        """``[B, D]`` of token ids int64 ``[B, L]``, pooled at the first occurrence of the highest id.
+
+        L2-normalised, unless they are to be averaged first.
+        """
+        embeddings = self.text_projection(self.text_encoder(ids, torch.float32))
+        return F.normalize(embeddings, dim=-1) if normalise else embeddings
 
     @torch.no_grad()
     def grouping(self, images: Tensor) -> Tensor:
@@ -88,8 +106,8 @@ class GroupViT(nn.Module):
     def segments(self, images: Tensor) -> Segments:
         """Maps and embeddings of the final segments of images ``[B, 3, H, W]``."""
         image, tokens, maps = self._encode(images)
-        embeddings = self.image_projection(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
-        return Segments(maps, embeddings, image)
+        embeddings = F.normalize(self.image_projection(tokens.flatten(0, 1)), dim=-1)
+        return Segments(maps, embeddings.unflatten(0, tokens.shape[:2]), image)
 
     def _encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Image embedding ``[B, D]``, final segment tokens ``[B, G, C]``, soft maps ``[B, G, h, w]``."""
@@ -113,7 +131,8 @@ class GroupViT(nn.Module):
             maps = soft if maps is None else soft @ maps  # [B, G2, N] <- [B, G2, G1] @ [B, G1, N]
         tokens = encoder.norm(x)
         height = images.shape[2] // encoder.patch_size
-        return self.image_projection(tokens.mean(1)), tokens, maps.unflatten(2, (height, -1))
+        image = F.normalize(self.image_projection(tokens.mean(1)), dim=-1)
+        return image, tokens, maps.unflatten(2, (height, -1))
 
     @torch.no_grad()
     def segment_labels(
@@ -134,11 +153,45 @@ class GroupViT(nn.Module):
         Returns:
             int64 ``[B, H, W]``.
         """
-        from .decoding import class_scores, image_threshold
+        return self._decode(self.segments(images), text_embeddings, size or images.shape[2:], background_threshold)
 
-        segments = self.segments(images)
-        scores = class_scores(segments.embeddings, segments.image, text_embeddings, self.logit_multiplier())
+    def _decode(
+        self, segments: Segments, texts: Tensor, size: Sequence[int], background_threshold: float | None
+    ) -> Tensor:
+        scores = class_scores(segments.embeddings, segments.image, texts, self.logit_multiplier())
         threshold = None if background_threshold is None else image_threshold(scores, background_threshold)
-        return ops.decode_segments(
-            segments.maps, scores, size or tuple(images.shape[2:]), background_threshold=threshold
-        )
+        return ops.decode_segments(segments.maps, scores, tuple(size), background_threshold=threshold)
+
+    @torch.no_grad()
+    def segment(
+        self,
+        image: Any,
+        classes: Sequence[str],
+        *,
+        templates: Sequence[str] = TEMPLATES["default"],
+        short_side: int | None = None,
+        background_threshold: float | None = None,
+    ) -> Segmentation:
+        """Segment one photo by class names.
+
+        Args:
+            image: a path, a Pillow image or an array (see :func:`~mixreorg_fast.models.images.load_image`).
+            classes: names, such as ``["cat", "dog", "sofa"]``.
+            short_side: pixels at which the network sees the photo; None: twice the training size, 448 for 224.
+            background_threshold: as of :meth:`segment_labels`; with one, "background" becomes the first class.
+        Raises:
+            UserError: no picture, no classes, or weights without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError("these weights have no tokenizer; segment_labels takes text embeddings instead")
+        photo = load_image(image)
+        side = short_side or 2 * self.config.image_size
+        inputs = to_tensor(photo, side, self.config.patch_size, self.mean, self.std)[None].to(self.device)
+        size, segments = (photo.height, photo.width), self.segments(inputs)
+        texts = text_classifier(self, self.tokenizer, classes, templates)
+        labels = self._decode(segments, texts, size, background_threshold)[0]
+        # Classes that are the segments themselves: the label of a pixel is then its segment.
+        own = torch.eye(segments.maps.shape[1], device=self.device)[None]
+        final = ops.decode_segments(segments.maps, own, size)[0]
+        names = [*classes] if background_threshold is None else ["background", *classes]
+        return Segmentation(labels, names, final)

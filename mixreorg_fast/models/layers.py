@@ -253,6 +253,5 @@ class Projection(nn.Module):
         self.fc2 = Linear(hidden, out)
 
     def forward(self, x: Tensor, statistics_rows: int | None = None) -> Tensor:
-        """L2-normalised fp32 embeddings ``[R, D]`` of ``[R, C]``; see :class:`BatchNorm` for `statistics_rows`."""
-        x = self.fc2(F.relu(self.norm(self.fc1(x), statistics_rows)))
-        return F.normalize(x.float(), dim=-1)
+        """fp32 embeddings ``[R, D]`` of ``[R, C]``, not normalised; see :class:`BatchNorm` for `statistics_rows`."""
+        return self.fc2(F.relu(self.norm(self.fc1(x), statistics_rows))).float()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -85,7 +86,7 @@ class MixReorg(nn.Module):
         if plan is not None:
             mixed_segments = segments[images : 2 * images]
             rows = torch.cat([rows, pooled[2 * images :], mixed_segments.flatten(0, 1)])
-        embeddings = self.backbone.image_projection(rows, statistics_rows=images)
+        embeddings = F.normalize(self.backbone.image_projection(rows, statistics_rows=images), dim=-1)
 
         out = {"loss_original": ops.contrastive_loss(embeddings[:images], texts, multiplier)}
         total = out["loss_original"]
@@ -227,7 +228,7 @@ class MixReorg(nn.Module):
             lengths += batch.noun_lengths
         # Causal: what stands behind the longest caption's end changes nothing.
         features = self.backbone.text_encoder(rows[:, : max(lengths)], self.dtype, self._run)
-        embeddings = self.backbone.text_projection(features, statistics_rows=len(batch.ids))
+        embeddings = F.normalize(self.backbone.text_projection(features, statistics_rows=len(batch.ids)), dim=-1)
         if batch.noun_ids is None:
             return embeddings, None
         captions, nouns = embeddings.split([len(batch.ids), len(embeddings) - len(batch.ids)])

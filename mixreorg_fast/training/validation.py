@@ -17,10 +17,10 @@ from ..data.shards import ShardSet
 from ..data.tokenizer import Tokenizer
 from ..evaluation.datasets import open_dataset
 from ..evaluation.pictures import dataset_figure, mixing_figure
-from ..evaluation.prompts import text_classifier
 from ..evaluation.retrieval import retrieval_at_1
 from ..evaluation.zero_shot import Segmenter, Settings, evaluate, settings_for
 from ..models import GroupViT
+from ..models.prompts import text_classifier
 from .distributed import World
 
 

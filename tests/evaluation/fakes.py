@@ -45,8 +45,9 @@ class FakeModel(nn.Module):
     def image_embeddings(self, images: Tensor) -> Tensor:
         return self.segments(images).image
 
-    def text_embeddings(self, ids: Tensor) -> Tensor:
-        return F.normalize((self.words[ids] * (ids > 0)[..., None]).sum(dim=1), dim=-1)
+    def text_embeddings(self, ids: Tensor, *, normalise: bool = True) -> Tensor:
+        embeddings = (self.words[ids] * (ids > 0)[..., None]).sum(dim=1)
+        return F.normalize(embeddings, dim=-1) if normalise else embeddings
 
     def logit_multiplier(self) -> Tensor:
         return torch.tensor(10.0)

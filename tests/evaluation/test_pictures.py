@@ -7,8 +7,8 @@ from mixreorg_fast.errors import UserError
 from mixreorg_fast.evaluation import pictures
 from mixreorg_fast.evaluation.datasets import open_dataset
 from mixreorg_fast.evaluation.pictures import Row
-from mixreorg_fast.evaluation.prompts import text_classifier
 from mixreorg_fast.evaluation.zero_shot import Segmenter, Settings
+from mixreorg_fast.models.prompts import text_classifier
 
 
 def test_voc_colours():

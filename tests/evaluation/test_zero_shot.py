@@ -16,10 +16,10 @@ from mixreorg_fast.errors import UserError
 from mixreorg_fast.evaluation import metrics
 from mixreorg_fast.evaluation.datasets import open_dataset
 from mixreorg_fast.evaluation.decoding import Box, decode, decode_groupvit_reference, window_boxes
-from mixreorg_fast.evaluation.prompts import text_classifier
 from mixreorg_fast.evaluation.zero_shot import Segmenter, Settings, evaluate, settings_for
 from mixreorg_fast.models import GroupViT
 from mixreorg_fast.models.decoding import class_scores, image_threshold
+from mixreorg_fast.models.prompts import text_classifier
 
 from .fakes import FakeModel, FakeTokenizer
 

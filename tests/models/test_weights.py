@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,7 @@ from mixreorg_fast.data.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.models import GroupViT, weights
 from mixreorg_fast.models.encoders import resize_positions
-from tests.tiny import tiny_config
+from tests.tiny import fill, tiny_config
 
 POSITIONS = "image_encoder.positions.weight"
 
@@ -154,3 +155,25 @@ def test_a_failed_write_leaves_what_was_there(model, folder):
         weights.save(model, folder)
     assert (folder / weights.WEIGHTS).read_bytes() == before
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_photo_is_segmented_by_class_names(tmp_path):
+    """`load(DIR).segment(...)`: labels at the photo's own size, the same through the tensor interface."""
+    tokenizer = Tokenizer.train(["a photo of a cat", "a photo of a dog", "grass"], 300)
+    config = tiny_config(model={"text": {"vocab_size": tokenizer.vocab_size, "context": 24}}).model
+    model = GroupViT(config, tokenizer=tokenizer).eval()
+    fill(model)
+    weights.save(model, tmp_path / "weights")
+    model = mixreorg_fast.load(tmp_path / "weights")
+    photo = np.random.default_rng(0).integers(256, size=(50, 70, 3), dtype=np.uint8)
+    result = model.segment(photo, ["cat", "dog", "grass"])
+    assert result.labels.shape == result.segments.shape == (50, 70)
+    assert result.classes == ["cat", "dog", "grass"] and result.labels.max() < 3
+    assert result.segments.max() < config.groups[1]
+    # One class to a segment.
+    assert all(len(result.labels[result.segments == s].unique()) == 1 for s in result.segments.unique())
+    with_background = model.segment(photo, ["cat", "dog"], background_threshold=0.9)
+    assert with_background.classes == ["background", "cat", "dog"] and with_background.labels.max() > 0
+    model.tokenizer = None
+    with pytest.raises(UserError, match="tokenizer"):
+        model.segment(photo, ["cat"])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from ..data.tokenizer import Tokenizer
+    from .groupvit import GroupViT
 
 TEMPLATES = {
     "default": ("a photo of a {}.",),
@@ -42,7 +46,7 @@ def templates_named(name: str) -> tuple[str, ...]:
 
 @torch.no_grad()
 def text_classifier(
-    model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence[str] = TEMPLATES["default"]
+    model: GroupViT, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str] = TEMPLATES["default"]
 ) -> Tensor:
     """One L2-normalised embedding per class: fp32 ``[T, D]`` on the model's device.
 
@@ -59,9 +63,5 @@ def text_classifier(
     device = next(model.parameters()).device
     prompts = [template.replace("{}", name.strip()) for name in classes for template in templates]
     ids, _ = tokenizer.encode(prompts, model.config.text.context)
-    embeddings = torch.cat([_embed(model, chunk.to(device)) for chunk in ids.split(256)])
-    return F.normalize(embeddings.view(len(classes), len(templates), -1).mean(dim=1), dim=-1)
-
-
-def _embed(model: Any, ids: Tensor) -> Tensor:
-    return model.text_embeddings(ids).float()
+    embeddings = [model.text_embeddings(chunk.to(device), normalise=False).float() for chunk in ids.split(256)]
+    return F.normalize(torch.cat(embeddings).unflatten(0, (len(classes), -1)).mean(dim=1), dim=-1)
