@@ -273,23 +273,12 @@ class Config(Section):
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a JSON configuration, apply ``key.path=value`` overrides (values are JSON, else strings), validate.
 
+    A file's ``"extends": "other.json"`` takes all that it does not say itself from that file.
+
     Raises:
         UserError: the file is missing or no JSON object; a key is unknown; a value has the wrong type or does not fit.
     """
-    values: Any = {}
-    if path is not None:
-        path = Path(path)
-        try:
-            values = json.loads(path.read_text())
-        except OSError:
-            siblings = sorted(str(p) for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
-            raise UserError(f"no configuration file {path}{nearest(str(path), siblings)}") from None
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: not a text file; a JSON configuration was expected") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: expected a JSON object at the top, got {type(values).__name__}")
+    values = {} if path is None else _read(Path(path))
     for override in overrides:
         _apply(values, override)
     return parse_config(values, source=str(path) if path is not None else "configuration")
@@ -325,6 +314,39 @@ def describe(error: ValidationError, schema: type[BaseModel]) -> str:
         return f"{key}: {message}" if key else message
     message = first["msg"][0].lower() + first["msg"][1:]
     return f"{key}: {message}, got {json.dumps(first['input'], default=str)}"
+
+
+def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a file, laid over those of the file that its ``"extends"`` names (relative to it)."""
+    try:
+        values = json.loads(path.read_text())
+    except OSError:
+        siblings = sorted(str(p) for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
+        raise UserError(f"no configuration file {path}{nearest(str(path), siblings)}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; a JSON configuration was expected") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object at the top, got {type(values).__name__}")
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise UserError(f"{path}: extends must name a configuration file, got {json.dumps(base)}")
+    chain = (*extended_by, path.resolve())
+    if (path.parent / base).resolve() in chain:
+        raise UserError(f"{path}: extends '{base}' leads back to itself")
+    return merged(_read(path.parent / base, chain), values)
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, section by section."""
+    out = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        out[key] = merged(base[key], value) if both else value
+    return out
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -1,11 +1,15 @@
 """Every mistake in a configuration ends in one line that names the key and the nearest valid choice."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from mixreorg_fast.config import Config, load_config, parse_config
 from mixreorg_fast.errors import UserError
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def problem(values, world_size=None) -> str:
@@ -87,6 +91,29 @@ def test_files(tmp_path):
     bad.write_text("[1]")
     with pytest.raises(UserError, match="JSON object"):
         load_config(bad)
+
+
+def test_a_file_extends_another(tmp_path):
+    (tmp_path / "base.json").write_text(json.dumps({"train": {"steps": 5, "lr": 0.1}, "name": "base"}))
+    child = tmp_path / "child.json"
+    child.write_text(json.dumps({"extends": "base.json", "train": {"lr": 0.2}, "name": "child"}))
+    config = load_config(child)
+    assert (config.name, config.train.steps, config.train.lr) == ("child", 5, 0.2)
+    (tmp_path / "base.json").write_text(json.dumps({"extends": "child.json"}))
+    with pytest.raises(UserError, match="leads back to itself"):
+        load_config(child)
+    child.write_text(json.dumps({"extends": "bas.json"}))
+    with pytest.raises(UserError, match="did you mean.*base.json"):
+        load_config(child)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "configs").glob("**/*.json")), ids=lambda p: p.stem
+)
+def test_shipped_configurations_are_valid(path):
+    config = load_config(path)
+    assert config.micro_batch(1) > 0
+    assert config.name != Config().name, "each run kind has a run folder of its own"
 
 
 def test_resolved_configuration_reads_back(tmp_path):

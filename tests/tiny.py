@@ -6,18 +6,10 @@ from typing import Any
 
 import torch
 
-from mixreorg_fast.config import Config, parse_config
+from mixreorg_fast.config import Config, merged, parse_config
 from mixreorg_fast.models import Batch
 
 VOCABULARY = 60
-
-
-def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` laid over it, section by section."""
-    out = dict(base)
-    for key, value in changes.items():
-        out[key] = merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
-    return out
 
 
 def tiny_config(**changes: Any) -> Config:

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 import mixreorg_fast
-from mixreorg_fast.config import parse_config
+from mixreorg_fast.config import merged, parse_config
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.training import checkpoint
 from mixreorg_fast.training.optimisation import learning_rate, schedule_length
 from mixreorg_fast.training.preparation import prepare
-from tests.tiny import merged, tiny_config
+from tests.tiny import tiny_config
 
 pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[2]
