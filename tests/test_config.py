@@ -8,7 +8,6 @@ import pytest
 from mixreorg_fast.config import Config, load_config, parse_config
 from mixreorg_fast.errors import UserError
 
-
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
