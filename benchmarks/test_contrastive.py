@@ -11,8 +11,8 @@ from mixreorg_fast.ops.contrastive import contrastive_loss_reference
 from .harness import DEVICE, DTYPE, ON_GPU, Case, Work, matrix
 
 WIDTH = 256
-# batch, prompts per image (0: one caption): the paper's global batch on one device eight times over, one rank's
-# micro-batch, and the multi-label loss over noun prompts.
+# batch, prompts per image (0: one caption): a large batch on one device, GroupViT's global batch, and its multi-label
+# loss over noun prompts.
 SHAPES = [(32768, 0), (4096, 0), (4096, 3)] if ON_GPU else [(512, 0), (256, 3)]
 
 
