@@ -91,7 +91,7 @@ def updated(text: str, content: str) -> str:
     """`text` with `content` between its markers."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
+    return before + "\n\n".join(filter(None, (BEGIN, content, END))) + after
 
 
 def main(argv: Sequence[str] | None = None) -> int:
