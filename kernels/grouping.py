@@ -44,10 +44,10 @@ CONFIGS = {
         2**14: _on(80, 90, 100, channels=32, warps=8),
     },
     ("aggregate", 2): {2**13: _on(80, 90, 100, channels=64, warps=8)},
-    **{
-        (kernel, 4): {2**12: _on(80, 90, 100, channels=32, warps=8)}
-        for kernel in ("forward", "backward", "backward with map", "aggregate")
-    },
+    ("forward", 4): {2**12: _on(80, 90, 100, channels=32, warps=8, stages=2)},
+    ("backward", 4): {2**12: _on(80, 90, 100, channels=32, warps=8, stages=2)},
+    ("backward with map", 4): {2**12: _on(80, 90, 100, channels=32, warps=8, stages=2)},
+    ("aggregate", 4): {2**12: _on(80, 90, 100, channels=32, warps=8)},
 }
 CANDIDATES = [
     Config({"BLOCK_CHANNELS": channels}, num_warps=warps, num_stages=stages)
@@ -159,7 +159,7 @@ def _one_hot(winner, group):
     return one_hot, tl.where(tl.max(winner) == group.shape[0], float("nan"), total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_image"])
 def _grouping_forward_kernel(
     q_ptr,
     k_ptr,
@@ -170,7 +170,7 @@ def _grouping_forward_kernel(
     winner_ptr,
     soft_ptr,
     used_ptr,
-    first_image,
+    first_image: tl.int64,
     patches,
     scale,
     inverse_tau,
@@ -286,7 +286,7 @@ def _aggregate_kernel(
     _store(out_ptr, group * CHANNELS, group_exists, first, out, CHANNELS, BLOCK_CHANNELS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_image"])
 def _grouping_backward_kernel(
     q_ptr,
     k_ptr,
@@ -302,7 +302,7 @@ def _grouping_backward_kernel(
     grad_k_ptr,
     grad_v_ptr,
     grad_logits_ptr,
-    first_image,
+    first_image: tl.int64,
     patches,
     scale,
     inverse_tau,

@@ -203,11 +203,12 @@ def _save(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _gradient(ctx, grad_out: Tensor | None, grad_assignment: Tensor | None, *_) -> tuple[Tensor | None, ...]:
-    out = ctx.saved_tensors[4]
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    saved = ctx.saved_tensors  # once: under activation checkpointing every access unpacks them
+    if grad_out is None:
+        grad_out = torch.zeros_like(saved[4])
     if ctx.numbers[-1] == "none":
         grad_assignment = None
-    grads = _grouping_attention_backward(grad_out, grad_assignment, *ctx.saved_tensors, *ctx.numbers)
+    grads = _grouping_attention_backward(grad_out, grad_assignment, *saved, *ctx.numbers)
     return *grads, None, *(None for _ in ctx.numbers)
 
 
