@@ -26,6 +26,7 @@ SHAPES = [  # batch, groups, patches, channels
 TRAINING = {"hard": True, "seed": 2**40 + 3, "first_image": 2**33 - 1, "tau": 0.7}
 EVALUATION = {"hard": True, "return_assignment": "soft"}
 SOFT = {"hard": False, "seed": 5, "eps": 0.5}
+NOISE_TOLERANCE = 4.5e-6  # of the hardware's logarithm, by its specification
 MARGIN = 1e-4  # between the best two logits: no rounding below it changes a hard assignment
 
 
@@ -75,6 +76,8 @@ def assert_as_exact_as_pytorch(inputs, dtype, settings):
     truths = outputs_and_gradients(lambda *x: truth(*x, **settings), inputs, torch.float64)
     # Gradients of q and k pass through a softmax Jacobian: differences of products that are rounded to the dtype.
     tolerances = [TOLERANCE[dtype]] * (len(truths) - 3) + [4 * TOLERANCE[dtype]] * 2 + [2 * TOLERANCE[dtype]]
+    if settings.get("seed") is not None:
+        tolerances = [tolerance + NOISE_TOLERANCE for tolerance in tolerances]
     for result, baseline, true, tolerance in zip(results, baselines, truths, tolerances, strict=True):
         assert result.dtype == baseline.dtype
         assert_close_to_truth(result, baseline, true, dtype, tolerance)
@@ -141,7 +144,7 @@ def test_both_implementations_draw_the_same_noise(device):
             q, k, v, hard=False, seed=seed, first_image=first_image, return_assignment="used", impl="triton"
         )
         noise = grouping_noise(2, 64, 70, seed, first_image, device=device).double()
-        torch.testing.assert_close(used.double().log(), noise.log_softmax(dim=1), rtol=1e-6, atol=4e-6)
+        torch.testing.assert_close(used.double().log(), noise.log_softmax(dim=1), rtol=1e-6, atol=2 * NOISE_TOLERANCE)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -154,6 +157,7 @@ def test_ties_take_the_lowest_group(impl, device):
     assert used[:, [0, 3]].sum() > 0
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter computes with numpy
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_nan_is_not_hidden(impl, device):
     inputs = make((2, 8, 11, 16), torch.float32, device)
