@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
-from ..models.decoding import image_threshold
+from ..models.decoding import image_threshold, segment_of_pixels
 
 CHUNK = 1 << 20  # pixels decoded at once: bounds the memory of large photos
 # Above this many pixels segments are found at a smaller size and enlarged: the maps hold one value per patch, so
@@ -182,11 +181,9 @@ def decode(
     placed = [_scaled(box, network, canvas) for box in boxes]
     score_map = ScoreMap(canvas, scores, threshold)
     groups = scores.shape[1]
-    each = torch.eye(groups, device=scores.device)[None]
     final = torch.zeros(canvas, dtype=torch.int64, device=scores.device)
     for number, box in enumerate(placed):
-        # Classes = segments: the label of a pixel is then its segment.
-        segments = ops.decode_segments(maps[number : number + 1], each, (box.height, box.width))[0]
+        segments = segment_of_pixels(maps[number : number + 1], (box.height, box.width))[0]
         score_map.add(number, box, segments)
         top, left = _first_own(box, placed[:number])
         area = final[top : box.top + box.height, left : box.left + box.width]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import ops
+
 
 def class_scores(embeddings: Tensor, image: Tensor, texts: Tensor, logit_scale: Tensor | float, top: int = 5) -> Tensor:
     """Scores of every class for every segment.
@@ -35,3 +37,13 @@ def image_threshold(scores: Tensor, threshold: float) -> Tensor:
     So the surest segment of an image is never background.
     """
     return scores.flatten(1).amax(dim=1).clamp(max=threshold)
+
+
+def segment_of_pixels(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """The most probable segment of every pixel: int64 ``[B, H, W]`` from soft maps ``[B, G, h, w]``.
+
+    The maps are upsampled bilinearly to `size` (align_corners=False).
+    """
+    # Classes that are the segments themselves: the label of a pixel is then its segment.
+    own = torch.eye(maps.shape[1], device=maps.device).expand(len(maps), -1, -1)
+    return ops.decode_segments(maps, own, size)

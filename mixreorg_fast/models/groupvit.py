@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import ModelConfig
 from ..errors import UserError
-from .decoding import class_scores, image_threshold
+from .decoding import class_scores, image_threshold, segment_of_pixels
 from .encoders import ImageEncoder, TextEncoder
 from .images import load_image, to_tensor
 from .layers import Projection
@@ -34,6 +34,7 @@ class Segments:
     maps: Tensor  # fp32 [B, G, h, w]: probability of each segment per patch, the product of both soft assignments
     embeddings: Tensor  # fp32 [B, G, D], L2-normalised
     image: Tensor  # fp32 [B, D], L2-normalised embedding of the pooled image
+    stages: tuple[Tensor, ...] = ()  # such maps of every grouping stage, finest first; the last are `maps`
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Segmentation:
     labels: Tensor  # int64 [H, W]: label t is classes[t]
     classes: list[str]
     segments: Tensor  # int64 [H, W]: the final segment of each pixel
+    stages: tuple[Tensor, ...]  # fp32 [G, h, w] per grouping stage: probability of its segments per patch
 
 
 class GroupViT(nn.Module):
@@ -100,19 +102,19 @@ class GroupViT(nn.Module):
     @torch.no_grad()
     def grouping(self, images: Tensor) -> Tensor:
         """Soft map of patches to final segments, fp32 ``[B, G, h, w]`` (sums to 1 over G)."""
-        return self._encode(images)[2]
+        return self._encode(images)[2][-1]
 
     @torch.no_grad()
     def segments(self, images: Tensor) -> Segments:
         """Maps and embeddings of the final segments of images ``[B, 3, H, W]``."""
-        image, tokens, maps = self._encode(images)
+        image, tokens, stages = self._encode(images)
         embeddings = F.normalize(self.image_projection(tokens.flatten(0, 1)), dim=-1)
-        return Segments(maps, embeddings.unflatten(0, tokens.shape[:2]), image)
+        return Segments(stages[-1], embeddings.unflatten(0, tokens.shape[:2]), image, stages)
 
-    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Image embedding ``[B, D]``, final segment tokens ``[B, G, C]``, soft maps ``[B, G, h, w]``."""
+    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Image embedding ``[B, D]``, final segment tokens ``[B, G, C]``, soft maps ``[B, G, h, w]`` of each stage."""
         encoder = self.image_encoder
-        x, groups, maps = encoder.embed(images, torch.float32), None, None
+        x, groups, maps = encoder.embed(images, torch.float32), None, []
         for stage in encoder.stages:
             x = stage.tokens(x, groups)
             for block in stage.blocks:
@@ -128,11 +130,11 @@ class GroupViT(nn.Module):
                 return_assignment="soft",
             )
             x = stage.grouping.finish(queries, collected)
-            maps = soft if maps is None else soft @ maps  # [B, G2, N] <- [B, G2, G1] @ [B, G1, N]
+            maps.append(soft @ maps[-1] if maps else soft)  # [B, G2, N] <- [B, G2, G1] @ [B, G1, N]
         tokens = encoder.norm(x)
         height = images.shape[2] // encoder.patch_size
         image = F.normalize(self.image_projection(tokens.mean(1)), dim=-1)
-        return image, tokens, maps.unflatten(2, (height, -1))
+        return image, tokens, tuple(of_stage.unflatten(2, (height, -1)) for of_stage in maps)
 
     @torch.no_grad()
     def segment_labels(
@@ -190,8 +192,6 @@ class GroupViT(nn.Module):
         size, segments = (photo.height, photo.width), self.segments(inputs)
         texts = text_classifier(self, self.tokenizer, classes, templates)
         labels = self._decode(segments, texts, size, background_threshold)[0]
-        # Classes that are the segments themselves: the label of a pixel is then its segment.
-        own = torch.eye(segments.maps.shape[1], device=self.device)[None]
-        final = ops.decode_segments(segments.maps, own, size)[0]
+        final = segment_of_pixels(segments.maps, size)[0]
         names = [*classes] if background_threshold is None else ["background", *classes]
-        return Segmentation(labels, names, final)
+        return Segmentation(labels, names, final, tuple(maps[0] for maps in segments.stages))

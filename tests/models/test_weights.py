@@ -14,6 +14,7 @@ from mixreorg_fast.config import parse_config
 from mixreorg_fast.data.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.models import GroupViT, weights
+from mixreorg_fast.models.decoding import segment_of_pixels
 from mixreorg_fast.models.encoders import resize_positions
 from tests.tiny import fill, tiny_config
 
@@ -170,6 +171,10 @@ def test_a_photo_is_segmented_by_class_names(tmp_path):
     assert result.labels.shape == result.segments.shape == (50, 70)
     assert result.classes == ["cat", "dog", "grass"] and result.labels.max() < 3
     assert result.segments.max() < config.groups[1]
+    # Both stages' maps are given, and the last are those of the segments.
+    assert [tuple(maps.shape[:1]) for maps in result.stages] == [(6,), (3,)]
+    assert all(torch.allclose(maps.sum(0), torch.ones(())) for maps in result.stages)
+    assert torch.equal(segment_of_pixels(result.stages[-1][None], (50, 70))[0], result.segments)
     # One class to a segment.
     assert all(len(result.labels[result.segments == s].unique()) == 1 for s in result.segments.unique())
     with_background = model.segment(photo, ["cat", "dog"], background_threshold=0.9)
