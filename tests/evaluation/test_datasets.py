@@ -184,5 +184,5 @@ def test_errors_of_the_standard_layouts(tmp_path):
 
 
 def test_every_kind_is_documented():
-    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text()
     assert all(f"`{kind}`" in page for kind in KINDS)
