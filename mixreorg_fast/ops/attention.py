@@ -1,15 +1,115 @@
-"""Scaled dot-product attention behind one dispatcher."""
+"""Scaled dot-product attention behind one dispatcher, dense or over packed sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Impl, choose
+from .dispatch import choose
+
+AttentionImpl = Literal["auto", "xformers", "varlen", "torch"]
+
+XFORMERS_INSTALLED = importlib.util.find_spec("xformers") is not None
+# The first release that says "causal" as a window of keys.
+VARLEN_INSTALLED = torch.torch_version.TorchVersion(torch.__version__) >= (2, 11)
+
+# What was measured fastest, by device and form (benchmarks/test_attention.py), as the order in which "auto" tries.
+# Where nothing is measured yet, what comes with PyTorch goes first. On a CPU "torch" alone can run.
+MEASURED: dict[tuple[str, str], tuple[str, ...]] = {}
+UNMEASURED = ("varlen", "torch", "xformers")
+
+# The plain-PyTorch packed form pads every sequence to a multiple of this many rows, and attends all of one length
+# together: narrow buckets compute less, wide ones call less. On a CPU the calls cost more than the rows do.
+BUCKET_WIDTH = {"cpu": 32, "cuda": 32}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How sequences of different lengths lie end to end in ``[1, S, ...]``; made once, used by every layer.
+
+    S is at least the sum of the lengths. The rows beyond it are padding, cut into sequences of their own: they are
+    computed like all others and seen by none.
+    """
+
+    rows: int  # S
+    longest: int  # no sequence is longer; a multiple of 8 where S is padded, so that it repeats
+    starts: Tensor  # int32 [sequences + 1], first row of each sequence, padding included; ends with S
+    sequence: Tensor  # int64 [S], which sequence a row belongs to (padding: 0)
+    position: Tensor  # int64 [S], its place in it
+    last: Tensor  # int64 [len(lengths)], last row of each sequence
+    slots: Tensor  # int64 [S], place of each row once sequences are padded to their bucket's width
+    buckets: tuple[tuple[int, int], ...]  # (sequences, width) of each bucket
+    sequences: tuple[int, ...]  # lengths of all sequences, those of padding included
+
+    @classmethod
+    def of(
+        cls,
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        *,
+        rows: int | None = None,
+        bucket: bool = False,
+    ) -> Packing:
+        """Lay out sequences of `lengths`, on `device` without synchronising with the host.
+
+        Args:
+            lengths: host integers, each at least 1.
+            rows: S; None: the sum of the lengths, or with `bucket` a little more, one of 16 values per power of two,
+                so that shapes repeat from step to step.
+        Raises:
+            ValueError: no lengths, one below 1, or more than `rows` in all.
+        """
+        lengths, device = list(lengths), torch.device(device)
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"lengths must be one or more numbers above 0, got {lengths[:8]}")
+        total, longest = sum(lengths), max(lengths)
+        if bucket:
+            longest = -(-longest // 8) * 8
+            step = _bucket_step(total)
+            rows = -(-total // step) * step
+        elif rows is None:
+            rows = total
+        if rows < total:
+            raise ValueError(f"{total} rows of {len(lengths)} sequences do not fit into {rows}")
+        # As many sequences of padding as its most rows need, so that their number repeats too; some may be empty.
+        padding, pieces = rows - total, -(-(_bucket_step(total) if bucket else rows - total) // longest)
+        sequences = [*lengths, *(min(longest, max(0, padding - i * longest)) for i in range(pieces))]
+
+        size = torch.tensor(sequences)
+        ends = size.cumsum(0)
+        number = torch.repeat_interleave(torch.arange(len(sequences)), size)
+        position = torch.arange(rows) - (ends - size)[number]
+        step = BUCKET_WIDTH.get(device.type, 32)
+        width = (-(-size // step) * step).clamp(max=longest)
+        order = width.argsort(stable=True)
+        first = torch.empty_like(width)
+        first[order] = width[order].cumsum(0) - width[order]
+        slots = first[number] + position
+        widths, counts = width.unique(return_counts=True)
+        buckets = tuple((n, w) for n, w in zip(counts.tolist(), widths.tolist(), strict=True) if w)
+
+        parts = [F.pad(ends, (1, 0)), number.where(number < len(lengths), 0), position, ends[: len(lengths)] - 1, slots]
+        together = torch.cat(parts)  # one copy, from pinned memory, that the host does not wait for
+        if device.type == "cuda":
+            together = together.pin_memory()
+        starts, *others = together.to(device, non_blocking=True).split([len(part) for part in parts])
+        return cls(rows, longest, starts.int(), *others, buckets, tuple(sequences))
+
+    def pack(self, x: Tensor) -> Tensor:
+        """``[1, S, ...]`` of padded ``[B, L, ...]``; rows of padding hold the first row."""
+        return x[self.sequence, self.position][None]
+
+
+def _bucket_step(total: int) -> int:
+    """One of 16 sizes per power of two: at most 1/16 of the rows are padding (of fewer than 128 rows, 7)."""
+    return max(8, 1 << max(total.bit_length() - 5, 0))
 
 
 def attention(
@@ -18,45 +118,151 @@ def attention(
     v: Tensor,
     *,
     causal: bool = False,
-    lengths: Sequence[int] | None = None,
-    impl: Impl = "auto",
+    lengths: Sequence[int] | Packing | None = None,
+    impl: AttentionImpl = "auto",
 ) -> Tensor:
     """``softmax(q kᵀ / sqrt(D)) v`` per head.
 
     Args:
         q: ``[B, N, H, D]``; k, v: ``[B, M, H, D]``; fp32, bf16 or fp16.
         causal: position n attends to positions up to n.
-        lengths: host integers: the tensors are packed ``[1, S, H, D]``, sequence i being the next ``lengths[i]`` rows;
-            rows beyond their sum are padding, and zero in the result. Sequences do not see one another.
+        lengths: host integers: the tensors are packed ``[1, S, H, D]``, sequence i being the next ``lengths[i]`` rows,
+            and sequences do not see one another. Rows beyond their sum are padding: finite, and seen by no sequence.
+            Many calls with the same lengths share a :class:`Packing` of them.
+        impl: "torch": PyTorch's SDPA, over buckets of padded sequences where packed; "varlen": PyTorch's
+            variable-length attention; "xformers": its memory-efficient attention, block-diagonal where packed; "auto":
+            by what was measured (`MEASURED`).
     Returns:
         ``[B, N, H, D]``.
     Raises:
-        ValueError: packed tensors whose shape `lengths` does not fit.
+        ValueError: packed tensors whose shape `lengths` does not fit. RuntimeError: `impl` cannot run here.
     """
-    choose("attention", impl, {"torch": list})
-    if lengths is None:
-        return _dense(q, k, v, causal)
-    if q.shape[0] != 1 or q.shape != k.shape or sum(lengths) > q.shape[1]:
+    packing = lengths
+    if lengths is not None and not isinstance(lengths, Packing):
+        _check_packed(q, k, sum(lengths))
+        packing = Packing.of(lengths, q.device, rows=q.shape[1])
+    elif packing is not None:
+        _check_packed(q, k, packing.rows)
+    form = "dense" if packing is None else "packed"
+    order = MEASURED.get((q.device.type, form), UNMEASURED)
+    reasons = {name: partial(_IMPLEMENTATIONS[name][0], q, packing) for name in order}
+    name = choose("attention", impl, reasons, (q, k, v))
+    return _IMPLEMENTATIONS[name][1](q, k, v, causal, packing)
+
+
+def _check_packed(q: Tensor, k: Tensor, rows: int) -> None:
+    if q.shape[0] != 1 or q.shape != k.shape or rows > q.shape[1]:
         raise ValueError(
-            f"attention: packed tensors must be [1, S, H, D] with S >= {sum(lengths)} = sum of lengths, got "
-            f"{list(q.shape)} and {list(k.shape)}"
+            f"attention: packed tensors must be [1, S, H, D] with S >= {rows} = sum of lengths, got {list(q.shape)} "
+            f"and {list(k.shape)}"
         )
-    return _packed(q, k, v, causal, lengths)
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+# ---------------------------------------------------------------------- plain PyTorch
+
+
+def _torch(q: Tensor, k: Tensor, v: Tensor, causal: bool, packing: Packing | None) -> Tensor:
+    if packing is None:
+        return _dense(q, k, v, causal)
+    slots, size = packing.slots, sum(n * width for n, width in packing.buckets)
+    q, k, v = (x.new_zeros(size, *x.shape[2:]).index_copy(0, slots, x[0]) for x in (q, k, v))
+    real = None if causal else torch.zeros(size, dtype=torch.bool, device=q.device).index_fill(0, slots, True)
+    parts, start = [], 0
+    for count, width in packing.buckets:
+        end = start + count * width
+        # A padded key stands behind its sequence: causal attention does not look there, other must not.
+        mask = None if real is None else real[start:end].view(count, 1, 1, width)
+        part = (x[start:end].unflatten(0, (count, width)) for x in (q, k, v))
+        parts.append(_dense(*part, causal, mask).flatten(0, 1))  # [count * width, H, D]
+        start = end
+    return _Take.apply(parts[0] if len(parts) == 1 else torch.cat(parts), slots)[None]
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Sequence[int]) -> Tensor:
-    """Sequences of one length are attended together, as one dense batch."""
-    rows: dict[int, list[int]] = {}
-    for end, length in zip(accumulate(lengths), lengths, strict=True):
-        rows.setdefault(length, []).append(end - length)
-    out = torch.zeros_like(q)
-    for length, firsts in rows.items():
-        index = torch.tensor(firsts, device=q.device)[:, None] + torch.arange(length, device=q.device)
-        part = _dense(q[0, index], k[0, index], v[0, index], causal)  # [n, length, H, D]
-        out = out.index_copy(1, index.flatten(), part.flatten(0, 1)[None])
-    return out
+class _Take(torch.autograd.Function):
+    """``x[index]`` along the first dimension, no index twice: so the gradient is a copy, where PyTorch's would add."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy(0, index, grad), None
+
+
+# ---------------------------------------------------------------------- variable-length kernels
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, causal: bool, packing: Packing) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # imports Triton
+
+    ends = (packing.starts, packing.starts, packing.longest, packing.longest)
+    return varlen_attn(q[0], k[0], v[0], *ends, window_size=(-1, 0 if causal else -1))[None]
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, packing: Packing | None) -> Tensor:
+    from xformers.ops import fmha
+
+    if packing is None:
+        bias = fmha.attn_bias.LowerTriangularMask() if causal else None
+    else:
+        bias = _block_diagonal(packing, causal)
+    return fmha.memory_efficient_attention(q, k, v, attn_bias=bias)
+
+
+def _block_diagonal(packing: Packing, causal: bool):
+    """xformers' mask of a packing, kept beside it: its own copy of the lengths need not be made for every layer."""
+    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask, BlockDiagonalMask
+
+    name = f"_xformers_{'causal' if causal else 'full'}"
+    if name not in packing.__dict__:
+        mask = BlockDiagonalCausalMask if causal else BlockDiagonalMask
+        made = mask.from_seqlens([n for n in packing.sequences if n], device=packing.starts.device)
+        object.__setattr__(packing, name, made)
+    return packing.__dict__[name]
+
+
+def _kernel_reasons(q: Tensor) -> list[str]:
+    """What the flash kernels behind both of them ask for."""
+    reasons = []
+    if not q.is_cuda:
+        reasons.append(f"tensors on {q.device}, CUDA is needed")
+    elif torch.cuda.get_device_properties(q.device).major < 8:
+        reasons.append("compute capability below 8.0")
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"dtype {q.dtype}, expected bfloat16 or float16")
+    if q.shape[-1] % 8 or q.shape[-1] > 256:
+        reasons.append(f"{q.shape[-1]} channels per head, expected a multiple of 8 up to 256")
+    return reasons
+
+
+def _varlen_reasons(q: Tensor, packing: Packing | None) -> list[str]:
+    if not VARLEN_INSTALLED:
+        return [f"PyTorch {torch.__version__}, 2.11 or newer is needed"]
+    return [*(["tensors are not packed"] if packing is None else []), *_kernel_reasons(q)]
+
+
+def _xformers_reasons(q: Tensor, packing: Packing | None) -> list[str]:
+    if not XFORMERS_INSTALLED:
+        return ["xformers is not installed"]
+    return [*(["torch.compile cannot trace it"] if torch.compiler.is_compiling() else []), *_kernel_reasons(q)]
+
+
+def _no_reasons(q: Tensor, packing: Packing | None) -> list[str]:
+    return []
+
+
+# name -> (why it cannot run, how it runs)
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., list[str]], Callable[..., Tensor]]] = {
+    "varlen": (_varlen_reasons, _varlen),
+    "xformers": (_xformers_reasons, _xformers),
+    "torch": (_no_reasons, _torch),
+}

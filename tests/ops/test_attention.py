@@ -1,0 +1,167 @@
+"""Attention: packed sequences equal each alone, in every implementation; the choice, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixreorg_fast import ops
+from mixreorg_fast.ops.attention import Packing
+from mixreorg_fast.ops.dispatch import CannotRun
+
+module = importlib.import_module("mixreorg_fast.ops.attention")  # the package has a function of that name
+
+LENGTHS = [5, 1, 77, 33, 32, 5, 64]  # one row, a full bucket, one more than a bucket, two alike
+
+
+def make(rows: int, heads: int = 2, width: int = 8, device: torch.device | str = "cpu", dtype=torch.float32):
+    generator = torch.Generator(device).manual_seed(0)
+    # Views of one projection, as the model makes them.
+    qkv = torch.randn(1, rows, 3, heads, width, generator=generator, device=device).to(dtype)
+    return [x.requires_grad_() for x in qkv.unbind(2)]
+
+
+def alone(q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths) -> Tensor:
+    """Each sequence by itself, by the definition, in fp64."""
+    outs = []
+    for parts in zip(*(x[0].double().split(lengths) for x in (q, k, v)), strict=True):
+        a, b, c = (x.transpose(0, 1) for x in parts)  # [H, n, D]
+        logits = a @ b.mT * a.shape[-1] ** -0.5
+        if causal:
+            logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), float("-inf"))
+        outs.append((logits.softmax(-1) @ c).transpose(0, 1))
+    return torch.cat(outs)[None]
+
+
+def check(q, k, v, causal, lengths, packed, tolerance, impl="auto"):
+    """Result and gradients against the definition; a loss over real rows alone reaches real rows alone."""
+    total = sum(lengths)
+    out = ops.attention(q, k, v, causal=causal, lengths=packed, impl=impl)
+    assert out.shape == q.shape and out.isfinite().all()
+    truth = alone(*(x[:, :total] for x in (q, k, v)), causal, lengths)
+    torch.testing.assert_close(out[:, :total].double(), truth, rtol=tolerance, atol=tolerance)
+    weights = torch.randn_like(truth)
+    grads = torch.autograd.grad((out[:, :total].double() * weights).sum(), (q, k, v))
+    for grad, expected in zip(grads, torch.autograd.grad((truth * weights).sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(grad, expected, rtol=tolerance, atol=tolerance)
+        assert not grad[:, total:].any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padding", [0, 100])  # more padding than the longest sequence has rows
+def test_packed_sequences_do_not_see_one_another(causal, padding):
+    q, k, v = make(sum(LENGTHS) + padding)
+    check(q, k, v, causal, LENGTHS, LENGTHS, 1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 8, 1000])
+def test_any_width_of_the_buckets(width, monkeypatch):
+    monkeypatch.setitem(module.BUCKET_WIDTH, "cpu", width)
+    packing = Packing.of(LENGTHS, bucket=True)
+    q, k, v = make(packing.rows)
+    for causal in (False, True):
+        check(q, k, v, causal, LENGTHS, packing, 1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_dense(causal):
+    q, k, v = (x.view(2, 10, 2, 8) for x in make(20))
+    out = ops.attention(q, k, v, causal=causal)
+    truth = torch.cat([alone(*(x[i : i + 1] for x in (q, k, v)), causal, [10]) for i in range(2)])
+    torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
+    crossed = ops.attention(q[:, :3], k, v)
+    torch.testing.assert_close(crossed, ops.attention(q, k, v)[:, :3])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["varlen", "xformers", "torch"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_implementations_agree_on_a_gpu(impl, causal, device):
+    packing = Packing.of(LENGTHS, device, bucket=True)
+    q, k, v = make(packing.rows, width=64, device=device, dtype=torch.bfloat16)
+    try:
+        ops.attention(q, k, v, lengths=packing, impl=impl)
+    except (CannotRun, NotImplementedError) as error:
+        pytest.skip(str(error))
+    check(q, k, v, causal, LENGTHS, packing, 3e-2, impl)
+
+
+def test_a_packing_and_its_way_back():
+    lengths = [3, 1, 4]
+    packing = Packing.of(lengths, bucket=True)
+    assert packing.rows == 8 and packing.starts[:4].tolist() == [0, 3, 4, 8]
+    x = torch.arange(3 * 6).view(3, 6, 1)
+    assert packing.pack(x).flatten().tolist() == [0, 1, 2, 6, 12, 13, 14, 15]
+    assert packing.pack(x)[0, packing.last, 0].tolist() == [2, 6, 15]
+
+
+def test_shapes_repeat_from_step_to_step():
+    """What a compiled graph or a captured one sees of captions whose lengths differ, but hardly their sum."""
+    generator = torch.Generator().manual_seed(0)
+    steps = [torch.randint(10, 23, (1024,), generator=generator).tolist() for _ in range(20)]
+    packings = [Packing.of(lengths, bucket=True) for lengths in steps]
+    seen = {(p.rows, p.longest, len(p.starts), p.sequence.shape, p.slots.shape) for p in packings}
+    assert len(seen) <= 2
+    for lengths, packing in zip(steps, packings, strict=True):
+        assert sum(lengths) <= packing.rows <= sum(lengths) * 17 / 16
+        assert sum(packing.sequences) == packing.rows == packing.starts[-1]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda q: ops.attention(q, q, q, lengths=[3, 4]), r"S >= 7 = sum of lengths, got \[1, 6, 2, 8\]"),
+        (lambda q: ops.attention(q, q, q, lengths=[3, 0]), "numbers above 0"),
+        (lambda q: Packing.of([]), "one or more"),
+        (lambda q: Packing.of([3, 4], rows=6), "7 rows of 2 sequences do not fit into 6"),
+    ],
+)
+def test_lengths_that_do_not_fit(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(make(6)[0])
+
+
+def test_what_cannot_run_says_why(monkeypatch):
+    q, k, v = make(6)
+    monkeypatch.setattr(module, "XFORMERS_INSTALLED", True)
+    for impl in ("varlen", "xformers"):
+        with pytest.raises(CannotRun, match=r"float32 \[1, 6, 2, 8\] on cpu.*tensors on cpu, CUDA is needed; dtype"):
+            ops.attention(q, k, v, lengths=[6], impl=impl)
+    with pytest.raises(CannotRun, match="tensors are not packed"):
+        ops.attention(q, k, v, impl="varlen")
+    monkeypatch.setattr(module, "XFORMERS_INSTALLED", False)
+    with pytest.raises(CannotRun, match="xformers is not installed"):
+        ops.attention(q, k, v, impl="xformers")
+
+
+def test_auto_follows_the_measured_table(monkeypatch):
+    q, k, v = make(6)
+    taken = []
+    fake = {name: (module._no_reasons, lambda *_, name=name: taken.append(name)) for name in module._IMPLEMENTATIONS}
+    monkeypatch.setattr(module, "_IMPLEMENTATIONS", fake)
+    monkeypatch.setitem(module.MEASURED, ("cpu", "packed"), ("xformers", "torch"))
+    monkeypatch.setitem(module.MEASURED, ("cpu", "dense"), ("torch", "xformers"))
+    ops.attention(q, k, v, lengths=[6])
+    ops.attention(q, k, v)
+    assert taken == ["xformers", "torch"]
+
+
+@pytest.mark.parametrize("lengths", [None, [2, 4]])
+def test_one_graph(lengths):
+    """Traced whole, forward and backward."""
+    torch._dynamo.reset()
+    q, k, v = make(6)
+    packing = None if lengths is None else Packing.of(lengths)
+    compiled = torch.compile(
+        lambda *x: F.gelu(ops.attention(*x, causal=True, lengths=packing)), fullgraph=True, backend="aot_eager"
+    )
+    expected = F.gelu(ops.attention(q, k, v, causal=True, lengths=packing))
+    out = compiled(q, k, v)
+    torch.testing.assert_close(out, expected)
+    grads = zip(*(torch.autograd.grad(x.sum(), (q, k, v)) for x in (out, expected)), strict=True)
+    for grad, truth in grads:
+        torch.testing.assert_close(grad, truth)
