@@ -1,63 +1,192 @@
-"""Checkpoints: complete folders or none, ``checkpoints/step_00001000``.
+"""Checkpoints: complete folders or none, ``checkpoints/step_00001000``, readable by any number of ranks.
 
-Each holds DeepSpeed's own state, ``state.json`` (step, samples consumed, settings that must not change) and the
-portable weights. The position in the data is the number of samples consumed: all randomness of a run is a function of
-that and the seed, so there is no other state to save.
+Each holds the portable weights (fp32: they are the master weights), Adam's moments by parameter name and
+``state.json``: step, samples consumed, settings that must not change, and the SHA-256 of every file. The position in
+the data is the number of samples consumed: all randomness of a run is a function of that and the seed, so there is no
+other state to save. DeepSpeed's own checkpoints are not used: they refuse another world size and another ZeRO stage.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from ..errors import UserError, nearest
 from ..files import write_json
 from ..models import GroupViT, weights
-from .distributed import World, import_deepspeed
+from .distributed import World, import_deepspeed, on_main
 
-STATE = "state.json"
-_ENGINE = "deepspeed"
+STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_BACKBONE = "backbone."
 
 
-def portable_state(engine: Any) -> dict[str, torch.Tensor]:
+class Damaged(UserError):
+    """A checkpoint whose files are not the ones that were written."""
+
+
+# ---------------------------------------------------------------------- from and to the engine
+
+
+def portable_state(engine: Any) -> dict[str, Tensor]:
     """The backbone's whole state dict on the CPU (gathered under ZeRO-3); call on every rank."""
     backbone: GroupViT = engine.module.backbone
-    if engine.zero_optimization_stage() < 3:
-        return {key: value.detach().cpu().clone() for key, value in backbone.state_dict().items()}
     state = {key: value.detach().cpu().clone() for key, value in backbone.named_buffers()}
+    return state | {name: value for name, value in _parameters(engine, backbone)}
+
+
+def _parameters(engine: Any, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Whole parameters by name, copied to the CPU."""
     deepspeed = import_deepspeed()
-    for name, parameter in backbone.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            state[name] = parameter.detach().cpu().clone()
+    for name, parameter in module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
+            yield name, parameter.detach().cpu().clone()
+
+
+def optimizer_state(engine: Any, world: World) -> dict[str, Tensor]:
+    """Adam's moments, ``exp_avg/NAME`` and ``exp_avg_sq/NAME``, and, as ``parameter/NAME``, what the backbone does not
+    hold; on rank 0 (elsewhere empty), a parameter at a time. Call on every rank."""
+    deepspeed = import_deepspeed()
+    state: dict[str, Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        for key in MOMENTS:
+            if engine.zero_optimization_stage() == 0:
+                value = engine.optimizer.state[parameter][key]
+            else:
+                value = deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
+            if world.is_main:
+                state[f"{key}/{name}"] = value.detach().cpu().clone().reshape(_shape(parameter))
+    for name, value in _parameters(engine, engine.module):
+        if world.is_main and not name.startswith(_BACKBONE):
+            state[f"parameter/{name}"] = value
     return state
 
 
+def restore_weights(module: nn.Module, checkpoint: Path) -> None:
+    """Fill the training module, before the engine takes its parameters.
+
+    Raises:
+        UserError: the checkpoint is of another model.
+    """
+    weights.load_state(module.backbone, checkpoint)
+    others = {name: p for name, p in module.named_parameters() if not name.startswith(_BACKBONE)}
+    saved = _saved(checkpoint, [f"parameter/{name}" for name in others]) if others else {}
+    with torch.no_grad():
+        for name, parameter in others.items():
+            parameter.copy_(_fitting(saved, f"parameter/{name}", parameter.shape, checkpoint))
+
+
+def start_moments(engine: Any) -> None:
+    """Give the optimizer its moments, all zero, which it would otherwise make in its first step."""
+    zero = engine.zero_optimization_stage()
+    adam = engine.optimizer.optimizer if zero else engine.optimizer
+    if zero == 0:
+        owned = list(engine.module.parameters())
+    else:
+        wrapper = engine.optimizer
+        owned = wrapper.fp32_partitioned_groups_flat if zero == 3 else wrapper.single_partition_of_fp32_groups
+    for tensor in owned:
+        device = tensor.device if adam.defaults["fused"] else "cpu"
+        adam.state[tensor] = {"step": torch.zeros((), device=device)} | {k: torch.zeros_like(tensor) for k in MOMENTS}
+    if zero in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()  # it links parameters to their parts of the moments
+
+
+def restore_moments(engine: Any, checkpoint: Path, updates: int) -> None:
+    """Fill Adam's moments after :func:`start_moments`; `updates`: how many steps made them. Call on every rank.
+
+    Raises:
+        UserError: the checkpoint is of another model.
+    """
+    deepspeed = import_deepspeed()
+    stage = engine.zero_optimization_stage()
+    adam = engine.optimizer.optimizer if stage else engine.optimizer
+    for state in adam.state.values():
+        state["step"].fill_(updates)
+    names = [name for name, _ in engine.module.named_parameters()]
+    saved = _saved(checkpoint, [f"{key}/{name}" for key in MOMENTS for name in names])
+    for name, parameter in engine.module.named_parameters():
+        for key in MOMENTS:
+            value = _fitting(saved, f"{key}/{name}", _shape(parameter), checkpoint).to(engine.device)
+            if stage == 0:
+                engine.optimizer.state[parameter][key].copy_(value)
+            elif stage == 3:  # every rank has an equally long part, the last one padded
+                part = parameter.ds_tensor.ds_numel
+                rank, ranks = parameter.ds_process_group.rank(), parameter.ds_process_group.size()
+                padded = nn.functional.pad(value.flatten(), (0, part * ranks - value.numel()))
+                deepspeed.utils.safe_set_local_optimizer_state(parameter, padded.split(part)[rank], key)
+            else:
+                deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 the parameter itself is empty
+
+
+def _saved(checkpoint: Path, names: list[str]) -> dict[str, Tensor]:
+    path = checkpoint / OPTIMIZER
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+    missing = [name for name in names if name not in saved]
+    if missing:
+        raise UserError(f"{path} lacks tensor '{missing[0]}' ({len(missing)} such in all)")
+    return saved
+
+
+def _fitting(saved: dict[str, Tensor], name: str, shape: torch.Size, checkpoint: Path) -> Tensor:
+    if saved[name].shape != shape:
+        found = list(saved[name].shape)
+        raise UserError(f"{checkpoint / OPTIMIZER}: '{name}' is {found}, the model needs {list(shape)}")
+    return saved[name]
+
+
+# ---------------------------------------------------------------------- folders
+
+
 def save(run: Path, step: int, engine: Any, world: World, state: dict[str, Any], keep: int) -> Path:
-    """Write ``checkpoints/step_*`` atomically and remove all but the newest `keep`; call on every rank."""
+    """Write ``checkpoints/step_*`` atomically and remove all but the newest `keep`; call on every rank.
+
+    Raises:
+        UserError: it cannot be written (the disk is full); the checkpoints before are as they were.
+    """
+    tensors, moments = portable_state(engine), optimizer_state(engine, world)
     target = run / "checkpoints" / f"step_{step:08d}"
-    partial = target.with_name(f".{target.name}.partial")
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    if world.size > 1:
-        dist.barrier()
-    engine.save_checkpoint(str(partial), tag=_ENGINE)
-    tensors = portable_state(engine)
-    if world.is_main:
-        weights.write_files(engine.module.backbone, partial, tensors)
-        write_json(partial / STATE, {"step": step, **state})
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
+
+    def write() -> None:
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            weights.write_files(engine.module.backbone, partial, tensors)
+            save_file(moments, partial / OPTIMIZER)
+            content = {"step": step, **state, "files": {p.name: _digest(p) for p in sorted(partial.iterdir())}}
+            write_json(partial / STATE, {**content, "sha256": _digest_of(content)})
+            for path in (*partial.iterdir(), partial):
+                _sync(path)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
+            _sync(target.parent)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            before = complete(run)
+            rest = f"{before[-1]} is intact, the same command goes on from it" if before else "there is none before it"
+            raise UserError(f"checkpoint {target} cannot be written ({_reason(error)}); {rest}") from None
         for old in complete(run)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
-    if world.size > 1:
-        dist.barrier()
+
+    on_main(world, write)
     return target
 
 
@@ -66,50 +195,84 @@ def complete(run: Path) -> list[Path]:
     return sorted(path.parent for path in run.glob(f"checkpoints/step_*/{STATE}"))
 
 
-def find(run: Path, resume: str) -> Path | None:
-    """The checkpoint that ``--resume auto|never|PATH`` names; None: start anew.
+def find(run: Path, resume: str) -> list[Path]:
+    """The checkpoints that ``--resume auto|never|PATH`` allows to go on from, the newest first; none: start anew.
 
     Raises:
         UserError: PATH is no checkpoint and no run folder with one.
     """
     if resume == "never":
-        return None
+        return []
     if resume == "auto":
-        found = complete(run)
-        return found[-1] if found else None
+        return complete(run)[::-1]
     path = Path(resume)
     if (path / STATE).is_file():
-        return path
+        return [path]
     found = complete(path)
     if not found:
         known = [str(p) for p in complete(run)]
         raise UserError(f"--resume {resume}: no complete checkpoint there{nearest(resume, known) if known else ''}")
-    return found[-1]
+    return found[::-1]
 
 
 def read_state(checkpoint: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """``state.json`` of a checkpoint, refused where a setting in `expected` differs.
+    """``state.json`` of a checkpoint, after a look at every byte of it.
 
     Raises:
-        UserError: the file is damaged, or the checkpoint was made with another setting.
+        Damaged: a file is missing, cut or altered.
+        UserError: the checkpoint was made with another value of a setting in `expected`.
     """
+    path = checkpoint / STATE
     try:
-        state = json.loads((checkpoint / STATE).read_text())
-        state["step"], state["samples"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{checkpoint / STATE}: not the state of a checkpoint: {error!r}") from None
+        state = json.loads(path.read_bytes())
+        digest = state.pop("sha256")
+        files = state["files"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path}: not the state of a checkpoint: {error!r}") from None
+    if digest != _digest_of(state):
+        raise Damaged(f"{path} is damaged: its SHA-256 is not the one noted in it")
+    for name, digest in files:
+        if not (checkpoint / name).is_file():
+            raise Damaged(f"{checkpoint / name} is missing")
+        if _digest(checkpoint / name) != digest:
+            raise Damaged(f"{checkpoint / name} is damaged: its SHA-256 is not the one noted in {STATE}")
     for key, value in expected.items():
         if state.get(key) != value:
             raise UserError(f"{checkpoint} was written with {key} {state.get(key)}; this run has {key} {value}")
     return state
 
 
-def restore(engine: Any, checkpoint: Path) -> None:
-    """Load DeepSpeed's state of a checkpoint; call on every rank.
+def set_aside_after(run: Path, step: int) -> list[Path]:
+    """Rename the checkpoints beyond `step`, of a future that a run resumed there leaves; returns their new names."""
+    moved = []
+    for path in complete(run):
+        if int(path.name.removeprefix("step_")) > step:
+            aside = path.with_name(f"aside_{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            moved.append(path.rename(aside))
+    return moved
 
-    Raises:
-        UserError: it does not load.
-    """
-    path, _ = engine.load_checkpoint(str(checkpoint), tag=_ENGINE)
-    if path is None:
-        raise UserError(f"{checkpoint}: DeepSpeed found no state to load in it")
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest_of(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Have a file or folder on the disk before it is given its final name."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,12 +38,9 @@ def train(config: Config, resume: str = "auto") -> dict[str, Any]:
     """
     world = initialise()
     config.micro_batch(world.size)  # refused before anything is made
-    source, state = on_main(world, lambda: _checkpoint_to_resume(config, resume, world))
+    source, state = on_main(world, lambda: _checkpoint_to_resume(config, resume))
     prepared = on_main(world, lambda: prepare(config, resuming=source is not None))
-    trainer = Trainer(prepared.config, prepared.samples, world)
-    if source is not None:
-        trainer.resume(source, state)
-    return trainer.run()
+    return Trainer(prepared.config, prepared.samples, world, source, state).run()
 
 
 def micro_step_seed(seed: int, position: int) -> int:
@@ -52,33 +50,34 @@ def micro_step_seed(seed: int, position: int) -> int:
 
 
 class Trainer:
-    """One run on one rank."""
+    """One run on one rank, new or going on from the checkpoint `source` with its `state`."""
 
-    def __init__(self, config: Config, samples: int, world: World):
+    def __init__(self, config: Config, samples: int, world: World, source: Path | None, state: dict[str, Any]):
         self.config, self.world = config, world
         self.run_folder = config.run_folder
         self.tokenizer = Tokenizer.load(self.run_folder / weights.TOKENIZER)
         self.steps, self.warmup = schedule_length(config, samples)
         self.micro_batch = config.micro_batch(world.size)
-        self.step, self.best = 0, None
+        self.step, self.best = state.get("step", 0), state.get("best")
+        self.updates = state.get("updates", 0)
 
         torch.manual_seed(config.seed)
         module = MixReorg(config)
         module.backbone.tokenizer = self.tokenizer
-        if config.model.init is not None:
+        if source is not None:
+            checkpoint.restore_weights(module, source)
+        elif config.model.init is not None:
             weights.load_state(module.backbone, weights.find_weights(config.model.init))
         module.to(world.device)
         deepspeed = import_deepspeed()
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer(module, config), config=deepspeed_config(config, world.size)
         )
-
-    def resume(self, source: Path, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint and its ``state.json``."""
-        checkpoint.restore(self.engine, source)
-        self.step, self.best = state["step"], state["best"]
-        if self.world.is_main:
-            print(f"resumed from {source} at step {self.step}", flush=True)
+        checkpoint.start_moments(self.engine)
+        if source is not None:
+            checkpoint.restore_moments(self.engine, source, self.updates)
+            if world.is_main:
+                print(f"resumed from {source} at step {self.step}", flush=True)
 
     # ------------------------------------------------------------------ the loop
 
@@ -118,6 +117,7 @@ class Trainer:
                 self.engine.step()  # counts the micro-step; the optimizer's own step comes with the last
                 window.add(losses)
             self.step += 1
+            self.updates += 1
             if log is not None:
                 log.step()
             if self.step % self.config.train.log_every == 0 or self.step == self.steps:
@@ -211,9 +211,9 @@ class Trainer:
     def _save(self) -> None:
         state = {
             "samples": self.step * self.config.train.batch,
+            "updates": self.updates,
             "seed": self.config.seed,
-            "world_size": self.world.size,
-            "zero_stage": self.config.deepspeed.zero_stage,
+            "batch": self.config.train.batch,
             "best": self.best,
         }
         checkpoint.save(self.run_folder, self.step, self.engine, self.world, state, self.config.checkpoint.keep)
@@ -258,20 +258,29 @@ class _Window:
         return time.perf_counter() - self._start, loader.wait_seconds - self._waited
 
 
-def _checkpoint_to_resume(config: Config, resume: str, world: World) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint to go on from and its state; makes way for a run that starts anew."""
+def _checkpoint_to_resume(config: Config, resume: str) -> tuple[Path | None, dict[str, Any]]:
+    """The newest sound checkpoint to go on from and its state; makes way for a run that starts anew."""
     run = config.run_folder
-    source = checkpoint.find(run, resume)
-    if source is None:
+    candidates = checkpoint.find(run, resume)
+    if not candidates:
         if resume == "never" and run.exists():
             _set_aside(run)
         return None, {}
-    expected = {"world_size": world.size, "zero_stage": config.deepspeed.zero_stage, "seed": config.seed}
-    state = checkpoint.read_state(source, expected)
+    expected = {"seed": config.seed, "batch": config.train.batch}
+    for number, source in enumerate(candidates, start=1):
+        try:
+            state = checkpoint.read_state(source, expected)
+            break
+        except checkpoint.Damaged as error:
+            if number == len(candidates):
+                raise
+            print(f"warning: {error}; taking the checkpoint before it", file=sys.stderr, flush=True)
     run.mkdir(parents=True, exist_ok=True)
     if not (source / weights.TOKENIZER).is_file():
         raise UserError(f"{source} has no {weights.TOKENIZER}")
     shutil.copyfile(source / weights.TOKENIZER, run / weights.TOKENIZER)
+    for aside in checkpoint.set_aside_after(run, state["step"]):
+        print(f"a later checkpoint is set aside as {aside}", flush=True)
     return source, state
 
 

@@ -1,4 +1,5 @@
 """Two ranks with half the batch each against one process with the whole batch: losses, gradients, running averages.
+And checkpoints: what one ZeRO stage saved, loaded by the same stage and by another.
 
 test_parity.py starts it, one launch for all cases: ``torchrun --nproc_per_node 2 -m tests.training.parity_worker FILE``
 """
@@ -14,13 +15,19 @@ import torch
 import torch.distributed as dist
 
 from mixreorg_fast.models import Batch, MixReorg
+from mixreorg_fast.training import checkpoint
 from mixreorg_fast.training.distributed import initialise
 from mixreorg_fast.training.optimisation import deepspeed_config, optimizer
 from tests.tiny import fill, random_batch, tiny_config
 
 WORLD = 2
 IMAGES = 16  # of a micro-step, over both ranks
-ENGINES = ["plain", "zero0", "zero1", "zero2", "zero3"]
+ENGINES = ["plain", "zero0", "zero1", "zero2", "zero3", "offload"]
+SECTIONS = {f"zero{stage}": {"zero_stage": stage} for stage in range(4)} | {
+    "plain": {"zero_stage": 0},
+    "offload": {"zero_stage": 2, "offload_optimizer": True},
+}
+RESUMED = list(zip(ENGINES[1:], [*ENGINES[2:], ENGINES[1]], strict=True))  # each to the next one
 
 
 def cases() -> list[dict]:
@@ -46,7 +53,8 @@ def settings(case: dict):
             "checkpoint_activations": case.get("checkpoint", False),
             "clip": 0.0,
         },
-        deepspeed={"zero_stage": int(case["engine"].removeprefix("zero")) if case["engine"] != "plain" else 0},
+        mixing=case.get("mixing", {}),
+        deepspeed=SECTIONS[case["engine"]],
     )
 
 
@@ -136,12 +144,65 @@ def compare(case: dict, expected: dict, rank: int) -> dict[str, float]:
     return {**deviation, "worst": worst}
 
 
+def start(name: str, checkpointed: Path | None = None):
+    """An engine of one of ENGINES, new or from a checkpoint of two steps."""
+    config = settings(
+        {"engine": name, "accumulation": 1, "model": {}, "loss": {}, "mixing": {"group_tokens": "learned"}}
+    )
+    model = MixReorg(config)
+    fill(model)
+    if checkpointed is not None:
+        fill(model, seed=1)
+        checkpoint.restore_weights(model, checkpointed)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer(model, config), config=deepspeed_config(config, WORLD)
+    )
+    checkpoint.start_moments(engine)
+    if checkpointed is not None:
+        checkpoint.restore_moments(engine, checkpointed, updates=2)
+    return engine
+
+
+def two_steps(engine, seed: int, rank: int) -> list[float]:
+    """Losses of two optimizer steps."""
+    losses = []
+    for number in (seed, seed + 1):
+        out = engine(share(random_batch(engine.module.config, IMAGES, seed=number), rank))
+        engine.backward(out["loss"])
+        engine.step()
+        losses.append(out["loss"].item())
+    return losses
+
+
+def resume(name: str, other: str, folder: Path, world) -> dict:
+    """Two steps with engine `name`, a checkpoint, two more; against the last two of engines that loaded it."""
+
+    def state(engine) -> dict:
+        return {**checkpoint.optimizer_state(engine, world), **checkpoint.portable_state(engine)}
+
+    def equal(a: dict, b: dict) -> bool:
+        return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+    engine = start(name)
+    two_steps(engine, 0, world.rank)
+    path = checkpoint.save(folder / name, 2, engine, world, {}, keep=1)
+    saved = state(engine)
+    losses = two_steps(engine, 2, world.rank)
+    same, another = start(name, path), start(other, path)
+    loaded = equal(saved, state(same)) and equal(saved, state(another))
+    exact = losses == two_steps(same, 2, world.rank) and equal(state(engine), state(same))
+    deviation = max(abs(a - b) for a, b in zip(losses, two_steps(another, 2, world.rank), strict=True))
+    return {"loaded": loaded, "exact": exact, "deviation": deviation}
+
+
 def main(out: str) -> None:
     torch.set_num_threads(1)
     expected = [whole(case) for case in cases()]  # before there is a process group to sum over
     world = initialise()
     torch.set_num_threads(1)
     results = {case["name"]: compare(case, truth, world.rank) for case, truth in zip(cases(), expected, strict=True)}
+    for name, other in RESUMED:
+        results[f"{name} to {other}"] = resume(name, other, Path(out).parent, world)
     if world.is_main:
         Path(out).write_text(json.dumps(results, indent=2))
     dist.barrier()
