@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig, TextConfig
+from ..ops.attention import Packing
 from .layers import Block, GroupingBlock, LayerNorm, LearnedTokens, Linear, PatchEmbed, TokenMixer, quick_gelu
 
 
@@ -94,6 +97,11 @@ def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
     return grid.flatten(2).mT.contiguous()
 
 
+def call(function: Callable, *args):
+    """``function(*args)``: how a block runs where nothing is recomputed."""
+    return function(*args)
+
+
 class TextEncoder(nn.Module):
     """Causal transformer; a caption's feature stands at its end-of-text token, the highest id of the vocabulary."""
 
@@ -121,17 +129,31 @@ class TextEncoder(nn.Module):
             for linear in (block.attention.qkv, block.attention.out, block.mlp.fc1, block.mlp.fc2):
                 nn.init.zeros_(linear.bias)
 
-    def forward(self, ids: Tensor, dtype: torch.dtype, run_block=None) -> Tensor:
+    def forward(
+        self, ids: Tensor, dtype: torch.dtype, lengths: Sequence[int] | None = None, run: Callable = call
+    ) -> Tensor:
         """Features ``[B, C]`` in `dtype` of token ids int64 ``[B, L]``, L at most the context length.
 
+        No padding is computed: all captions lie end to end as rows, and attend within themselves.
+
+        Args:
+            lengths: tokens up to and with the end of text, host integers; None: taken from `ids`, for which a GPU is
+                waited for.
+            run: calls a block with its arguments.
         Raises:
-            ValueError: L is beyond the context length.
+            ValueError: L is beyond the context length, or a length beyond L.
         """
         if ids.shape[1] > self.context:
             raise ValueError(f"captions of {ids.shape[1]} tokens are longer than the context of {self.context}")
-        positions = self.position_embedding(torch.arange(ids.shape[1], device=ids.device))
-        x = (self.token_embedding(ids) + positions).to(dtype)
+        if lengths is None:  # the first occurrence of the highest id; causal: what stands behind it changes nothing
+            lengths = (ids.argmax(dim=1) + 1).tolist()
+        elif len(lengths) != len(ids) or max(lengths) > ids.shape[1]:
+            raise ValueError(
+                f"lengths of {len(lengths)} captions up to {max(lengths)} do not fit ids {list(ids.shape)}"
+            )
+        packing = Packing.of(lengths, ids.device, bucket=ids.is_cuda)
+        x = self.token_embedding(packing.pack(ids)) + self.position_embedding(packing.position)
+        x = x.to(dtype)  # [1, S, C]
         for block in self.blocks:
-            x = block(x) if run_block is None else run_block(block, x)
-        end = ids.argmax(dim=1)  # the first occurrence of the highest id
-        return self.norm(x[torch.arange(len(ids), device=ids.device), end])
+            x = run(block, x, (None, None), packing)
+        return self.norm(x[0].index_select(0, packing.last))

@@ -91,12 +91,13 @@ class GroupViT(nn.Module):
         return self._encode(images)[0]
 
     @torch.no_grad()
-    def text_embeddings(self, ids: Tensor, *, normalise: bool = True) -> Tensor:
+    def text_embeddings(self, ids: Tensor, *, normalise: bool = True, lengths: Sequence[int] | None = None) -> Tensor:
         """``[B, D]`` of token ids int64 ``[B, L]``, pooled at the first occurrence of the highest id.
 
-        L2-normalised, unless they are to be averaged first.
+        L2-normalised, unless they are to be averaged first. With `lengths` (host integers, up to and with that id) a
+        GPU need not be asked where it is.
         """
-        embeddings = self.text_projection(self.text_encoder(ids, torch.float32))
+        embeddings = self.text_projection(self.text_encoder(ids, torch.float32, lengths))
         return F.normalize(embeddings, dim=-1) if normalise else embeddings
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.attention import Packing
 
 
 class Linear(nn.Linear):
@@ -91,9 +92,9 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.out = Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B, N, H, D] each
-        return self.out(ops.attention(q, k, v, causal=self.causal).flatten(2))
+        return self.out(ops.attention(q, k, v, causal=self.causal, lengths=packing).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -125,8 +126,15 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(width)
         self.mlp = Mlp(width, 4 * width, activation=activation)
 
-    def forward(self, x: Tensor, keep: tuple[Tensor | None, Tensor | None] = (None, None)) -> Tensor:
-        x = x + drop_path(self.attention(self.norm1(x)), keep[0])
+    def forward(
+        self,
+        x: Tensor,
+        keep: tuple[Tensor | None, Tensor | None] = (None, None),
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """``[B, N, C]``, or the packed rows ``[1, S, C]`` of sequences that `packing` lays out; `keep`: see
+        :func:`drop_path`."""
+        x = x + drop_path(self.attention(self.norm1(x), packing), keep[0])
         return x + drop_path(self.mlp(self.norm2(x)), keep[1])
 
 

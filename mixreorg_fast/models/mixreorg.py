@@ -226,8 +226,7 @@ class MixReorg(nn.Module):
         if batch.noun_ids is not None:
             rows = torch.cat([rows, batch.noun_ids.flatten(0, 1)])
             lengths += batch.noun_lengths
-        # Causal: what stands behind the longest caption's end changes nothing.
-        features = self.backbone.text_encoder(rows[:, : max(lengths)], self.dtype, self._run)
+        features = self.backbone.text_encoder(rows, self.dtype, lengths, self._run)
         embeddings = F.normalize(self.backbone.text_projection(features, statistics_rows=len(batch.ids)), dim=-1)
         if batch.noun_ids is None:
             return embeddings, None

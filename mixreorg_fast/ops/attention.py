@@ -26,8 +26,10 @@ MEASURED: dict[tuple[str, str], tuple[str, ...]] = {}
 UNMEASURED = ("varlen", "torch", "xformers")
 
 # The plain-PyTorch packed form pads every sequence to a multiple of this many rows, and attends all of one length
-# together: narrow buckets compute less, wide ones call less. On a CPU the calls cost more than the rows do.
-BUCKET_WIDTH = {"cpu": 32, "cuda": 32}
+# together: narrow buckets compute less, wide ones call less. Measured on a CPU for captions of 10 to 40 tokens, forward
+# and backward: 8 takes 0.7 of the time of equal lengths and 0.4 to 0.6 of that of one bucket. Elsewhere not measured.
+BUCKET_WIDTH = {"cpu": 8}
+UNMEASURED_WIDTH = 32
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Packing:
         ends = size.cumsum(0)
         number = torch.repeat_interleave(torch.arange(len(sequences)), size)
         position = torch.arange(rows) - (ends - size)[number]
-        step = BUCKET_WIDTH.get(device.type, 32)
+        step = BUCKET_WIDTH.get(device.type, UNMEASURED_WIDTH)
         width = (-(-size // step) * step).clamp(max=longest)
         order = width.argsort(stable=True)
         first = torch.empty_like(width)
@@ -247,7 +249,7 @@ def _kernel_reasons(q: Tensor) -> list[str]:
 def _varlen_reasons(q: Tensor, packing: Packing | None) -> list[str]:
     if not VARLEN_INSTALLED:
         return [f"PyTorch {torch.__version__}, 2.11 or newer is needed"]
-    return [*(["tensors are not packed"] if packing is None else []), *_kernel_reasons(q)]
+    return [*(["takes packed tensors only"] if packing is None else []), *_kernel_reasons(q)]
 
 
 def _xformers_reasons(q: Tensor, packing: Packing | None) -> list[str]:

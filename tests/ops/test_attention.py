@@ -131,7 +131,7 @@ def test_what_cannot_run_says_why(monkeypatch):
     for impl in ("varlen", "xformers"):
         with pytest.raises(CannotRun, match=r"float32 \[1, 6, 2, 8\] on cpu.*tensors on cpu, CUDA is needed; dtype"):
             ops.attention(q, k, v, lengths=[6], impl=impl)
-    with pytest.raises(CannotRun, match="tensors are not packed"):
+    with pytest.raises(CannotRun, match="takes packed tensors only"):
         ops.attention(q, k, v, impl="varlen")
     monkeypatch.setattr(module, "XFORMERS_INSTALLED", False)
     with pytest.raises(CannotRun, match="xformers is not installed"):
