@@ -19,7 +19,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24' 'setuptools>=68' wheel
 	@# torch first and pinned: an open range would take the newest build and gigabytes with it.
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,hf,dev$(GPU)]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,hf,demo,dev$(GPU)]'
 	@touch $@
 
 env: $(STAMP)

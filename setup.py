@@ -16,8 +16,8 @@ EXTRAS = {
     # Checking against, and exporting to, Hugging Face's GroupViT.
     "hf": ["transformers>=5.0"],
     # The web page.
-    "demo": ["fastapi>=0.110", "uvicorn>=0.29", "python-multipart>=0.0.9"],
-    "dev": ["pytest>=8.0", "pytest-benchmark>=5.0", "ruff>=0.6", "triton>=3.6"],
+    "demo": ["gradio>=6.31"],
+    "dev": ["pytest>=8.0", "pytest-benchmark>=5.0", "ruff>=0.6", "scikit-learn>=1.4", "selenium>=4.20", "triton>=3.6"],
 }
 
 setup(

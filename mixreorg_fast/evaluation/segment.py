@@ -59,20 +59,20 @@ def main(args: argparse.Namespace) -> int:
     return 2 if failures else 0
 
 
-def parse_classes(text: str) -> list[str]:
-    """Names between commas.
+def parse_classes(text: str, source: str = "--classes") -> list[str]:
+    """Names between commas; errors name their `source`.
 
     Raises:
         UserError: none, an empty one, one named twice, or more than a mask of 8 bits can hold.
     """
     classes = [" ".join(name.split()) for name in text.split(",")]
     if not all(classes):
-        raise UserError(f"--classes '{text}': expected names between commas, such as \"cat, dog, sofa\"")
+        raise UserError(f"{source} '{text}': expected names between commas, such as \"cat, dog, sofa\"")
     doubled = next((name for i, name in enumerate(classes) if name in classes[:i]), None)
     if doubled:
-        raise UserError(f"--classes '{text}': '{doubled}' is named twice")
+        raise UserError(f"{source} '{text}': '{doubled}' is named twice")
     if len(classes) > 254:
-        raise UserError(f"--classes: {len(classes)} classes, at most 254")
+        raise UserError(f"{source}: {len(classes)} classes, at most 254")
     return classes
 
 

@@ -19,7 +19,7 @@ MAX_LONG_SIDE = 2048  # GroupViT's test pipeline: short side 448, but no side ab
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
-def load_image(source: Any, *, upright: bool = True) -> Image.Image:
+def load_image(source: Any, *, upright: bool = True, max_pixels: int | None = None) -> Image.Image:
     """A picture as 8-bit RGB, upright as its EXIF orientation says (unless `upright` is off).
 
     Grey, palette, CMYK and 16-bit pictures are converted (16 bits keep their upper byte), transparency is laid over
@@ -28,9 +28,11 @@ def load_image(source: Any, *, upright: bool = True) -> Image.Image:
     Args:
         source: a path, a Pillow image, or an array-like ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` or ``[H, W, 4]`` of
             uint8, uint16 or of floats in 0..1.
+        max_pixels: what a file may hold; None: `MAX_PIXELS`.
     Raises:
-        UserError: no such file; no picture; truncated; more than `MAX_PIXELS` pixels; another shape or dtype.
+        UserError: no such file; no picture; truncated; too many pixels; another shape or dtype.
     """
+    max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     if isinstance(source, Image.Image):
         return _rgb(source, upright)
     if not isinstance(source, (str, Path)):
@@ -42,13 +44,13 @@ def load_image(source: Any, *, upright: bool = True) -> Image.Image:
         raise UserError(f"no picture {path}{close if 'did you mean' in close else ''}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides, below
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides, below
             with Image.open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
+                if image.width * image.height > max_pixels:
                     raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
                 return _rgb(image, upright)
     except Image.DecompressionBombError:
-        raise UserError(f"{path}: too large to decode (at most {MAX_PIXELS / 1e6:.0f} million pixels)") from None
+        raise UserError(f"{path}: too large to decode (at most {max_pixels / 1e6:.0f} million pixels)") from None
     except UnidentifiedImageError:
         raise UserError(f"{path}: not a picture (expected JPEG, PNG, WebP, BMP, TIFF or GIF)") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:

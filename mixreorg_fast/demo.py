@@ -1,0 +1,283 @@
+"""A web page on this machine: drop a photo, type class names, see where they are."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from PIL import Image
+
+from .config import ScenesConfig, load_config
+from .errors import UserError
+from .evaluation.evaluate import load_on_device
+from .evaluation.pictures import blend, class_palette, label_counts, overlay, segment_palette
+from .evaluation.segment import parse_classes
+from .models.decoding import segment_of_pixels
+from .models.images import load_image
+from .models.weights import find_weights
+
+if TYPE_CHECKING:
+    import gradio
+
+    from .models import GroupViT
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+MAX_UPLOAD = 20 << 20  # bytes
+MAX_PIXELS = 50_000_000  # 150 MB as RGB
+SHOWN_SIDE = 1280  # pixels: larger photos are shown, and segmented, at this size
+SAMPLES, SAMPLE_SIDE = 6, 192
+
+# The page is whole as it is served: nothing of it may come from, or go, anywhere else.
+CONTENT_POLICY = (
+    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    "style-src 'self' 'unsafe-inline'; form-action 'self'; frame-ancestors 'self'"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights", metavar="DIR", help="folder with model.safetensors (default: embedded scenes, trained if need be)"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument("--short-side", type=int, metavar="PX", help="of the network's input (twice the training size)")
+    parser.add_argument("--device", default=None, help="default: the GPU if there is one")
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.short_side is not None and args.short_side < 1:
+        raise UserError(f"--short-side must be at least 1, got {args.short_side}")
+    if args.port is not None and not 0 < args.port < 65536:
+        raise UserError(f"--port must lie in 1..65535, got {args.port}")
+    # Gradio reads these when it is imported. Its folders are ours alone: it serves what lies in them.
+    folder = tempfile.TemporaryDirectory(prefix="mixreorg-demo-")
+    os.environ.update(
+        GRADIO_ANALYTICS_ENABLED="False",
+        HF_HUB_DISABLE_TELEMETRY="1",
+        GRADIO_TEMP_DIR=f"{folder.name}/uploads",
+        GRADIO_EXAMPLES_CACHE=f"{folder.name}/examples",
+    )
+    with folder:
+        try:
+            import gradio  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"the page needs Gradio ({error}): pip install 'mixreorg-fast[demo]'") from None
+        weights, short_side = args.weights, args.short_side
+        if weights is None:
+            weights, trained_for = embedded_weights()
+            short_side = short_side or trained_for
+        model = load_on_device(str(weights), args.device)
+        page = build(Segmenter(model, short_side), Path(folder.name))
+        url = serve(page, args.host, args.port)
+        print(f"{url} shows {find_weights(weights)}; Ctrl-C ends it", flush=True)
+        # So that being told to end leaves no uploads behind, either.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        page.block_thread()  # until Ctrl-C
+    return 0
+
+
+def embedded_weights(config: Path = CHECKOUT / "configs" / "zero2.json") -> tuple[Path, int]:
+    """Weights of the embedded scenes, and the short side at which they are scored.
+
+    Those that ``make train`` left, or else those of the same run, made now.
+
+    Raises:
+        UserError: not in a checkout, or the training failed.
+    """
+    if not config.is_file():
+        raise UserError("no --weights DIR, and the embedded scenes are trained from a checkout, which this is not")
+    run = load_config(config)
+    try:
+        find_weights(run.run_folder)
+    except UserError:
+        print(f"no --weights, nothing in {run.run_folder}: training there on embedded scenes, as `make train` does")
+        print("(some minutes on a CPU; done once)", flush=True)
+        command = [sys.executable, str(CHECKOUT / "train.py"), "--config", str(config)]
+        if subprocess.run(command).returncode:
+            raise UserError("the training failed (see above); name weights by --weights DIR") from None
+    return run.run_folder, run.eval.short_side
+
+
+class View(NamedTuple):
+    """What the page shows of a photo."""
+
+    overlay: Image.Image
+    stages: list[Image.Image]  # the segments of each grouping stage, finest first
+    areas: dict[str, float]  # share of each class
+
+
+class Segmenter:
+    """Photos and class names in, pictures out.
+
+    Args:
+        short_side: pixels at which the network sees a photo; None: twice the training size.
+    """
+
+    def __init__(self, model: GroupViT, short_side: int | None = None) -> None:
+        self.model, self.short_side = model, short_side
+
+    def __call__(self, path: str, names: str, threshold: float) -> View:
+        """Segment the photo at `path` by the comma-separated `names`; a `threshold` above 0 allows for background.
+
+        Raises:
+            UserError: no picture, too large a picture, or no list of names.
+        """
+        classes = parse_classes(names, "class names")
+        photo = load_image(path, max_pixels=MAX_PIXELS)
+        photo.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+        background = threshold if threshold > 0 else None
+        found = self.model.segment(photo, classes, short_side=self.short_side, background_threshold=background)
+        labels, size = found.labels.cpu(), (photo.height, photo.width)
+        shares = label_counts(labels, len(found.classes)) / labels.numel()
+        grey, colours = photo.convert("L").convert("RGB"), segment_palette()
+        stages = [segment_of_pixels(maps[None], size)[0].cpu() for maps in found.stages]
+        return View(
+            overlay(photo, labels, found.classes, class_palette(background is not None)),
+            [blend(grey, segments, colours, 0.6) for segments in stages],
+            dict(zip(found.classes, shares.tolist(), strict=True)),
+        )
+
+
+def sample_scenes(folder: Path) -> list[list[str]]:
+    """Scenes never trained on, drawn into `folder`: per scene its path and the names of what it shows."""
+    from .data.drawing import Painter
+    from .data.scenes import held_out_combinations, plan_scene, render
+
+    seed = ScenesConfig().seed
+    painter, held_out, samples, number = Painter(SAMPLE_SIDE, seed), held_out_combinations(seed), [], 0
+    while len(samples) < SAMPLES:
+        scene = plan_scene(seed, "val", number, held_out)
+        number += 1
+        if len(scene.things) > 1:
+            path = folder / f"scene{number}.png"
+            Image.fromarray(render(scene, painter)[0]).save(path)
+            samples.append([str(path), ", ".join(thing.kind for thing in scene.things)])
+    return samples
+
+
+def build(segmenter: Segmenter, folder: Path) -> gradio.Blocks:
+    """The page. `folder` gets its sample scenes; Gradio's environment has to be set before."""
+    import gradio as gr
+
+    nothing = [None] * (2 + len(segmenter.model.config.groups))
+
+    def show(path: str | None, names: str, threshold: float) -> tuple:
+        if path is None:
+            return "", *nothing
+        try:
+            view = segmenter(path, names, threshold)
+        except UserError as error:
+            return f"**{_for_people(error, path)}**", *nothing
+        return "", view.overlay, *view.stages, view.areas
+
+    # Hands over the upload as it is: load_image reads more kinds than Gradio, and says what is wrong with one. Made
+    # this way, since Gradio's metaclass would write a .pyi beside this file.
+    Photo = type.__new__(
+        type(gr.Image),
+        "Photo",
+        (gr.Image,),
+        {"preprocess": lambda self, payload: payload and payload.path, "get_block_name": lambda self: "image"},
+    )
+    picture = {"format": "png", "interactive": False, "buttons": ["download", "fullscreen"]}
+    with gr.Blocks(title="mixreorg", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gr.Markdown("# What is where?\nDrop a photo, name what may be in it. No mask was ever shown to the model.")
+        with gr.Row():
+            with gr.Column():
+                photo = Photo(label="Photo", sources=["upload", "clipboard"], elem_id="photo")
+                names = gr.Textbox(
+                    "cat, dog, sofa", label="Class names, between commas", max_length=4000, elem_id="names"
+                )
+                threshold = gr.Slider(0, 1, 0, step=0.01, label="Background threshold (0: none)", elem_id="background")
+                button = gr.Button("Segment", variant="primary", elem_id="segment")
+            with gr.Column():
+                message = gr.Markdown(elem_id="message")
+                result = gr.Image(label="Classes", elem_id="overlay", **picture)
+                areas = gr.Label(label="Areas", show_heading=False, elem_id="areas")
+        with gr.Row():
+            stages = [
+                gr.Image(label=f"Segments of stage {i}", elem_id=f"stage{i}", **picture)
+                for i in range(1, len(segmenter.model.config.groups) + 1)
+            ]
+        gr.Examples(sample_scenes(folder), [photo, names], label="Scenes", cache_examples=False)
+        gr.on(
+            [photo.change, names.submit, threshold.release, button.click],
+            show,
+            [photo, names, threshold],
+            [message, result, *stages, areas],
+            trigger_mode="always_last",
+            api_visibility="private",
+        )
+    return page.queue(max_size=20)
+
+
+def _for_people(error: UserError, path: str) -> str:
+    """The message without the place of the upload on this machine."""
+    return " ".join(str(error).replace(path, Path(path).name).split())
+
+
+def serve(page: gradio.Blocks, host: str, port: int | None) -> str:
+    """Serve `page` from a thread; returns its address.
+
+    Raises:
+        UserError: the address or the port cannot be had.
+    """
+    import gradio as gr
+    from starlette.middleware import Middleware
+
+    plain = ("system-ui", "sans-serif")
+    try:
+        _, url, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            inbrowser=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            show_error=False,
+            ssr_mode=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            run_history=False,
+            footer_links=[],
+            max_file_size=MAX_UPLOAD,
+            theme=gr.themes.Default(font=plain, font_mono=("monospace",)),
+            app_kwargs={"middleware": [Middleware(Guard)]},
+        )
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--host {host} --port {port or '7860 and following'}: cannot listen there ({error})") from None
+    return url
+
+
+class Guard:
+    """ASGI middleware: only what the page needs, in bounded requests, and nothing from elsewhere."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        from starlette.responses import PlainTextResponse
+
+        headers = dict(scope["headers"])
+        # Gradio would fetch other sites' files for whoever asks.
+        if "/proxy=" in scope["path"] or "/file=http" in scope["path"]:
+            return await PlainTextResponse("not here", 404)(scope, receive, send)
+        if scope["method"] == "POST":
+            # Its own bound is per file; a request may hold many, or come in chunks without a length.
+            length = headers.get(b"content-length", b"")
+            if not length.isdigit() or int(length) > MAX_UPLOAD + (1 << 16):
+                return await PlainTextResponse("too large", 413)(scope, receive, send)
+
+        async def guarded(event: dict) -> None:
+            if event["type"] == "http.response.start":
+                event["headers"] = [*event["headers"], (b"content-security-policy", CONTENT_POLICY.encode())]
+            await send(event)
+
+        await self.app(scope, receive, guarded)

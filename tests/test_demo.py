@@ -1,0 +1,274 @@
+"""``mixreorg demo``: what the page computes, what its server gives away, and the page in a real browser."""
+
+import http.client
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mixreorg_fast import demo
+from mixreorg_fast.cli import main
+from mixreorg_fast.data.tokenizer import Tokenizer
+from mixreorg_fast.errors import UserError
+from mixreorg_fast.models import GroupViT
+from mixreorg_fast.models.weights import load, save
+from tests.evaluation.fakes import draw_photo
+from tests.tiny import fill, tiny_config
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    tokenizer = Tokenizer.train(["a photo of a cat and a dog", "a red car on the road"] * 3, 300)
+    config = tiny_config(model={"text": {"vocab_size": tokenizer.vocab_size, "context": 24}}).model
+    model = GroupViT(config, tokenizer=tokenizer)
+    fill(model)
+    folder = tmp_path_factory.mktemp("demo") / "weights"
+    save(model, folder)
+    return folder
+
+
+def test_a_view_of_a_photo(weights, tmp_path):
+    photo = draw_photo(tmp_path / "a.png", (60, 40), seed=0)
+    segmenter = demo.Segmenter(load(weights), short_side=64)
+    view = segmenter(str(tmp_path / "a.png"), "cat, dog", 0.0)
+    assert list(view.areas) == ["cat", "dog"] and sum(view.areas.values()) == pytest.approx(1)
+    assert [stage.size for stage in view.stages] == [photo.size] * 2
+    assert view.overlay.width >= photo.width and view.overlay.height > photo.height  # with its legend
+    colours = [len(np.unique(np.asarray(stage).reshape(-1, 3), axis=0)) for stage in view.stages]
+    assert min(colours) > 1
+    background = segmenter(str(tmp_path / "a.png"), "cat, dog", 1.0)
+    assert background.areas["background"] > 0
+
+
+def test_large_photos_are_shown_smaller_and_huge_ones_refused(weights, tmp_path, monkeypatch):
+    segmenter = demo.Segmenter(load(weights), short_side=32)
+    Image.new("RGB", (2600, 1300), "red").save(tmp_path / "large.png")
+    assert segmenter(str(tmp_path / "large.png"), "cat", 0.0).stages[0].size == (1280, 640)
+    monkeypatch.setattr(demo, "MAX_PIXELS", 1_000_000)
+    with pytest.raises(UserError, match="too large to decode .at most 1 million pixels"):
+        segmenter(str(tmp_path / "large.png"), "cat", 0.0)
+
+
+def test_sample_scenes_are_drawn_with_the_names_of_what_they_show(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "SAMPLE_SIDE", 32)
+    samples = demo.sample_scenes(tmp_path)
+    assert len(samples) == demo.SAMPLES == len({path for path, _ in samples})
+    for path, names in samples:
+        assert Image.open(path).size == (32, 32) and "," in names
+
+
+def test_without_weights_those_of_the_embedded_scenes_are_taken_or_made(weights, tmp_path, monkeypatch, capsys):
+    config = tmp_path / "run.json"
+    config.write_text(f'{{"name": "scenes", "output": "{tmp_path}", "eval": {{"short_side": 32}}}}')
+    commands = []
+
+    def train(command):
+        commands.append(command)
+        shutil.copytree(weights, tmp_path / "scenes" / "checkpoints" / "step_00000004")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", train)
+    expected = (tmp_path / "scenes", 32)
+    assert demo.embedded_weights(config) == expected
+    assert commands == [[sys.executable, str(ROOT / "train.py"), "--config", str(config)]]
+    assert "training there on embedded scenes" in capsys.readouterr().out
+    assert demo.embedded_weights(config) == expected and len(commands) == 1
+
+    shutil.rmtree(tmp_path / "scenes")
+    monkeypatch.setattr(subprocess, "run", lambda command: SimpleNamespace(returncode=1))
+    with pytest.raises(UserError, match="the training failed"):
+        demo.embedded_weights(config)
+    with pytest.raises(UserError, match="from a checkout, which this is not"):
+        demo.embedded_weights(tmp_path / "configs" / "zero2.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--port", "99999"], "--port must lie in 1..65535"), (["--short-side", "0"], "--short-side must be at least 1")],
+)
+def test_refuses_in_one_line(weights, capsys, options, message):
+    assert main(["demo", "--weights", str(weights), *options]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+# ---------------------------------------------------------------------------------- the command, and a real browser
+
+
+def start(weights: Path, folder: Path, *options: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "mixreorg_fast.cli", "demo", "--weights", str(weights), "--short-side", "64"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *options], env=environment, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+@pytest.fixture(scope="module")
+def server(weights, tmp_path_factory):
+    """A running page: its address and the folder of its temporary files. Told to end, it leaves none of them."""
+    pytest.importorskip("gradio", reason="needs the demo extra")
+    folder = tmp_path_factory.mktemp("served")
+    process = start(weights, folder)
+    try:
+        line = process.stdout.readline()
+        assert " shows " in line, line + process.stdout.read()
+        yield SimpleNamespace(url=line.split()[0], folder=folder)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == 0 and "Traceback" not in output, output
+        assert not list(folder.glob("mixreorg-demo-*"))
+    finally:
+        process.kill()
+
+
+def status(url: str, **request) -> int:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, **request), timeout=20) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_no_file_but_the_pages_own_is_served(server):
+    assert status(server.url) == 200
+    own = next(server.folder.glob("mixreorg-demo-*/uploads/*/scene*.png"))
+    assert status(f"{server.url}gradio_api/file={own}") == 200
+    for path in ("/etc/passwd", ROOT / "setup.py", "setup.py", f"{own.parent}/../../../../x", ROOT / "README.md"):
+        assert status(f"{server.url}gradio_api/file={path}") == 403
+    for path in ("file=http://127.0.0.1/", "file=https://example.com/", "proxy=https://example.hf.space/"):
+        assert status(f"{server.url}gradio_api/{path}") == 404
+
+
+def test_uploads_are_bounded(server):
+    body = b"--x\r\nContent-Disposition: form-data; name=files; filename=a.jpg\r\n\r\n%b\r\n--x--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    upload = f"{server.url}gradio_api/upload"
+    assert status(upload, data=body % b"small", headers=headers, method="POST") == 200
+    connection = http.client.HTTPConnection(server.url.split("/")[2], timeout=20)
+    for length in ({"Content-Length": str(demo.MAX_UPLOAD * 2)}, {"Transfer-Encoding": "chunked"}):
+        connection.request("POST", "/gradio_api/upload", headers=headers | length)
+        answer = connection.getresponse()
+        assert answer.status == 413 and answer.read() == b"too large"
+        connection.close()
+
+
+def test_it_listens_at_one_address_and_says_when_it_cannot(server, weights, tmp_path):
+    host, port = server.url.split("/")[2].split(":")
+    assert host == "127.0.0.1"
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(f"http://127.0.0.2:{port}/", timeout=5)
+    second = start(weights, tmp_path, "--port", port)
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert output.startswith(f"error: --host 127.0.0.1 --port {port}: cannot listen there"), output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no browser: install Debian's chromium and chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (
+        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+        "disable-component-update", "disable-sync", "disable-dev-shm-usage", "window-size=1200,1600",
+        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    service = webdriver.chrome.service.Service(driver)  # named, else Selenium would look for one on the network
+    browser = webdriver.Chrome(options=options, service=service)
+    yield browser
+    browser.quit()
+
+
+class Page:
+    """The page as its users see it."""
+
+    def __init__(self, browser, url: str) -> None:
+        self.browser = browser
+        browser.get(url)
+
+    def find(self, selector: str):
+        return self.until(lambda: self.browser.find_elements("css selector", selector))[0]
+
+    def until(self, condition, seconds: float = 60):
+        """The first true value of `condition`."""
+        from selenium.common.exceptions import WebDriverException
+
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                if value := condition():
+                    return value
+            except WebDriverException:  # the page is redrawn meanwhile
+                pass
+            time.sleep(0.1)
+        raise AssertionError(f"not within {seconds} s; the page says: {self.find('body').text}")
+
+    def picture(self, name: str) -> str | None:
+        found = self.browser.find_elements("css selector", f"#{name} img")
+        return found[0].get_attribute("src") if found else None
+
+    def next_picture(self, name: str, before: str | None) -> str:
+        return self.until(lambda: self.picture(name) not in (before, None) and self.picture(name))
+
+    def type(self, selector: str, text: str) -> None:
+        from selenium.webdriver.common.keys import Keys
+
+        self.find(selector).send_keys(Keys.CONTROL, "a")
+        self.find(selector).send_keys(text, Keys.ENTER)
+
+    def upload(self, path: Path) -> None:
+        for button in self.browser.find_elements("css selector", "#photo button[aria-label=Clear]"):
+            button.click()
+        self.find("#photo input[type=file]").send_keys(str(path))
+
+
+def test_the_page_in_a_browser(browser, server, tmp_path):
+    page = Page(browser, server.url)
+    page.find("tr.tr-body").click()  # a sample scene
+    scene = page.next_picture("overlay", None)
+    names = page.find("#names textarea, #names input").get_attribute("value")
+    assert page.until(lambda: set(names.split(", ")) <= set(page.find("#areas").text.split()))
+    assert page.picture("stage1") and page.picture("stage2")
+
+    draw_photo(tmp_path / "photo.png", (90, 60), seed=1)
+    page.upload(tmp_path / "photo.png")
+    photo = page.next_picture("overlay", scene)
+    page.type("#names textarea, #names input", "road, car")
+    named = page.next_picture("overlay", photo)
+    assert page.until(lambda: {"road", "car"} <= set(page.find("#areas").text.split()))
+    page.type("#background input[type=number]", "1")
+    page.find("#segment").click()
+    page.next_picture("overlay", named)
+    assert page.until(lambda: "background" in page.find("#areas").text)
+
+    page.type("#names textarea, #names input", "road, ")
+    assert page.until(lambda: "expected names between commas" in page.find("#message").text)
+    page.until(lambda: page.picture("overlay") is None)
+    (tmp_path / "bad.jpg").write_text("no picture")
+    page.upload(tmp_path / "bad.jpg")
+    page.type("#names textarea, #names input", "road")
+    wanted = "bad.jpg: not a picture (expected JPEG, PNG, WebP, BMP, TIFF or GIF)"
+    page.until(lambda: page.find("#message").text == wanted)
+    assert "Traceback" not in page.find("body").text and str(server.folder) not in page.find("body").text
+
+    page.upload(tmp_path / "photo.png")  # and all is well again
+    page.next_picture("overlay", None)
+    assert page.until(lambda: page.find("#message").text == "")
+    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert loaded and all(name.startswith((server.url, "data:", "blob:")) for name in loaded)
