@@ -156,6 +156,9 @@ class TrainConfig(Section):
     clip: Annotated[float, Field(ge=0.0)] = Field(5.0, description="gradient norm limit, 0 = off")
     precision: Literal["bf16", "fp32"] = "bf16"
     checkpoint_activations: bool = False
+    compile: bool | None = Field(
+        None, description="torch.compile of the blocks; null: on a GPU, but for ZeRO-3, which gathers weights in hooks"
+    )
     log_every: Positive = 10
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig, TextConfig
 from ..ops.attention import Packing
-from .layers import Block, GroupingBlock, LayerNorm, LearnedTokens, Linear, PatchEmbed, TokenMixer, quick_gelu
+from .layers import Block, GroupingBlock, LayerNorm, LearnedTokens, Linear, PatchEmbed, TokenMixer, call, quick_gelu
 
 
 class GroupProjector(nn.Module):
@@ -95,11 +95,6 @@ def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
     grid = positions.unflatten(1, (side, side)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)
     return grid.flatten(2).mT.contiguous()
-
-
-def call(function: Callable, *args):
-    """``function(*args)``: how a block runs where nothing is recomputed."""
-    return function(*args)
 
 
 class TextEncoder(nn.Module):

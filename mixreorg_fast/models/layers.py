@@ -6,6 +6,7 @@ decided once, at the embedding. Normalisation and softmax compute in fp32.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,24 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.attention import Packing
+
+
+def call(function: Callable, *args):
+    """``function(*args)``: how the parts of a model are run where nothing is to be done about it."""
+    return function(*args)
+
+
+@functools.cache
+def compiled_call() -> Callable:
+    """:func:`call` under torch.compile, whole or not at all.
+
+    The part is an argument, so that all blocks of one shape share one graph: their weights are its inputs. A graph per
+    combination of part, shape and stochastic depth is more than torch.compile allows a function by default.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(call, fullgraph=True)
 
 
 class Linear(nn.Linear):

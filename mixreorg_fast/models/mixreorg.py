@@ -20,7 +20,7 @@ from ..ops.mixed_segmentation import mixed_segmentation_logits
 from ..ops.philox import philox
 from .encoders import Stage
 from .groupvit import GroupViT
-from .layers import LearnedTokens
+from .layers import LearnedTokens, call, compiled_call
 
 # What a seed is used for; added to it, these give independent streams. The grouping noise has one for each of the
 # three branches of each of the two grouping blocks.
@@ -201,10 +201,14 @@ class MixReorg(nn.Module):
         return x
 
     def _run(self, function: Callable, *args):
-        """Call, recomputing activations in backward where the configuration says so."""
+        """Call, compiled and recomputing activations in backward where the configuration says so."""
+        compiles = self.config.train.compile
+        if compiles is None:
+            compiles = args[0].is_cuda and self.config.deepspeed.zero_stage < 3
+        run = compiled_call() if compiles and self.training else call
         if self.config.train.checkpoint_activations and self.training:
-            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-        return function(*args)
+            return checkpoint(run, function, *args, use_reentrant=False, preserve_rng_state=False)
+        return run(function, *args)
 
     def _keep(self, batch: Batch, block: int, rows: int) -> tuple[Tensor | None, Tensor | None]:
         """Stochastic depth of both residuals of a block: per row 0, or 1 / (its probability of being kept)."""

@@ -1,0 +1,99 @@
+"""The step as torch.compile and CUDA see it: no graph break, few graphs, no waiting for the host."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from mixreorg_fast import ops
+from mixreorg_fast.models import Batch, MixReorg, mixreorg
+from mixreorg_fast.models.layers import call
+from tests.tiny import fill, random_batch, tiny_config
+
+
+def module(**changes) -> MixReorg:
+    model = MixReorg(tiny_config(model={"drop_path": 0.3, "depths": [3, 2, 2]}, **changes))
+    fill(model)
+    return model
+
+
+def on(device: torch.device, batch: Batch) -> Batch:
+    batch.images, batch.ids, batch.noun_ids = (x.to(device) for x in (batch.images, batch.ids, batch.noun_ids))
+    return batch
+
+
+def gradients(model: MixReorg, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    loss = model(batch)["loss"]
+    return loss.detach(), torch.autograd.grad(loss, list(model.parameters()))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.gpu)])
+@torch._dynamo.config.patch(recompile_limit=64)
+def test_compiled_blocks_change_nothing_and_share_graphs(recompute, backend, device, monkeypatch):
+    """Every part is traced whole (fullgraph raises on a break), and blocks of one shape are one graph."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    whole = torch.compile(call, fullgraph=True, backend=counter)
+    monkeypatch.setattr(mixreorg, "compiled_call", lambda: whole)
+    plain = module(train={"compile": False}).to(device)
+    compiled = module(train={"compile": True, "checkpoint_activations": recompute}).to(device)
+    for step in range(2):  # captions of the second step have other lengths
+        batch = on(device, random_batch(plain.config, 8, seed=step, nouns=2))
+        (loss, grads), (expected, truth) = gradients(compiled, batch), gradients(plain, batch)
+        torch.testing.assert_close(loss, expected)
+        for grad, exact in zip(grads, truth, strict=True):
+            torch.testing.assert_close(grad, exact, rtol=1e-4, atol=1e-5)
+        if step == 0:
+            first = counter.frame_count
+    # Image blocks: alone without and with stochastic depth, with the mixed ones, of the three branches in stages 2
+    # and 3; text blocks; queries and segments of two grouping blocks each.
+    assert first <= 10
+    # Packed rows of another number, and other buckets of them.
+    assert counter.frame_count <= first + 2
+
+
+def test_losses_and_projections_are_one_graph():
+    torch._dynamo.reset()
+    model = module()
+    backbone, config = model.backbone, model.config
+    batch = random_batch(config, 8)
+    plan = model._plan(batch)
+
+    def tail(patches, groups, texts):
+        stage = backbone.image_encoder.stages[0]
+        patches, queries = stage.grouping.queries(patches, groups)
+        q, k, v = stage.grouping.project(patches, queries)
+        out, first = ops.grouping_attention(q, k, v, seed=3, return_assignment="used")
+        segments = stage.grouping.finish(queries, out)
+        rows = torch.cat([segments.mean(1), segments.flatten(0, 1)])
+        embeddings = F.normalize(backbone.image_projection(rows, statistics_rows=8), dim=-1)
+        images, segments = embeddings[:8], embeddings[8:].unflatten(0, (8, -1))
+        second = torch.eye(segments.shape[1]).expand(8, -1, -1)
+        multiplier = backbone.logit_multiplier()
+        loss = ops.contrastive_loss(images, texts, multiplier)
+        return loss + ops.mixed_segmentation_loss(first, second, segments, texts, plan, multiplier)
+
+    width, (groups, _) = config.model.width, config.model.groups
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(shape, generator=generator)
+        for shape in ((8, config.model.patches, width), (8, groups, width), (8, config.model.embed_dim))
+    ]
+    explained = torch._dynamo.explain(tail)(*inputs)
+    assert explained.graph_break_count == 0, explained.break_reasons
+    assert explained.graph_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_host_never_waits(precision, device):
+    model = module(train={"precision": precision, "compile": False}, loss={"multi_label": 0.5}).to(device)
+    batch = on(device, random_batch(model.config, 8, nouns=2))
+    batch.seed = torch.tensor(batch.seed, device=device)
+    model(batch)["loss"].backward()  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(batch)["loss"].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
