@@ -65,6 +65,7 @@ class Case:
     """One op at one shape, in every implementation.
 
     Args:
+        suite: of the results. Only of an "op" is there a "compiled" column by itself, and rows under CUDA graphs.
         op: its public name. shape: as printed in the tables, "1024x196x384 K=4".
         batch: images, for images per second.
         inputs: generator -> one set of inputs, random, on DEVICE; those that require grad are differentiated.
@@ -84,6 +85,7 @@ class Case:
     modes: Sequence[Mode] = MODES
     dtype: torch.dtype = DTYPE
     bandwidth: Literal["copy", "write"] = "copy"
+    suite: Literal["op", "step", "inference"] = "op"
 
     def __str__(self) -> str:
         return f"{self.op}-{self.shape}".replace(" ", "-")
@@ -94,10 +96,10 @@ def matrix(cases: Sequence[Case]) -> Callable:
     combinations = [
         pytest.param(case, name, mode, graph, id=f"{case}-{name}-{mode}{'-graph' if graph else ''}")
         for case in cases
-        for name in dict.fromkeys(("eager", "compiled", *case.implementations))
+        for name in dict.fromkeys((*(("eager", "compiled") if case.suite == "op" else ()), *case.implementations))
         if name != "triton" or (ON_GPU and TRITON_INSTALLED)
         for mode in case.modes
-        for graph in ((False, True) if ON_GPU else (False,))
+        for graph in ((False, True) if ON_GPU and case.suite == "op" else (False,))
     ]
 
     def decorate(test: Callable) -> Callable:
@@ -146,7 +148,7 @@ def run_case(benchmark: Any, case: Case, implementation: str, mode: Mode, graph:
     median, p20, p80 = (_quantile(times, q) for q in (0.5, 0.2, 0.8))
     work = case.work[mode]
     row = {
-        "suite": "op",
+        "suite": case.suite,
         "op": case.op,
         "shape": case.shape,
         "dtype": str(case.dtype).removeprefix("torch."),

@@ -15,19 +15,20 @@ from typing import Any
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+SUITES = ("op", "inference")  # that have a table here
 Row = Mapping[str, Any]
 
 
 def tables(folder: Path = HERE / "results") -> str:
     """One section per device, GPUs first."""
     files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    files = [file for file in files if any(row["suite"] == "op" for row in file["rows"])]
+    files = [file for file in files if any(row["suite"] in SUITES for row in file["rows"])]
     return "\n\n".join(device_section(file) for file in sorted(files, key=lambda file: file["cuda"] is None))
 
 
 def device_section(file: Mapping[str, Any]) -> str:
     """The device, its ceilings, and a table per op."""
-    rows = [row for row in file["rows"] if row["suite"] == "op"]
+    rows = [row for row in file["rows"] if row["suite"] in SUITES]
     commits = sorted({row["commit"] for row in rows})
     lines = [
         f"### {file['device']}",
