@@ -39,6 +39,8 @@ def test_confusion_is_that_of_scikit_learn():
     known = truth != 255
     expected = sklearn.confusion_matrix(truth[known], prediction[known], labels=range(CLASSES))
     assert (matrix.numpy() == expected).all()
+    iou = 100 * sklearn.jaccard_score(truth[known], prediction[known], labels=[0, 1, 2, 3, 4, 6], average=None)
+    assert metrics.mean_iou(matrix) == pytest.approx(iou.mean(), abs=1e-6)
 
 
 def test_a_class_only_predicted_counts_as_zero():

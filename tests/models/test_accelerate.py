@@ -120,11 +120,23 @@ def test_lower_precision_keeps_its_dtype(fast):
     assert {out.pooler_output.dtype, *(a.dtype for a in out.attentions)} == {torch.bfloat16}
 
 
-def test_the_vision_model_compiles_whole(fast):
+def test_segment_labels_and_a_training_step_compile_whole(fast):
     images = inputs()["pixel_values"]
-    compiled = torch.compile(fast.vision_model, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(images).pooler_output, fast.vision_model(images).pooler_output)
+    texts = torch.nn.functional.normalize(torch.randn(7, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    compiled = torch.compile(fast.segment_labels, fullgraph=True, backend="eager")
+    labels = fast.segment_labels(images, texts, background_threshold=0.05)
+    assert torch.equal(compiled(images, texts, background_threshold=0.05), labels)
+
+    def pooled(vision):
+        torch.manual_seed(3)  # of the noise
+        vision(images).pooler_output.square().sum().backward()
+        return {name: p.grad.clone() for name, p in vision.named_parameters() if p.grad is not None}
+
+    twin = copy.deepcopy(fast).train()
+    expected = pooled(fast.train().vision_model)
+    found = pooled(torch.compile(twin.vision_model, fullgraph=True, backend="aot_eager"))
+    for (name, gradient), other in zip(expected.items(), found.values(), strict=True):
+        torch.testing.assert_close(other, gradient, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_other_models_are_refused(fast):
