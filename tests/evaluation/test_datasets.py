@@ -7,10 +7,13 @@ from PIL import Image
 
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.evaluation.datasets import KINDS, LAYOUTS, open_dataset
+from mixreorg_fast.evaluation.zero_shot import Settings, evaluate
 
 from .fakes import draw_mask, draw_photo
 
 SIZE = (40, 24)
+ROOT = Path(__file__).parents[2]
+COPIES = ROOT.parent / "shared" / "data"  # where docs/data.md keeps copies of real sets
 
 
 def build(root: Path, photo: str, mask: str, ids: list[int], listing: str | None = None) -> np.ndarray:
@@ -184,5 +187,28 @@ def test_errors_of_the_standard_layouts(tmp_path):
 
 
 def test_every_kind_is_documented():
-    page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text()
+    page = (ROOT / "docs" / "evaluate.md").read_text()
     assert all(f"`{kind}`" in page for kind in KINDS)
+
+
+@pytest.mark.parametrize(("name", "classes"), [("voc2012_subset", 21), ("camvid", 11)])
+def test_real_sets_evaluate_in_the_plain_layout_and_in_vocs(model, tokenizer, tmp_path, name, classes):
+    copy = COPIES / name
+    if not copy.is_dir():
+        pytest.skip(f"no copy at {copy}")
+
+    def score(kind: str, root: Path) -> dict:
+        settings = Settings(short_side=64)
+        return evaluate(model, tokenizer, open_dataset(kind, root), settings, limit=3, progress=False)
+
+    plain = score("plain", copy)
+    assert plain["images"] == 3 and 0 <= plain["mIoU"] <= plain["oracle_mIoU"] <= 100
+    assert len(plain["per_class"]) == classes
+    if name == "voc2012_subset":
+        home = tmp_path / "VOC2012"
+        (home / "ImageSets").mkdir(parents=True)
+        for link, folder in (("JPEGImages", "images"), ("SegmentationClass", "masks")):
+            (home / link).symlink_to(copy / folder)
+        (home / "ImageSets" / "Segmentation").symlink_to(copy / "splits")
+        # The names differ here and there, and so may the labels, but not the photos, truths and segments.
+        assert score("voc2012", tmp_path)["oracle_mIoU"] == plain["oracle_mIoU"]
