@@ -22,6 +22,7 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+Frequency = Annotated[float, Field(ge=0.0)]
 
 
 class Section(BaseModel):
@@ -93,6 +94,9 @@ class LossConfig(Section):
     restored: Annotated[float, Field(ge=0.0)] = 1.0
     mixed: Annotated[float, Field(ge=0.0)] = 1.0
     multi_label: Annotated[float, Field(ge=0.0)] = 0.0
+    exchange: Literal["gather", "ring"] = Field(
+        "gather", description="of features between ranks; ring: a rank's at a time, for batches whose features are big"
+    )
 
 
 class AugmentConfig(Section):
@@ -128,6 +132,19 @@ class ScenesConfig(Section):
     val: Positive = 400
     size: Positive = 64
     seed: int = 0
+    objects: tuple[Frequency, Frequency, Frequency] = Field((3, 4, 3), description="how often 1, 2 and 3 objects")
+    scale: Annotated[float, Field(ge=1.0, le=1.5)] = Field(1.0, description="size of the objects")
+    grounds: Annotated[int, Field(ge=1, le=12)] = Field(12, description="kinds of ground in use")
+    typical: Fraction = Field(
+        0.0, description="share of objects in a colour (or pattern) that is their kind's own, as most things have one"
+    )
+    detail: Fraction = Field(1.0, description="how readily captions tell colours, patterns and grounds")
+
+    @model_validator(mode="after")
+    def _some_objects(self) -> ScenesConfig:
+        if not any(self.objects):
+            raise ValueError("objects: one of the three frequencies must be above 0")
+        return self
 
 
 class DataConfig(Section):
@@ -160,6 +177,12 @@ class TrainConfig(Section):
         None, description="torch.compile of the blocks; null: on a GPU, but for ZeRO-3, which gathers weights in hooks"
     )
     log_every: Positive = 10
+    spike: Annotated[float, Field(ge=0.0)] = Field(
+        100.0, description="skip a step whose gradient norm is so many times the running mean's; 0 = only NaN and inf"
+    )
+    max_skipped: Positive = Field(3, description="skipped steps in a row that stop the run")
+    # Collectives give up by themselves after half an hour, without a name.
+    timeout: Annotated[float, Field(gt=0.0, le=1500.0)] = Field(600.0, description="seconds a rank may hang in a step")
 
 
 class EvalDatasetConfig(Section):

@@ -149,10 +149,11 @@ def sample_scenes(folder: Path) -> list[list[str]]:
     from .data.drawing import Painter
     from .data.scenes import held_out_combinations, plan_scene, render
 
-    seed = ScenesConfig().seed
-    painter, held_out, samples, number = Painter(SAMPLE_SIDE, seed), held_out_combinations(seed), [], 0
+    config = ScenesConfig()
+    painter, held_out = Painter(SAMPLE_SIDE, config.seed), held_out_combinations(config.seed)
+    samples, number = [], 0
     while len(samples) < SAMPLES:
-        scene = plan_scene(seed, "val", number, held_out)
+        scene = plan_scene(config, "val", number, held_out)
         number += 1
         if len(scene.things) > 1:
             path = folder / f"scene{number}.png"

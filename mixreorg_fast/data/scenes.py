@@ -36,7 +36,7 @@ from .build import Pair, write_shard
 from .drawing import GROUNDS, PATTERNS, SHAPES, Painter, Placed
 from .shards import write_atomically
 
-FORMAT = 1  # raised when the same settings would draw other scenes
+FORMAT = 2  # raised when the same settings would draw other scenes
 PER_SHARD = 1000
 HELD_OUT = 0.1  # share of the (kind, pattern, colour) combinations kept from training
 JPEG_QUALITY = 95
@@ -147,7 +147,7 @@ def ensure_scenes(config: ScenesConfig, *, workers: int | None = None, progress:
         UserError: the folder exists and holds something else, or cannot be written.
     """
     folder = Path(config.folder)
-    settings = {"format": FORMAT, **config.model_dump(exclude={"folder"})}
+    settings = {"format": FORMAT, **config.model_dump(mode="json", exclude={"folder"})}
     try:
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_name(f".{folder.name}.lock")):
@@ -161,26 +161,26 @@ def ensure_scenes(config: ScenesConfig, *, workers: int | None = None, progress:
     return ScenePaths(shards["train"], shards["val"], folder / "val", folder / "unseen")
 
 
-def plan_scene(seed: int, split: str, number: int, held_out: frozenset[tuple[str, str, str]]) -> Scene:
+def plan_scene(config: ScenesConfig, split: str, number: int, held_out: frozenset[tuple[str, str, str]]) -> Scene:
     """What scene `number` of a split shows and how it is described."""
-    rng = random.Random(f"{seed}/{split}/{number}")  # a string's hash there is the same on every machine
+    rng = random.Random(f"{config.seed}/{split}/{number}")  # a string's hash there is the same on every machine
     # In "unseen" every object is a held-out combination; the same sentence covers the other splits the other way.
     combinations: list[tuple[str, str, str]] = []
-    wanted = rng.choices((1, 2, 3), weights=(3, 4, 3))[0]
+    wanted = rng.choices((1, 2, 3), weights=config.objects)[0]
     pool = sorted(held_out) if split == "unseen" else None
     while len(combinations) < wanted:
         if pool is not None:
             candidate = rng.choice(pool)
         else:
-            candidate = (rng.choice(KINDS), rng.choice(tuple(PATTERNS)), rng.choice(tuple(COLOURS)))
+            candidate = _combination(config.typical, rng)
             if candidate in held_out:
                 continue
         if candidate[0] not in [kind for kind, *_ in combinations]:
             combinations.append(candidate)
-    things = _placed(combinations, rng)
-    ground = rng.choice(tuple(GROUNDS))
+    things = _placed(combinations, config.scale, rng)
+    ground = rng.choice(tuple(GROUNDS)[: config.grounds])
     said: dict[str, None] = {}
-    captions = tuple(_caption(things, ground, rng, said) for _ in range(2))
+    captions = tuple(_caption(things, ground, config.detail, rng, said) for _ in range(2))
     return Scene(ground, things, captions, tuple(said), rng.getrandbits(32))
 
 
@@ -211,9 +211,23 @@ def pair_of(scene: Scene, split: str, number: int, picture: np.ndarray) -> Pair:
     return Pair(f"{split}{number:06d}", encoded.getvalue(), "jpg", scene.captions, fields)
 
 
-def _placed(combinations: Sequence[tuple[str, str, str]], rng: random.Random) -> tuple[Thing, ...]:
+def _combination(typical: float, rng: random.Random) -> tuple[str, str, str]:
+    """A kind with a pattern and a colour: its own with probability `typical` each, else any."""
+    kind, patterns, colours = rng.choice(KINDS), tuple(PATTERNS), tuple(COLOURS)
+    number = KINDS.index(kind)
+    # Two colours and a pattern to a kind, spread so that no two kinds share all of them.
+    own_colour = colours[(5 * number + rng.choice((0, 3))) % len(colours)]
+    own_pattern = patterns[(number + 3 * (number // len(colours))) % len(patterns)]
+    colour = own_colour if rng.random() < typical else rng.choice(colours)
+    pattern = own_pattern if rng.random() < typical else rng.choice(patterns)
+    return kind, pattern, colour
+
+
+def _placed(combinations: Sequence[tuple[str, str, str]], scale: float, rng: random.Random) -> tuple[Thing, ...]:
     """Objects at random places inside the picture, overlapping a little at most."""
-    low, high = {1: (0.40, 0.60), 2: (0.32, 0.48), 3: (0.27, 0.40)}[len(combinations)]
+    # Shortest and longest, as shares of the picture's side, and the most that finds room beside the others.
+    low, high, most = {1: (0.40, 0.60, 0.90), 2: (0.32, 0.48, 0.56), 3: (0.27, 0.40, 0.44)}[len(combinations)]
+    low, high = (min(side * scale, most) for side in (low, high))
     while True:
         things: list[Thing] = []
         for kind, pattern, colour in combinations:
@@ -229,13 +243,13 @@ def _placed(combinations: Sequence[tuple[str, str, str]], rng: random.Random) ->
             return tuple(things)
 
 
-def _caption(things: Sequence[Thing], ground: str, rng: random.Random, said: dict[str, None]) -> str:
+def _caption(things: Sequence[Thing], ground: str, detail: float, rng: random.Random, said: dict[str, None]) -> str:
     """One way to describe a scene; what it speaks of is added to `said`."""
     order = rng.sample(things, len(things))
     if len(order) > 1 and rng.random() < 0.15:
         order = order[:-1]  # people do not mention everything
     said.update(dict.fromkeys(thing.kind for thing in order))
-    phrases = [_describe(thing, rng) for thing in order]
+    phrases = [_describe(thing, detail, rng) for thing in order]
     if len(order) >= 2 and rng.random() < 0.4:
         subject = f"{phrases[0]} {_relation(order[0], order[1], rng)} {phrases[1]}"
         if len(order) == 3:
@@ -245,7 +259,7 @@ def _caption(things: Sequence[Thing], ground: str, rng: random.Random, said: dic
     else:
         subject = rng.choice((" and ", " with ", " together with ")).join(phrases)
     where = ""
-    if rng.random() < 0.65:
+    if rng.random() < 0.65 * detail:
         where = rng.choice(GROUND_WORDS[ground])
         said[ground] = None
     plural = len(order) > 1 and " and " in subject
@@ -267,16 +281,16 @@ def _caption(things: Sequence[Thing], ground: str, rng: random.Random, said: dic
     return sentence + rng.choice(("", "", ".", " ."))
 
 
-def _describe(thing: Thing, rng: random.Random) -> str:
+def _describe(thing: Thing, detail: float, rng: random.Random) -> str:
     """A noun phrase: article, perhaps size, pattern and colour in either order, the kind or a synonym of it."""
     noun = thing.kind
     if thing.kind in KIND_WORDS and rng.random() < 0.25:
         noun = rng.choice(KIND_WORDS[thing.kind])
     adjectives, after = [], ""
-    if rng.random() < 0.85:
+    if rng.random() < 0.85 * detail:
         words = COLOUR_WORDS.get(thing.colour, [])
         adjectives.append(rng.choice(words) if words and rng.random() < 0.25 else thing.colour)
-    if rng.random() < (0.1 if thing.pattern == "plain" else 0.65):
+    if rng.random() < (0.1 if thing.pattern == "plain" else 0.65) * detail:
         before, behind = PATTERN_WORDS[thing.pattern]
         if rng.random() < 0.7:
             adjectives.insert(rng.randint(0, len(adjectives)), rng.choice(before))
@@ -401,7 +415,7 @@ def _draw_piece(config: ScenesConfig, painter: Painter, *, split: str, first: in
 
     def pairs() -> Iterator[Pair]:
         for number in range(first, first + count):
-            scene = plan_scene(config.seed, split, number, held_out)
+            scene = plan_scene(config, split, number, held_out)
             picture, mask = render(scene, painter)
             pair = pair_of(scene, split, number, picture)
             if split != "train":

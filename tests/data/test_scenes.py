@@ -121,7 +121,7 @@ def test_unseen_combinations_are_unseen():
     used = {split: set() for split in ("train", "val", "unseen")}
     for split, found in used.items():
         for number in range(1500):
-            scene = plan_scene(0, split, number, held_out)
+            scene = plan_scene(ScenesConfig(), split, number, held_out)
             found |= {(thing.kind, thing.pattern, thing.colour) for thing in scene.things}
     assert used["unseen"] <= held_out and len(used["unseen"]) > 0.9 * len(held_out)
     assert not (used["train"] | used["val"]) & held_out
@@ -135,7 +135,7 @@ def test_captions_say_true_things():
     words = {kind: [kind, *KIND_WORDS.get(kind, [])] for kind in KINDS}
     lefts = 0
     for number in range(800):
-        scene = plan_scene(0, "train", number, held_out)
+        scene = plan_scene(ScenesConfig(), "train", number, held_out)
         kinds = {thing.kind for thing in scene.things}
         assert 1 <= len(scene.things) <= 3 and len(kinds) == len(scene.things)
         assert set(scene.nouns) <= kinds | {scene.ground}
@@ -163,7 +163,7 @@ def test_captions_say_true_things():
 
 def test_captions_vary():
     held_out = held_out_combinations(0)
-    captions = [plan_scene(0, "train", number, held_out).captions[0] for number in range(1000)]
+    captions = [plan_scene(ScenesConfig(), "train", number, held_out).captions[0] for number in range(1000)]
     assert len(set(captions)) > 950
     assert len({word for caption in captions for word in re.findall(r"[a-z-]+", caption.lower())}) > 130
 
@@ -172,7 +172,7 @@ def test_masks_are_exact(painter):
     """Where an object of a colour far from the ground's is painted, the mask says so, and nowhere else."""
     held_out = held_out_combinations(0)
     for number in range(200):
-        scene = plan_scene(0, "val", number, held_out)
+        scene = plan_scene(ScenesConfig(), "val", number, held_out)
         picture, mask = render(scene, painter)
         assert picture.shape == (64, 64, 3) and picture.dtype == mask.dtype == np.uint8
         assert {KINDS[label - 1] for label in np.unique(mask) if label} == {thing.kind for thing in scene.things}
@@ -182,7 +182,7 @@ def test_masks_are_exact(painter):
             assert np.abs(columns / 64 - thing.x).max() < 0.75 * thing.size + 0.05
             assert np.abs(rows / 64 - thing.y).max() < 0.75 * thing.size + 0.05
     # The picture without its objects differs from the one with them exactly on the mask, but for smoothed edges.
-    scene = plan_scene(0, "val", 3, held_out)
+    scene = plan_scene(ScenesConfig(), "val", 3, held_out)
     with_things, mask = render(scene, painter)
     bare, _ = render(scene.__class__(scene.ground, (), scene.captions, scene.nouns, scene.picture_seed), painter)
     if np.abs(with_things[mask == 0].astype(int) - bare[mask == 0]).mean() < 3:  # the same family was drawn
@@ -207,6 +207,24 @@ def test_kinds_have_their_own_outlines(painter):
 
 def test_no_ground_identifies_a_picture(painter):
     held_out = held_out_combinations(0)
-    grounds = [plan_scene(0, "train", number, held_out).ground for number in range(2000)]
+    grounds = [plan_scene(ScenesConfig(), "train", number, held_out).ground for number in range(2000)]
     assert set(grounds) == set(GROUNDS)
     assert min(grounds.count(ground) for ground in GROUNDS) > 100
+
+
+def test_easier_scenes():
+    """Fewer and larger objects, few grounds, looks typical of a kind, captions that tell little."""
+    easy = ScenesConfig(objects=(1, 0, 0), scale=1.4, grounds=2, typical=1.0, detail=0.0)
+    scenes = [plan_scene(easy, "train", number, frozenset()) for number in range(300)]
+    assert {len(scene.things) for scene in scenes} == {1}
+    assert {scene.ground for scene in scenes} == set(list(GROUNDS)[:2])
+    assert min(scene.things[0].size for scene in scenes) >= 0.56
+    looks = {}
+    for scene in scenes:
+        looks.setdefault(scene.things[0].kind, set()).add((scene.things[0].pattern, scene.things[0].colour))
+    assert len(looks) == len(KINDS) and all(len(look) <= 2 for look in looks.values())
+    assert len({frozenset(look) for look in looks.values() if len(look) == 2}) == sum(
+        len(look) == 2 for look in looks.values()
+    )
+    told = " ".join(caption.lower() for scene in scenes for caption in scene.captions)
+    assert not any(word in told.split() for word in (*COLOURS, "striped", "dotted", "grass"))
