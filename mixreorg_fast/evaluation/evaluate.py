@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from .. import load
-from ..errors import UserError
+from ..errors import RankError, UserError
 from ..files import write_json
 from ..models.prompts import TEMPLATES, templates_named, text_classifier
 from .datasets import KINDS, open_dataset
+from .metrics import rank_and_world
 from .pictures import dataset_figure, saving
 from .zero_shot import Segmenter, Settings, evaluate, settings_for
 
@@ -85,6 +90,29 @@ def load_on_device(weights: str, device: str | None) -> Any:
     return model
 
 
+@contextlib.contextmanager
+def joined_ranks(device: str | None) -> Iterator[str | None]:
+    """Join the ranks that torchrun or deepspeed started, if any; gives the device of this one.
+
+    Raises:
+        RankError: this node has fewer GPUs than ranks.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield device
+        return
+    backend = "gloo"
+    if device != "cpu" and torch.cuda.is_available():
+        local, backend = int(os.environ.get("LOCAL_RANK", 0)), "nccl"
+        if local >= torch.cuda.device_count():
+            raise RankError(f"local rank {local} has no GPU: this node has {torch.cuda.device_count()}")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    dist.init_process_group(backend)
+    yield device
+    # Not after an error: the others wait for this rank, until the launcher ends them.
+    dist.destroy_process_group()
+
+
 def class_table(per_class: dict[str, float | None]) -> str:
     """Lines of name and IoU in percent; a dash for a class that never occurs."""
     width = max(map(len, per_class))
@@ -101,18 +129,22 @@ def main(args: argparse.Namespace) -> int:
     # The data set comes first: its errors should not wait for the weights.
     dataset = open_dataset(args.dataset, args.root, args.split)
     settings = settings_for(settings_from(args), dataset)
-    model = load_on_device(args.weights, args.device)
     keep = f"{args.out}.partial" if args.out else None
-    result = evaluate(
-        model,
-        model.tokenizer,
-        dataset,
-        settings,
-        args.limit,
-        predictions=args.predictions,
-        keep=keep,
-        resume=args.resume,
-    )
+    with joined_ranks(args.device) as device:
+        model = load_on_device(args.weights, device)
+        result = evaluate(
+            model,
+            model.tokenizer,
+            dataset,
+            settings,
+            args.limit,
+            predictions=args.predictions,
+            keep=keep,
+            resume=args.resume,
+        )
+        rank, _ = rank_and_world()
+    if rank > 0:
+        return 0
     result["settings"]["weights"] = args.weights
     print(class_table(result["per_class"]))
     print(f"mIoU {result['mIoU']:.2f} % over {result['images']} photos")

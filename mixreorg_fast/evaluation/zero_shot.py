@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import UserError, nearest
+from ..errors import RankError, UserError, nearest
 from ..models.decoding import class_scores
 from ..models.images import network_size, to_tensor
 from ..models.prompts import TEMPLATES, text_classifier
@@ -221,6 +221,8 @@ def evaluate(
                     with saving(kept):
                         tally.keep(kept, about)
                     started = time.monotonic()
+    except UserError as error:
+        raise RankError(str(error)) from None  # a photo or file of this rank's share: the others know nothing of it
     finally:
         model.train(was_training)
     total = tally.over_ranks(segmenter.device)

@@ -1,4 +1,8 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +70,32 @@ def test_evaluate_refuses_in_one_line(weights, plain, capsys, options, message):
     assert main(["evaluate", "--weights", weights, "--root", str(plain), *options]) == 2
     error = capsys.readouterr().err
     assert message in error and error.strip().splitlines()[-1].startswith("error: ")
+
+
+def evaluate_on_two_ranks(weights, plain, out):
+    root = str(Path(__file__).parents[2])
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "mixreorg_fast.cli", "evaluate"]
+    options = ["--weights", weights, "--root", str(plain), "--short-side", "48", "--out", str(out), "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command, *options], env=environment, capture_output=True, text=True, timeout=200
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_evaluate_on_two_ranks(weights, plain, tmp_path):
+    """The launcher's ranks share the photos; the first alone speaks and writes; a bad photo is named by its rank."""
+    out = tmp_path / "both.json"
+    code, printed, error = evaluate_on_two_ranks(weights, plain, out)
+    assert code == 0, error
+    assert printed.count("over 7 photos") == 1
+    options = ["--root", str(plain), "--short-side", "48", "--out", str(tmp_path / "one.json"), "--device", "cpu"]
+    assert main(["evaluate", "--weights", weights, *options]) == 0
+    assert out.read_bytes() == (tmp_path / "one.json").read_bytes()
+    assert not list(tmp_path.glob("*.partial*"))
+    (plain / "images" / "photo1.jpg").write_bytes(b"broken")
+    code, _, error = evaluate_on_two_ranks(weights, plain, tmp_path / "bad.json")
+    assert code != 0 and "photo1.jpg: not a picture" in error and not (tmp_path / "bad.json").exists()
 
 
 def test_segment(weights, tmp_path, capsys):

@@ -247,22 +247,6 @@ def test_evaluation_leaves_the_mode_of_the_model(model, tokenizer, plain):
     assert model.training
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    dataset = open_dataset("plain", f"{folder}/shapes")
-    result = evaluate(FakeModel().eval(), FakeTokenizer(), dataset, SETTINGS, progress=False)
-    torch.save(result, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_ranks_sum_exactly(model, tokenizer, plain):
-    folder = plain.parent
-    torch.multiprocessing.spawn(_rank, args=(str(folder),), nprocs=2)
-    alone = evaluate(model, tokenizer, open_dataset("plain", plain), SETTINGS, progress=False)
-    for rank in range(2):
-        assert torch.load(folder / f"rank{rank}.pt") == alone | {"settings": alone["settings"]}
-
-
 def test_largest_photos_of_150_classes_stay_within_memory():
     """ADE20K's largest are about 6 megapixels: the process, PyTorch included, stays under 2 GiB."""
     code = """
