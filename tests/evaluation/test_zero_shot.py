@@ -21,8 +21,6 @@ from mixreorg_fast.models import GroupViT
 from mixreorg_fast.models.decoding import class_scores, image_threshold
 from mixreorg_fast.models.prompts import text_classifier
 
-from .fakes import FakeModel, FakeTokenizer
-
 
 def random_windows(boxes: list[Box], groups: int, classes: int, patch: int, seed: int = 0):
     """Maps ``[W, G, h, w]`` and scores ``[W, G, T]`` as a network might give them."""
