@@ -75,11 +75,13 @@ class MixReorg(nn.Module):
         loss, mixing = self.config.loss, self.config.mixing
         images = len(batch.images)
         plan = self._plan(batch) if self.mixing else None
-        tokens = self._first_stage(batch, plan)
-        segments, assignments = self._group(batch, tokens)
+        drops = self._drops(batch)
+        tokens = self._first_stage(batch, plan, drops)
+        segments, assignments = self._group(batch, tokens, drops)
 
         texts, nouns = self._texts(batch)
         multiplier = self.backbone.logit_multiplier()
+        exchange = loss.exchange
         # One call of the projection: its batch statistics come from the pooled original features, the first rows.
         pooled = segments.float().mean(1).to(self.dtype)
         rows = pooled[:images]
@@ -88,10 +90,11 @@ class MixReorg(nn.Module):
             rows = torch.cat([rows, pooled[2 * images :], mixed_segments.flatten(0, 1)])
         embeddings = F.normalize(self.backbone.image_projection(rows, statistics_rows=images), dim=-1)
 
-        out = {"loss_original": ops.contrastive_loss(embeddings[:images], texts, multiplier)}
+        out = {"loss_original": ops.contrastive_loss(embeddings[:images], texts, multiplier, exchange=exchange)}
         total = out["loss_original"]
         if plan is not None:
-            out["loss_restored"] = ops.contrastive_loss(embeddings[images : 2 * images], texts, multiplier)
+            restored = embeddings[images : 2 * images]
+            out["loss_restored"] = ops.contrastive_loss(restored, texts, multiplier, exchange=exchange)
             first, second = (assignment[_MIXED] for assignment in assignments)
             mixed_embeddings = embeddings[2 * images :].unflatten(0, (images, -1))
             out["loss_mixed"] = ops.mixed_segmentation_loss(first, second, mixed_embeddings, texts, plan, multiplier)
@@ -102,7 +105,7 @@ class MixReorg(nn.Module):
                 )
                 out["mixed_accuracy"] = (logits.argmax(-1) == plan.labels).float().mean()
         if nouns is not None:
-            out["loss_multi_label"] = ops.contrastive_loss(embeddings[:images], nouns, multiplier)
+            out["loss_multi_label"] = ops.contrastive_loss(embeddings[:images], nouns, multiplier, exchange=exchange)
             total = total + loss.multi_label * out["loss_multi_label"]
         out.update(_usage(*(assignment[_ORIGINAL].detach() for assignment in assignments)))
         return {"loss": total, **out}
@@ -120,16 +123,16 @@ class MixReorg(nn.Module):
 
     # ------------------------------------------------------------------ image branches
 
-    def _first_stage(self, batch: Batch, plan: ops.MixPlan | None) -> Tensor:
+    def _first_stage(self, batch: Batch, plan: ops.MixPlan | None, drops: Tensor | None = None) -> Tensor:
         """Patch and group tokens after the blocks of stage 1: ``[B, N + G, C]``, or, with a plan, those of the
         original, mixed and restored branch along the batch, ``[3B, N + G, C]``."""
         stage: Stage = self.backbone.image_encoder.stages[0]
         patches = self.backbone.image_encoder.embed(batch.images, self.dtype)
         x = stage.tokens(patches, None)
         if plan is None:
-            return self._run_blocks(batch, stage, x, 0)
+            return self._run_blocks(drops, stage, x, 0)
         context, alpha = self.config.mixing.context_blocks, self.config.mixing.blend
-        x = self._run_blocks(batch, stage, x, 0, 0, context)
+        x = self._run_blocks(drops, stage, x, 0, 0, context)
 
         # Contextual mixing: patches that already know their image are mixed across the images of a group.
         patches, groups = stage.split(x)
@@ -137,7 +140,7 @@ class MixReorg(nn.Module):
         x = torch.cat([x, mixed])  # [2B, N + G, C]
         last = len(stage.blocks) - 1
         for i in range(context, last + 1):
-            x = self._run_blocks(batch, stage, x, 0, i, i + 1)
+            x = self._run_blocks(drops, stage, x, 0, i, i + 1)
             if i < last and alpha > 0:  # progressive mixing
                 (original, mixed), (patches, groups) = x.chunk(2), stage.split(x)
                 blended = ops.patch_blend(*reversed(patches.chunk(2)), plan, alpha)
@@ -155,7 +158,7 @@ class MixReorg(nn.Module):
         by_group = groups.unflatten(0, (-1, plan.group_size))  # [B / K, K, G, C]
         return by_group.float().mean(1, keepdim=True).to(groups.dtype).expand_as(by_group).flatten(0, 1)
 
-    def _group(self, batch: Batch, x: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
+    def _group(self, batch: Batch, x: Tensor, drops: Tensor | None) -> tuple[Tensor, list[list[Tensor]]]:
         """The shared grouping tail.
 
         Returns the final segments ``[branches * B, G2, C]`` after the last norm, and for both grouping blocks each
@@ -166,7 +169,7 @@ class MixReorg(nn.Module):
         assignments, groups = [], None
         for number, stage in enumerate(encoder.stages):
             if number:
-                x = self._run_blocks(batch, stage, stage.tokens(x, groups), number)
+                x = self._run_blocks(drops, stage, stage.tokens(x, groups), number)
             if stage.grouping is None:
                 break
             patches, groups = stage.split(x)
@@ -192,12 +195,12 @@ class MixReorg(nn.Module):
         return encoder.norm(x), assignments
 
     def _run_blocks(
-        self, batch: Batch, stage: Stage, x: Tensor, number: int, start: int = 0, end: int | None = None
+        self, drops: Tensor | None, stage: Stage, x: Tensor, number: int, start: int = 0, end: int | None = None
     ) -> Tensor:
-        """Blocks `start` to `end` of stage `number`."""
+        """Blocks `start` to `end` of stage `number`; `drops`: of :meth:`_drops`."""
         offset = sum(self.config.model.depths[:number])
         for i in range(start, len(stage.blocks) if end is None else end):
-            x = self._run(stage.blocks[i], x, self._keep(batch, offset + i, len(x)))
+            x = self._run(stage.blocks[i], x, self._keep(drops, offset + i, len(x)))
         return x
 
     def _run(self, function: Callable, *args):
@@ -210,17 +213,24 @@ class MixReorg(nn.Module):
             return checkpoint(run, function, *args, use_reentrant=False, preserve_rng_state=False)
         return run(function, *args)
 
-    def _keep(self, batch: Batch, block: int, rows: int) -> tuple[Tensor | None, Tensor | None]:
+    def _drops(self, batch: Batch) -> Tensor | None:
+        """The random numbers of stochastic depth, uniform in [0, 1): fp64 ``[2, blocks, branches, B]``, both residuals
+        of every block in one draw. None where nothing is dropped."""
+        if not self.training or not any(self.drop_rates):
+            return None
+        image = torch.arange(len(batch.images), device=batch.images.device) + batch.first_image
+        branch = torch.arange(3, device=image.device)[:, None]
+        block = torch.arange(len(self.drop_rates), device=image.device)[:, None, None]
+        bits = philox(batch.seed + _DROP_PATH, image, branch, block, torch.zeros_like(image))[:2]
+        return torch.stack(bits).double() * 2.0**-32
+
+    def _keep(self, drops: Tensor | None, block: int, rows: int) -> tuple[Tensor | None, Tensor | None]:
         """Stochastic depth of both residuals of a block: per row 0, or 1 / (its probability of being kept)."""
         rate = self.drop_rates[block]
-        if not rate or not self.training:
+        if drops is None or not rate:
             return None, None
-        images = len(batch.images)
-        index = torch.arange(images, device=batch.images.device) + batch.first_image
-        branch = torch.arange(rows // images, device=index.device)[:, None]
-        zero = torch.zeros_like(index)
-        bits = philox(batch.seed + _DROP_PATH, index, branch, zero + block, zero)[:2]
-        return tuple((b.flatten().double() * 2.0**-32 >= rate).float() / (1 - rate) for b in bits)
+        kept = drops[:, block].flatten(1)[:, :rows] >= rate
+        return (kept.float() / (1 - rate)).unbind()
 
     # ------------------------------------------------------------------ texts
 
