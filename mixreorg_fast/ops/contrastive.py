@@ -3,12 +3,16 @@
 How the parts fit together (docs/losses.md has the maths): every rank gathers all features, finds the log-sum-exps of
 its own rows and columns of the logits, and gathers those too, a few numbers per sample. They are all that backward
 needs, so gradients are never communicated, and no B x B matrix exists at any time.
+
+Where even all features are too much, they go round in a ring, one rank's images at a time (docs/scaling.md): each
+block of logits is then seen by one rank only, which passes the images on with what it has added to their log-sum-exps
+and, in backward, to their gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,6 +44,7 @@ def contrastive_loss(
     logit_scale: Tensor | float,
     *,
     process_group: dist.ProcessGroup | None = None,
+    exchange: Literal["gather", "ring"] = "gather",
     impl: Impl = "auto",
 ) -> Tensor:
     """``(image -> text + text -> image) / 2``, the mean over the global batch, the same on every rank.
@@ -58,6 +63,8 @@ def contrastive_loss(
             are taken in the one that holds both; under autocast in its dtype, as in a matrix product); any strides.
         logit_scale: the multiplier of the cosines, a number or a tensor of one element.
         process_group: None: the default group if torch.distributed is initialised, else this process alone.
+        exchange: "gather": every rank holds all features; "ring": those of two ranks beside its own, so that memory
+            grows with B alone, whatever the number of ranks. The values are the same up to rounding.
     Returns:
         0-d fp32; products accumulate in fp32, all else is fp32. The same bits on every rank and from run to run.
         Every gradient is world_size times this rank's share of the true one, so that the average over ranks that data
@@ -65,8 +72,10 @@ def contrastive_loss(
         rank alone, world_size times the true gradient; for `logit_scale` a share that becomes the true gradient with
         the average. The gradient cannot be differentiated again.
     Raises:
-        ValueError: shapes that do not fit together. RuntimeError: `impl` cannot run here.
+        ValueError: shapes that do not fit together, an unknown `exchange`. RuntimeError: `impl` cannot run here.
     """
+    if exchange not in ("gather", "ring"):
+        raise ValueError(f"contrastive_loss: exchange '{exchange}' is neither 'gather' nor 'ring'")
     if image.dim() != 2 or text.dim() not in (2, 3) or (text.shape[0], text.shape[-1]) != tuple(image.shape):
         raise ValueError(
             f"contrastive_loss: expected image [B, D] and text [B, D] or [B, P, D], got {list(image.shape)} and "
@@ -84,6 +93,8 @@ def contrastive_loss(
     world, rank = 1, 0
     if dist.is_available() and dist.is_initialized():
         world, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
+    if exchange == "ring" and world > 1:
+        return _RingLoss.apply(image, texts, scale, prompts, Ring(process_group), kernels)
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         positives = _positives(image, texts, scale)
         if world == 1:
@@ -181,6 +192,112 @@ class _Loss(torch.autograd.Function):
         return grad_image, grad_text, grad_scale, *[None] * 9
 
 
+class Ring:
+    """The ranks of a group in a circle."""
+
+    def __init__(self, group: dist.ProcessGroup | None):
+        self.size, rank = dist.get_world_size(group), dist.get_rank(group)
+        self._group = group
+        self._next, self._previous = (
+            other if group is None else dist.get_global_rank(group, other)
+            for other in ((rank + 1) % self.size, (rank - 1) % self.size)
+        )
+
+    def pass_on(self, *tensors: Tensor, tag: int = 0) -> Callable[[], list[Tensor]]:
+        """Start sending `tensors` to the next rank; what is returned waits for those of the previous one.
+
+        Transfers that overlap must differ in `tag`, the number of the first tensor.
+        """
+        sent = [x.contiguous() for x in tensors]
+        received = [torch.empty_like(x) for x in sent]
+        transfers = [dist.P2POp(dist.isend, x, self._next, self._group, tag + i) for i, x in enumerate(sent)]
+        transfers += [dist.P2POp(dist.irecv, x, self._previous, self._group, tag + i) for i, x in enumerate(received)]
+        works = dist.batch_isend_irecv(transfers)
+
+        def wait() -> list[Tensor]:
+            for work in works:
+                work.wait()
+            sent.clear()  # which had to live until now
+            return received
+
+        return wait
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Of a 0-d tensor over the ranks; the same bits on each."""
+        return _gather(x[None], self.size, self._group).mean()
+
+
+def ring_log_sum_exp(
+    image: Tensor, texts: Tensor, scale: Tensor, ring: Ring, kernels: _Kernels
+) -> tuple[Tensor, Tensor]:
+    """Of this rank's images ``[B]`` over all texts and of its texts ``[B * P]`` over all images."""
+    image_lse = text_lse = None
+    for hop in range(ring.size):
+        ahead = ring.pass_on(image) if hop + 1 < ring.size else None  # on its way while the tile is computed
+        rows, columns = kernels.log_sum_exp(texts, image, scale, True)
+        text_lse = rows if text_lse is None else torch.logaddexp(text_lse, rows)
+        part = columns if image_lse is None else torch.logaddexp(image_lse, columns)
+        (image_lse,) = ring.pass_on(part, tag=2)()
+        if ahead is not None:
+            (image,) = ahead()
+    return image_lse, text_lse  # the last hop has brought the images' home
+
+
+def ring_gradient(
+    image: Tensor,
+    texts: Tensor,
+    image_lse: Tensor,
+    text_lse: Tensor,
+    scale: Tensor,
+    prompts: int,
+    ring: Ring,
+    kernels: _Kernels,
+    need_image: bool = True,
+) -> tuple[Tensor | None, Tensor]:
+    """The gradients of this rank's images (if needed) and texts, fp32, but for the factor ``scale / (2 * B)``."""
+    grad_image = grad_texts = None
+    for hop in range(ring.size):
+        ahead = ring.pass_on(image, image_lse) if hop + 1 < ring.size else None
+        # The visitors are `hop` ranks behind: so far ahead of their samples are ours.
+        rows, columns = kernels.gradient(
+            texts, image, text_lse, image_lse, scale, prompts, 1, hop * len(texts), need_image
+        )
+        grad_texts = rows if grad_texts is None else grad_texts.add_(rows)
+        if need_image:
+            part = columns if grad_image is None else grad_image.add_(columns)
+            (grad_image,) = ring.pass_on(part, tag=2)()
+        if ahead is not None:
+            image, image_lse = ahead()
+    return grad_image, grad_texts
+
+
+class _RingLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, image, texts, scale, prompts, ring, kernels):
+        with torch.autocast(image.device.type, enabled=False):
+            image_lse, text_lse = ring_log_sum_exp(image, texts, scale, ring, kernels)
+            own = (0.5 * (image_lse + text_lse.view(-1, prompts).mean(1)) - _positives(image, texts, scale)).mean()
+            ctx.save_for_backward(image, texts, scale, image_lse, text_lse)
+            ctx.prompts, ctx.ring, ctx.kernels = prompts, ring, kernels
+            return ring.mean(own)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        image, texts, scale, image_lse, text_lse = ctx.saved_tensors
+        need_image, need_text, need_scale = ctx.needs_input_grad[:3]
+        with torch.autocast(image.device.type, enabled=False):
+            grad_image, grad_text = ring_gradient(
+                image, texts, image_lse, text_lse, scale, ctx.prompts, ctx.ring, ctx.kernels, need_image
+            )
+            factor = grad / (2 * len(image))  # world_size / (2 * global batch)
+            grad_scale = (texts * grad_text).sum() * factor if need_scale else None
+            factor = factor * scale
+            grad_image = (grad_image * factor).to(image.dtype) if need_image else None
+            grad_text = (grad_text * factor).to(texts.dtype) if need_text else None
+        return grad_image, grad_text, grad_scale, None, None, None
+
+
 # The PyTorch path: chunks of rows.
 
 
@@ -225,7 +342,9 @@ def _gradient_torch(
         weights = (logits - row_lse[chunk, None]).exp_().div_(row_prompts)
         weights += (logits - column_lse).exp_().div_(column_prompts)
         del logits
-        row = torch.arange(len(weights), device=rows.device)
+        # Samples from elsewhere, which come last, have no positive among these columns.
+        ours = max(0, min(len(weights), len(columns) // column_prompts * row_prompts - first_row - chunk.start))
+        row = torch.arange(ours, device=rows.device)
         sample = (first_row + chunk.start + row) // row_prompts
         own = sample[:, None] * column_prompts + torch.arange(column_prompts, device=rows.device)
         weights[row[:, None], own] -= 2 / (row_prompts * column_prompts)

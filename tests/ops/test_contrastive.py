@@ -193,49 +193,55 @@ def test_errors_name_what_is_wrong(device):
         ops.contrastive_loss(image, text, scale, impl="fast")
 
 
+RANKS = 4
 DISTRIBUTED_CASES = [  # shape of a rank's share, implementation, which inputs need gradients
-    ((6, 0, 16), "torch", (True, True, True)),
-    ((6, 0, 16), "triton", (True, True, True)),
-    ((5, 3, 16), "torch", (True, True, True)),
-    ((5, 3, 16), "triton", (True, True, True)),
-    ((5, 3, 16), "torch", (False, True, False)),
+    (shape, impl, needed, exchange)
+    for exchange in ("gather", "ring")
+    for shape, impl, needed in (
+        ((6, 0, 16), "torch", (True, True, True)),
+        ((6, 0, 16), "triton", (True, True, True)),
+        ((5, 3, 16), "torch", (True, True, True)),
+        ((5, 3, 16), "triton", (True, True, True)),
+        ((5, 3, 16), "torch", (False, True, False)),
+        ((5, 0, 16), "torch", (True, False, False)),
+    )
 ]
 
 
 def run_rank(rank: int, folder: str) -> None:
-    """One of two ranks: its share of every case's batch, results to `folder`."""
+    """One of several ranks: its share of every case's batch, results to `folder`."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     results = []
-    for shape, impl, needed in DISTRIBUTED_CASES:
+    for shape, impl, needed, exchange in DISTRIBUTED_CASES:
         if impl == "triton" and torch.cuda.is_available():
             impl = "torch"  # the ranks are on the CPU; kernels run there under the interpreter alone
-        image, text, scale = make((2 * shape[0], *shape[1:]), torch.float32, torch.device("cpu"))
+        image, text, scale = make((RANKS * shape[0], *shape[1:]), torch.float32, torch.device("cpu"))
         share = slice(rank * shape[0], (rank + 1) * shape[0])
         inputs = [
             x.clone().requires_grad_(need) for x, need in zip((image[share], text[share], scale), needed, strict=True)
         ]
-        loss = ops.contrastive_loss(*inputs, impl=impl)
+        loss = ops.contrastive_loss(*inputs, impl=impl, exchange=exchange)
         loss.backward()
         results.append([loss.detach(), *(x.grad for x in inputs)])
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path: Path):
-    torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for (shape, _, needed), *results in zip(DISTRIBUTED_CASES, *ranks, strict=True):
-        whole = make((2 * shape[0], *shape[1:]), torch.float32, torch.device("cpu"))
+def test_four_ranks_equal_one_process_with_the_whole_batch(tmp_path: Path):
+    torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=RANKS)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
+    for (shape, _, needed, _), *results in zip(DISTRIBUTED_CASES, *ranks, strict=True):
+        whole = make((RANKS * shape[0], *shape[1:]), torch.float32, torch.device("cpu"))
         loss, image, text, scale = run(contrastive_loss_reference, whole, upstream=1.0)
         losses, images, texts, scales = zip(*results, strict=True)
-        assert torch.equal(losses[0], losses[1])  # the same bits on every rank
+        assert all(torch.equal(losses[0], other) for other in losses)  # the same bits on every rank
         torch.testing.assert_close(losses[0], loss, atol=1e-5, rtol=1e-5)
         # What data parallelism makes of gradients that are world_size times a rank's share: their average.
         average = [
-            torch.cat(images) / 2 if needed[0] else None,
-            torch.cat(texts) / 2 if needed[1] else None,
-            sum(scales) / 2 if needed[2] else None,
+            torch.cat(images) / RANKS if needed[0] else None,
+            torch.cat(texts) / RANKS if needed[1] else None,
+            sum(scales) / RANKS if needed[2] else None,
         ]
         for got, truth, need in zip(average, (image, text, scale), needed, strict=True):
             if need:

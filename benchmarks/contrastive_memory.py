@@ -1,0 +1,87 @@
+"""Memory and time of one rank's share of the ring exchange, its peers' features generated where they would arrive.
+
+    python -m benchmarks.contrastive_memory                  # a share of 512, global batches of 4,096 to 262,144
+    python -m benchmarks.contrastive_memory --local 512 --ranks 512
+
+Each case runs in a process of its own; memory is the rise of the resident set over the one with inputs in place (on a
+GPU: of allocated memory).
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+from mixreorg_fast.ops import contrastive
+
+
+class GeneratedPeers:
+    """A ring whose other ranks do not exist: what they would send is drawn at random."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def pass_on(self, *tensors, tag=0):
+        def draw(x):
+            return F.normalize(torch.randn_like(x), dim=-1) if x.dim() == 2 and not tag else x.clone()
+
+        received = [draw(x) for x in tensors]
+        return lambda: received
+
+
+def measure(local: int, ranks: int, width: int, dtype: torch.dtype) -> dict:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kernels = contrastive._TRITON if device.type == "cuda" else contrastive._TORCH
+    ring, scale = GeneratedPeers(ranks), torch.tensor(14.3, device=device)
+    image, texts = (F.normalize(torch.randn(local, width, device=device, dtype=dtype), dim=-1) for _ in range(2))
+
+    def share(peers):
+        lse = contrastive.ring_log_sum_exp(image, texts, scale, peers, kernels)
+        return contrastive.ring_gradient(image, texts, *lse, scale, 1, peers, kernels)
+
+    share(GeneratedPeers(1))  # libraries load, pools are made
+    before = _memory(device)
+    begin = time.perf_counter()
+    share(ring)
+    peak = _memory(device) - before
+    return {
+        "local": local,
+        "ranks": ranks,
+        "global": local * ranks,
+        "width": width,
+        "dtype": str(dtype).removeprefix("torch."),
+        "peak_mb": round(peak / 2**20, 1),
+        "seconds": round(time.perf_counter() - begin, 2),
+        "all_features_mb": round(2 * local * ranks * width * image.element_size() / 2**20, 1),
+        "similarity_matrix_mb": round((local * ranks) ** 2 * image.element_size() / 2**20),
+    }
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--local", type=int, default=512, help="samples of the rank")
+    parser.add_argument("--ranks", type=int, help="default: 8, 64 and 512, one after the other")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    options = parser.parse_args()
+    if options.ranks:
+        print(json.dumps(measure(options.local, options.ranks, options.width, getattr(torch, options.dtype))))
+        return
+    for ranks in (8, 64, 512):
+        subprocess.run([sys.executable, "-m", "benchmarks.contrastive_memory", *sys.argv[1:], "--ranks", str(ranks)])
+
+
+if __name__ == "__main__":
+    main()
