@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..config import Config
+from .guard import GuardedAdamW
 
 
 def learning_rate(step: int, *, steps: int, warmup: int, peak: float, floor: float) -> float:
@@ -29,7 +30,7 @@ def schedule_length(config: Config, samples: int) -> tuple[int, int]:
     return steps, min(round(config.train.warmup_epochs * per_epoch), steps // 10)
 
 
-def optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+def optimizer(model: nn.Module, config: Config) -> GuardedAdamW:
     """AdamW; biases, normalisations, learned tokens and the temperature are not decayed."""
     decayed, free = [], []
     for name, parameter in model.named_parameters():
@@ -37,7 +38,7 @@ def optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
         (decayed if is_matrix and "embedding" not in name else free).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.train.weight_decay}, {"params": free, "weight_decay": 0.0}]
     fused = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas, fused=fused)
+    return GuardedAdamW(groups, lr=config.train.lr, betas=config.train.betas, fused=fused)
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
@@ -56,6 +57,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "gradient_clipping": config.train.clip,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,  # AdamW under a name of our own
         "steps_per_print": 10**9,
     }
     extra = dict(config.deepspeed.options)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import math
 import resource
 import shutil
 import sys
@@ -12,19 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from ..config import Config
 from ..data.loader import Batch as LoadedBatch
 from ..data.loader import TrainLoader
 from ..data.tokenizer import Tokenizer
-from ..errors import UserError
+from ..errors import RankError, UserError
 from ..files import write_json
 from ..models import Batch, MixReorg, weights
 from . import checkpoint, validation
 from .distributed import World, import_deepspeed, initialise, mean_over_ranks, on_main
+from .guard import StepGuard
 from .metrics import MetricsLog
 from .optimisation import deepspeed_config, learning_rate, optimizer, schedule_length
 from .preparation import prepare
+from .watch import StopRequest, Watch
 
 
 def train(config: Config, resume: str = "auto") -> dict[str, Any]:
@@ -35,12 +40,15 @@ def train(config: Config, resume: str = "auto") -> dict[str, Any]:
             and starts anew, a path goes on from that checkpoint.
     Raises:
         UserError: on every rank, with the same text.
+
+    SIGTERM ends the run at the next step with a checkpoint; what it returns is then empty.
     """
     world = initialise()
     config.micro_batch(world.size)  # refused before anything is made
     source, state = on_main(world, lambda: _checkpoint_to_resume(config, resume))
     prepared = on_main(world, lambda: prepare(config, resuming=source is not None))
-    return Trainer(prepared.config, prepared.samples, world, source, state).run()
+    with Watch(world, config.train.timeout, config.run_folder) as watch:
+        return Trainer(prepared.config, prepared.samples, world, source, state).run(watch)
 
 
 def micro_step_seed(seed: int, position: int) -> int:
@@ -59,7 +67,8 @@ class Trainer:
         self.steps, self.warmup = schedule_length(config, samples)
         self.micro_batch = config.micro_batch(world.size)
         self.step, self.best = state.get("step", 0), state.get("best")
-        self.updates = state.get("updates", 0)
+        self.guard = StepGuard(config.train.spike, state.get("guard"))
+        self._stage_0_norm = 0.0
 
         torch.manual_seed(config.seed)
         module = MixReorg(config)
@@ -73,62 +82,116 @@ class Trainer:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer(module, config), config=deepspeed_config(config, world.size)
         )
+        self.optimizer.refuses = lambda: self.guard.refuses(self._norm())
         checkpoint.start_moments(self.engine)
         if source is not None:
-            checkpoint.restore_moments(self.engine, source, self.updates)
+            checkpoint.restore_moments(self.engine, source, self.guard.taken)
             if world.is_main:
                 print(f"resumed from {source} at step {self.step}", flush=True)
 
     # ------------------------------------------------------------------ the loop
 
-    def run(self) -> dict[str, Any]:
-        """Train to the last step, evaluate, draw; returns the final scores."""
+    def run(self, watch: Watch) -> dict[str, Any]:
+        """Train to the last step, evaluate, draw; returns the final scores, none where SIGTERM ended it."""
         log = MetricsLog(self.run_folder, self.step, self.steps) if self.world.is_main else None
-        loader = TrainLoader(
+        try:
+            with self._loader(self.step) as loader, StopRequest() as stop:
+                images = self._loop(loader, log, watch, stop)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise RankError(f"{self.run_folder} cannot be written: {error.strerror}") from None
+        finally:
+            if log is not None:
+                log.close()
+        watch.at(self.step, "final scores", timed=False)
+        return {} if images is None else self._finish(images)
+
+    def _loader(self, step: int) -> TrainLoader:
+        """Batches from `step` on."""
+        return TrainLoader(
             self.config,
             self.tokenizer,
             micro_batch=self.micro_batch,
             rank=self.world.rank,
             world_size=self.world.size,
-            start=self.step * self.config.train.batch,
+            start=step * self.config.train.batch,
             device=self.world.device,
         )
-        try:
-            with loader:
-                last = self._loop(loader, log)
-        finally:
-            if log is not None:
-                log.close()
-        return self._finish(last)
 
-    def _loop(self, loader: TrainLoader, log: MetricsLog | None) -> torch.Tensor:
-        """All remaining steps; returns images of the last micro-step, for the pictures."""
+    def _loop(
+        self, loader: TrainLoader, log: MetricsLog | None, watch: Watch, stop: StopRequest
+    ) -> torch.Tensor | None:
+        """All remaining steps; returns images of the last micro-step, for the pictures, or None after SIGTERM."""
         batches: Iterator[LoadedBatch] = iter(loader)
         window = _Window(loader)
         loaded = None
+        # The first exchange between ranks: who has not come here is who the others wait for.
+        self.engine.module.backbone.image_projection.register_forward_pre_hook(
+            lambda *_: watch.at(self.step + 1, "exchange between ranks")
+        )
         self.engine.train()
         while self.step < self.steps:
             self._set_learning_rate()
+            buffers = [buffer.clone() for buffer in self.engine.module.buffers()]
+            losses = []
             for _ in range(self.config.train.accumulation):
+                watch.at(self.step + 1, "waiting for data")
                 loaded = next(batches)
-                losses = self.engine(self._batch(loaded))
-                self.engine.backward(losses["loss"])
-                norm = self._gradient_norm()
+                watch.at(self.step + 1, "forward and backward")
+                out = self.engine(self._batch(loaded))
+                self.engine.backward(out["loss"])
+                losses.append({name: value.detach() for name, value in out.items()})
+                if self.engine.is_gradient_accumulation_boundary():
+                    watch.at(self.step + 1, "optimizer step")
+                    self._measure_stage_0()
+                    stopping = stop.shared(self.world)
                 self.engine.step()  # counts the micro-step; the optimizer's own step comes with the last
-                window.add(losses)
             self.step += 1
-            self.updates += 1
+            norm = self._norm()
+            if self.guard.record(norm):
+                self._skip(norm, buffers, log)
+                losses = []
+            window.add(losses)
             if log is not None:
                 log.step()
-            if self.step % self.config.train.log_every == 0 or self.step == self.steps:
+            stopped = bool(stopping.item()) and self.step < self.steps
+            if self.step % self.config.train.log_every == 0 or self.step == self.steps or stopped:
                 self._report(window, loader, log, norm)
-            if self._due(self.config.eval.every):
+            if self._due(self.config.eval.every) and not stopped:
+                watch.at(self.step, "validation", timed=False)
                 self._validate(log)
                 window.restart()
-            if self._due(self.config.checkpoint.every) or self.step == self.steps:
-                self._save()
+            if self._due(self.config.checkpoint.every) or self.step == self.steps or stopped:
+                watch.at(self.step, "writing a checkpoint")
+                path = self._save()
                 window.restart()
+            if stopped:
+                if log is not None:
+                    log.say(f"stopped by SIGTERM; the same command goes on from {path}")
+                return None
         return next(batches).images if loaded is None else loaded.images
+
+    def _skip(self, norm: float, buffers: list[torch.Tensor], log: MetricsLog | None) -> None:
+        """What is left to undo of a step that the optimizer did not take; too many in a row stop the run."""
+        for buffer, before in zip(self.engine.module.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        if log is not None:
+            log.say(f"step {self.step} skipped: gradient norm {norm:.4g} ({self.guard.skipped} skipped so far)")
+        if self.guard.in_a_row < self.config.train.max_skipped:
+            return
+        folder = self.run_folder / "skipped" / f"step_{self.step:08d}"
+        on_main(self.world, lambda: folder.mkdir(parents=True, exist_ok=True))
+        with self._loader(self.step - 1) as loader:  # batches are a function of their position
+            for number in range(self.config.train.accumulation):
+                batch = next(loader)
+                name = f"rank_{self.world.rank:05d}_micro_{number:03d}"
+                save_file({"images": batch.images.cpu(), "ids": batch.ids.cpu()}, folder / f"{name}.safetensors")
+                write_json(folder / f"{name}.json", {"position": batch.position, "keys": batch.keys})
+        raise UserError(
+            f"step {self.step}: gradient norm {norm:.4g}; {self.guard.in_a_row} steps in a row were skipped "
+            f"(train.max_skipped); the last one's batch is in {folder}, the last checkpoint is as it was"
+        )
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0 and self.step < self.steps
@@ -156,20 +219,25 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def _gradient_norm(self) -> torch.Tensor | None:
-        """Norm before clipping, where DeepSpeed does not keep it (stage 0)."""
-        if self.engine.zero_optimization_stage() > 0 or not self.engine.is_gradient_accumulation_boundary():
-            return None
-        return torch.nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
+    def _measure_stage_0(self) -> None:
+        """Note the norm before clipping, which DeepSpeed keeps only from stage 1 on."""
+        if self.engine.zero_optimization_stage() == 0:
+            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            self._stage_0_norm = torch.nn.utils.get_total_norm(gradients).item()
+
+    def _norm(self) -> float:
+        """The gradient's norm before clipping, over all ranks, in or after the engine's step."""
+        if self.engine.zero_optimization_stage() == 0:
+            return self._stage_0_norm
+        wrapper = self.engine.optimizer
+        return math.inf if wrapper.overflow else float(wrapper._global_grad_norm)
 
     # ------------------------------------------------------------------ reports, scores, checkpoints
 
-    def _report(self, window: _Window, loader: TrainLoader, log: MetricsLog | None, norm: torch.Tensor | None) -> None:
-        names, sums = window.sums()
-        means = dict(zip(names, mean_over_ranks(sums, self.world), strict=True))
+    def _report(self, window: _Window, loader: TrainLoader, log: MetricsLog | None, norm: float) -> None:
+        means = window.means(self.world)
         seconds, waited = window.times(loader)
-        norm = self.engine.get_global_grad_norm() if norm is None else norm
-        steps = window.micro_steps / self.config.train.accumulation
+        steps = window.steps
         window.restart()
         if log is None:
             return
@@ -178,7 +246,8 @@ class Trainer:
             "samples": self.step * self.config.train.batch,
             **means,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "grad_norm": float(norm) if norm is not None else None,
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "skipped_steps": self.guard.skipped,
             "temperature": self.engine.module.backbone.logit_multiplier().item(),
             "images_per_s": images_per_s,
             "data_wait": waited / seconds,
@@ -208,15 +277,15 @@ class Trainer:
             if better:
                 weights.save(backbone, self.run_folder / "best", state)
 
-    def _save(self) -> None:
+    def _save(self) -> Path:
         state = {
             "samples": self.step * self.config.train.batch,
-            "updates": self.updates,
+            "guard": self.guard.state(),
             "seed": self.config.seed,
             "batch": self.config.train.batch,
             "best": self.best,
         }
-        checkpoint.save(self.run_folder, self.step, self.engine, self.world, state, self.config.checkpoint.keep)
+        return checkpoint.save(self.run_folder, self.step, self.engine, self.world, state, self.config.checkpoint.keep)
 
     def _finish(self, images: torch.Tensor) -> dict[str, Any]:
         state = checkpoint.portable_state(self.engine)
@@ -240,18 +309,23 @@ class _Window:
 
     def restart(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
-        self.micro_steps = 0
+        self._added = self.steps = 0
         self._start, self._waited = time.perf_counter(), self._loader.wait_seconds
 
-    def add(self, losses: dict[str, torch.Tensor]) -> None:
-        for name, value in losses.items():
-            value = value.detach()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self.micro_steps += 1
+    def add(self, losses: list[dict[str, torch.Tensor]]) -> None:
+        """Count a step with the losses of its micro-steps, none if it was skipped."""
+        for each in losses:
+            for name, value in each.items():
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._added += len(losses)
+        self.steps += 1
 
-    def sums(self) -> tuple[list[str], torch.Tensor]:
-        """Names and means over the window's micro-steps, one tensor."""
-        return list(self._sums), torch.stack(list(self._sums.values())).float() / self.micro_steps
+    def means(self, world: World) -> dict[str, float]:
+        """Means over the window's micro-steps and all ranks; empty if every step was skipped."""
+        if not self._added:
+            return {}
+        sums = torch.stack(list(self._sums.values())).float() / self._added
+        return dict(zip(self._sums, mean_over_ranks(sums, world), strict=True))
 
     def times(self, loader: TrainLoader) -> tuple[float, float]:
         """Seconds since the window began, and those of them spent waiting for data."""

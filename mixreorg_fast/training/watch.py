@@ -1,0 +1,195 @@
+"""What looks after a rank from outside its loop: preemption, a launcher that died, ranks that hang, the heartbeat."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..files import write_json
+from .distributed import World
+
+_LAUNCHERS = {
+    "deepspeed",
+    "ds",
+    "torchrun",
+    "deepspeed.launcher.launch",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+}
+
+
+class StopRequest:
+    """SIGTERM, as clusters send it before they take a node away: remembered, for the end of the step.
+
+    A second one ends the process at once.
+    """
+
+    def __enter__(self) -> StopRequest:
+        self.asked = False
+        self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def shared(self, world: World) -> torch.Tensor:
+        """Whether any rank was asked, 0-d int32 on the device: read it after the step, when it costs no wait."""
+        asked = torch.tensor(int(self.asked), dtype=torch.int32, device=world.device)
+        if world.size > 1:
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return asked
+
+
+class Watch:
+    """A thread beside the loop. It ends the process, with one line, when no rank has moved for `timeout` seconds, and
+    names the rank that the others wait for; it turns the launcher's death into SIGTERM; rank 0's writes
+    ``heartbeat.json``. Use as a context manager.
+
+    The ranks post where they stand in a store of their own, a small message every few seconds; nothing is added to
+    the steps.
+    """
+
+    def __init__(self, world: World, timeout: float, run: Path):
+        self._world, self._timeout, self._run = world, timeout, run
+        self._interval = min(timeout / 4, 10.0)
+        self._step, self._place, self._moves, self._timed = 0, "preparing", 0, False
+        self._moved = time.monotonic()
+        self._beats = 0
+        self._stop = threading.Event()
+        self._store = _store(world)
+        self._thread = threading.Thread(target=self._run_thread, name="mixreorg-watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join(self._interval)
+
+    def at(self, step: int, place: str, *, timed: bool = True) -> None:
+        """Note that this rank has come to `place` of a step; `timed` False: it may stay there for long."""
+        self._step, self._place, self._timed = step, place, timed
+        self._moves += 1
+        self._moved = time.monotonic()
+
+    def _run_thread(self) -> None:
+        ends = select.poll()
+        for launcher in launchers():
+            with contextlib.suppress(OSError):  # not on this kernel, or gone already
+                ends.register(os.pidfd_open(launcher), select.POLLIN)
+        orphaned = None
+        due = time.monotonic()
+        while not self._stop.is_set():
+            if orphaned is None and ends.poll(0):
+                orphaned = time.monotonic()
+                os.kill(os.getpid(), signal.SIGTERM)
+            if orphaned is not None and time.monotonic() - orphaned > self._timeout:
+                self._end("the launcher is gone and the ranks did not reach the end of their step")
+            if time.monotonic() >= due:
+                due += self._interval
+                self._beat()
+                if self._timed and time.monotonic() - self._moved > self._timeout:
+                    self._give_up()
+            self._stop.wait(min(1.0, self._interval))
+
+    def _beat(self) -> None:
+        self._beats += 1
+        mine = {"beat": self._beats, "moves": self._moves, "step": self._step, "place": self._place}
+        with contextlib.suppress(RuntimeError):  # rank 0, which keeps the store, has finished
+            self._store.set(str(self._world.rank), json.dumps({**mine, "host": socket.gethostname()}))
+        if self._world.is_main and self._run.is_dir():
+            with contextlib.suppress(OSError):
+                write_json(self._run / "heartbeat.json", {"time": time.time(), "pid": os.getpid(), **mine})
+
+    def _give_up(self) -> None:
+        before, moves = self._posts(), self._moves
+        for _ in range(2):
+            self._stop.wait(self._interval)
+            self._beat()
+        now = self._posts()
+        if self._stop.is_set() or self._moves != moves:
+            return  # it went on after all
+        speaker = self._world.rank
+        if min(len(before), len(now)) < self._world.size:
+            who = "rank 0, which keeps the ranks' store, does not answer"
+        else:
+            silent = [rank for rank in now if now[rank]["beat"] == before[rank]["beat"]]
+            behind = min(post["moves"] for post in now.values())
+            stopped = silent or [rank for rank in now if now[rank]["moves"] == behind]
+            state = "does not answer" if silent else "hangs"
+            who = "; ".join(
+                f"rank {rank} on {now[rank]['host']} {state} (step {now[rank]['step']}, {now[rank]['place']})"
+                for rank in stopped
+            )
+            if len(stopped) == self._world.size > 1:
+                who = f"all {self._world.size} ranks stand at the same place ({self._place})"
+            speaker = min(set(now) - set(silent), default=speaker)
+        if self._world.rank != speaker:
+            time.sleep(self._interval)  # let the line be printed before the launcher ends everyone
+        self._end(f"no progress for {self._timeout:g} s (train.timeout): {who}", speaks=self._world.rank == speaker)
+
+    def _posts(self) -> dict[int, dict[str, Any]]:
+        """What every rank last posted; fewer when rank 0 does not answer."""
+        posts: dict[int, dict[str, Any]] = {}
+
+        def read() -> None:
+            with contextlib.suppress(RuntimeError):
+                for rank in range(self._world.size):
+                    posts[rank] = json.loads(self._store.get(str(rank)))
+
+        reader = threading.Thread(target=read, daemon=True)  # it may wait forever for a rank 0 that is stopped
+        reader.start()
+        reader.join(self._interval)
+        return dict(posts)
+
+    def _end(self, reason: str, *, speaks: bool = True) -> None:
+        if speaks:
+            with contextlib.suppress(OSError):
+                print(f"error: step {self._step}: {reason}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _store(world: World) -> dist.Store:
+    """A key-value store of these ranks, kept by rank 0; call on every rank."""
+    if world.size == 1:
+        return dist.HashStore()
+    host = os.environ["MASTER_ADDR"]
+    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if world.is_main else None
+    port = [store.port if store else None]
+    dist.broadcast_object_list(port, src=0)
+    return store or dist.TCPStore(host, port[0], is_master=False)
+
+
+def launchers() -> list[int]:
+    """Process ids of the launchers that this rank descends from (``deepspeed`` starts ranks through a second one)."""
+    found = []
+    pid = os.getppid()
+    while pid > 1:
+        try:
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:6]
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            break
+        if not any(os.path.basename(argument.decode(errors="replace")) in _LAUNCHERS for argument in arguments):
+            break
+        found.append(pid)
+        pid = parent
+    return found

@@ -1,0 +1,176 @@
+"""Faults while two ranks train: killed ranks and launchers, preemption, a full disk, a hung rank, losses that are NaN.
+
+One run, hit by one fault after the other, ends with the very weights of a run that met none of them.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mixreorg_fast.config import ScenesConfig, merged
+from mixreorg_fast.data.scenes import ensure_scenes
+from mixreorg_fast.training import checkpoint
+from mixreorg_fast.training.guard import SETTLED, StepGuard
+from tests.tiny import tiny_config
+
+pytest.importorskip("deepspeed")
+ROOT = Path(__file__).parents[2]
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    ensure_scenes(ScenesConfig(folder=str(folder / "scenes"), train=40, val=4, size=32))
+    return folder
+
+
+def config(folder: Path, name: str, **train) -> dict:
+    base = tiny_config().model_dump(mode="json")
+    base["model"]["text"]["vocab_size"] = 0
+    return merged(
+        base,
+        {
+            "name": name,
+            "output": str(folder / "runs"),
+            "model": {"text": {"context": 24}},
+            "data": {"shards": str(folder / "scenes" / "train-*.tar"), "vocab_size": 300, "threads": 1},
+            "train": {"batch": 8, "steps": STEPS, "log_every": 1, **train},
+            "checkpoint": {"every": 2, "keep": 9},
+        },
+    )
+
+
+def start(folder: Path, *runs: tuple[dict, dict]) -> subprocess.Popen:
+    """``deepspeed`` with two ranks of faults_worker.py, in a process group of its own; runs: (config, faults)."""
+    path = folder / "runs.json"
+    path.write_text(json.dumps([{"config": config, "faults": faults} for config, faults in runs]))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    binaries = Path(sys.executable).parent
+    command = [str(binaries / "deepspeed"), "--num_gpus", "2", "--master_port", port, "--module"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.Popen(
+        [*command, "tests.training.faults_worker", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=folder,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    """Exit code of the launcher and the output of all, once the last rank is gone."""
+    try:
+        output, _ = process.communicate(timeout=280)  # reads until the last process has closed it
+        return process.returncode, output
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def steps(run: Path) -> list[int]:
+    return [int(path.name.split("_")[1]) for path in checkpoint.complete(run)]
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    """A run whose fifth step is skipped; before it, one that is NaN from its third step on and one whose disk is
+    full; after it, one that hangs."""
+    code, output = finish(
+        start(
+            folder,
+            (config(folder, "nan"), {"nan": list(range(3, 9))}),
+            (config(folder, "full"), {"full": 4}),
+            (config(folder, "reference"), {"nan": [5]}),
+            (config(folder, "hung", timeout=6.0), {"hang": (3, 1)}),
+        )
+    )
+    assert code == 1, output[-4000:]
+    return folder / "runs" / "reference", output
+
+
+def test_steps_that_are_nan_are_skipped_and_then_stop_the_run(folder, reference):
+    run, output = reference
+    reports = {line["step"]: line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+    assert [reports[step]["skipped_steps"] for step in range(1, STEPS + 1)] == [0] * 4 + [1] * 4
+    assert "loss" not in reports[5] and reports[6]["loss"] > 0
+    (four, six) = (load_file(run / "checkpoints" / f"step_{step:08d}" / "model.safetensors") for step in (4, 6))
+    assert all(torch.isfinite(value).all() for value in six.values())
+    batches = "image_projection.norm.num_batches_tracked"
+    assert six[batches] - four[batches] == 1  # of two steps
+
+    assert "step 5: gradient norm inf; 3 steps in a row were skipped" in output
+    aside = folder / "runs" / "nan" / "skipped" / "step_00000005"
+    assert len(json.loads((aside / "rank_00001_micro_000.json").read_text())["keys"]) == 4
+    assert load_file(aside / "rank_00001_micro_000.safetensors")["images"].shape == (4, 3, 32, 32)
+    assert steps(folder / "runs" / "nan") == [2, 4]
+
+
+def test_a_run_survives_one_fault_after_the_other(folder, reference):
+    run = folder / "runs" / "struck"
+    every = {"nan": [5]}
+
+    def struck(**faults) -> tuple[int, str]:
+        return finish(start(folder, (config(folder, "struck"), {**every, **faults})))
+
+    code, output = struck(kill=(4, 1))  # a rank is lost in mid-step
+    assert code != 0 and steps(run) == [2], output[-3000:]
+
+    code, output = struck(kill_saving=4)  # and once more while the checkpoint is written
+    assert code != 0 and steps(run) == [2], output[-3000:]
+    assert f"resumed from {run / 'checkpoints' / 'step_00000002'}" in output
+
+    code, output = struck(terminate=(4, 1))  # one rank is told to go
+    assert code == 0 and steps(run) == [2, 4], output[-3000:]
+    assert f"the same command goes on from {run / 'checkpoints' / 'step_00000004'}" in output
+
+    code, output = struck(kill_launcher=(5, 0), slow=0.7)  # the ranks notice within a second or two
+    assert code == -signal.SIGKILL and "stopped by SIGTERM" in output, output[-3000:]
+    assert steps(run)[-1] < STEPS
+
+    code, output = struck()
+    assert code == 0, output[-3000:]
+    assert not list(run.rglob("*.partial"))
+    for name in ("model.safetensors", checkpoint.OPTIMIZER):
+        ours, theirs = (load_file(r / "checkpoints" / f"step_{STEPS:08d}" / name) for r in (run, reference[0]))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(folder, reference):
+    run = folder / "runs" / "full"
+    (line,) = [line for line in reference[1].splitlines() if line.startswith("refused:") and str(run) in line]
+    assert "step_00000004 cannot be written (No space left on device)" in line and "step_00000002 is intact" in line
+    assert steps(run) == [2] and checkpoint.read_state(checkpoint.complete(run)[0], {})["step"] == 2
+    assert not list(run.rglob("*.partial"))
+
+
+def test_a_hung_rank_is_named(reference):
+    (error,) = [line for line in reference[1].splitlines() if line.startswith("error:")]
+    assert "no progress for 6 s" in error and "rank 1 on" in error and "hangs (step 3" in error
+
+
+def test_guard():
+    guard = StepGuard(10.0)
+    assert not guard.record(1e9)  # nothing is known yet
+    guard = StepGuard(10.0)
+    for _ in range(SETTLED):
+        assert not guard.record(2.0)
+    assert guard.refuses(20.1) and not guard.refuses(19.9)
+    assert guard.record(float("nan")) and guard.record(1000.0)
+    again = StepGuard(10.0, json.loads(json.dumps(guard.state())))
+    assert (again.skipped, again.in_a_row, again.taken) == (2, 2, SETTLED)
+    assert not again.record(3.0) and again.in_a_row == 0
+    assert not StepGuard(0.0, guard.state()).refuses(1e30)
