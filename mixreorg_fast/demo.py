@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -55,6 +56,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--short-side must be at least 1, got {args.short_side}")
     if args.port is not None and not 0 < args.port < 65536:
         raise UserError(f"--port must lie in 1..65535, got {args.port}")
+    check_address(args.host, args.port)  # now, rather than after a training
     # Gradio reads these when it is imported. Its folders are ours alone: it serves what lies in them.
     folder = tempfile.TemporaryDirectory(prefix="mixreorg-demo-")
     os.environ.update(
@@ -102,6 +104,20 @@ def embedded_weights(config: Path = CHECKOUT / "configs" / "zero2.json") -> tupl
         if subprocess.run(command).returncode:
             raise UserError("the training failed (see above); name weights by --weights DIR") from None
     return run.run_folder, run.eval.short_side
+
+
+def check_address(host: str, port: int | None) -> None:
+    """Try to listen at `host`.
+
+    Raises:
+        UserError: the address or the port cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port or 0), family=family).close()
+    except (OSError, UnicodeError) as error:
+        where = f"--host {host}" + (f" --port {port}" if port else "")
+        raise UserError(f"{where}: cannot listen there ({error})") from None
 
 
 class View(NamedTuple):
@@ -226,7 +242,7 @@ def serve(page: gradio.Blocks, host: str, port: int | None) -> str:
     """Serve `page` from a thread; returns its address.
 
     Raises:
-        UserError: the address or the port cannot be had.
+        UserError: no port is free.
     """
     import gradio as gr
     from starlette.middleware import Middleware
@@ -250,8 +266,8 @@ def serve(page: gradio.Blocks, host: str, port: int | None) -> str:
             theme=gr.themes.Default(font=plain, font_mono=("monospace",)),
             app_kwargs={"middleware": [Middleware(Guard)]},
         )
-    except (OSError, OverflowError) as error:
-        raise UserError(f"--host {host} --port {port or '7860 and following'}: cannot listen there ({error})") from None
+    except OSError as error:
+        raise UserError(f"--host {host}: {error}") from None
     return url
 
 
