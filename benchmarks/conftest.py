@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -29,6 +31,17 @@ def measure(benchmark, request: pytest.FixtureRequest):
     yield run
     if harness.ON_GPU:
         torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest):
+    """``record(suite=…, op=…, …)``: a row that is no time."""
+
+    def add(**row: Any) -> None:
+        stamped = {**row, "date": harness.now(), "commit": harness.commit()}
+        request.config.stash[_rows].append({key: harness.rounded(value) for key, value in stamped.items()})
+
+    return add
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

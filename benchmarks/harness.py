@@ -41,7 +41,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32  # CPUs compute in fp32
 RESULTS = Path(__file__).parent / "results"
 
-MODES = ("fwd", "bwd", "fwd+bwd")
+MODES = ("fwd", "bwd", "fwd+bwd")  # of an op; a "step" is one call that does all there is to do
 
 INPUT_SETS = 4 if ON_GPU else 2
 GRAPH_CALLS = 3 * INPUT_SETS  # captured together, so that the gap between two replays is spread over them
@@ -49,7 +49,7 @@ ROUNDS = 25 if ON_GPU else 5
 ROUND_SECONDS = 0.01 if ON_GPU else 0.005  # at least: a round is as many calls as that takes
 ROW_SECONDS = 5.0 if ON_GPU else 1.0  # at most, unless three rounds take longer
 
-Mode = Literal["fwd", "bwd", "fwd+bwd"]
+Mode = Literal["fwd", "bwd", "fwd+bwd", "step"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Case:
     modes: Sequence[Mode] = MODES
     dtype: torch.dtype = DTYPE
     bandwidth: Literal["copy", "write"] = "copy"
-    suite: Literal["op", "step", "inference"] = "op"
+    suite: Literal["op", "step", "loader", "inference"] = "op"
 
     def __str__(self) -> str:
         return f"{self.op}-{self.shape}".replace(" ", "-")
@@ -133,14 +133,17 @@ def run_case(benchmark: Any, case: Case, implementation: str, mode: Mode, graph:
             call()
         step = _captured(calls, stream) if graph else _rotating(calls)
         unit = GRAPH_CALLS if graph else INPUT_SETS
-        for _ in range(unit):
-            step()
-        start = synchronized_time()
-        for _ in range(unit):
-            step()
-        seconds = (synchronized_time() - start) / unit
-        iterations = unit * max(1, round(ROUND_SECONDS / seconds / unit))
-        rounds = min(ROUNDS, max(3, round(ROW_SECONDS / (seconds * iterations))))
+        if mode == "step":  # long enough to be a round by itself
+            rounds, iterations = ROUNDS, 1
+        else:
+            for _ in range(unit):
+                step()
+            start = synchronized_time()
+            for _ in range(unit):
+                step()
+            seconds = (synchronized_time() - start) / unit
+            iterations = unit * max(1, round(ROUND_SECONDS / seconds / unit))
+            rounds = min(ROUNDS, max(3, round(ROW_SECONDS / (seconds * iterations))))
         benchmark.pedantic(step, rounds=rounds, iterations=iterations)
     if benchmark.stats is None:
         return None
@@ -163,10 +166,10 @@ def run_case(benchmark: Any, case: Case, implementation: str, mode: Mode, graph:
         "gb_per_s": work.bytes / median * 1e-6,
         "tflop_per_s": work.flops / median * 1e-9,
         "limit_fraction": _floor_ms(case, work) / median,
-        "date": _now(),
+        "date": now(),
         "commit": commit(),
     }
-    row = {key: _rounded(value) for key, value in row.items()}
+    row = {key: rounded(value) for key, value in row.items()}
     benchmark.group = f"{case} {mode}{' graph' if graph else ''}"
     benchmark.extra_info.update(row)
     return row
@@ -187,7 +190,7 @@ def _implementation(case: Case, name: str) -> Callable:
 
 def _call(function: Callable, inputs: Sequence[Any], mode: Mode) -> Callable[[], Any]:
     """One call of `mode` on one input set."""
-    if mode == "fwd":
+    if mode in ("fwd", "step"):
         return lambda: function(*inputs)
     wanted = _differentiated(inputs)
     outputs = _forward(function, inputs)
@@ -243,7 +246,7 @@ def _peak_mb(function: Callable, inputs: Sequence[Any], mode: Mode) -> float | N
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    if mode == "fwd":
+    if mode in ("fwd", "step"):
         outputs = function(*inputs)
     else:
         outputs = _forward(function, inputs)
@@ -282,7 +285,7 @@ def ceilings() -> dict[str, float]:
         a, b = torch.randn(2, size, size, device=DEVICE).to(dtype)
         rate = 2 * size**3 / _best_seconds(lambda a=a, b=b: a @ b) * 1e-12
         limits[f"matmul_{name}_tflop_per_s"] = rate
-    return {key: _rounded(value) for key, value in limits.items()}
+    return {key: rounded(value) for key, value in limits.items()}
 
 
 def _best_seconds(call: Callable[[], Any], rounds: int = 7, calls: int = 5) -> float:
@@ -322,11 +325,11 @@ def commit() -> str:
         return os.environ.get("MIXREORG_COMMIT", "unknown")  # a copy of the tree without its history
 
 
-def _now() -> str:
+def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
@@ -336,7 +339,7 @@ def header() -> dict[str, Any]:
 
     return {
         "device": device_name(),
-        "date": _now(),
+        "date": now(),
         "commit": commit(),
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton") if TRITON_INSTALLED else None,

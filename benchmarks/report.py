@@ -15,7 +15,8 @@ from typing import Any
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
-SUITES = ("op", "inference")  # that have a table here
+SUITES = ("op", "inference", "step", "loader")  # that have a table here
+LARGEST_BATCH = "largest batch"
 Row = Mapping[str, Any]
 
 
@@ -38,7 +39,12 @@ def device_section(file: Mapping[str, Any]) -> str:
         f"{file['matmul_bf16_tflop_per_s']:.3g} TFLOP/s in bf16, {file['matmul_fp32_tflop_per_s']:.3g} in fp32.",
     ]
     for op in dict.fromkeys(row["op"] for row in rows):
-        lines += ["", *op_table(op, [row for row in rows if row["op"] == op])]
+        of_op = [row for row in rows if row["op"] == op]
+        if op == LARGEST_BATCH:
+            table = largest_batches(of_op)
+        else:
+            table = (throughput_table if of_op[0]["mode"] == "step" else op_table)(op, of_op)
+        lines += ["", *table]
     return "\n".join(lines)
 
 
@@ -69,6 +75,25 @@ def op_table(op: str, rows: Sequence[Row]) -> list[str]:
             cells += [megabytes(kernel), megabytes(eager)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def throughput_table(op: str, rows: Sequence[Row]) -> list[str]:
+    """A line per shape and implementation; what ours gains on each of the others of the same shape."""
+    head = ["shape", "dtype", "implementation", "images/s", "ms", "ours against it", "peak MB", "of the limit"]
+    lines = [f"**{op}**", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    ours = {(row["shape"], row["dtype"]): row for row in rows if row["implementation"] == "ours"}
+    for row in rows:
+        mine = ours.get((row["shape"], row["dtype"]))
+        cells = [row["shape"], row["dtype"], row["implementation"], f"{row['images_per_s']:.4g}", milliseconds(row)]
+        cells += [ratio(row, mine) if row is not mine else "", megabytes(row)]
+        cells.append(share(row) if row["limit_fraction"] else "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def largest_batches(rows: Sequence[Row]) -> list[str]:
+    lines = [f"**{LARGEST_BATCH}** of one device", "", "| model | dtype | images | peak MB |", "|---|---|---|---|"]
+    return lines + [f"| {row['shape']} | {row['dtype']} | {row['images']} | {megabytes(row)} |" for row in rows]
 
 
 def milliseconds(row: Row | None) -> str:

@@ -63,6 +63,18 @@ def test_tables_are_made_of_the_results(tmp_path):
     assert report.updated(page, text) == f"before {report.BEGIN}\n\n{text}\n\n{report.END} after"
 
 
+def test_steps_are_told_in_images_per_second(tmp_path):
+    step = {**row("groupvit step", suite="step"), "mode": "step", "graph": False, "images_per_s": 40.0}
+    rows = [{**step, "implementation": "huggingface"}, {**step, "implementation": "ours", "median_ms": 1.6}]
+    largest = {"suite": "step", "op": "largest batch", "shape": "mixreorg", "dtype": "bfloat16", "images": 640}
+    rows.append({**largest, "implementation": "ours", "peak_mb": 1234.5, "commit": "abc"})
+    harness.write_results(rows, HEADER, tmp_path)
+    text = report.tables(tmp_path)
+    assert "| 8x9x10 | bfloat16 | huggingface | 40 | 2 (2–2) | 1.25× | 3 | 50% |" in text
+    assert "| 8x9x10 | bfloat16 | ours | 40 | 1.6 (2–2) |  | 3 | 50% |" in text
+    assert "| mixreorg | bfloat16 | 640 | 1234 |" in text
+
+
 def test_calls_rotate_through_the_input_sets_and_time_what_they_say():
     seen = []
 

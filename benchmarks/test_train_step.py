@@ -1,0 +1,297 @@
+"""The whole training step: forward of all branches, losses, backward, optimizer.
+
+Implementations, all with the same weights' shapes, images, captions and fused optimizer:
+
+- **eager**: the same network in plain PyTorch: SDPA, branches concatenated, captions padded to their 77 tokens, each op
+  as its own benchmark's eager line, noise from PyTorch's generator. **compiled**: that under torch.compile.
+- **ours**: what trains here, the defaults for this device.
+- **huggingface**: transformers' ``GroupViTModel`` with the same weights, in ``method: groupvit`` alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mixreorg_fast import ops
+from mixreorg_fast.config import Config, parse_config
+from mixreorg_fast.models import Batch, MixReorg
+from mixreorg_fast.models.encoders import TextEncoder
+from mixreorg_fast.models.interop import to_foreign
+from mixreorg_fast.ops.mixing import patch_blend_reference, patch_mix_reference
+from mixreorg_fast.training.optimisation import optimizer
+
+from . import harness, test_contrastive, test_grouping_attention, test_mixed_segmentation
+from .harness import DEVICE, ON_GPU, Case, Mode, Work, matrix
+from .report import LARGEST_BATCH
+
+VOCABULARY = 49408
+CAPTIONS = (10, 22)  # tokens, start and end included: those of CC12M
+CPU_BF16 = not ON_GPU and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def configuration(method: str, dtype: torch.dtype, **changes) -> Config:
+    """GroupViT-S; `changes`: image_size, group_size, checkpoint."""
+    return parse_config(
+        {
+            "model": {
+                "method": method,
+                "image_size": changes.get("image_size", 224),
+                "drop_path": 0.0 if method == "groupvit" else 0.1,  # Hugging Face has none
+                "text": {"vocab_size": VOCABULARY},
+            },
+            "mixing": {"group_size": changes.get("group_size", 4)},
+            "train": {
+                "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
+                "checkpoint_activations": changes.get("checkpoint", False),
+            },
+        }
+    )
+
+
+def random_batch(config: Config, images: int, captions: tuple[int, int], generator: torch.Generator) -> Batch:
+    side, context = config.model.image_size, config.model.text.context
+    lengths = torch.randint(captions[0], captions[1] + 1, (images,), generator=generator, device=DEVICE)
+    ids = torch.randint(1, VOCABULARY - 1, (images, context), generator=generator, device=DEVICE)
+    place = torch.arange(context, device=DEVICE)
+    ids = ids.where(place != lengths[:, None] - 1, VOCABULARY - 1).where(place < lengths[:, None], 0)
+    seed = torch.randint(2**62, (), generator=generator, device=DEVICE)
+    pixels = torch.randn(images, 3, side, side, generator=generator, device=DEVICE)
+    return Batch(pixels, ids, lengths.tolist(), seed)
+
+
+def our_model(config: Config) -> MixReorg:
+    torch.manual_seed(0)
+    return MixReorg(config).to(DEVICE).train()
+
+
+def stepping(loss: Callable[[Batch], Tensor], model: nn.Module, config: Config) -> Callable[[Batch], None]:
+    adam = optimizer(model, config)
+
+    def step(batch: Batch) -> None:
+        adam.zero_grad()
+        loss(batch).backward()
+        adam.step()
+
+    return step
+
+
+def ours(config: Config) -> Callable[[Batch], None]:
+    model = our_model(config)
+    return stepping(lambda batch: model(batch)["loss"], model, config)
+
+
+def huggingface(config: Config) -> Callable[[Batch], None]:
+    transformers = pytest.importorskip("transformers", reason="needs the Hugging Face extra")
+    model = transformers.GroupViTModel(transformers.GroupViTConfig()).to(DEVICE).train()
+    state = our_model(config).backbone.state_dict()
+    model.load_state_dict(to_foreign(state | {"logit_scale": state["logit_scale"].reshape(())}, "huggingface"))
+    half = config.train.precision == "bf16"
+
+    def loss(batch: Batch) -> Tensor:
+        place = torch.arange(batch.ids.shape[1], device=DEVICE)
+        mask = (place <= batch.ids.argmax(1, keepdim=True)).long()
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=half):
+            return model(input_ids=batch.ids, attention_mask=mask, pixel_values=batch.images, return_loss=True).loss
+
+    return stepping(loss, model, config)
+
+
+# ---------------------------------------------------------------------- the reference
+
+
+def padded_text(self: TextEncoder, ids: Tensor, dtype: torch.dtype, lengths: object, run: Callable) -> Tensor:
+    """The text encoder over all of the context."""
+    x = (self.token_embedding(ids) + self.position_embedding(torch.arange(ids.shape[1], device=ids.device))).to(dtype)
+    for block in self.blocks:
+        x = run(block, x)
+    return self.norm(x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)])
+
+
+def random_plan(images: int, patches: int, group_size: int, *, device: torch.device, **_) -> ops.MixPlan:
+    groups = images // group_size
+    order = torch.rand(groups, group_size, patches, device=device).argsort(dim=1)
+    first = torch.arange(groups, device=device)[:, None, None] * group_size
+    source, inverse = ((first + index).flatten(0, 1).int() for index in (order, order.argsort(dim=1)))
+    return ops.MixPlan(source, inverse, group_size)
+
+
+def random_drops(model: MixReorg, batch: Batch) -> Tensor | None:
+    if not any(model.drop_rates):
+        return None
+    return torch.rand(2, len(model.drop_rates), 3, len(batch.images), device=batch.images.device)
+
+
+@contextlib.contextmanager
+def reference() -> Iterator[None]:
+    """The model without this package's ops: their benchmarks' eager lines instead."""
+    eager = {
+        "patch_mix": lambda x, plan: patch_mix_reference(x, plan.source),
+        "patch_restore": lambda x, plan: patch_mix_reference(x, plan.inverse),
+        "patch_blend": lambda mixed, original, plan, alpha: patch_blend_reference(mixed, original, plan.source, alpha),
+        "grouping_attention": lambda q, k, v, *, seed, return_assignment, **_: test_grouping_attention.eager(
+            q, k, v, seed, return_assignment
+        ),
+        "contrastive_loss": lambda image, text, scale, **_: test_contrastive.eager(image, text, scale),
+        "mixed_segmentation_loss": test_mixed_segmentation.eager,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, function in eager.items():
+            stack.enter_context(mock.patch.object(ops, name, function))
+        stack.enter_context(mock.patch.object(ops.MixPlan, "sample", random_plan))
+        stack.enter_context(mock.patch.object(MixReorg, "_drops", random_drops))
+        stack.enter_context(mock.patch.object(TextEncoder, "forward", padded_text))
+        yield
+
+
+def eager(config: Config, compiled: bool = False) -> Callable[[Batch], None]:
+    config = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
+    model = our_model(config)
+    run = torch.compile(model, dynamic=False) if compiled else model
+    step = stepping(lambda batch: run(batch)["loss"], model, config)
+
+    def within(batch: Batch) -> None:
+        with reference():
+            # Padded lengths are the same in every batch: nothing to compile anew.
+            step(replace(batch, lengths=[batch.ids.shape[1]] * len(batch.ids)))
+
+    return within
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Config], Callable[[Batch], None]]] = {
+    "eager": eager,
+    "compiled": functools.partial(eager, compiled=True),
+    "ours": ours,
+    "huggingface": huggingface,
+}
+
+
+@functools.lru_cache(maxsize=1)  # one model in memory at a time
+def built(name: str, method: str, dtype: torch.dtype, changes: tuple) -> Callable[[Batch], None]:
+    return IMPLEMENTATIONS[name](configuration(method, dtype, **dict(changes)))
+
+
+# ---------------------------------------------------------------------- cases
+
+
+class Counted(dict):
+    """The operations of a step, counted on a few images of it when they are asked for."""
+
+    def __init__(self, config: Config, images: int, captions: tuple[int, int]):
+        self._config, self._images, self._captions = config, images, captions
+
+    def __missing__(self, mode: Mode) -> Work:
+        few = max(8, self._config.mixing.group_size)
+        config = self._config.model_copy(deep=True)
+        config.train.compile = config.train.checkpoint_activations = False  # what is done twice counts once
+        batch = random_batch(config, few, self._captions, torch.Generator(DEVICE).manual_seed(0))
+        every = dict.fromkeys(("grouping_attention", "contrastive_loss", "mixed_segmentation_loss"), lambda *_: True)
+        with (
+            mock.patch.dict("mixreorg_fast.ops.dispatch.PYTORCH_WINS", every),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
+            our_model(config)(batch)["loss"].backward()
+        return Work(flops=counter.get_total_flops() * self._images / few)
+
+
+def make_case(
+    method: str,
+    images: int,
+    names: tuple[str, ...],
+    captions: tuple[int, int] = CAPTIONS,
+    dtype: torch.dtype = harness.DTYPE,
+    **changes,
+) -> Case:
+    config = configuration(method, dtype, **changes)
+
+    def run(batch: Batch, name: str) -> None:
+        built(name, method, dtype, tuple(changes.items()))(batch)
+
+    group = f" K={config.mixing.group_size}" if method == "mixreorg" else ""
+    recomputing = " recomputing" if config.train.checkpoint_activations else ""
+    return Case(
+        suite="step",
+        op=f"{method} step",
+        shape=f"{images}x3x{config.model.image_size}²{group} captions {captions[0]}-{captions[1]}{recomputing}",
+        batch=images,
+        dtype=dtype,
+        inputs=lambda generator: (random_batch(config, images, captions, generator),),
+        implementations={name: functools.partial(run, name=name) for name in names},
+        work=Counted(config, images, captions),
+        modes=("step",),
+    )
+
+
+def cases() -> list[Case]:
+    if not ON_GPU:
+        half = [make_case("groupvit", 8, ("huggingface", "ours"), dtype=torch.bfloat16)] if CPU_BF16 else []
+        return [
+            make_case("groupvit", 8, ("huggingface", "ours")),
+            *half,
+            make_case("mixreorg", 4, ("eager", "ours")),
+        ]
+    alone = functools.partial(make_case, "mixreorg", names=("ours",))
+    return [
+        make_case("mixreorg", 512, ("eager", "compiled", "ours")),
+        make_case("groupvit", 512, ("eager", "compiled", "ours", "huggingface")),
+        alone(512, checkpoint=True),
+        # How the cost grows with the batch, the resolution, the mixing group and the captions.
+        *(alone(images) for images in (64, 128, 256, 1024, 2048, 4096)),
+        *(alone(256, image_size=side) for side in (320, 448)),
+        *(alone(512, group_size=size) for size in (2, 8, 16)),
+        *(alone(512, captions=(length, length)) for length in (10, 20, 40, 77)),
+    ]
+
+
+@matrix(cases())
+def test_train_step(measure, case, implementation, mode, graph):
+    measure(case, implementation, mode, graph)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="asks a GPU for all its memory")
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["keeping", "recomputing"])
+@pytest.mark.parametrize("method", ["mixreorg", "groupvit"])
+def test_largest_batch(record, method, checkpoint):
+    """The most images a step holds, to within a sixteenth."""
+    built.cache_clear()
+    config = configuration(method, harness.DTYPE, checkpoint=checkpoint)
+    step = ours(config)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def peak_mb(images: int) -> float | None:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            step(random_batch(config, images, CAPTIONS, generator))
+        except torch.OutOfMemoryError:
+            return None
+        return torch.cuda.max_memory_allocated() / 2**20
+
+    fits, peak, unit = 0, None, 64
+    while (found := peak_mb(fits + unit)) is not None:
+        fits, peak, unit = fits + unit, found, max(unit, fits + unit)
+    while unit > max(4, fits // 16):
+        unit //= 2
+        if (found := peak_mb(fits + unit)) is not None:
+            fits, peak = fits + unit, found
+    if not fits:
+        pytest.skip("not even 64 images fit")
+    record(
+        suite="step",
+        op=LARGEST_BATCH,
+        shape=f"{method} 3x224²{' recomputing' if checkpoint else ''}",
+        dtype=str(harness.DTYPE).removeprefix("torch."),
+        implementation="ours",
+        images=fits,
+        peak_mb=peak,
+    )
