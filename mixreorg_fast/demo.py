@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
-from .config import ScenesConfig, load_config
+from .config import Config, ScenesConfig, load_config
 from .errors import UserError
 from .evaluation.evaluate import load_on_device
 from .evaluation.pictures import blend, class_palette, label_counts, overlay, segment_palette
@@ -70,24 +70,22 @@ def main(args: argparse.Namespace) -> int:
             import gradio  # noqa: F401
         except ImportError as error:
             raise UserError(f"the page needs Gradio ({error}): pip install 'mixreorg-fast[demo]'") from None
-        weights, short_side = args.weights, args.short_side
+        weights, short_side, scenes = args.weights, args.short_side, ScenesConfig()
         if weights is None:
-            weights, trained_for = embedded_weights()
-            short_side = short_side or trained_for
+            run = embedded_run()
+            weights, short_side, scenes = run.run_folder, short_side or run.eval.short_side, run.data.scenes
         model = load_on_device(str(weights), args.device)
-        page = build(Segmenter(model, short_side), Path(folder.name))
+        page = build(Segmenter(model, short_side), sample_scenes(scenes, Path(folder.name)))
         url = serve(page, args.host, args.port)
-        print(f"{url} shows {find_weights(weights)}; Ctrl-C ends it", flush=True)
         # So that being told to end leaves no uploads behind, either.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        print(f"{url} shows {find_weights(weights)}; Ctrl-C ends it", flush=True)
         page.block_thread()  # until Ctrl-C
     return 0
 
 
-def embedded_weights(config: Path = CHECKOUT / "configs" / "zero2.json") -> tuple[Path, int]:
-    """Weights of the embedded scenes, and the short side at which they are scored.
-
-    Those that ``make train`` left, or else those of the same run, made now.
+def embedded_run(config: Path = CHECKOUT / "configs" / "zero2.json") -> Config:
+    """The run that ``make train`` left, or else the same run, made now: weights trained on embedded scenes.
 
     Raises:
         UserError: not in a checkout, or the training failed.
@@ -103,7 +101,7 @@ def embedded_weights(config: Path = CHECKOUT / "configs" / "zero2.json") -> tupl
         command = [sys.executable, str(CHECKOUT / "train.py"), "--config", str(config)]
         if subprocess.run(command).returncode:
             raise UserError("the training failed (see above); name weights by --weights DIR") from None
-    return run.run_folder, run.eval.short_side
+    return run
 
 
 def check_address(host: str, port: int | None) -> None:
@@ -160,12 +158,11 @@ class Segmenter:
         )
 
 
-def sample_scenes(folder: Path) -> list[list[str]]:
+def sample_scenes(config: ScenesConfig, folder: Path) -> list[list[str]]:
     """Scenes never trained on, drawn into `folder`: per scene its path and the names of what it shows."""
     from .data.drawing import Painter
     from .data.scenes import held_out_combinations, plan_scene, render
 
-    config = ScenesConfig()
     painter, held_out = Painter(SAMPLE_SIDE, config.seed), held_out_combinations(config.seed)
     samples, number = [], 0
     while len(samples) < SAMPLES:
@@ -178,8 +175,8 @@ def sample_scenes(folder: Path) -> list[list[str]]:
     return samples
 
 
-def build(segmenter: Segmenter, folder: Path) -> gradio.Blocks:
-    """The page. `folder` gets its sample scenes; Gradio's environment has to be set before."""
+def build(segmenter: Segmenter, samples: list[list[str]]) -> gradio.Blocks:
+    """The page, with `samples` (a picture's path, class names) to click; Gradio's environment has to be set before."""
     import gradio as gr
 
     nothing = [None] * (2 + len(segmenter.model.config.groups))
@@ -221,7 +218,7 @@ def build(segmenter: Segmenter, folder: Path) -> gradio.Blocks:
                 gr.Image(label=f"Segments of stage {i}", elem_id=f"stage{i}", **picture)
                 for i in range(1, len(segmenter.model.config.groups) + 1)
             ]
-        gr.Examples(sample_scenes(folder), [photo, names], label="Scenes", cache_examples=False)
+        gr.Examples(samples, [photo, names], label="Scenes", cache_examples=False)
         gr.on(
             [photo.change, names.submit, threshold.release, button.click],
             show,

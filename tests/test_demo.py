@@ -19,6 +19,7 @@ from PIL import Image
 
 from mixreorg_fast import demo
 from mixreorg_fast.cli import main
+from mixreorg_fast.config import ScenesConfig
 from mixreorg_fast.data.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.models import GroupViT
@@ -64,7 +65,7 @@ def test_large_photos_are_shown_smaller_and_huge_ones_refused(weights, tmp_path,
 
 def test_sample_scenes_are_drawn_with_the_names_of_what_they_show(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "SAMPLE_SIDE", 32)
-    samples = demo.sample_scenes(tmp_path)
+    samples = demo.sample_scenes(ScenesConfig(), tmp_path)
     assert len(samples) == demo.SAMPLES == len({path for path, _ in samples})
     for path, names in samples:
         assert Image.open(path).size == (32, 32) and "," in names
@@ -81,18 +82,18 @@ def test_without_weights_those_of_the_embedded_scenes_are_taken_or_made(weights,
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", train)
-    expected = (tmp_path / "scenes", 32)
-    assert demo.embedded_weights(config) == expected
+    run = demo.embedded_run(config)
+    assert (run.run_folder, run.eval.short_side) == (tmp_path / "scenes", 32)
     assert commands == [[sys.executable, str(ROOT / "train.py"), "--config", str(config)]]
     assert "training there on embedded scenes" in capsys.readouterr().out
-    assert demo.embedded_weights(config) == expected and len(commands) == 1
+    assert demo.embedded_run(config) == run and len(commands) == 1
 
     shutil.rmtree(tmp_path / "scenes")
     monkeypatch.setattr(subprocess, "run", lambda command: SimpleNamespace(returncode=1))
     with pytest.raises(UserError, match="the training failed"):
-        demo.embedded_weights(config)
+        demo.embedded_run(config)
     with pytest.raises(UserError, match="from a checkout, which this is not"):
-        demo.embedded_weights(tmp_path / "configs" / "zero2.json")
+        demo.embedded_run(tmp_path / "configs" / "zero2.json")
 
 
 @pytest.mark.parametrize(
