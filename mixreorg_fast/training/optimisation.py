@@ -37,8 +37,7 @@ def optimizer(model: nn.Module, config: Config) -> GuardedAdamW:
         is_matrix = parameter.dim() >= 2 and not name.endswith(("tokens.weight", "positions.weight"))
         (decayed if is_matrix and "embedding" not in name else free).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.train.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    fused = next(model.parameters()).is_cuda
-    return GuardedAdamW(groups, lr=config.train.lr, betas=config.train.betas, fused=fused)
+    return GuardedAdamW(groups, lr=config.train.lr, betas=config.train.betas, fused=True)
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
