@@ -155,6 +155,23 @@ def test_segment_skips_what_is_broken_and_says_so(weights, tmp_path, capsys):
     assert (out / "good.png").is_file() and not (out / "cut.png").exists()
 
 
+def test_segment_takes_huge_photos_within_memory(weights, tmp_path):
+    """96 megapixels: the process, PyTorch included, stays under 2 GiB."""
+    Image.new("RGB", (12000, 8000), "red").save(tmp_path / "huge.png", compress_level=1)
+    options = ["--classes", "cat, dog", "--weights", weights, "--out", str(tmp_path / "out"), "--short-side", "64"]
+    code = f"""
+import resource, torch
+torch.set_num_threads(1)
+from mixreorg_fast.cli import main
+assert main(["segment", {str(tmp_path / "huge.png")!r}, *{options!r}]) == 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert int(done.stdout.splitlines()[-1]) < 2048, f"{done.stdout} MiB"
+    assert (tmp_path / "out" / "huge.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("classes", "message"), [("cat,,dog", "names between commas"), ("cat, dog, cat", "'cat' is named twice")]
 )
