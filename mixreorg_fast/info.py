@@ -29,6 +29,7 @@ LIBRARIES = {
     "DALI": ("nvidia.dali", ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")),
     "DeepSpeed": ("deepspeed", ("deepspeed",)),
     "transformers": ("transformers", ("transformers",)),
+    "Gradio": ("gradio", ("gradio",)),
 }
 
 
