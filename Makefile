@@ -1,5 +1,5 @@
 # Each target does all its own set-up; `make env` alone builds .venv.
-.PHONY: env train test bench lint clean
+.PHONY: env train test soak bench lint clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -29,6 +29,9 @@ train: env
 
 test: env
 	$(RUN) $(BIN)/python -m pytest
+
+soak: env
+	$(RUN) $(BIN)/python -m pytest tests/soak.py
 
 bench: env
 	$(RUN) $(BIN)/python -m pytest benchmarks/ --benchmark-only

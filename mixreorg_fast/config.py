@@ -152,6 +152,7 @@ class DataConfig(Section):
     val_shards: str | list[str] | None = Field(None, description="image-text pairs for retrieval R@1")
     tokenizer: str | None = Field(None, description="tokenizer.json; null: one is trained on the captions")
     vocab_size: Positive = Field(8192, description="size of a tokenizer trained on the captions")
+    max_bad: Fraction = Field(0.01, description="share of unreadable samples that stops the run")
     nouns: NonNegative = Field(3, description="noun prompts per caption when loss.multi_label is on")
     threads: Positive = 4
     prefetch: Positive = 2

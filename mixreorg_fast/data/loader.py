@@ -109,8 +109,8 @@ class TrainLoader:
     Attributes:
         samples: training samples, N.
         wait_seconds: time spent waiting in ``next``.
-        bad_samples: (key, reason) of each photo found undecodable so far; in its place comes the next good sample
-            of the shards, with that one's caption.
+        bad_samples: (key, reason) of each sample found unreadable so far; in its place comes the next good one of
+            the shards.
 
     Raises:
         UserError: as :func:`training_shards`; DALI is missing; not one photo can be decoded (from ``next``).
@@ -410,11 +410,11 @@ class _Photos:
             if number in self.bad:
                 pairs.append((None, None))
                 continue
-            sample = self.shards.read(number)
             try:
+                sample = self.shards.read(number)
                 pairs.append((sample, self._parse(sample.image)))
-            except ValueError as error:
-                self._mark(number, sample.key, str(error))
+            except (ValueError, OSError) as error:  # no photo; a shard that is cut or gone
+                self._mark(number, self.shards.key(number), str(error))
                 pairs.append((None, None))
         return pairs
 

@@ -9,6 +9,7 @@ ever written to disk.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import itertools
@@ -80,12 +81,17 @@ def expand(patterns: str | Sequence[str]) -> list[Path]:
     The order is that of the patterns; within a glob it is alphabetical. A path named twice counts once.
 
     Raises:
-        UserError: a brace is not closed, a named file is missing, or a glob matches nothing.
+        UserError: a brace is not closed, a named file is missing, a glob matches nothing, or it is a URL.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     paths: dict[Path, None] = {}
     missing: list[str] = []
     for pattern in (part for whole in patterns for part in _split(whole)):
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", pattern):
+            raise UserError(
+                f"{pattern}: shards are read in place from local paths; copy them first (such as `aws s3 sync`, "
+                f"`wget`) or mount the bucket (such as `mount-s3`, `rclone mount`) and name that path"
+            )
         found = []
         for name in _braces(pattern):
             name = os.path.expanduser(name)
@@ -160,7 +166,8 @@ class ShardSet:
         needed = np.unique(np.searchsorted(self._ends, samples, side="right")).tolist()
         for shard in needed:
             descriptor = self._files.pop(shard, None)
-            self._files[shard] = os.open(self.shards[shard].path, os.O_RDONLY) if descriptor is None else descriptor
+            with contextlib.suppress(OSError):  # one that has vanished is found out by read
+                self._files[shard] = os.open(self.shards[shard].path, os.O_RDONLY) if descriptor is None else descriptor
         while len(self._files) > max(64, len(needed)):
             os.close(self._files.pop(next(iter(self._files))))
 
@@ -171,6 +178,8 @@ class ShardSet:
             OSError: the shard cannot be read, or has been cut since it was indexed.
         """
         shard, record = self._record(number)
+        if shard not in self._files:
+            raise OSError(f"{self.shards[shard].path} cannot be opened any more")
         data = os.pread(self._files[shard], int(record["span"]), int(record["start"]))
         if len(data) < record["span"]:
             raise OSError(f"{self.shards[shard].path} is shorter than when it was indexed")

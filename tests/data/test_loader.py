@@ -17,8 +17,10 @@ from mixreorg_fast.data.loader import (
     Batch,
     TrainLoader,
     ValidationLoader,
+    _Photos,
     captions,
     tokenizer_for,
+    training_shards,
     validation_shards,
 )
 from mixreorg_fast.data.shards import open_shards
@@ -200,13 +202,28 @@ def test_errors_of_the_thread_reach_the_consumer(config, tokenizer, shards):
         for shard in Path(shards).parent.glob("*.tar"):
             with open(shard, "r+b") as file:
                 file.truncate(100)
-        with pytest.raises(OSError, match="shorter than when it was indexed"):
+        with pytest.raises(UserError, match="not one photo"):
             for _ in range(20):
                 next(loader)
-        with pytest.raises(OSError):
+        with pytest.raises(UserError):
             next(loader)
     finally:
         loader.close()
+
+
+def test_shards_that_vanish_or_are_cut_while_training(config, tokenizer, shards):
+    first, second, third = sorted(Path(shards).parent.glob("*.tar"))
+    indexed = training_shards(config({"augment": PLAIN}))
+    indexed.close()
+    second.rename(second.with_suffix(".away"))
+    with open(third, "r+b") as file:
+        file.truncate(600)
+    photos = _Photos(indexed, threads=2, device=torch.device("cpu"))
+    numbers, samples, *_ = photos.read(np.arange(30))
+    photos.close()
+    assert len(samples) == 30 and set(numbers) == set(range(13))  # samples of the first shard stand in
+    assert len(photos.bad_samples) == 17
+    assert all("cannot be opened" in reason or "shorter" in reason for _, reason in photos.bad_samples)
 
 
 def test_close_is_clean(config, tokenizer):

@@ -52,6 +52,8 @@ class TestPatterns:
             ("", "pattern is empty"),
             ("data/flickr8k/train-{000000..000001}.tar", r"mixreorg shards build .*flickr8k.*docs/data\.md"),
             ("data/scenes/train-*.tar", r"mixreorg shards scenes"),
+            ("s3://bucket/{00..99}.tar", r"s3://bucket.*local paths.*aws s3 sync"),
+            ("https://host/00.tar", r"local paths"),
         ],
     )
     def test_errors(self, pattern, message):
