@@ -127,8 +127,8 @@ class Trainer:
         batches: Iterator[LoadedBatch] = iter(loader)
         window = _Window(loader)
         loaded = None
-        # The first exchange between ranks: who has not come here is who the others wait for.
-        self.engine.module.backbone.image_projection.register_forward_pre_hook(
+        # The texts' projection is the first exchange between ranks: who has not come here is who the others wait for.
+        self.engine.module.backbone.text_projection.register_forward_pre_hook(
             lambda *_: watch.at(self.step + 1, "exchange between ranks")
         )
         self.engine.train()

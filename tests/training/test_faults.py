@@ -151,15 +151,16 @@ def test_a_run_survives_one_fault_after_the_other(folder, reference):
 
 def test_a_full_disk_leaves_the_checkpoint_before(folder, reference):
     run = folder / "runs" / "full"
-    (line,) = [line for line in reference[1].splitlines() if line.startswith("refused:") and str(run) in line]
+    lines = reference[1].splitlines()
+    (line,) = {line for line in lines if line.startswith("refused:") and str(run) in line}  # every rank has the same
     assert "step_00000004 cannot be written (No space left on device)" in line and "step_00000002 is intact" in line
     assert steps(run) == [2] and checkpoint.read_state(checkpoint.complete(run)[0], {})["step"] == 2
     assert not list(run.rglob("*.partial"))
 
 
 def test_a_hung_rank_is_named(reference):
-    (error,) = [line for line in reference[1].splitlines() if line.startswith("error:")]
-    assert "no progress for 6 s" in error and "rank 1 on" in error and "hangs (step 3" in error
+    errors = [line for line in reference[1].splitlines() if line.startswith("error:")]
+    assert any("no progress for 6 s" in e and "rank 1 on" in e and "hangs (step 3" in e for e in errors), errors
 
 
 def test_guard():
