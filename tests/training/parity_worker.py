@@ -1,11 +1,12 @@
-"""Two ranks with half the batch each against one process with the whole batch: losses, gradients, running averages.
-And checkpoints: what one ZeRO stage saved, loaded by the same stage and by another.
+"""Two or four ranks with a share of the batch each against one process with the whole batch: losses, gradients,
+running averages. And checkpoints: what one ZeRO stage saved, loaded by the same stage and by another.
 
 test_parity.py starts it, one launch for all cases: ``torchrun --nproc_per_node 2 -m tests.training.parity_worker FILE``
 """
 
 import copy
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from mixreorg_fast.training.distributed import initialise
 from mixreorg_fast.training.optimisation import deepspeed_config, optimizer
 from tests.tiny import fill, random_batch, tiny_config
 
-WORLD = 2
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 IMAGES = 16  # of a micro-step, over both ranks
 ENGINES = ["plain", "zero0", "zero1", "zero2", "zero3", "offload"]
 SECTIONS = {f"zero{stage}": {"zero_stage": stage} for stage in range(4)} | {
@@ -30,9 +31,17 @@ SECTIONS = {f"zero{stage}": {"zero_stage": stage} for stage in range(4)} | {
 RESUMED = list(zip(ENGINES[1:], [*ENGINES[2:], ENGINES[1]], strict=True))  # each to the next one
 
 
-def cases() -> list[dict]:
-    """Every engine with accumulation 1 and 4; the parts that draw random numbers are all on."""
+def cases(world: int) -> list[dict]:
+    """Every engine with accumulation 1 and 4; the parts that draw random numbers are all on.
+
+    Of four ranks, which take four times as long, the engines once each, and features exchanged in a ring.
+    """
     full = {"model": {"drop_path": 0.3}, "loss": {"multi_label": 0.5}}
+    if world == 4:
+        ring = {**full, "loss": {**full["loss"], "exchange": "ring"}}
+        return [
+            {"name": f"{engine}, four ranks", "engine": engine, "accumulation": 1, **ring} for engine in ENGINES[1:]
+        ]
     return [
         {"name": f"{engine}, accumulation {accumulation}", "engine": engine, "accumulation": accumulation, **full}
         for engine in ENGINES
@@ -59,7 +68,7 @@ def settings(case: dict):
 
 
 def share(batch: Batch, rank: int) -> Batch:
-    """One rank's half of a batch."""
+    """One rank's share of a batch."""
     rows = slice(rank * IMAGES // WORLD, (rank + 1) * IMAGES // WORLD)
     prompts = slice(rows.start * 2, rows.stop * 2)
     nouns = batch.noun_ids is not None
@@ -74,8 +83,18 @@ def share(batch: Batch, rank: int) -> Batch:
     )
 
 
+_WHOLE: dict[str, dict] = {}
+
+
 def whole(case: dict) -> dict:
-    """Losses, gradients and buffers of one process with the whole batch."""
+    """Losses, gradients and buffers of one process with the whole batch; the same for every engine."""
+    key = json.dumps({name: value for name, value in case.items() if name not in ("name", "engine")})
+    if key not in _WHOLE:
+        _WHOLE[key] = _whole(case)
+    return _WHOLE[key]
+
+
+def _whole(case: dict) -> dict:
     config = settings(case)
     model = MixReorg(config)
     fill(model)
@@ -90,7 +109,6 @@ def whole(case: dict) -> dict:
         losses.append({name: value.item() for name, value in out.items()})
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {
-        "config": config,
         "start": start,
         "batches": batches,
         "losses": losses,
@@ -105,7 +123,7 @@ def compare(case: dict, expected: dict, rank: int) -> dict[str, float]:
     A gradient's is relative to its largest value, or to a tenth of the largest of all: a bias in front of a
     normalisation has no gradient but rounding.
     """
-    config = expected["config"]
+    config = settings(case)
     model = MixReorg(config)
     model.load_state_dict(expected["start"])
     engine = model
@@ -197,11 +215,13 @@ def resume(name: str, other: str, folder: Path, world) -> dict:
 
 def main(out: str) -> None:
     torch.set_num_threads(1)
-    expected = [whole(case) for case in cases()]  # before there is a process group to sum over
+    expected = [whole(case) for case in cases(WORLD)]  # before there is a process group to sum over
     world = initialise()
     torch.set_num_threads(1)
-    results = {case["name"]: compare(case, truth, world.rank) for case, truth in zip(cases(), expected, strict=True)}
-    for name, other in RESUMED:
+    results = {
+        case["name"]: compare(case, truth, world.rank) for case, truth in zip(cases(WORLD), expected, strict=True)
+    }
+    for name, other in RESUMED if WORLD == 2 else ():
         results[f"{name} to {other}"] = resume(name, other, Path(out).parent, world)
     if world.is_main:
         Path(out).write_text(json.dumps(results, indent=2))

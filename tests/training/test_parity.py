@@ -13,19 +13,32 @@ pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def deviations(tmp_path_factory):
+def launched(tmp_path_factory, ranks: int) -> dict:
     out = tmp_path_factory.mktemp("parity") / "deviations.json"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
     command = [*launch, "tests.training.parity_worker", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("name", [case["name"] for case in cases()])
+@pytest.fixture(scope="module")
+def deviations(tmp_path_factory):
+    return launched(tmp_path_factory, 2)
+
+
+@pytest.mark.parametrize("name", [case["name"] for case in cases(2)])
 def test_two_ranks_equal_one(deviations, name):
-    measured = deviations[name]
+    check(deviations[name])
+
+
+def test_four_ranks_equal_one(tmp_path_factory):
+    measured = launched(tmp_path_factory, 4)
+    for case in cases(4):
+        check(measured[case["name"]])
+
+
+def check(measured: dict) -> None:
     assert measured["loss"] < 1e-5, measured
     assert measured["gradient"] < 1e-5, measured
     assert measured["buffer"] < 1e-6, measured
