@@ -34,6 +34,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mixreorg_fast.files import atomic_path
 from mixreorg_fast.ops.dispatch import TRITON_INSTALLED
 
 ON_GPU = torch.cuda.is_available()
@@ -334,7 +335,12 @@ def rounded(value: Any) -> Any:
 
 
 def header() -> dict[str, Any]:
-    """What stands above the rows of a results file."""
+    """What stands above the rows of a ledger."""
+    return {**versions(" ".join(["pytest", *sys.argv[1:]])), **ceilings()}
+
+
+def versions(command: str) -> dict[str, Any]:
+    """What stands above the rows of any results file."""
     import importlib.metadata
 
     return {
@@ -345,22 +351,28 @@ def header() -> dict[str, Any]:
         "triton": importlib.metadata.version("triton") if TRITON_INSTALLED else None,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "command": " ".join(["pytest", *sys.argv[1:]]),
-        **ceilings(),
+        "command": command,
     }
 
 
 def write_results(rows: Sequence[Mapping[str, Any]], header: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     """Put `rows` into ``<device>.json``; what the file holds of other suites and ops stays."""
-    name = re.sub(r"[^a-z0-9]+", "_", header["device"].lower()).strip("_")
-    path = folder / f"{name}.json"
+    path = folder / f"{file_stem(header['device'])}.json"
     measured = {(row["suite"], row["op"]) for row in rows}
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     kept = [row for row in old if (row["suite"], row.get("op")) not in measured]
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in [*kept, *rows])
-    text = json.dumps({**header, "rows": []}, indent=1).replace('"rows": []', f'"rows": [\n{lines}\n ]') + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    write_rows(path, header, [*kept, *rows])
     return path
+
+
+def file_stem(device: str) -> str:
+    """A device's name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
+
+
+def write_rows(path: Path, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a results file, a row per line, atomically."""
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    text = json.dumps({**header, "rows": []}, indent=1).replace('"rows": []', f'"rows": [\n{lines}\n ]') + "\n"
+    with atomic_path(path) as partial:
+        partial.write_text(text)

@@ -1,6 +1,6 @@
-"""Write the tables of docs/performance.md from the results files: ``python -m benchmarks.report``.
+"""Write the tables of docs/performance.md and docs/results.md from the results files: ``python -m benchmarks.report``.
 
-Only what stands between the page's two markers is replaced; ``--check`` changes nothing and fails where it would.
+Only what stands between a page's two markers is replaced; ``--check`` changes nothing and fails where it would.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "performance.md"
+DOCS = HERE.parent / "docs"
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 SUITES = ("op", "inference", "step", "loader")  # that have a table here
 LARGEST_BATCH = "largest batch"
@@ -22,9 +22,39 @@ Row = Mapping[str, Any]
 
 def tables(folder: Path = HERE / "results") -> str:
     """One section per device, GPUs first."""
-    files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    files = [file for file in files if any(row["suite"] in SUITES for row in file["rows"])]
+    files = _files(folder, SUITES)
     return "\n\n".join(device_section(file) for file in sorted(files, key=lambda file: file["cuda"] is None))
+
+
+def _files(folder: Path, suites: Sequence[str]) -> list[Mapping[str, Any]]:
+    """The results files that hold rows of these suites."""
+    files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [file for file in files if any(row["suite"] in suites for row in file["rows"])]
+
+
+def study_tables(folder: Path = HERE / "results") -> str:
+    """What finished runs scored zero-shot: one table per device."""
+    return "\n\n".join(study_section(file) for file in _files(folder, ["study"]))
+
+
+def study_section(file: Mapping[str, Any]) -> str:
+    """A line per run and data set."""
+    head = ["run", "method", "seed", "steps", "images seen", "seconds", "scored on", "images", "mIoU"]
+    head += ["all background", "oracle mIoU", "segments used"]
+    lines = [
+        f"### {file['device']}",
+        "",
+        f"{file['date'][:10]}, commit {file['commit']}, torch {file['torch']}.",
+        "",
+        f"| {' | '.join(head)} |",
+        "|" + "---|" * len(head),
+    ]
+    for row in file["rows"]:
+        cells = [row["run"], row["variant"], row["seed"], row["steps"], row["images_seen"], f"{row['seconds']:.0f}"]
+        cells += [row["world"], row["images"], row["miou"], row["all_background_miou"] or "–"]
+        cells += [row["oracle_miou"], row["groups_used"]]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
 
 
 def device_section(file: Mapping[str, Any]) -> str:
@@ -124,14 +154,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail where the page is not what the results say")
     check = parser.parse_args(argv).check
-    old = PAGE.read_text()
-    new = updated(old, tables())
-    if check and new != old:
-        print("docs/performance.md is not what benchmarks/results/ says: run python -m benchmarks.report")
-        return 1
-    if new != old:
-        PAGE.write_text(new)
-    return 0
+    failed = 0
+    for name, content in (("performance.md", tables()), ("results.md", study_tables())):
+        page = DOCS / name
+        old = page.read_text()
+        new = updated(old, content)
+        if check and new != old:
+            print(f"docs/{name} is not what benchmarks/results/ says: run python -m benchmarks.report")
+            failed = 1
+        elif new != old:
+            page.write_text(new)
+    return failed
 
 
 if __name__ == "__main__":
