@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import socket
@@ -78,10 +79,17 @@ def main(args: argparse.Namespace) -> int:
         page = build(Segmenter(model, short_side), sample_scenes(scenes, Path(folder.name)))
         url = serve(page, args.host, args.port)
         # So that being told to end leaves no uploads behind, either.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _end)
         print(f"{url} shows {find_weights(weights)}; Ctrl-C ends it", flush=True)
         page.block_thread()  # until Ctrl-C
     return 0
+
+
+def _end(number: int, frame: Any) -> None:
+    """Ctrl-C and SIGTERM: end in order, without a traceback for each page that is still open."""
+    logging.getLogger("uvicorn.error").disabled = True
+    signal.default_int_handler(number, frame)
 
 
 def embedded_run(config: Path = CHECKOUT / "configs" / "zero2.json") -> Config:

@@ -28,16 +28,16 @@ def save(model: GroupViT, folder: str | Path, state: Mapping[str, Tensor] | None
 
     Parameters and floating buffers are written as they are; the temperature as a 0-d tensor, as others write it.
     """
-    state = dict(model.state_dict() if state is None else state)
-    state["logit_scale"] = state["logit_scale"].reshape(())
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        write_files(model, temporary, state)
+        write_files(model, temporary, model.state_dict() if state is None else state)
 
 
 def write_files(model: GroupViT, folder: Path, state: Mapping[str, Tensor]) -> None:
     """The three files of a folder of weights, into an existing folder that nobody reads yet."""
-    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    tensors["logit_scale"] = tensors["logit_scale"].reshape(())
+    save_file(tensors, folder / WEIGHTS)
     config = model.config.model_dump(exclude={"method", "init"})
     write_json(
         folder / DESCRIPTION, {"format": FORMAT, "model": config, "mean": list(model.mean), "std": list(model.std)}
