@@ -56,6 +56,7 @@ class ModelConfig(Section):
     drop_path: Fraction = 0.1
     hard_assignment: bool = Field(True, description="hard one-hot assignment with straight-through gradients")
     gumbel: bool = Field(True, description="Gumbel noise on the assignment logits while training")
+    tau: PositiveFloat = Field(1.0, description="temperature of the assignment's softmax, in evaluation too")
     text: TextConfig = TextConfig()
     init: str | None = Field(None, description="folder of weights to start from")
 
@@ -89,14 +90,44 @@ class MixingConfig(Section):
 
 
 class LossConfig(Section):
-    """L = L_original + restored * L_restored + mixed * L_mixed (+ multi_label * the noun loss)."""
+    """L = original * L_original + restored * L_restored + mixed * L_mixed (+ multi_label * the noun loss)."""
 
+    original: Annotated[float, Field(ge=0.0)] = 1.0
     restored: Annotated[float, Field(ge=0.0)] = 1.0
     mixed: Annotated[float, Field(ge=0.0)] = 1.0
     multi_label: Annotated[float, Field(ge=0.0)] = 0.0
     exchange: Literal["gather", "ring"] = Field(
         "gather", description="of features between ranks; ring: a rank's at a time, for batches whose features are big"
     )
+
+
+class ScheduleConfig(Section):
+    """What changes in the course of a run; the defaults change nothing, which is the setting of the papers."""
+
+    share: Fraction = Field(0.5, description="of the steps, over which the values below run to their ends")
+    tau_start: PositiveFloat | None = Field(None, description="falls geometrically to model.tau; null: model.tau")
+    noise_start: Annotated[float, Field(ge=0.0)] = Field(1.0, description="scale of the Gumbel noise (model.gumbel)")
+    noise_end: Annotated[float, Field(ge=0.0)] = Field(1.0, description="of the noise, reached linearly")
+    soft_start: bool = Field(False, description="soft assignment at first, then what model.hard_assignment says")
+    mixed_start: Annotated[float, Field(ge=0.0)] = Field(
+        1.0, description="factor of loss.mixed at first, 0 for a warm-up; reaches 1 linearly"
+    )
+
+    def progress(self, done: float) -> float:
+        """How far the schedules are, 0 to 1, after the share `done` of the run."""
+        return min(done / self.share, 1.0) if self.share else 1.0
+
+    def tau(self, end: float, progress: float) -> float:
+        """Temperature of the assignment; `end`: model.tau."""
+        return end if self.tau_start is None else self.tau_start * (end / self.tau_start) ** progress
+
+    def noise(self, progress: float) -> float:
+        """Scale of the Gumbel noise."""
+        return self.noise_start + (self.noise_end - self.noise_start) * progress
+
+    def mixed(self, progress: float) -> float:
+        """Factor of the weight of the mixed segmentation loss."""
+        return self.mixed_start + (1.0 - self.mixed_start) * progress
 
 
 class AugmentConfig(Section):
@@ -260,6 +291,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     mixing: MixingConfig = MixingConfig()
     loss: LossConfig = LossConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
@@ -277,6 +309,8 @@ class Config(Section):
                 f"mixing.context_blocks {self.mixing.context_blocks} leaves no stage-1 block to mix in "
                 f"(nearest: {self.model.depths[0] - 1} of model.depths[0] {self.model.depths[0]})"
             )
+        if self.model.method == "mixreorg" and not self.loss.mixed and not self.loss.restored:
+            raise ValueError("loss.mixed and loss.restored are both 0, which is model.method 'groupvit'")
         return self
 
     def micro_batch(self, world_size: int) -> int:

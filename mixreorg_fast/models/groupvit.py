@@ -128,6 +128,7 @@ class GroupViT(nn.Module):
             collected, soft = ops.grouping_attention(
                 *stage.grouping.project(patches, queries),
                 hard=self.config.hard_assignment,
+                tau=self.config.tau,
                 return_assignment="soft",
             )
             x = stage.grouping.finish(queries, collected)

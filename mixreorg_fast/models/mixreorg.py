@@ -39,6 +39,7 @@ class Batch:
     first_image: int = 0  # index of this rank's first image within the micro-step's images of all ranks
     noun_ids: Tensor | None = None  # int64 [B, P, L]: prompts of the multi-label loss
     noun_lengths: list[int] | None = None
+    done: float = 1.0  # share of the run's steps taken so far, for config.schedule
 
 
 class MixReorg(nn.Module):
@@ -52,13 +53,18 @@ class MixReorg(nn.Module):
         self.config = config
         self.backbone = GroupViT(config.model)
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        self.mixing = config.model.method == "mixreorg"
+        self.mixing = mixing = config.model.method == "mixreorg"
+        # A branch that no loss asks for is not computed past the place where another needs it.
+        asked = (True, mixing and config.loss.mixed > 0, mixing and config.loss.restored > 0)
+        self.branches = [branch for branch in (_ORIGINAL, _MIXED, _RESTORED) if asked[branch]]
         depth = sum(config.model.depths)
         # Stochastic depth grows linearly with the block's number, as in DeiT.
         self.drop_rates = [config.model.drop_path * i / max(depth - 1, 1) for i in range(depth)]
         if self.mixing and config.mixing.group_tokens == "learned":
             # One set for each branch that has no group tokens of its own; dropped on export.
-            self.branch_tokens = nn.ModuleList(LearnedTokens(config.model.groups[0], config.model.width) for _ in "mr")
+            made = 2 if _RESTORED in self.branches else 1
+            size = (config.model.groups[0], config.model.width)
+            self.branch_tokens = nn.ModuleList(LearnedTokens(*size) for _ in range(made))
         else:
             self.branch_tokens = None
 
@@ -83,22 +89,25 @@ class MixReorg(nn.Module):
         multiplier = self.backbone.logit_multiplier()
         exchange = loss.exchange
         # One call of the projection: its batch statistics come from the pooled original features, the first rows.
-        pooled = segments.float().mean(1).to(self.dtype)
-        rows = pooled[:images]
-        if plan is not None:
-            mixed_segments = segments[images : 2 * images]
-            rows = torch.cat([rows, pooled[2 * images :], mixed_segments.flatten(0, 1)])
+        pooled = dict(zip(self.branches, segments.float().mean(1).to(self.dtype).split(images), strict=True))
+        rows = [pooled[branch] for branch in (_ORIGINAL, _RESTORED) if branch in pooled]
+        if _MIXED in pooled:
+            rows.append(segments[images : 2 * images].flatten(0, 1))
+        rows = torch.cat(rows)
         embeddings = F.normalize(self.backbone.image_projection(rows, statistics_rows=images), dim=-1)
 
         out = {"loss_original": ops.contrastive_loss(embeddings[:images], texts, multiplier, exchange=exchange)}
-        total = out["loss_original"]
-        if plan is not None:
+        total = loss.original * out["loss_original"]
+        if _RESTORED in pooled:
             restored = embeddings[images : 2 * images]
             out["loss_restored"] = ops.contrastive_loss(restored, texts, multiplier, exchange=exchange)
+            total = total + loss.restored * out["loss_restored"]
+        if _MIXED in pooled:
             first, second = (assignment[_MIXED] for assignment in assignments)
-            mixed_embeddings = embeddings[2 * images :].unflatten(0, (images, -1))
+            mixed_embeddings = embeddings[-images * segments.shape[1] :].unflatten(0, (images, -1))
             out["loss_mixed"] = ops.mixed_segmentation_loss(first, second, mixed_embeddings, texts, plan, multiplier)
-            total = total + loss.restored * out["loss_restored"] + loss.mixed * out["loss_mixed"]
+            weight = loss.mixed * self.config.schedule.mixed(self._progress(batch))
+            total = total + weight * out["loss_mixed"]
             with torch.no_grad():
                 logits = mixed_segmentation_logits(
                     first, second, mixed_embeddings, texts, mixing.group_size, multiplier
@@ -124,8 +133,8 @@ class MixReorg(nn.Module):
     # ------------------------------------------------------------------ image branches
 
     def _first_stage(self, batch: Batch, plan: ops.MixPlan | None, drops: Tensor | None = None) -> Tensor:
-        """Patch and group tokens after the blocks of stage 1: ``[B, N + G, C]``, or, with a plan, those of the
-        original, mixed and restored branch along the batch, ``[3B, N + G, C]``."""
+        """Patch and group tokens after the blocks of stage 1, those of all branches along the batch,
+        ``[branches * B, N + G, C]``."""
         stage: Stage = self.backbone.image_encoder.stages[0]
         patches = self.backbone.image_encoder.embed(batch.images, self.dtype)
         x = stage.tokens(patches, None)
@@ -146,10 +155,13 @@ class MixReorg(nn.Module):
                 blended = ops.patch_blend(*reversed(patches.chunk(2)), plan, alpha)
                 x = torch.cat([original, torch.cat([blended, groups.chunk(2)[1]], dim=1)])
 
+        if _RESTORED not in self.branches:
+            return x
         # Restoration: mixed patches go back to the images they came from.
-        patches, groups = stage.split(x.chunk(2)[1])
+        original, mixed = x.chunk(2)
+        patches, groups = stage.split(mixed)
         restored = torch.cat([ops.patch_restore(patches, plan), self._branch_groups(groups, plan, _RESTORED)], dim=1)
-        return torch.cat([x, restored])  # [3B, N + G, C]
+        return torch.cat([x if _MIXED in self.branches else original, restored])
 
     def _branch_groups(self, groups: Tensor, plan: ops.MixPlan, branch: int) -> Tensor:
         """Group tokens ``[B, G, C]`` of a branch: the mixing group's mean of the branch before, or learned ones."""
@@ -158,14 +170,15 @@ class MixReorg(nn.Module):
         by_group = groups.unflatten(0, (-1, plan.group_size))  # [B / K, K, G, C]
         return by_group.float().mean(1, keepdim=True).to(groups.dtype).expand_as(by_group).flatten(0, 1)
 
-    def _group(self, batch: Batch, x: Tensor, drops: Tensor | None) -> tuple[Tensor, list[list[Tensor]]]:
+    def _group(self, batch: Batch, x: Tensor, drops: Tensor | None) -> tuple[Tensor, list[dict[int, Tensor]]]:
         """The shared grouping tail.
 
-        Returns the final segments ``[branches * B, G2, C]`` after the last norm, and for both grouping blocks each
-        branch's assignment that formed the segments, fp32 ``[B, G, N]``.
+        Returns the final segments ``[branches * B, G2, C]`` after the last norm, and for both grouping blocks, by
+        branch, the assignment that formed the segments, fp32 ``[B, G, N]``.
         """
         encoder = self.backbone.image_encoder
         config = self.config.model
+        hard, noise, tau = self._assignment(batch)
         assignments, groups = [], None
         for number, stage in enumerate(encoder.stages):
             if number:
@@ -175,24 +188,37 @@ class MixReorg(nn.Module):
             patches, groups = stage.split(x)
             patches, queries = self._run(stage.grouping.queries, patches, groups)
             images = len(batch.images)
-            collected, used = [], []
-            q, k, v = (t.split(images) for t in stage.grouping.project(patches, queries))
-            for branch in range(len(q)):
-                seed = batch.seed + _GROUPING + 3 * number + branch if config.gumbel and self.training else None
+            collected, used = [], {}
+            projected = (t.split(images) for t in stage.grouping.project(patches, queries))
+            for branch, q, k, v in zip(self.branches, *projected, strict=True):
+                seed = batch.seed + _GROUPING + 3 * number + branch if noise else None
                 out, assignment = ops.grouping_attention(
-                    q[branch],
-                    k[branch],
-                    v[branch],
-                    hard=config.hard_assignment,
+                    q,
+                    k,
+                    v,
+                    # softmax((logits + noise * gumbel) / tau), for an op whose noise has no scale of its own.
+                    scale=config.width**-0.5 / (noise or 1.0),
+                    tau=tau / (noise or 1.0),
+                    hard=hard,
                     seed=seed,
                     first_image=batch.first_image,
                     return_assignment="used",
                 )
                 collected.append(out)
-                used.append(assignment)
+                used[branch] = assignment
             x = self._run(stage.grouping.finish, queries, torch.cat(collected))
             assignments.append(used)
         return encoder.norm(x), assignments
+
+    def _progress(self, batch: Batch) -> float:
+        return self.config.schedule.progress(batch.done) if self.training else 1.0
+
+    def _assignment(self, batch: Batch) -> tuple[bool, float, float]:
+        """How patches are assigned in this step: hard or not, scale of the noise, temperature."""
+        model, schedule, progress = self.config.model, self.config.schedule, self._progress(batch)
+        hard = model.hard_assignment and not (schedule.soft_start and progress < 1.0)
+        noise = schedule.noise(progress) if model.gumbel and self.training else 0.0
+        return hard, noise, schedule.tau(model.tau, progress)
 
     def _run_blocks(
         self, drops: Tensor | None, stage: Stage, x: Tensor, number: int, start: int = 0, end: int | None = None

@@ -210,6 +210,7 @@ class Trainer:
             first,
             None if nouns is None else nouns.to(device, non_blocking=True),
             loaded.noun_lengths,
+            self.step / self.steps,
         )
 
     def _set_learning_rate(self) -> None:

@@ -51,6 +51,38 @@ def test_baseline_is_the_original_branch_alone():
     torch.testing.assert_close(out["loss"], out["loss_original"])
 
 
+@pytest.mark.parametrize("absent", ["mixed", "restored"])
+def test_a_branch_without_a_loss_costs_nothing_and_changes_nothing(absent):
+    """Leaving a branch out gives what a weight of nearly nothing gives."""
+    whole, without = module(loss={absent: 1e-12}), module(loss={absent: 0.0})
+    batch = random_batch(whole.config, 8)
+    tokens = without._first_stage(batch, without._plan(batch))
+    assert len(tokens) == 2 * 8
+    of_whole, of_part = whole(batch), without(batch)
+    assert f"loss_{absent}" not in of_part
+    torch.testing.assert_close(of_part["loss"], of_whole["loss"])
+    of_whole["loss"].backward()
+    of_part["loss"].backward()
+    for (name, expected), got in zip(whole.named_parameters(), without.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_schedules_run_to_the_settings_of_evaluation():
+    schedule = {"share": 0.5, "tau_start": 4.0, "noise_end": 0.0, "soft_start": True, "mixed_start": 0.0}
+    model = module(model={"tau": 0.25}, schedule=schedule)
+    batch = random_batch(model.config, 8)
+    at = lambda done: model._assignment(replace(batch, done=done))  # noqa: E731
+    assert at(0.0) == (False, 1.0, 4.0)
+    assert at(0.25) == (False, 0.5, 1.0)  # half way: the temperature falls geometrically, the noise linearly
+    assert at(0.5) == at(1.0) == (True, 0.0, 0.25)
+    losses = [model(replace(batch, done=done)) for done in (0.0, 0.5)]
+    for out, weight in zip(losses, (0.0, 1.0), strict=True):
+        expected = out["loss_original"] + out["loss_restored"] + weight * out["loss_mixed"]
+        torch.testing.assert_close(out["loss"], expected)
+    # Evaluation knows no schedule.
+    assert model.eval()._assignment(replace(batch, done=0.0)) == (True, 0.0, 0.25)
+
+
 def test_restoration_without_blending_or_blocks_between_returns_the_original():
     """With identity blocks after mixing, restored patches are the originals, bit for bit."""
     model = module(mixing={"blend": 0.0})
