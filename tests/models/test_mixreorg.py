@@ -63,7 +63,7 @@ def test_a_branch_without_a_loss_costs_nothing_and_changes_nothing(absent):
     torch.testing.assert_close(of_part["loss"], of_whole["loss"])
     of_whole["loss"].backward()
     of_part["loss"].backward()
-    for (name, expected), got in zip(whole.named_parameters(), without.parameters(), strict=True):
+    for (_, expected), got in zip(whole.named_parameters(), without.parameters(), strict=True):
         torch.testing.assert_close(got.grad, expected.grad, rtol=1e-3, atol=1e-5)
 
 
