@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from mixreorg_fast import ledger
+
 from . import harness, report
 
 _rows = pytest.StashKey[list]()
@@ -38,7 +40,7 @@ def record(request: pytest.FixtureRequest):
     """``record(suite=…, op=…, …)``: a row that is no time."""
 
     def add(**row: Any) -> None:
-        stamped = {**row, "date": harness.now(), "commit": harness.commit()}
+        stamped = {**row, "date": ledger.now(), "commit": ledger.commit()}
         request.config.stash[_rows].append({key: harness.rounded(value) for key, value in stamped.items()})
 
     return add

@@ -13,15 +13,10 @@ measured in the same session. With CUDA graphs the host's launch cost drops out;
 
 from __future__ import annotations
 
-import datetime
 import gc
 import itertools
 import json
-import os
-import platform
-import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +29,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixreorg_fast.files import atomic_path
+from mixreorg_fast.ledger import commit, file_stem, now, versions, write_rows
 from mixreorg_fast.ops.dispatch import TRITON_INSTALLED
 
 ON_GPU = torch.cuda.is_available()
@@ -301,35 +296,6 @@ def _best_seconds(call: Callable[[], Any], rounds: int = 7, calls: int = 5) -> f
     return statistics.median(seconds)
 
 
-@cache
-def device_name() -> str:
-    """ "NVIDIA H200", or the CPU's model."""
-    if ON_GPU:
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return models[0] if models else platform.processor() or platform.machine()
-
-
-@cache
-def commit() -> str:
-    """The checkout's commit, with "+" behind it where files differ from it; "unknown" outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno", "--", "..") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("MIXREORG_COMMIT", "unknown")  # a copy of the tree without its history
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
 def rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
@@ -337,22 +303,6 @@ def rounded(value: Any) -> Any:
 def header() -> dict[str, Any]:
     """What stands above the rows of a ledger."""
     return {**versions(" ".join(["pytest", *sys.argv[1:]])), **ceilings()}
-
-
-def versions(command: str) -> dict[str, Any]:
-    """What stands above the rows of any results file."""
-    import importlib.metadata
-
-    return {
-        "device": device_name(),
-        "date": now(),
-        "commit": commit(),
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton") if TRITON_INSTALLED else None,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "command": command,
-    }
 
 
 def write_results(rows: Sequence[Mapping[str, Any]], header: Mapping[str, Any], folder: Path = RESULTS) -> Path:
@@ -363,16 +313,3 @@ def write_results(rows: Sequence[Mapping[str, Any]], header: Mapping[str, Any], 
     kept = [row for row in old if (row["suite"], row.get("op")) not in measured]
     write_rows(path, header, [*kept, *rows])
     return path
-
-
-def file_stem(device: str) -> str:
-    """A device's name as part of a file's."""
-    return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
-
-
-def write_rows(path: Path, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a results file, a row per line, atomically."""
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    text = json.dumps({**header, "rows": []}, indent=1).replace('"rows": []', f'"rows": [\n{lines}\n ]') + "\n"
-    with atomic_path(path) as partial:
-        partial.write_text(text)

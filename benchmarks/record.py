@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mixreorg_fast import ledger
 from mixreorg_fast.errors import UserError, run_command
 
 from . import harness
@@ -59,13 +60,11 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 def record(runs: Sequence[Path], folder: Path = harness.RESULTS) -> Path:
     """Add the rows of `runs` to the device's study file; returns its path."""
     rows = [row for run in runs for row in rows_of(run)]
-    path = folder / f"study_{harness.file_stem(harness.device_name())}.json"
+    path = folder / f"study_{ledger.file_stem(ledger.device_name())}.json"
     names = {row["run"] for row in rows}
     old: list[Mapping[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
     kept = [row for row in old if row["run"] not in names]
-    harness.write_rows(
-        path, harness.versions(f"python -m benchmarks.record {' '.join(map(str, runs))}"), [*kept, *rows]
-    )
+    ledger.write_rows(path, ledger.versions(f"python -m benchmarks.record {' '.join(map(str, runs))}"), [*kept, *rows])
     return path
 
 
