@@ -10,33 +10,9 @@
 A running configuration is changed from the command line with --set KEY=VALUE; an interrupted run goes on by itself.
 """
 
-import argparse
 import sys
 
-from mixreorg_fast.cli import Parser
-from mixreorg_fast.errors import run_command
-
-
-def main(argv: list[str]) -> None:
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="configuration, see configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
-    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="what to go on from")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    options = parser.parse_args(argv)
-
-    from mixreorg_fast.config import load_config
-
-    config = load_config(options.config, options.set)
-
-    from mixreorg_fast.training.trainer import train
-
-    train(config, options.resume)
-
+from mixreorg_fast.training.__main__ import main
 
 if __name__ == "__main__":
-    code = run_command(lambda: main(sys.argv[1:]), debug="--debug" in sys.argv)
-    sys.stdout.flush()
-    # Every rank meets the same user error; the launcher is told once everyone has it.
-    sys.exit(code)
+    sys.exit(main(description=__doc__))

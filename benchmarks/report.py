@@ -12,9 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mixreorg_fast.ledger import between_markers
+from mixreorg_fast.study.report import PAGE as RESULTS_PAGE
+from mixreorg_fast.study.report import write_page
+
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 SUITES = ("op", "inference", "step", "loader")  # that have a table here
 LARGEST_BATCH = "largest batch"
 Row = Mapping[str, Any]
@@ -30,31 +33,6 @@ def _files(folder: Path, suites: Sequence[str]) -> list[Mapping[str, Any]]:
     """The results files that hold rows of these suites."""
     files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     return [file for file in files if any(row["suite"] in suites for row in file["rows"])]
-
-
-def study_tables(folder: Path = HERE / "results") -> str:
-    """What finished runs scored zero-shot: one table per device."""
-    return "\n\n".join(study_section(file) for file in _files(folder, ["study"]))
-
-
-def study_section(file: Mapping[str, Any]) -> str:
-    """A line per run and data set."""
-    head = ["run", "method", "seed", "steps", "images seen", "seconds", "scored on", "images", "mIoU"]
-    head += ["all background", "oracle mIoU", "segments used"]
-    lines = [
-        f"### {file['device']}",
-        "",
-        f"{file['date'][:10]}, commit {file['commit']}, torch {file['torch']}.",
-        "",
-        f"| {' | '.join(head)} |",
-        "|" + "---|" * len(head),
-    ]
-    for row in file["rows"]:
-        cells = [row["run"], row["variant"], row["seed"], row["steps"], row["images_seen"], f"{row['seconds']:.0f}"]
-        cells += [row["world"], row["images"], row["miou"], row["all_background_miou"] or "–"]
-        cells += [row["oracle_miou"], row["groups_used"]]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
 
 
 def device_section(file: Mapping[str, Any]) -> str:
@@ -143,28 +121,19 @@ def megabytes(row: Row | None) -> str:
     return f"{row['peak_mb']:.0f}" if row and row["peak_mb"] is not None else "–"
 
 
-def updated(text: str, content: str) -> str:
-    """`text` with `content` between its markers."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return before + "\n\n".join(filter(None, (BEGIN, content, END))) + after
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail where the page is not what the results say")
     check = parser.parse_args(argv).check
-    failed = 0
-    for name, content in (("performance.md", tables()), ("results.md", study_tables())):
-        page = DOCS / name
-        old = page.read_text()
-        new = updated(old, content)
-        if check and new != old:
-            print(f"docs/{name} is not what benchmarks/results/ says: run python -m benchmarks.report")
-            failed = 1
-        elif new != old:
-            page.write_text(new)
-    return failed
+    page = DOCS / "performance.md"
+    old = page.read_text()
+    new = between_markers(old, tables())
+    if not check:
+        page.write_text(new)
+    changed = [page.name] * (new != old) + [RESULTS_PAGE] * write_page(HERE / "results", DOCS, check=check)
+    if check and changed:
+        print(f"docs: {', '.join(changed)}: not what benchmarks/results/ says; run python -m benchmarks.report")
+    return int(check and bool(changed))
 
 
 if __name__ == "__main__":

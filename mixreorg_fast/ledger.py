@@ -20,7 +20,10 @@ from typing import Any
 
 import torch
 
+from .errors import UserError
 from .files import atomic_path
+
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
 @cache
@@ -77,3 +80,18 @@ def write_rows(path: Path, header: Mapping[str, Any], rows: Sequence[Mapping[str
     text = json.dumps({**header, "rows": []}, indent=1).replace('"rows": []', f'"rows": [\n{lines}\n ]') + "\n"
     with atomic_path(path) as partial:
         partial.write_text(text)
+
+
+def between_markers(text: str, content: str) -> str:
+    """The page `text` with `content` between its two markers; a page without any gets them at its end.
+
+    Raises:
+        UserError: it has one of them, or several.
+    """
+    if BEGIN not in text and END not in text:
+        text = f"{text.rstrip()}\n\n{BEGIN}\n{END}\n"
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UserError(f"the page must hold {BEGIN} and, after it, {END}, each once")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return before + "\n\n".join(filter(None, (BEGIN, content, END))) + after

@@ -159,7 +159,7 @@ def segmentation_figure(rows: Sequence[Row], path: str | Path, classes: Sequence
     for row in rows:
         seen |= set(np.unique(row.truth).tolist()) | set(np.unique(row.prediction).tolist())
     entries = [("not scored" if t == IGNORE else classes[t], palette[t]) for t in sorted(seen)]
-    _save_grid(["image", "truth", "prediction", "segments"], cells, path, entries)
+    save_grid(["image", "truth", "prediction", "segments"], cells, path, entries)
 
 
 def mixing_figure(
@@ -177,7 +177,7 @@ def mixing_figure(
     """
     columns = [to_pixels(images, mean, std) for images in (original, mixed, restored)]
     cells = [[Image.fromarray(pixels) for pixels in row] for row in zip(*columns, strict=True)]
-    _save_grid(["original", "mixed", "restored"], cells, path)
+    save_grid(["original", "mixed", "restored"], cells, path)
 
 
 def dataset_figure(segmenter: Any, dataset: Any, path: str | Path, count: int = 6) -> None:
@@ -192,12 +192,13 @@ def dataset_figure(segmenter: Any, dataset: Any, path: str | Path, count: int = 
     segmentation_figure(rows, path, dataset.classes)
 
 
-def _save_grid(
+def save_grid(
     titles: Sequence[str],
     cells: Sequence[Sequence[Image.Image]],
     path: str | Path,
     entries: Sequence[tuple[str, Sequence[int]]] = (),
 ) -> None:
+    """A PNG at `path`: columns under `titles`, rows of pictures, and a legend of `entries` (name, colour)."""
     fitted = [[_fit(cell) for cell in row] for row in cells]
     heights = [max(cell.height for cell in row) for row in fitted]
     width, top = len(titles) * (CELL + GAP) + GAP, 34

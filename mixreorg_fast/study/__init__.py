@@ -1,0 +1,1 @@
+"""Studies: tables of variants trained on equal budgets, from one file to the page of results."""

@@ -1,0 +1,217 @@
+"""Train a table of variants on equal budgets and write what they scored.
+
+Every run is a training process of its own, so a study that was cut short goes on where it stopped: finished runs stay,
+an interrupted one resumes from its checkpoint. What was measured goes into ``RESULTS/study_<device>.json``, the tables
+of ``DOCS/results.md`` are written from there, curves and pictures into ``DOCS/images/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ..errors import UserError
+from ..files import write_json
+from .plan import Run, Study
+from .report import PICTURES, curves_figure, picture_name, pictures_figure, write_page
+from .rows import read_metrics, results_file, rows_of, training_seconds, write_study_rows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", metavar="FILE", help="the study, such as configs/study.json")
+    parser.add_argument("--block", action="append", default=[], metavar="NAME", help="only this block; repeatable")
+    parser.add_argument("--list", action="store_true", help="say what would run and what is finished; train nothing")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), metavar="FOLDER")
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: at least 1")
+    study = Study(args.study, args.block)
+    if args.list:
+        _list(study)
+        return
+    with Runner(args.jobs) as runner:
+        try:
+            failed = runner.train(study.runs())
+            failed += runner.train(_timed_runs(study))
+        finally:
+            _report(study, args)
+    if failed:
+        raise UserError(f"{len(failed)} of the runs failed: {', '.join(f'{run.folder}.log' for run in failed)}")
+
+
+def _list(study: Study) -> None:
+    for run in study.runs():
+        print(f"{_state(run):12} {run.folder}")
+    for world, variant, like, seed in study.timed():
+        run = _timed_run(study, world, variant, like, seed)
+        if run is None:
+            print(f"{'to measure':12} {variant} on {world}, seed {seed}, for as long as {like} takes")
+        else:
+            print(f"{_state(run):12} {run.folder}")
+
+
+def _state(run: Run) -> str:
+    if _finished(run):
+        return "finished"
+    return "begun" if _begun(run) else "to train"
+
+
+def _begun(run: Run) -> bool:
+    """Whether the run folder holds the beginning of just this run."""
+    from ..config import load_config
+
+    try:
+        return load_config(run.request) == run.config
+    except UserError:
+        return False
+
+
+def _finished(run: Run) -> bool:
+    return (run.folder / "eval.json").is_file() and _begun(run)
+
+
+def _timed_runs(study: Study) -> list[Run]:
+    timed = (_timed_run(study, *each) for each in study.timed())
+    return [run for run in timed if run is not None]
+
+
+def _timed_run(study: Study, world: str, variant: str, like: str, seed: int) -> Run | None:
+    """The run of as many steps as fit into the time of `like`; None until both are measured.
+
+    The time is the mean over the seeds that are finished, so that a run of another seed takes as many steps.
+    """
+    per_step: dict[str, float] = {}
+    for name in (variant, like):
+        done = [run for run in study.runs() if (run.world, run.variant) == (world, name) and _finished(run)]
+        if not done:
+            return None
+        per_step[name] = statistics.fmean(_seconds(run) / run.config.train.steps for run in done)
+        steps = done[0].config.train.steps
+    return study.run(world, variant, seed, steps=round(steps * per_step[like] / per_step[variant]))
+
+
+def _seconds(run: Run) -> float:
+    return training_seconds([line for line in read_metrics(run.folder) if "loss" in line])
+
+
+class Runner:
+    """Trains runs, `jobs` at a time, each a process of its own that shares out processors and takes GPUs in turn.
+
+    SIGTERM and SIGINT pass to the runs, which write a checkpoint and end.
+    """
+
+    def __init__(self, jobs: int):
+        self.jobs = jobs
+        self._processes: set[subprocess.Popen] = set()
+        self._stopped = threading.Event()
+
+    def __enter__(self) -> Runner:
+        self._handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def train(self, runs: Iterable[Run]) -> list[Run]:
+        """Train what is not finished; returns the runs that failed.
+
+        Raises:
+            UserError: a signal ended the study.
+        """
+        wanted = [run for run in runs if not _finished(run)]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            well = list(pool.map(self._train, range(len(wanted)), wanted))
+        if self._stopped.is_set():
+            raise UserError("stopped; the same command goes on from here")
+        return [run for run, good in zip(wanted, well, strict=True) if not good]
+
+    def _train(self, number: int, run: Run) -> bool:
+        if self._stopped.is_set():
+            return False
+        resume = "auto" if _begun(run) else "never"
+        if resume == "never":
+            write_json(run.request, run.config.model_dump(mode="json"))
+        log = run.folder.with_name(f"{run.folder.name}.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        arguments = [sys.executable, "-m", "mixreorg_fast.training", "--config", str(run.request), "--resume", resume]
+        start = time.monotonic()
+        print(f"training  {run.folder}", flush=True)
+        with log.open("ab") as output:
+            # In a session of its own, so that a terminal's ^C reaches it once, from here.
+            process = subprocess.Popen(
+                arguments, stdout=output, stderr=output, env=self._environment(number), start_new_session=True
+            )
+            self._processes.add(process)
+            if self._stopped.is_set():  # asked for between the look above and now
+                process.terminate()
+            code = process.wait()
+            self._processes.discard(process)
+        well = code == 0 and _finished(run)
+        if well:
+            scores = ", ".join(f"{row['world']} {row['miou']:.2f}" for row in rows_of(run.folder))
+            print(f"finished  {run.folder} in {time.monotonic() - start:.0f} s: {scores}", flush=True)
+        elif not self._stopped.is_set():
+            print(f"failed    {run.folder} (exit code {code}): {_last_line(log)}", file=sys.stderr, flush=True)
+        return well
+
+    def _environment(self, number: int) -> dict[str, str]:
+        import torch
+
+        threads = max(1, len(os.sched_getaffinity(0)) // self.jobs)
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        if torch.cuda.device_count() > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+            environment["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+        return environment
+
+    def _stop(self, *_) -> None:
+        self._stopped.set()
+        for process in list(self._processes):
+            process.terminate()
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "no output")
+
+
+def _report(study: Study, args: argparse.Namespace) -> None:
+    """Rows, page, curves and pictures of all that is finished."""
+    config = study.config
+    runs = [run for run in [*study.runs(), *_timed_runs(study)] if _finished(run)]
+    if not runs:
+        return
+    rows = []
+    for run in runs:
+        about = {"study": run.study, "trained_on": run.world, "variant": run.variant, "budget": run.budget}
+        rows += rows_of(run.folder, **about, about=config.variants[run.variant].about)
+    path = results_file(args.results)
+    write_study_rows(rows, path, f"mixreorg study {args.study}")
+    labels = {name: variant.about for name, variant in config.variants.items()}
+    for world in dict.fromkeys(run.world for run in runs):
+        of_world = [run for run in runs if run.world == world]
+        place = _placer(args.docs, path, config.name, world)
+        curves_figure(of_world, labels, place("curves"))
+        first = {(run.variant, run.budget): run for run in reversed(of_world)}  # the first seed of each
+        columns = [run for run in of_world if first[run.variant, run.budget] is run and run.budget == "steps"]
+        pictures_figure(columns, labels, place("pictures"), config.pictures)
+    write_page(args.results, args.docs)
+    print(f"results: {path}, {args.docs / 'results.md'}", flush=True)
+
+
+def _placer(docs: Path, results: Path, study: str, world: str) -> Callable[[str], Path]:
+    device = results.stem.removeprefix("study_")
+    return lambda kind: docs / PICTURES / picture_name(device, study, world, kind)

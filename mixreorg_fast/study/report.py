@@ -1,0 +1,230 @@
+"""The page of results: tables from results files, curves and pictures from run folders."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..evaluation.datasets import open_dataset
+from ..evaluation.metrics import IGNORE
+from ..evaluation.pictures import class_palette, colourise, save_grid, saving
+from ..evaluation.zero_shot import Segmenter, Settings, settings_for
+from ..files import atomic_path
+from ..ledger import between_markers, file_stem
+from ..models.prompts import text_classifier
+from ..models.weights import load
+from .plan import Run
+from .rows import read_metrics
+
+Row = Mapping[str, Any]
+PAGE = "results.md"
+PICTURES = "images"  # beside the page
+
+
+# ---------------------------------------------------------------------- the page
+
+
+def write_page(results: Path, docs: Path, *, check: bool = False) -> bool:
+    """Write the tables of ``docs/results.md`` anew from the results files in `results`.
+
+    Only what stands between the page's two markers is replaced. Returns whether it changed (with `check`: would).
+    """
+    page = docs / PAGE
+    old = page.read_text() if page.exists() else None
+    new = between_markers(old if old is not None else "# Results\n", tables(results, docs))
+    if new == old:
+        return False
+    if not check:
+        with saving(page), atomic_path(page) as temporary:
+            temporary.write_text(new)
+    return True
+
+
+def tables(results: Path, docs: Path) -> str:
+    """One section per device that has study rows."""
+    files = (json.loads(path.read_text()) for path in sorted(results.glob("*.json")))
+    return "\n\n".join(
+        section(file, docs) for file in files if any(row.get("suite") == "study" for row in file["rows"])
+    )
+
+
+def section(file: Row, docs: Path) -> str:
+    """A device: a table for each world that a study trained on, then runs that belong to no study."""
+    rows = [row for row in file["rows"] if row["suite"] == "study"]
+    lines = [f"### {file['device']}", "", f"{file['date'][:10]}, commit {file['commit']}, torch {file['torch']}."]
+    of_studies = [row for row in rows if "study" in row]
+    for study, world in dict.fromkeys((row["study"], row["trained_on"]) for row in of_studies):
+        lines += ["", f"**{study}: trained on {world}**", ""]
+        lines += study_table([row for row in of_studies if (row["study"], row["trained_on"]) == (study, world)])
+        for kind in ("curves", "pictures"):
+            name = picture_name(file["device"], study, world, kind)
+            if (docs / PICTURES / name).exists():
+                lines += ["", f"![{study}, {world}: {kind}]({PICTURES}/{name})"]
+    single = [row for row in rows if "study" not in row]
+    if single:
+        lines += ["", "**Single runs**", "", *run_table(single)]
+    return "\n".join(lines)
+
+
+def picture_name(device: str, study: str, world: str, kind: str) -> str:
+    return f"study_{file_stem(device)}_{study}_{world}_{kind}.png"
+
+
+def study_table(rows: Sequence[Row]) -> list[str]:
+    """A line per variant and budget: means over seeds, ± their standard deviation, and the distance to the first."""
+    worlds = list(dict.fromkeys(row["world"] for row in rows))
+    head = ["variant", "seeds", "steps", "seconds"]
+    for world in worlds:
+        head += [f"{world} mIoU", "against the first", "oracle mIoU", "segments used"]
+    lines = [_line(head), "|" + "---|" * len(head)]
+    groups = list(dict.fromkeys((row["variant"], row["budget"]) for row in rows))
+    for variant, budget in groups:
+        of_variant = [row for row in rows if (row["variant"], row["budget"]) == (variant, budget)]
+        first = of_variant[0]
+        about = first.get("about", variant)
+        cells = [f"{about}, equal time" if budget == "time" else about]
+        cells += [len({row["seed"] for row in of_variant}), _spread(of_variant, "steps", 0)]
+        cells.append(_spread([row for row in of_variant if row["world"] == worlds[0]], "seconds", 0))
+        for world in worlds:
+            here = [row for row in of_variant if row["world"] == world]
+            base = [row for row in rows if row["world"] == world and (row["variant"], row["budget"]) == groups[0]]
+            cells += [_spread(here, "miou"), "" if here == base else _difference(here, base)]
+            cells += [_spread(here, "oracle_miou"), _spread(here, "groups_used")]
+        lines.append(_line(cells))
+    for world in worlds:
+        background = {row["all_background_miou"] for row in rows if row["world"] == world} - {None}
+        if background:
+            lines += ["", f"Calling every pixel of {world} background scores {max(background):.2f}."]
+    return lines
+
+
+def run_table(rows: Sequence[Row]) -> list[str]:
+    """A line per run and data set."""
+    head = ["run", "method", "seed", "steps", "images seen", "seconds", "scored on", "images", "mIoU"]
+    head += ["all background", "oracle mIoU", "segments used"]
+    lines = [_line(head), "|" + "---|" * len(head)]
+    for row in rows:
+        cells = [row["run"], row["variant"], row["seed"], row["steps"], row["images_seen"], f"{row['seconds']:.0f}"]
+        cells += [row["world"], row["images"], row["miou"], row["all_background_miou"] or "–"]
+        lines.append(_line([*cells, row["oracle_miou"], row["groups_used"]]))
+    return lines
+
+
+def _line(cells: Iterable[Any]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _values(rows: Sequence[Row], name: str) -> list[float]:
+    return [row[name] for row in rows]
+
+
+def _spread(rows: Sequence[Row], name: str, digits: int = 2) -> str:
+    """Mean ± standard deviation of the seeds (of the sample: divided by n - 1)."""
+    values = _values(rows, name)
+    if not values:
+        return "–"
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(set(values)) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def _difference(rows: Sequence[Row], base: Sequence[Row]) -> str:
+    """Difference of the means, ± the root of the summed variances of the seeds."""
+    ours, theirs = _values(rows, "miou"), _values(base, "miou")
+    if not ours or not theirs:
+        return "–"
+    difference = f"{statistics.fmean(ours) - statistics.fmean(theirs):+.2f}"
+    if len(ours) < 2 or len(theirs) < 2:
+        return difference
+    return f"{difference} ± {(statistics.variance(ours) + statistics.variance(theirs)) ** 0.5:.2f}"
+
+
+# ---------------------------------------------------------------------- figures
+
+
+def curves_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path) -> None:
+    """Losses and scores against the steps, the mean over seeds of each variant: a PNG at `path`.
+
+    Args:
+        runs: finished runs that trained on one world. labels: variant → its name in the legend.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("curves need matplotlib: pip install 'mixreorg_fast[train]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {
+        "contrastive loss of the original images": "loss_original",
+        "mixed patches whose image is found": "mixed_accuracy",
+        "final segments in use": "groups_used",
+        "zero-shot mIoU while training": "validation",
+    }
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), constrained_layout=True)
+    for variant, budget in dict.fromkeys((run.variant, run.budget) for run in runs):
+        logs = [read_metrics(run.folder) for run in runs if (run.variant, run.budget) == (variant, budget)]
+        label = labels[variant] + (", equal time" if budget == "time" else "")
+        for axis, name in zip(axes, panels.values(), strict=True):
+            steps, means = _mean_curve(logs, name)
+            (line,) = axis.plot(steps, means, linewidth=1.2, label=label)
+            if not steps:  # keep the colours of the panels in step, but no empty entry in a legend
+                line.set_label("_")
+    for axis, title in zip(axes, panels, strict=True):
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    with saving(path), atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=80)
+    pyplot.close(figure)
+
+
+def _mean_curve(logs: Sequence[Sequence[Row]], name: str) -> tuple[list[int], list[float]]:
+    """Steps, and the mean over logs of one measure, where every log has it; "validation": of the first data set."""
+    curves = []
+    for log in logs:
+        if name == "validation":
+            values = {line["step"]: next(iter(line[name].values())) for line in log if line.get(name)}
+        else:
+            values = {line["step"]: line[name] for line in log if name in line}
+        curves.append(values)
+    steps = sorted(set.intersection(*map(set, curves)))
+    return steps, [statistics.fmean(curve[step] for curve in curves) for step in steps]
+
+
+def pictures_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path, count: int) -> None:
+    """The same photos, segmented by every variant: a PNG at `path`.
+
+    Args:
+        runs: one finished run per column, all of one world. count: photos of the world's first data set.
+    """
+    if not runs:
+        return
+    entry = _evaluation(runs[0])
+    dataset = open_dataset(entry["dataset"], entry["root"], entry["split"])
+    palette = class_palette(dataset.has_background)
+    numbers = [number * len(dataset) // count for number in range(min(count, len(dataset)))]
+    samples = [dataset[number] for number in numbers]
+    cells = [[sample.image, colourise(sample.mask, palette)] for sample in samples]
+    seen = {int(label) for sample in samples for label in set(sample.mask.ravel().tolist())} - {IGNORE}
+    for run in runs:
+        model = load(run.folder)
+        settings = settings_for(Settings.from_config(run.config.eval, entry["background_threshold"]), dataset)
+        texts = text_classifier(model, model.tokenizer, dataset.prompts, settings.templates)
+        segmenter = Segmenter(model, texts, settings)
+        for row, sample in zip(cells, samples, strict=True):
+            labels_of_pixels = segmenter.segment(sample.image).labels.cpu().numpy()
+            row.append(colourise(labels_of_pixels, palette))
+            seen |= set(labels_of_pixels.ravel().tolist())
+    titles = ["image", "truth", *(labels[run.variant] for run in runs)]
+    save_grid(titles, cells, path, [(dataset.classes[label], palette[label]) for label in sorted(seen)])
+
+
+def _evaluation(run: Run) -> dict[str, Any]:
+    """The first data set that a run was scored on, from its completed configuration."""
+    return json.loads((run.folder / "config.json").read_text())["eval"]["datasets"][0]

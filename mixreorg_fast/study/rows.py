@@ -1,0 +1,82 @@
+"""What finished runs scored, as rows of a results file (``study_<device>.json``)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import ledger
+from ..errors import UserError
+
+Row = dict[str, Any]
+
+
+def read_metrics(run: Path) -> list[Row]:
+    """The lines of a run's ``metrics.jsonl``."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def training_seconds(reports: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds that a run's steps took, from its reports, evaluations left out.
+
+    Steps between two reports take what the later one says they took; the run may have been interrupted between.
+    """
+    images = [b["samples"] - a["samples"] for a, b in zip([{"samples": 0}, *reports], reports, strict=False)]
+    return sum(count / line["images_per_s"] for count, line in zip(images, reports, strict=True))
+
+
+def rows_of(run: Path, **about: Any) -> list[Row]:
+    """One row per data set of a run folder; `about` overrules or adds to what it says of the run.
+
+    Raises:
+        UserError: the run did not finish.
+    """
+    try:
+        config = json.loads((run / "config.json").read_text())
+        scores = json.loads((run / "eval.json").read_text())
+        reports = [line for line in read_metrics(run) if "loss" in line]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run} is no finished run: {error}") from None
+    described = {
+        "suite": "study",
+        "run": config["name"],
+        "variant": config["model"]["method"],
+        "seed": config["seed"],
+        "budget": "steps",
+        "seconds": round(training_seconds(reports), 1),
+        "steps": reports[-1]["step"],
+        "images_seen": reports[-1]["samples"],
+        **about,
+    }
+    return [
+        {
+            **described,
+            "world": world,
+            "miou": round(score["mIoU"], 2),
+            "all_background_miou": round(score["all_background_mIoU"], 2) if "all_background_mIoU" in score else None,
+            "oracle_miou": round(score["oracle_mIoU"], 2),
+            "groups_used": round(score["groups_used"], 2),
+            "images": score["images"],
+        }
+        for world, score in scores.items()
+        if "mIoU" in score
+    ]
+
+
+def results_file(folder: Path) -> Path:
+    """Where this device's rows go."""
+    return folder / f"study_{ledger.file_stem(ledger.device_name())}.json"
+
+
+def write_study_rows(rows: Iterable[Row], path: Path, command: str) -> None:
+    """Put `rows` into the results file `path`, in place of those it holds of the same runs; others stay."""
+    rows = list(rows)
+    replaced = {_run(row) for row in rows}
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    ledger.write_rows(path, ledger.versions(command), [*(row for row in old if _run(row) not in replaced), *rows])
+
+
+def _run(row: Mapping[str, Any]) -> tuple:
+    return (row.get("study"), row.get("trained_on"), row["run"])
