@@ -6,7 +6,7 @@ same mixing plans, Gumbel noise and dropped paths, and a resumed run draws what 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,50 @@ class Batch:
     done: float = 1.0  # share of the run's steps taken so far, for config.schedule
 
 
+@dataclass
+class Features:
+    """What the losses need of a batch: all that comes before the projections, where images first meet each other.
+
+    So small that those of many micro-steps fit where the activations of one do: GradCache (Gao et al., 2021) keeps
+    them, finds the losses and their gradients with respect to them, and recomputes what leads to them.
+    """
+
+    # Rows: an image each. "images" [B, C] and "restored" [B, C], pooled; "texts" [B, C'] and "nouns" [B, P, C'];
+    # of the mixed images "segments" [B, G2, C] and their assignments "first" [B, G1, N], "second" [B, G2, G1].
+    tensors: dict[str, Tensor]
+    plan: ops.MixPlan | None
+    measures: dict[str, Tensor]  # detached means over the batch
+
+    @classmethod
+    def cat(cls, parts: Sequence[Features]) -> Features:
+        """Of equally large batches, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+        measures = {name: torch.stack([p.measures[name] for p in parts]).mean(0) for name in parts[0].measures}
+        plan = parts[0].plan
+        if plan is not None:
+            images = len(plan.source)
+            source, inverse = (
+                torch.cat([getattr(part.plan, name) + number * images for number, part in enumerate(parts)])
+                for name in ("source", "inverse")
+            )
+            plan = ops.MixPlan(source, inverse, plan.group_size)
+        return cls(tensors, plan, measures)
+
+    def cached(self) -> Features:
+        """Without the graph that led to them; losses of them leave their gradients here."""
+        return Features({n: x.detach().requires_grad_() for n, x in self.tensors.items()}, self.plan, self.measures)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Of the losses, with respect to these :meth:`cached` features."""
+        return {name: x.grad for name, x in self.tensors.items()}
+
+    def pull(self, gradients: dict[str, Tensor]) -> Tensor:
+        """A number whose gradient with respect to these features is `gradients`."""
+        return torch.stack([(x.float() * gradients[name]).sum() for name, x in self.tensors.items()]).sum()
+
+
 class MixReorg(nn.Module):
     """The training module: ``forward(batch)`` runs every branch and returns every loss.
 
@@ -70,44 +114,67 @@ class MixReorg(nn.Module):
 
     # ------------------------------------------------------------------ the step
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(
+        self, batch: Batch, others: Sequence[Features] = (), gradients: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Losses of one micro-step, 0-d fp32: ``loss`` (their weighted sum, what to differentiate), ``loss_original``
         and, where they apply, ``loss_restored``, ``loss_mixed``, ``loss_multi_label``; detached measures:
         ``mixed_accuracy`` (share of mixed patches whose source is found), ``groups_used`` (segments of an original
         image that own at least one patch), ``group_entropy`` (of the final segments' shares of patches, in nats).
 
         The contrastive losses are over the micro-step's images of all ranks, ``loss_mixed`` over this rank's.
+
+        Args:
+            others: cached features of more batches, which stand before this one in the batch that the losses are of.
+            gradients: of the losses with respect to this batch's features, as found before; then only ``loss`` is
+                returned, a number whose gradients are those that the losses have by way of this batch.
         """
-        loss, mixing = self.config.loss, self.config.mixing
+        features = self.features(batch)
+        if gradients is not None:
+            return {"loss": features.pull(gradients)}
+        return self.losses(Features.cat([*others, features]), self._progress(batch))
+
+    def features(self, batch: Batch) -> Features:
+        """Everything before the projections: each image, group of images or caption on its own, no other rank."""
         images = len(batch.images)
         plan = self._plan(batch) if self.mixing else None
         drops = self._drops(batch)
         tokens = self._first_stage(batch, plan, drops)
         segments, assignments = self._group(batch, tokens, drops)
+        pooled = dict(zip(self.branches, segments.float().mean(1).to(self.dtype).split(images), strict=True))
+        tensors = {"images": pooled[_ORIGINAL], **self._texts(batch)}
+        if _RESTORED in pooled:
+            tensors["restored"] = pooled[_RESTORED]
+        if _MIXED in pooled:
+            first, second = (assignment[_MIXED] for assignment in assignments)
+            tensors |= {"segments": segments[images : 2 * images], "first": first, "second": second}
+        return Features(tensors, plan, _usage(*(assignment[_ORIGINAL].detach() for assignment in assignments)))
 
-        texts, nouns = self._texts(batch)
+    def losses(self, features: Features, progress: float = 1.0) -> dict[str, Tensor]:
+        """What :meth:`forward` returns, of the features of a whole batch; `progress`: of config.schedule."""
+        loss, mixing, tensors = self.config.loss, self.config.mixing, features.tensors
+        images = len(tensors["images"])
+        texts, nouns = self._text_embeddings(tensors)
         multiplier = self.backbone.logit_multiplier()
         exchange = loss.exchange
         # One call of the projection: its batch statistics come from the pooled original features, the first rows.
-        pooled = dict(zip(self.branches, segments.float().mean(1).to(self.dtype).split(images), strict=True))
-        rows = [pooled[branch] for branch in (_ORIGINAL, _RESTORED) if branch in pooled]
-        if _MIXED in pooled:
-            rows.append(segments[images : 2 * images].flatten(0, 1))
+        rows = [tensors[name] for name in ("images", "restored") if name in tensors]
+        if "segments" in tensors:
+            rows.append(tensors["segments"].flatten(0, 1))
         rows = torch.cat(rows)
         embeddings = F.normalize(self.backbone.image_projection(rows, statistics_rows=images), dim=-1)
 
         out = {"loss_original": ops.contrastive_loss(embeddings[:images], texts, multiplier, exchange=exchange)}
         total = loss.original * out["loss_original"]
-        if _RESTORED in pooled:
+        if "restored" in tensors:
             restored = embeddings[images : 2 * images]
             out["loss_restored"] = ops.contrastive_loss(restored, texts, multiplier, exchange=exchange)
             total = total + loss.restored * out["loss_restored"]
-        if _MIXED in pooled:
-            first, second = (assignment[_MIXED] for assignment in assignments)
-            mixed_embeddings = embeddings[-images * segments.shape[1] :].unflatten(0, (images, -1))
+        if "segments" in tensors:
+            first, second, plan = tensors["first"], tensors["second"], features.plan
+            mixed_embeddings = embeddings[-images * second.shape[1] :].unflatten(0, (images, -1))
             out["loss_mixed"] = ops.mixed_segmentation_loss(first, second, mixed_embeddings, texts, plan, multiplier)
-            weight = loss.mixed * self.config.schedule.mixed(self._progress(batch))
-            total = total + weight * out["loss_mixed"]
+            total = total + loss.mixed * self.config.schedule.mixed(progress) * out["loss_mixed"]
             with torch.no_grad():
                 logits = mixed_segmentation_logits(
                     first, second, mixed_embeddings, texts, mixing.group_size, multiplier
@@ -116,8 +183,7 @@ class MixReorg(nn.Module):
         if nouns is not None:
             out["loss_multi_label"] = ops.contrastive_loss(embeddings[:images], nouns, multiplier, exchange=exchange)
             total = total + loss.multi_label * out["loss_multi_label"]
-        out.update(_usage(*(assignment[_ORIGINAL].detach() for assignment in assignments)))
-        return {"loss": total, **out}
+        return {"loss": total, **out, **features.measures}
 
     def _plan(self, batch: Batch) -> ops.MixPlan:
         group_size = self.config.mixing.group_size
@@ -260,18 +326,27 @@ class MixReorg(nn.Module):
 
     # ------------------------------------------------------------------ texts
 
-    def _texts(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Embeddings of the captions ``[B, D]`` and of the noun prompts ``[B, P, D]``, L2-normalised."""
+    def _texts(self, batch: Batch) -> dict[str, Tensor]:
+        """Features of the captions, ``texts [B, C]``, and of the noun prompts if there are any, ``nouns [B, P, C]``."""
         rows, lengths = batch.ids, list(batch.lengths)
         if batch.noun_ids is not None:
             rows = torch.cat([rows, batch.noun_ids.flatten(0, 1)])
             lengths += batch.noun_lengths
         features = self.backbone.text_encoder(rows, self.dtype, lengths, self._run)
-        embeddings = F.normalize(self.backbone.text_projection(features, statistics_rows=len(batch.ids)), dim=-1)
         if batch.noun_ids is None:
+            return {"texts": features}
+        texts, nouns = features.split([len(batch.ids), len(features) - len(batch.ids)])
+        return {"texts": texts, "nouns": nouns.unflatten(0, (len(batch.ids), -1))}
+
+    def _text_embeddings(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of the captions ``[B, D]`` and of the noun prompts ``[B, P, D]``, L2-normalised."""
+        texts, nouns = tensors["texts"], tensors.get("nouns")
+        rows = texts if nouns is None else torch.cat([texts, nouns.flatten(0, 1)])
+        embeddings = F.normalize(self.backbone.text_projection(rows, statistics_rows=len(texts)), dim=-1)
+        if nouns is None:
             return embeddings, None
-        captions, nouns = embeddings.split([len(batch.ids), len(embeddings) - len(batch.ids)])
-        return captions, nouns.unflatten(0, (len(batch.ids), -1))
+        captions, nouns = embeddings.split([len(texts), len(embeddings) - len(texts)])
+        return captions, nouns.unflatten(0, (len(texts), -1))
 
 
 @torch.no_grad()
