@@ -9,8 +9,8 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "mixreorg_fast/__init__.py").read_text()).group(1)
 
 EXTRAS = {
-    # Training: DeepSpeed, DALI's decoding, what a run logs.
-    "train": ["deepspeed>=0.16", "nvidia-dali-cuda130>=2.0", "tensorboard>=2.14", "einops>=0.8"],
+    # Training: DeepSpeed, DALI's decoding, what a run logs and draws. (log.wandb asks for wandb besides.)
+    "train": ["deepspeed>=0.16", "nvidia-dali-cuda130>=2.0", "tensorboard>=2.14", "einops>=0.8", "matplotlib>=3.8"],
     # Fused kernels and attention on NVIDIA GPUs.
     "gpu": ["triton>=3.6", "xformers>=0.0.35"],
     # Checking against, and exporting to, Hugging Face's GroupViT.

@@ -194,6 +194,10 @@ class DataConfig(Section):
 class TrainConfig(Section):
     batch: Positive = Field(4096, description="images per optimizer step over all ranks")
     accumulation: Positive = Field(1, description="micro-steps per optimizer step")
+    grad_cache: bool = Field(
+        False,
+        description="accumulation keeps the losses over the whole batch, not each micro-step's (one more forward)",
+    )
     steps: Positive | None = Field(None, description="optimizer steps; overrules epochs")
     epochs: PositiveFloat = 30
     lr: PositiveFloat = 1.6e-3
@@ -215,6 +219,13 @@ class TrainConfig(Section):
     max_skipped: Positive = Field(3, description="skipped steps in a row that stop the run")
     # Collectives give up by themselves after half an hour, without a name.
     timeout: Annotated[float, Field(gt=0.0, le=1500.0)] = Field(600.0, description="seconds a rank may hang in a step")
+
+
+class LogConfig(Section):
+    wandb: str | None = Field(None, description="Weights & Biases project to report to as well; null: none")
+    slow_rank: Annotated[float, Field(gt=0.0)] = Field(
+        0.2, description="name a rank that is slower than the ranks' mean by so large a share"
+    )
 
 
 class EvalDatasetConfig(Section):
@@ -294,6 +305,7 @@ class Config(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
