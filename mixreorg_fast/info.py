@@ -123,6 +123,7 @@ def _calls(device: torch.device) -> dict[str, Callable[[str], Any]]:
         "contrastive_loss": lambda impl: ops.contrastive_loss(texts, texts, 1.0, impl=impl),
         "decode_segments": lambda impl: ops.decode_segments(maps, q, (8, 8), impl=impl),
         "attention": lambda impl: ops.attention(heads, heads, heads, impl=impl),
+        "linear": lambda impl: ops.linear(texts, texts, impl=impl),
     }
 
 

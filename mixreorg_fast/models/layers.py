@@ -40,7 +40,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return ops.linear(x, self.weight.to(x.dtype), bias)
 
 
 class PatchEmbed(nn.Conv2d):

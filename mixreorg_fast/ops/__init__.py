@@ -8,6 +8,7 @@ from .attention import attention
 from .contrastive import contrastive_loss
 from .decoding import decode_segments
 from .grouping import grouping_attention
+from .linear import linear
 from .mixed_segmentation import mixed_segmentation_loss
 from .mixing import MixPlan, patch_blend, patch_mix, patch_restore
 
@@ -17,6 +18,7 @@ __all__ = [
     "contrastive_loss",
     "decode_segments",
     "grouping_attention",
+    "linear",
     "mixed_segmentation_loss",
     "patch_blend",
     "patch_mix",
