@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import harness, report
 from benchmarks.harness import Case, Work
+from mixreorg_fast.ledger import BEGIN, END, between_markers
 
 HEADER = {
     "device": "Some GPU (80 GB)",
@@ -59,8 +60,8 @@ def test_tables_are_made_of_the_results(tmp_path):
     assert (
         "| 8x9x10 | bfloat16 | fwd, graph | 2 (2–2) | 1 (1–1) | 0.5 (0.5–0.5) | 4.00× | 2.00× | 50% | 3 | 3 |" in text
     )
-    page = f"before {report.BEGIN} old {report.END} after"
-    assert report.updated(page, text) == f"before {report.BEGIN}\n\n{text}\n\n{report.END} after"
+    page = f"before {BEGIN} old {END} after"
+    assert between_markers(page, text) == f"before {BEGIN}\n\n{text}\n\n{END} after"
 
 
 def test_steps_are_told_in_images_per_second(tmp_path):

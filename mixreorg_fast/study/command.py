@@ -66,7 +66,7 @@ def _list(study: Study) -> None:
 def _state(run: Run) -> str:
     if _finished(run):
         return "finished"
-    return "begun" if _begun(run) else "to train"
+    return "begun" if run.folder.is_dir() and _begun(run) else "to train"
 
 
 def _begun(run: Run) -> bool:

@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks import record, report
 from mixreorg_fast.errors import UserError
+from mixreorg_fast.study.report import tables
+from mixreorg_fast.study.rows import rows_of
 
 
 def finished_run(folder):
@@ -21,14 +23,14 @@ def finished_run(folder):
 
 def test_rows_and_table(tmp_path):
     run = finished_run(tmp_path / "toy")
-    (row,) = record.rows_of(run)
+    (row,) = rows_of(run)
     assert (row["world"], row["variant"], row["steps"], row["miou"]) == ("scenes", "groupvit", 20, 12.35)
     assert row["seconds"] == 30.0  # 640 images at 64 a second, 640 at 32
     path = record.record([run], tmp_path)
     record.record([run], tmp_path)  # takes the place of its own rows
     file = json.loads(path.read_text())
     assert len(file["rows"]) == 1 and file["device"] and file["commit"]
-    table = report.study_tables(tmp_path)
+    table = tables(tmp_path, tmp_path)
     assert "| toy | groupvit | 3 | 20 | 1280 | 30 | scenes | 7 | 12.35 | 3.0 | 40.0 | 2.5 |" in table
     assert report.tables(tmp_path) == ""
 
@@ -37,4 +39,4 @@ def test_unfinished_run(tmp_path):
     run = finished_run(tmp_path / "toy")
     (run / "eval.json").unlink()
     with pytest.raises(UserError, match="no finished run"):
-        record.rows_of(run)
+        rows_of(run)
