@@ -14,16 +14,20 @@ from torch import Tensor
 
 from .dispatch import choose
 
-AttentionImpl = Literal["auto", "xformers", "varlen", "torch"]
+AttentionImpl = Literal["auto", "xformers", "varlen", "torch", "products"]
 
 XFORMERS_INSTALLED = importlib.util.find_spec("xformers") is not None
 # The first release that says "causal" as a window of keys.
 VARLEN_INSTALLED = torch.torch_version.TorchVersion(torch.__version__) >= (2, 11)
 
-# What was measured fastest, by device and form (benchmarks/test_attention.py), as the order in which "auto" tries.
-# Where nothing is measured yet, what comes with PyTorch goes first. On a CPU "torch" alone can run.
-MEASURED: dict[tuple[str, str], tuple[str, ...]] = {}
-UNMEASURED = ("varlen", "torch", "xformers")
+# What was measured fastest, by device, form and dtype (benchmarks/test_attention.py), as the order in which "auto"
+# tries. Where nothing is measured yet, what comes with PyTorch goes first.
+UNMEASURED = ("varlen", "torch", "xformers", "products")
+MEASURED: dict[tuple[str, str, torch.dtype], tuple[str, ...]] = {
+    # Flash attention's backward has no bf16 products on a CPU: 3 times as long on images, 7 times on captions.
+    ("cpu", "dense", torch.bfloat16): ("products", "torch", "varlen", "xformers"),
+    ("cpu", "packed", torch.bfloat16): ("products", "torch", "varlen", "xformers"),
+}
 
 # The plain-PyTorch packed form pads every sequence to a multiple of this many rows, and attends all of one length
 # together: narrow buckets compute less, wide ones call less. Measured on a CPU for captions of 10 to 40 tokens, forward
@@ -131,9 +135,10 @@ def attention(
         lengths: host integers: the tensors are packed ``[1, S, H, D]``, sequence i being the next ``lengths[i]`` rows,
             and sequences do not see one another. Rows beyond their sum are padding: finite, and seen by no sequence.
             Many calls with the same lengths share a :class:`Packing` of them.
-        impl: "torch": PyTorch's SDPA, over buckets of padded sequences where packed; "varlen": PyTorch's
-            variable-length attention; "xformers": its memory-efficient attention, block-diagonal where packed; "auto":
-            by what was measured (`MEASURED`).
+        impl: "torch": PyTorch's SDPA, over buckets of padded sequences where packed; "products": two batched matrix
+            products around a softmax, over the same buckets (bf16 logits, `[B, H, N, M]`, stay for backward);
+            "varlen": PyTorch's variable-length attention; "xformers": its memory-efficient attention, block-diagonal
+            where packed; "auto": by what was measured (`MEASURED`).
     Returns:
         ``[B, N, H, D]``.
     Raises:
@@ -146,7 +151,7 @@ def attention(
     elif packing is not None:
         _check_packed(q, k, packing.rows)
     form = "dense" if packing is None else "packed"
-    order = MEASURED.get((q.device.type, form), UNMEASURED)
+    order = MEASURED.get((q.device.type, form, q.dtype), UNMEASURED)
     reasons = {name: partial(_IMPLEMENTATIONS[name][0], q, packing) for name in order}
     name = choose("attention", impl, reasons, (q, k, v))
     return _IMPLEMENTATIONS[name][1](q, k, v, causal, packing)
@@ -163,9 +168,16 @@ def _check_packed(q: Tensor, k: Tensor, rows: int) -> None:
 # ---------------------------------------------------------------------- plain PyTorch
 
 
-def _torch(q: Tensor, k: Tensor, v: Tensor, causal: bool, packing: Packing | None) -> Tensor:
+def _padded(
+    attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, causal: bool, packing: Packing | None
+) -> Tensor:
+    """``attend(q, k, v, causal, mask)`` of ``[B, H, N, D]``, where packed over buckets of padded sequences."""
+
+    def dense(*qkv: Tensor, mask: Tensor | None = None) -> Tensor:
+        return attend(*(x.transpose(1, 2) for x in qkv), causal, mask).transpose(1, 2)
+
     if packing is None:
-        return _dense(q, k, v, causal)
+        return dense(q, k, v)
     slots, size = packing.slots, sum(n * width for n, width in packing.buckets)
     q, k, v = (x.new_zeros(size, *x.shape[2:]).index_copy(0, slots, x[0]) for x in (q, k, v))
     real = None if causal else torch.zeros(size, dtype=torch.bool, device=q.device).index_fill(0, slots, True)
@@ -175,14 +187,22 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, causal: bool, packing: Packing | Non
         # A padded key stands behind its sequence: causal attention does not look there, other must not.
         mask = None if real is None else real[start:end].view(count, 1, 1, width)
         part = (x[start:end].unflatten(0, (count, width)) for x in (q, k, v))
-        parts.append(_dense(*part, causal, mask).flatten(0, 1))  # [count * width, H, D]
+        parts.append(dense(*part, mask=mask).flatten(0, 1))  # [count * width, H, D]
         start = end
     return _Take.apply(parts[0] if len(parts) == 1 else torch.cat(parts), slots)[None]
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+    if causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    logits = q * q.shape[-1] ** -0.5 @ k.mT  # [B, H, N, M]
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    return logits.softmax(dim=-1) @ v  # PyTorch's softmax computes in fp32 whatever it reads
 
 
 class _Take(torch.autograd.Function):
@@ -258,6 +278,11 @@ def _xformers_reasons(q: Tensor, packing: Packing | None) -> list[str]:
     return [*(["torch.compile cannot trace it"] if torch.compiler.is_compiling() else []), *_kernel_reasons(q)]
 
 
+def _products_reasons(q: Tensor, packing: Packing | None) -> list[str]:
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return ["this CPU has no instructions for bf16"] if slow else []
+
+
 def _no_reasons(q: Tensor, packing: Packing | None) -> list[str]:
     return []
 
@@ -266,5 +291,6 @@ def _no_reasons(q: Tensor, packing: Packing | None) -> list[str]:
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., list[str]], Callable[..., Tensor]]] = {
     "varlen": (_varlen_reasons, _varlen),
     "xformers": (_xformers_reasons, _xformers),
-    "torch": (_no_reasons, _torch),
+    "torch": (_no_reasons, partial(_padded, _sdpa)),
+    "products": (_products_reasons, partial(_padded, _products)),
 }

@@ -51,11 +51,18 @@ def check(q, k, v, causal, lengths, packed, tolerance, impl="auto"):
         assert not grad[:, total:].any()
 
 
+@pytest.mark.parametrize("impl", ["torch", "products"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("padding", [0, 100])  # more padding than the longest sequence has rows
-def test_packed_sequences_do_not_see_one_another(causal, padding):
+def test_packed_sequences_do_not_see_one_another(causal, padding, impl):
     q, k, v = make(sum(LENGTHS) + padding)
-    check(q, k, v, causal, LENGTHS, LENGTHS, 1e-5)
+    check(q, k, v, causal, LENGTHS, LENGTHS, 1e-5, impl)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_in_half_precision(causal):
+    q, k, v = make(sum(LENGTHS), dtype=torch.bfloat16)
+    check(q, k, v, causal, LENGTHS, LENGTHS, 3e-2)
 
 
 @pytest.mark.parametrize("width", [1, 8, 1000])
@@ -67,14 +74,15 @@ def test_any_width_of_the_buckets(width, monkeypatch):
         check(q, k, v, causal, LENGTHS, packing, 1e-5)
 
 
+@pytest.mark.parametrize("impl", ["torch", "products"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_dense(causal):
+def test_dense(causal, impl):
     q, k, v = (x.view(2, 10, 2, 8) for x in make(20))
-    out = ops.attention(q, k, v, causal=causal)
+    out = ops.attention(q, k, v, causal=causal, impl=impl)
     truth = torch.cat([alone(*(x[i : i + 1] for x in (q, k, v)), causal, [10]) for i in range(2)])
     torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
-    crossed = ops.attention(q[:, :3], k, v)
-    torch.testing.assert_close(crossed, ops.attention(q, k, v)[:, :3])
+    crossed = ops.attention(q[:, :3], k, v, causal=causal, impl=impl)
+    torch.testing.assert_close(crossed, out[:, :3])
 
 
 @pytest.mark.gpu
@@ -143,8 +151,8 @@ def test_auto_follows_the_measured_table(monkeypatch):
     taken = []
     fake = {name: (module._no_reasons, lambda *_, name=name: taken.append(name)) for name in module._IMPLEMENTATIONS}
     monkeypatch.setattr(module, "_IMPLEMENTATIONS", fake)
-    monkeypatch.setitem(module.MEASURED, ("cpu", "packed"), ("xformers", "torch"))
-    monkeypatch.setitem(module.MEASURED, ("cpu", "dense"), ("torch", "xformers"))
+    monkeypatch.setitem(module.MEASURED, ("cpu", "packed", torch.float32), ("xformers", "torch"))
+    monkeypatch.setitem(module.MEASURED, ("cpu", "dense", torch.float32), ("torch", "xformers"))
     ops.attention(q, k, v, lengths=[6])
     ops.attention(q, k, v)
     assert taken == ["xformers", "torch"]
