@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,8 @@ from torch import Tensor
 from .contrastive import multiplier
 from .dispatch import Impl, choose, triton_reasons
 from .mixing import MixPlan
+
+Negatives = Literal["group", "batch"]
 
 
 def mixed_segmentation_logits(
@@ -19,15 +23,18 @@ def mixed_segmentation_logits(
     group_size: int,
     logit_scale: Tensor | float,
     *,
+    negatives: Negatives = "group",
     upcast: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Logits ``[B, N, K]`` of each patch over the K texts of its mixing group, in `upcast`, under autocast too.
+    """Logits of each patch over the K texts of its mixing group, ``[B, N, K]``, or over those of all B images,
+    ``[B, N, B]``; in `upcast`, under autocast too.
 
     Re-associated as ``firstᵀ (secondᵀ (segments · textsᵀ))``: G1 x K numbers per image, never ``[B, N, G2]``.
     """
     with torch.autocast(first.device.type, enabled=False):
         first, second, segments, texts = (x.to(upcast) for x in (first, second, segments, texts))
-        texts = texts.unflatten(0, (-1, group_size)).repeat_interleave(group_size, dim=0)  # [B, K, D]
+        if negatives == "group":
+            texts = texts.unflatten(0, (-1, group_size)).repeat_interleave(group_size, dim=0)  # [B, K, D]
         scores = segments @ texts.mT * logit_scale  # [B, G2, K]
         return first.mT @ (second.mT @ scores)  # [B, N, K] <- [B, N, G1] @ ([B, G1, G2] @ [B, G2, K])
 
@@ -41,11 +48,15 @@ def mixed_segmentation_loss_reference(
     group_size: int,
     logit_scale: Tensor | float,
     *,
+    negatives: Negatives = "group",
     upcast: torch.dtype = torch.float32,
 ) -> Tensor:
     """The mean cross-entropy, computed in `upcast`; `source` ``[B, N]`` are absolute image indices."""
-    logits = mixed_segmentation_logits(first, second, segments, texts, group_size, logit_scale, upcast=upcast)
-    return F.cross_entropy(logits.flatten(0, 1), (source % group_size).long().flatten())
+    logits = mixed_segmentation_logits(
+        first, second, segments, texts, group_size, logit_scale, negatives=negatives, upcast=upcast
+    )
+    labels = source % group_size if negatives == "group" else source
+    return F.cross_entropy(logits.flatten(0, 1), labels.long().flatten())
 
 
 def mixed_segmentation_loss(
@@ -56,6 +67,7 @@ def mixed_segmentation_loss(
     plan: MixPlan,
     logit_scale: Tensor | float,
     *,
+    negatives: Negatives = "group",
     impl: Impl = "auto",
 ) -> Tensor:
     """Cross-entropy of every mixed patch against the image it came from, over the texts of its mixing group.
@@ -70,6 +82,8 @@ def mixed_segmentation_loss(
             (fp32, bf16, fp16) and have any strides (the kernel copies what is not contiguous).
         plan: the mixing of these B images.
         logit_scale: the multiplier of the cosines, a number or a tensor of one element.
+        negatives: "batch" holds every patch against the texts of all B images instead of its group's: then segments
+            must name their image rather than tell it from its partners. In PyTorch only; holds ``[B, N, B]``.
     Returns:
         0-d fp32, the mean over B·N patches; computed in fp32 from inputs of any dtype, under autocast too.
         Differentiable in all five; deterministic. Backward recomputes: nothing but the inputs is kept.
@@ -78,12 +92,12 @@ def mixed_segmentation_loss(
     """
     _check(first, second, segments, texts, plan)
     inputs = (first, second, segments, texts, plan.source)
-    implementations = {"triton": lambda: _triton_reasons(*inputs, plan.group_size), "torch": list}
+    implementations = {"triton": lambda: _triton_reasons(*inputs, plan.group_size, negatives), "torch": list}
     if choose("mixed_segmentation_loss", impl, implementations, inputs) == "triton":
         return _mixed_segmentation(*inputs, multiplier(logit_scale, first.device), plan.group_size).mean()
     upcast = torch.promote_types(first.dtype, torch.float32)
     scale = multiplier(logit_scale, first.device)
-    return mixed_segmentation_loss_reference(*inputs, plan.group_size, scale, upcast=upcast)
+    return mixed_segmentation_loss_reference(*inputs, plan.group_size, scale, negatives=negatives, upcast=upcast)
 
 
 def _check(first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, plan: MixPlan) -> None:
@@ -103,9 +117,11 @@ def _check(first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, plan:
 
 
 def _triton_reasons(
-    first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, source: Tensor, group_size: int
+    first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, source: Tensor, group_size: int, negatives: str
 ) -> list[str]:
     reasons = triton_reasons(first, second, segments, texts, source)
+    if negatives == "batch":
+        reasons.append("negatives of the whole batch")
     if not reasons:
         from ..kernels.mixed_segmentation import MAX_FIRST_GROUPS, MAX_GROUP_SIZE, MAX_SECOND_GROUPS
 

@@ -207,3 +207,21 @@ def test_cuda_graph_and_compile(device):
     torch.testing.assert_close(compiled, expected[0])
     for got, truth in zip(torch.autograd.grad(compiled, inputs), expected[1:], strict=True):
         torch.testing.assert_close(got, truth)
+
+
+def test_negatives_of_the_whole_batch():
+    """Every patch against every text; with one group of all images, the loss of the group."""
+    (first, second, segments, texts, scale), plan = make(SHAPES[0], torch.float64, "cpu")
+    maps = torch.einsum("bgn,bhg->bnh", first, second)  # [B, N, G2], what the op never holds
+    logits = scale * torch.einsum("bnh,bhd,td->bnt", maps, segments, texts)
+    whole = MixPlan.sample(8, 13, 4, generator=torch.Generator().manual_seed(0))
+    assert plan.group_size == len(texts)  # one group here
+    got = ops.mixed_segmentation_loss(first, second, segments, texts, plan, scale, negatives="batch")
+    torch.testing.assert_close(got, F.cross_entropy(logits.flatten(0, 1), plan.source.long().flatten()))
+    torch.testing.assert_close(got, ops.mixed_segmentation_loss(first, second, segments, texts, plan, scale))
+    # Two groups: more texts, so more to tell apart.
+    inputs, _ = make((8, 5, 13, 3, 16, 4), torch.float64, "cpu")
+    group, batch = (ops.mixed_segmentation_loss(*inputs[:4], whole, inputs[4], negatives=n) for n in ("group", "batch"))
+    assert batch > group
+    with pytest.raises(RuntimeError, match="negatives of the whole batch"):
+        ops.mixed_segmentation_loss(*inputs[:4], whole, inputs[4], negatives="batch", impl="triton")
