@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from .errors import UserError, nearest
 
@@ -95,6 +95,9 @@ class LossConfig(Section):
     original: Annotated[float, Field(ge=0.0)] = 1.0
     restored: Annotated[float, Field(ge=0.0)] = 1.0
     mixed: Annotated[float, Field(ge=0.0)] = 1.0
+    mixed_negatives: Literal["group", "batch"] = Field(
+        "group", description="texts that a mixed patch is held against: its mixing group's, or the whole micro-batch's"
+    )
     multi_label: Annotated[float, Field(ge=0.0)] = 0.0
     exchange: Literal["gather", "ring"] = Field(
         "gather", description="of features between ranks; ring: a rank's at a time, for batches whose features are big"
@@ -178,12 +181,36 @@ class ScenesConfig(Section):
         return self
 
 
+class ShardSetConfig(Section):
+    """One of several sets of shards that a run mixes."""
+
+    pattern: str | list[str]
+    weight: PositiveFloat = Field(1.0, description="how often it is drawn, relative to the others")
+
+
+def _form_of_shards(value: Any) -> str:
+    first = value[0] if isinstance(value, list) and value else value
+    return ":sets" if isinstance(first, dict | ShardSetConfig) else ":list" if isinstance(value, list) else ":pattern"
+
+
+# The form is told beforehand, so that a mistake is told of that form rather than of all of them.
+Shards = Annotated[
+    Annotated[str, Tag(":pattern")]
+    | Annotated[list[str], Tag(":list")]
+    | Annotated[list[ShardSetConfig], Tag(":sets")],
+    Discriminator(_form_of_shards),
+]
+
+
 class DataConfig(Section):
-    shards: str | list[str] | None = Field(None, description="training shards: brace or glob patterns; null: scenes")
+    shards: Shards | None = Field(
+        None, description="training shards: brace or glob patterns, or sets of them with weights; null: scenes"
+    )
     val_shards: str | list[str] | None = Field(None, description="image-text pairs for retrieval R@1")
     tokenizer: str | None = Field(None, description="tokenizer.json; null: one is trained on the captions")
     vocab_size: Positive = Field(8192, description="size of a tokenizer trained on the captions")
-    max_bad: Fraction = Field(0.01, description="share of unreadable samples that stops the run")
+    verify: bool = Field(True, description="decode shards that are not verified yet before training reads them")
+    max_bad: Fraction = Field(0.01, description="share of unusable samples that stops the run")
     nouns: NonNegative = Field(3, description="noun prompts per caption when loss.multi_label is on")
     threads: Positive = 4
     prefetch: Positive = 2
@@ -373,7 +400,7 @@ def parse_config(values: dict[str, Any], *, source: str = "configuration") -> Co
 def describe(error: ValidationError, schema: type[BaseModel]) -> str:
     """One line for the first problem pydantic found, with the nearest valid choice."""
     first = error.errors()[0]
-    names = [str(part) for part in first["loc"]]
+    names = [str(part) for part in first["loc"] if not str(part).startswith(":")]  # those are forms, not keys
     key = ".".join(names)
     if first["type"] == "extra_forbidden":
         return f"unknown key '{key}'{nearest(names[-1], _fields(schema, names[:-1]))}"

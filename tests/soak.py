@@ -12,10 +12,11 @@ import torch
 
 from mixreorg_fast import load
 from mixreorg_fast.config import Config, parse_config
-from mixreorg_fast.data.build import photo_problem, verify_shard, write_shard
+from mixreorg_fast.data.build import write_shard
 from mixreorg_fast.data.loader import TrainLoader
 from mixreorg_fast.data.shards import ShardSet, open_shard, scan
 from mixreorg_fast.data.tokenizer import Tokenizer
+from mixreorg_fast.data.verify import verify_shard
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.models import GroupViT, weights
 from tests.data.conftest import own_cache, pairs  # noqa: F401, the fixture is used by its name
@@ -58,25 +59,25 @@ def test_shards(tmp_path, capsys):
         path.write_bytes(mutated(whole, draw))
         counts["shards"] += 1
         try:
-            found, _ = scan(path)
-            sound, broken = verify_shard(path)
+            found, incomplete, _ = scan(path)
         except UserError as error:
             assert "\n" not in str(error)
             counts["refused"] += 1
-            continue
-        keys = Counter(sample["key"].decode(errors="replace") for sample in found)
-        if max(keys.values(), default=0) <= 1:  # of samples with the same key one reason is kept
-            assert sound + len(broken.keys() - {""}) == len(found)
-        counts["samples"] += len(found)
+            found, incomplete = [], []
+        shard = verify_shard(path)
+        sound = len(shard.samples)
+        assert shard.verified and sound + shard.broken == len(found) + len(incomplete)
+        assert len(shard.bad) == shard.broken + (shard.problem is not None)
+        counts["samples"] += len(found) + len(incomplete)
+        counts["incomplete samples"] += len(incomplete)
         counts["broken samples"] += len(found) - sound
         if not sound:
             continue
-        shard = open_shard(path)
-        assert shard.verified and len(shard.samples) == sound
+        assert len(open_shard(path).samples) == sound
         samples = ShardSet([shard])
         for place in range(sound):
             samples.open_for([place])
-            assert photo_problem(samples.read(place).image) is None
+            assert samples.read(place).captions
         samples.close()
         verified.append(path)
     # The loader goes once through all that was found sound, with the decoder that training uses.
@@ -88,6 +89,7 @@ def test_shards(tmp_path, capsys):
         for _ in range(-(-loader.samples // 32)):
             assert torch.isfinite(next(loader).images).all()
         counts["bad in training"] = len(loader.bad_samples)
+        assert loader.samples == counts["samples"] - counts["incomplete samples"] - counts["broken samples"]
     with capsys.disabled():
         print(f"\nshards: {dict(counts)}")
 

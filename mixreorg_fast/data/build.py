@@ -1,312 +1,301 @@
-"""Writing shards from a folder of photos and captions, and verifying the photos of finished ones."""
+"""Writing shards from a source of photos and captions, in parallel, and so that a killed build can go on.
+
+Shard k holds samples k·n … (k+1)·n - 1 of the source, without those that are of no use. So what it holds depends on
+nothing but the source: not on the number of processes, nor on interruptions. Finished shards wait in a hidden folder,
+and appear under their names together when the last is whole.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import tarfile
-import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from ..errors import UserError, nearest
-from .shards import (
-    IMAGE_EXTENSIONS,
-    LARGEST_PHOTO,
-    expand,
-    index_places,
-    scan,
-    write_atomically,
-    write_index,
-)
+from ..errors import UserError
+from ..files import write_json
+from .processes import advance, pool
+from .shards import Bad, index_places, report_places, write_atomically
+from .sources import NounFinder, Pair, Source, open_source, read_nouns
 
 OPEN_RANGE = re.compile(r"\{(\d+)\.\.\}")
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A sample to be written: an encoded photo with its captions and, optionally, further fields."""
+class Built:
+    """What a build left."""
 
-    key: str
-    image: bytes
-    extension: str
-    captions: Sequence[str]
-    fields: dict | None = None  # the sample's .json
+    shards: list[Path]
+    samples: int
+    skipped: list[Bad]  # also in ``<name>.skipped.tsv`` beside the shards
+
+    @property
+    def reasons(self) -> list[tuple[str, int]]:
+        """Why samples were skipped and how many, the most frequent first."""
+        return Counter(bad.reason for bad in self.skipped).most_common()
 
 
 def write_shard(path: Path, pairs: Iterable[Pair]) -> None:
-    """Write one tar; it appears under its name when it is whole."""
+    """Write one tar; it appears under its name when it is whole. Repeated keys get a number appended."""
 
     def write(temporary: Path) -> None:
+        keys: Counter[str] = Counter()
         with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
             for pair in pairs:
+                keys[pair.key] += 1
+                if keys[pair.key] > 1:  # members with the same name would be taken for one sample
+                    pair = replace(pair, key=f"{pair.key}-{keys[pair.key]}")
                 _append(tar, pair)
 
     write_atomically(path, write)
 
 
-class ShardWriter:
-    """Writes numbered tars that appear under their names together, when the ``with`` block ends without an error.
-
-    Args:
-        pattern: such as ``train-{000000..}.tar``; the braces give the first number and its digits.
-        samples_per_shard: the last shard may hold fewer.
-        overwrite: replace the shards that the pattern has already, all of them.
-
-    Raises:
-        UserError: the pattern has no open range, or shards of it exist already.
-    """
-
-    def __init__(self, pattern: str, *, samples_per_shard: int = 10_000, overwrite: bool = False) -> None:
-        self._number, self._digits, self._before, self._after = _open_range(pattern)
-        self._per_shard = samples_per_shard
-        folder, name = os.path.split(self._before)
-        shape = re.compile(re.escape(name) + rf"\d{{{self._digits},}}" + re.escape(self._after))
-        folder = Path(folder or ".")
-        self._old = [p for p in folder.iterdir() if shape.fullmatch(p.name)] if folder.is_dir() else []
-        if self._old and not overwrite:
-            raise UserError(
-                f"{min(self._old)} exists already ({len(self._old)} shards of {pattern}); "
-                f"add --overwrite to replace them, or choose another --out"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        self._written: dict[Path, Path] = {}  # temporary -> final
-        self._tar: tarfile.TarFile | None = None
-        self._in_shard = 0
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def add(self, pair: Pair) -> None:
-        """Append one sample."""
-        if self._tar is None or self._in_shard == self._per_shard:
-            self._next()
-        _append(self._tar, pair)
-        self._in_shard += 1
-
-    def __exit__(self, kind: type | None, *exception: object) -> None:
-        try:
-            if self._tar is not None:
-                self._tar.close()
-            if kind is None:
-                for path in self._old:
-                    path.unlink()
-                    for place in index_places(path):
-                        with contextlib.suppress(OSError):
-                            place.unlink()
-                for temporary, path in self._written.items():
-                    os.replace(temporary, path)
-        finally:
-            for temporary in self._written:
-                temporary.unlink(missing_ok=True)
-
-    @property
-    def paths(self) -> list[Path]:
-        """The shards written so far, under their final names."""
-        return list(self._written.values())
-
-    def _next(self) -> None:
-        if self._tar is not None:
-            self._tar.close()
-        path = Path(f"{self._before}{self._number + len(self._written):0{self._digits}d}{self._after}")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        self._written[temporary] = path
-        self._tar = tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115, closed in __exit__
-        self._in_shard = 0
-
-
 def build(
-    folder: str | Path,
+    path: str | Path,
     out: str,
     *,
     split: str | None = None,
     nouns: str | Path | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
     samples_per_shard: int = 10_000,
     overwrite: bool = False,
+    workers: int = 1,
     progress: bool = True,
-) -> list[Path]:
-    """Shards of a folder with ``captions.tsv`` (photo TAB caption, a photo may have several lines) and ``images/``.
-
-    One sample per photo, in the order of captions.tsv, all its captions in the ``.txt``, one per line.
+) -> Built:
+    """Shards of a folder with ``captions.tsv``, of Parquet files, or of img2dataset's output (``sources.py``).
 
     Args:
-        split: only the photos whose stems ``splits/<split>.txt`` lists.
-        nouns: a file with one word or phrase per line; those found in a photo's captions become its ``nouns``.
-
-    Returns:
-        The shards written.
+        out: such as ``train-{000000..}.tar``; the braces give the first number and its digits.
+        nouns: a file with one word or phrase per line; those found in a sample's captions become its ``nouns``.
+        overwrite: replace the shards that the pattern has already, all of them.
+        workers: processes; the shards are the same with any number.
 
     Raises:
-        UserError: a file is missing or malformed, a photo of captions.tsv does not exist, nothing is left to write,
-            or shards of `out` exist already.
+        UserError: the source is missing or malformed, nothing is left to write, shards of `out` exist already, or an
+            unfinished build of `out` had other arguments.
     """
-    folder = Path(folder)
-    captions = read_captions(folder)
-    if split is not None:
-        stems = _read_split(folder, split)
-        captions = {name: texts for name, texts in captions.items() if Path(name).stem in stems}
-    if not captions:
-        raise UserError(
-            f"{folder}: no photo of split '{split}' has a caption; its lines should be stems of captions.tsv"
-        )
-    finder = None if nouns is None else NounFinder(read_nouns(nouns))
-    images = folder / "images" if (folder / "images").is_dir() else folder
-    with ShardWriter(out, samples_per_shard=samples_per_shard, overwrite=overwrite) as writer:
-        for name, texts in tqdm(captions.items(), unit="photo", desc="build", disable=not progress):
-            path = images / name
-            extension = path.suffix[1:].lower()
-            if extension not in IMAGE_EXTENSIONS:
-                raise UserError(f"{path}: photos must be {', '.join('.' + e for e in IMAGE_EXTENSIONS)}")
+    target = _Target.of(out)
+    found = None if nouns is None else read_nouns(nouns)
+    with target.locked():
+        unfinished = target.record()
+        if unfinished is None and target.existing() and not overwrite:
+            old = target.existing()
+            raise UserError(
+                f"{min(old)} exists already ({len(old)} shards of {out}); "
+                f"add --overwrite to replace them, or choose another --out"
+            )
+        columns = {"image_column": image_column, "caption_column": caption_column}
+        source = open_source(path, split=split, workers=workers, **columns)
+        arguments = {
+            "source": os.path.abspath(path),
+            "files": _state_of(source.files()),
+            "samples": len(source),
+            "split": split,
+            "nouns": None if found is None else hashlib.sha256("\n".join(found).encode()).hexdigest(),
+            **columns,
+            "samples_per_shard": samples_per_shard,
+            "out": os.path.abspath(out),
+        }
+        _check_same(unfinished, arguments, target)
+        if unfinished is None:
+            write_json(target.hidden / "build.json", {"arguments": arguments, "publishing": False})
+        reports = _write_all(source, target, NounFinder(found) if found else None, samples_per_shard, workers, progress)
+        samples = sum(report["samples"] for report in reports)
+        skipped = [Bad(*bad) for report in reports for bad in report["skipped"]]
+        if not samples:
+            target.discard()
+            raise UserError(f"{path}: none of {len(source)} samples can be used: {skipped[0].reason} (and so on)")
+        shards = target.publish(arguments, [report["samples"] for report in reports], skipped)
+        return Built(shards, samples, skipped)
+
+
+def _write_all(
+    source: Source, target: _Target, finder: NounFinder | None, per_shard: int, workers: int, progress: bool
+) -> list[dict]:
+    """Write the shards that are not there yet; returns the reports of all."""
+    jobs, done = [], 0
+    for number, first in enumerate(range(0, len(source), per_shard)):
+        part = source[first : first + per_shard]
+        if target.report(number) is None:
+            jobs.append((part, target.part(number), finder))
+        else:
+            done += len(part)
+    with (
+        tqdm(total=len(source), initial=done, unit="photo", desc="build", disable=not progress) as bar,
+        pool(min(workers, max(len(jobs), 1)), bar) as run,
+    ):
+        for _ in run(_write_part, jobs):
+            pass
+    return [target.report(number) for number in range(-(-len(source) // per_shard))]
+
+
+def _write_part(job: tuple[Source, Path, NounFinder | None]) -> None:
+    """Write one shard to the hidden folder, then its report."""
+    source, path, finder = job
+    written, skipped = 0, []
+
+    def pairs() -> Iterator[Pair]:
+        nonlocal written
+        for pair in source:
+            advance(1)
+            if isinstance(pair, Bad):
+                skipped.append(pair)
+                continue
+            written += 1
+            yield pair if finder is None else replace(pair, fields={"nouns": finder.find(pair.captions)})
+
+    write_shard(path, pairs())
+    report = {"samples": written, "bytes": path.stat().st_size, "skipped": skipped}
+    write_json(path.with_suffix(".json"), report)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where a build puts its shards, and the hidden folder in which they wait."""
+
+    first: int
+    digits: int
+    folder: Path
+    before: str  # the shards' name up to their number
+    after: str
+
+    @classmethod
+    def of(cls, pattern: str) -> _Target:
+        ranges = list(OPEN_RANGE.finditer(pattern))
+        if len(ranges) != 1 or "/" in pattern[ranges[0].end() :]:
+            raise UserError(
+                f"--out {pattern}: expected one open range in the file name, such as 'data/train-{{000000..}}.tar'"
+            )
+        digits = ranges[0][1]
+        before, after = pattern[: ranges[0].start()], pattern[ranges[0].end() :]
+        if not after.endswith(".tar"):
+            raise UserError(
+                f"--out {pattern}: expected a name that ends in .tar, such as 'data/train-{{000000..}}.tar'"
+            )
+        folder, before = os.path.split(os.path.expanduser(before))
+        return cls(int(digits), len(digits), Path(folder or "."), before, after)
+
+    @property
+    def name(self) -> str:
+        """The shards' name without their numbers."""
+        return (self.before + self.after.removesuffix(".tar")).strip("-_. ") or "shards"
+
+    @property
+    def hidden(self) -> Path:
+        return self.folder / f".{self.name}.building"
+
+    def shard(self, number: int) -> Path:
+        return self.folder / f"{self.before}{self.first + number:0{self.digits}d}{self.after}"
+
+    def part(self, number: int) -> Path:
+        return self.hidden / f"{number:08d}.tar"
+
+    def existing(self) -> list[Path]:
+        """Shards of the pattern."""
+        shape = re.compile(re.escape(self.before) + rf"\d{{{self.digits},}}" + re.escape(self.after))
+        return [p for p in self.folder.iterdir() if shape.fullmatch(p.name)] if self.folder.is_dir() else []
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the hidden folder and keep other builds out of it; nothing but an unfinished build is left of it."""
+        self.hidden.mkdir(parents=True, exist_ok=True)
+        with open(self.hidden / "lock", "w") as lock:
             try:
-                image = path.read_bytes()
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise UserError(f"{folder / 'captions.tsv'} names {name}, but there is no readable {path}") from None
-            # A dot in a key would end it early.
-            key = Path(name).with_suffix("").as_posix().replace(".", "_")
-            fields = None if finder is None else {"nouns": finder.find(texts)}
-            writer.add(Pair(key, image, extension, texts, fields))
-    return writer.paths
+                raise UserError(f"{self.hidden}: another process is building these shards") from None
+            try:
+                yield
+            finally:
+                if self.hidden.is_dir() and self.record() is None:
+                    self.discard()
+
+    def record(self) -> dict | None:
+        """What ``build.json`` of an unfinished build says."""
+        try:
+            return json.loads((self.hidden / "build.json").read_text())
+        except OSError:
+            return None
+        except ValueError:
+            raise UserError(f"{self.hidden}: damaged; delete it to build anew") from None
+
+    def report(self, number: int) -> dict | None:
+        """What is noted of a finished shard."""
+        try:
+            report = json.loads(self.part(number).with_suffix(".json").read_text())
+        except (OSError, ValueError):
+            return None
+        part = self.part(number)
+        published = (self.record() or {}).get("publishing")
+        whole = part.stat().st_size == report["bytes"] if part.is_file() else published
+        return report if whole else None
+
+    def publish(self, arguments: dict, samples: Sequence[int], skipped: list[Bad]) -> list[Path]:
+        """Give the shards their names, in place of what was there; those without a sample are left out.
+
+        It may be killed anywhere: repeating it does what is left to do.
+        """
+        write_json(self.hidden / "build.json", {"arguments": arguments, "publishing": True})
+        parts = [number for number, count in enumerate(samples) if count]
+        shards = [self.shard(place) for place in range(len(parts))]
+        for number, shard in zip(parts, shards, strict=True):
+            if self.part(number).is_file():
+                _forget(shard)
+                os.replace(self.part(number), shard)
+        for old in set(self.existing()) - set(shards):
+            _forget(old)
+            old.unlink()
+        listed = self.folder / f"{self.name}.skipped.tsv"
+        listed.unlink(missing_ok=True)
+        if skipped:
+            text = "".join(f"{bad}\n" for bad in skipped)
+            write_atomically(listed, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        self.discard()
+        return shards
+
+    def discard(self) -> None:
+        # The record goes first: without it, what is left is no unfinished build.
+        (self.hidden / "build.json").unlink(missing_ok=True)
+        shutil.rmtree(self.hidden, ignore_errors=True)
 
 
-def read_captions(folder: Path) -> dict[str, list[str]]:
-    """``captions.tsv`` as photo -> captions, in the order of the file.
-
-    Raises:
-        UserError: the file is missing, or a line is not ``photo TAB caption``.
-    """
-    path = Path(folder) / "captions.tsv"
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"no {path}; expected lines of photo TAB caption") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text: {error}") from None
-    captions: dict[str, list[str]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        name, tab, caption = line.rstrip("\r").partition("\t")
-        if not tab or not name.strip() or not caption.strip():
-            raise UserError(f"{path}: line {number}: expected photo TAB caption, got '{line[:60]}'")
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            raise UserError(f"{path}: line {number}: '{name}' leads out of the folder of photos")
-        captions.setdefault(name.strip(), []).append(caption.strip())
-    if not captions:
-        raise UserError(f"{path}: empty; expected lines of photo TAB caption")
-    return captions
+def _check_same(unfinished: dict | None, arguments: dict, target: _Target) -> None:
+    before = {} if unfinished is None else unfinished["arguments"]
+    for name, value in before.items():
+        if arguments.get(name) != value:
+            what = "the source has changed since" if name in ("files", "samples") else f"it had {name} {value}"
+            raise UserError(
+                f"{target.hidden} holds an unfinished build with other arguments ({what}); "
+                f"finish that one, or delete the folder"
+            )
 
 
-def read_nouns(path: str | Path) -> list[str]:
-    """The lines of a noun list, lower-cased.
-
-    Raises:
-        UserError: the file is missing or empty.
-    """
-    try:
-        nouns = [line.strip().lower() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError):
-        raise UserError(
-            f"no readable noun list {path}; expected a text file with one word or phrase per line"
-        ) from None
-    if not nouns:
-        raise UserError(f"{path}: empty; expected one word or phrase per line")
-    return nouns
+def _state_of(files: Sequence[Path]) -> str:
+    """A digest of names, sizes and times."""
+    digest = hashlib.sha256()
+    for path in files:
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
-class NounFinder:
-    """Finds the words and phrases of a list in captions, in singular or a plural in -s or -es; longer ones first."""
-
-    def __init__(self, nouns: Iterable[str]) -> None:
-        choices = "|".join(re.escape(noun) for noun in sorted(set(nouns), key=lambda n: (-len(n), n)))
-        self._pattern = re.compile(rf"\b({choices})(?:e?s)?\b")
-
-    def find(self, captions: Iterable[str]) -> list[str]:
-        """The nouns in the captions, each once, in order of appearance."""
-        return list(dict.fromkeys(noun for caption in captions for noun in self._pattern.findall(caption.lower())))
-
-
-def verify(
-    patterns: str | Sequence[str], *, workers: int = 1, progress: bool = True
-) -> Iterator[tuple[Path, int, dict]]:
-    """Decode every photo of the shards; index the sound samples of each and list the broken ones.
-
-    For each shard the index is rewritten without its broken samples, so that the loader never meets them, and
-    ``SHARD.broken.tsv`` (key TAB reason) is written, or removed where there are none.
-
-    Yields:
-        path, number of sound samples, broken samples (key -> reason); one shard after the other.
-
-    Raises:
-        UserError: as :func:`~mixreorg_fast.data.shards.expand`; a file is no tar.
-    """
-    paths = expand(patterns)
-    # Started afresh rather than forked: the caller may have threads.
-    with ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else contextlib.nullcontext() as pool:
-        checks = pool.map(verify_shard, paths) if pool else map(verify_shard, paths)
-        for path, (sound, broken) in tqdm(
-            zip(paths, checks, strict=True), total=len(paths), unit="shard", desc="verify", disable=not progress
-        ):
-            yield path, sound, broken
-
-
-def verify_shard(path: Path) -> tuple[int, dict[str, str]]:
-    """:func:`verify` for one shard; a cut tar has an entry for its lost end under the key ``""``."""
-    status = os.stat(path)
-    samples, problem = scan(path)
-    sound, broken = [], {}
-    with open(path, "rb") as file:
-        for sample in samples:
-
-            def member(name: str, sample: dict = sample) -> bytes:
-                file.seek(sample["start"] + sample[f"{name}_at"])
-                return file.read(sample[f"{name}_size"])
-
-            reason = photo_problem(member("image"))
-            if reason is None and not member("text").strip():
-                reason = "empty caption"
-            if reason is None:
-                sound.append(sample)
-            else:
-                broken[sample["key"].decode(errors="replace")] = reason
-    write_index(path, status, sound, verified=True, problem=problem)
-    report = Path(f"{path}.broken.tsv")
-    if problem:
-        broken[""] = f"the tar is {problem}"
-    if broken:
-        text = "".join(f"{key}\t{reason}\n" for key, reason in broken.items())
-        with contextlib.suppress(OSError):  # a read-only folder; the command prints the list as well
-            write_atomically(report, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    else:
+def _forget(shard: Path) -> None:
+    """Remove what was noted of a shard that is to be replaced."""
+    for place in (*index_places(shard), *report_places(shard)):
         with contextlib.suppress(OSError):
-            report.unlink(missing_ok=True)
-    return len(sound), broken
-
-
-def photo_problem(photo: bytes) -> str | None:
-    """Why an encoded photo cannot be decoded whole, or None."""
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(photo), formats=("JPEG", "PNG", "WEBP")) as image:
-                width, height = image.size
-                if width * height > LARGEST_PHOTO:
-                    return f"{width} x {height} pixels, more than {LARGEST_PHOTO}"
-                image.convert("RGB")
-    except Image.UnidentifiedImageError:
-        return "not a JPEG, PNG or WebP image"
-    except Exception as error:  # decoders raise whatever they like on damaged files
-        return " ".join(str(error).split()) or type(error).__name__
-    return None
+            place.unlink()
 
 
 def _append(tar: tarfile.TarFile, pair: Pair) -> None:
@@ -319,26 +308,3 @@ def _append(tar: tarfile.TarFile, pair: Pair) -> None:
         info = tarfile.TarInfo(f"{pair.key}.{extension}")
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
-
-
-def _read_split(folder: Path, split: str) -> set[str]:
-    path = folder / "splits" / f"{split}.txt"
-    try:
-        return {line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
-    except OSError:
-        splits = [p.stem for p in sorted((folder / "splits").glob("*.txt"))]
-        raise UserError(f"no split file {path}{nearest(split, splits)}") from None
-
-
-def _open_range(pattern: str) -> tuple[int, int, str, str]:
-    """First number, digits, and what stands before and after the open range of an output pattern."""
-    ranges = list(OPEN_RANGE.finditer(pattern))
-    if len(ranges) != 1 or "/" in pattern[ranges[0].end() :]:
-        raise UserError(
-            f"--out {pattern}: expected one open range in the file name, such as 'data/train-{{000000..}}.tar'"
-        )
-    digits = ranges[0][1]
-    before, after = pattern[: ranges[0].start()], pattern[ranges[0].end() :]
-    if not after.endswith(".tar"):
-        raise UserError(f"--out {pattern}: expected a name that ends in .tar, such as 'data/train-{{000000..}}.tar'")
-    return int(digits), len(digits), os.path.expanduser(before), after

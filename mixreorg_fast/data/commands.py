@@ -7,29 +7,49 @@ import os
 
 from ..config import ScenesConfig
 from ..errors import UserError
-from .build import build, verify
+from .build import build
 from .scenes import ensure_scenes
+from .verify import verify
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    cores = len(os.sched_getaffinity(0))
 
-    action = actions.add_parser("build", help="shards from a folder with captions.tsv and images/")
-    action.add_argument("folder", help="holds captions.tsv (photo TAB caption), images/ and perhaps splits/")
+    action = actions.add_parser(
+        "build",
+        help="write shards from a folder of photos, Parquet files or img2dataset's output",
+        description="Write shards. A build that was interrupted goes on when the same command is given again.",
+    )
+    action.add_argument(
+        "source",
+        help="a folder with captions.tsv (photo TAB caption) and images/; a .parquet file or a folder of some; "
+        "or the output folder of img2dataset (webdataset)",
+    )
     action.add_argument("--out", required=True, metavar="PATTERN", help="such as 'data/mine/train-{000000..}.tar'")
-    action.add_argument("--split", metavar="NAME", help="only the photos that splits/NAME.txt lists")
+    action.add_argument("--split", metavar="NAME", help="of a folder: only the photos that splits/NAME.txt lists")
+    action.add_argument("--image-column", metavar="NAME", help="of Parquet; default: image, image.bytes, jpg, bytes, …")
+    action.add_argument("--caption-column", metavar="NAME", help="of Parquet; default: caption, text, TEXT, …")
     action.add_argument("--nouns", metavar="FILE", help="words and phrases, one per line, to find in the captions")
     action.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="default: %(default)s")
     action.add_argument("--overwrite", action="store_true", help="replace the shards of PATTERN")
+    action.add_argument("--workers", type=int, default=cores, metavar="N", help="processes; default: all cores")
 
-    action = actions.add_parser("verify", help="decode every photo; index the sound samples, list the broken ones")
-    action.add_argument("pattern", nargs="+", help="shards: brace or glob patterns")
-    action.add_argument(
-        "--workers", type=int, default=os.cpu_count(), metavar="N", help="processes; default: all cores"
+    action = actions.add_parser(
+        "verify",
+        help="decode every photo; index the samples that can be used, list the others",
+        description="Decode every photo with training's decoder. Training leaves out what is found broken. "
+        "Exit code 0: all sound; 1: something is broken; 2: nothing could be read.",
     )
+    action.add_argument("pattern", nargs="+", help="shards: brace or glob patterns")
+    action.add_argument("--workers", type=int, default=cores, metavar="N", help="processes; default: all cores")
 
     defaults = ScenesConfig()
-    action = actions.add_parser("scenes", help="draw the embedded scenes, as training does by itself")
+    action = actions.add_parser(
+        "scenes",
+        help="draw the embedded scenes, as training does by itself",
+        description="Draw the scenes that a run without configured shards trains on.",
+    )
     action.add_argument("--out", default=defaults.folder, metavar="FOLDER", help="default: %(default)s")
     for name in ("train", "val", "size", "seed"):
         action.add_argument(
@@ -38,42 +58,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """0: all is well; 1: `verify` found broken samples (and left them out of the index); 2: a user error."""
+    """0: all is well; 1: `verify` found broken samples (and left them out of the index); 2: nothing to use."""
     return {"build": _build, "verify": _verify, "scenes": _scenes}[args.action](args)
 
 
 def _build(args: argparse.Namespace) -> int:
-    if args.samples_per_shard < 1:
-        raise UserError(f"--samples-per-shard {args.samples_per_shard}: expected at least 1")
-    paths = build(
-        args.folder,
+    for name in ("samples_per_shard", "workers"):
+        _at_least_one(args, name)
+    built = build(
+        args.source,
         args.out,
         split=args.split,
         nouns=args.nouns,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
         samples_per_shard=args.samples_per_shard,
         overwrite=args.overwrite,
+        workers=args.workers,
     )
-    print(f"wrote {paths[0]}" + (f" … {paths[-1].name}, {len(paths)} shards" if len(paths) > 1 else ""))
+    paths = built.shards
+    names = f"{paths[0]}" + (f" … {paths[-1].name}, {len(paths)} shards" if len(paths) > 1 else "")
+    print(f"wrote {built.samples} samples to {names}")
+    for reason, count in built.reasons:
+        print(f"skipped {count}: {reason}")
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: expected at least 1")
+    _at_least_one(args, "workers")
     good = bad = 0
-    for path, sound, broken in verify(args.pattern, workers=args.workers):
-        good, bad = good + sound, bad + len(broken)
-        for key, reason in broken.items():
-            print(f"{path}: {key + ': ' if key else ''}{reason}")
+    for shard in verify(args.pattern, workers=args.workers):
+        found = shard.bad
+        good, bad = good + len(shard.samples), bad + len(found)
+        for entry in found:
+            print(f"{entry}".replace("\t\t", ": ").replace("\t", ": "))
     print(f"{good} samples are sound" + (f", {bad} broken (left out of the index)" if bad else ""))
-    return 1 if bad else 0
+    return 2 if not good else 1 if bad else 0
 
 
 def _scenes(args: argparse.Namespace) -> int:
     for name in ("train", "val", "size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: expected at least 1")
+        _at_least_one(args, name)
     config = ScenesConfig(folder=args.out, train=args.train, val=args.val, size=args.size, seed=args.seed)
     made = ensure_scenes(config)
     print(f"{len(made.train)} training and {len(made.val)} validation shards, {made.evaluation}, {made.unseen}")
     return 0
+
+
+def _at_least_one(args: argparse.Namespace, name: str) -> None:
+    if getattr(args, name) < 1:
+        raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")

@@ -9,8 +9,8 @@ its JPEG hardware).
 DALI's own WebDataset reader was tried and left: its order depends on the number of shards it is split into, its
 checkpoints load silently into another number of ranks, its shuffle is a window over a fixed order, its random
 operators hold state, one photo that cannot be decoded loses the whole batch, and one that is no image at all can
-crash the process. Here every header is parsed first (by DALI's own parser, 2 µs a photo), and a batch that fails
-later is searched for the photo at fault, which another one stands in for.
+crash the process. Here every header is parsed first (by DALI's own parser), and a batch that fails later is searched
+for the photo at fault, which another one stands in for.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import Config
+from ..config import Config, DataConfig
 from ..errors import UserError
 from .augment import draw, training_graph, validation_graph
-from .order import Order, Purpose, uniforms
+from .decoding import Decoder, feed, take
+from .order import Mixture, Order, Purpose, stand_in, uniforms
 from .scenes import ensure_scenes
-from .shards import LARGEST_PHOTO, Sample, ShardSet, open_shards
+from .shards import Bad, Sample, ShardSet, open_shards
 from .tokenizer import Tokenizer
 
 log = logging.getLogger("mixreorg_fast")
@@ -69,9 +70,40 @@ class _Request:
     inputs: dict[str, Any]
 
 
+def shard_sets(data: DataConfig) -> list[tuple[str | list[str], float]]:
+    """Patterns and weights of the sets that a run mixes; a single one where no weights are given.
+
+    Without configured shards they are those of the embedded scenes (made where absent).
+    """
+    if data.shards is None:
+        return [(list(map(str, ensure_scenes(data.scenes).train)), 1.0)]
+    if isinstance(data.shards, str) or not data.shards or isinstance(data.shards[0], str):
+        return [(data.shards, 1.0)]
+    return [(part.pattern, part.weight) for part in data.shards]
+
+
 def training_shards(config: Config) -> ShardSet:
-    """The shards a run trains on: the configured ones, else the embedded scenes (made where absent)."""
-    return open_shards(config.data.shards or list(map(str, ensure_scenes(config.data.scenes).train)))
+    """The shards a run trains on, set after set."""
+    return ShardSet([shard for part in _opened(config) for shard in part.shards])
+
+
+def _opened(config: Config) -> list[ShardSet]:
+    return [open_shards(pattern) for pattern, _ in shard_sets(config.data)]
+
+
+def training_order(config: Config, sets: Sequence[ShardSet]) -> Order | Mixture:
+    """Which sample of `sets`, opened as :func:`shard_sets` lists them, stands at which position of a run.
+
+    Raises:
+        UserError: a weight is too small.
+    """
+    if len(sets) == 1:
+        return Order(sets[0].sizes, config.seed)
+    try:
+        weights = [weight for _, weight in shard_sets(config.data)]
+        return Mixture([part.sizes for part in sets], weights, config.seed)
+    except ValueError as error:
+        raise UserError(f"data.shards: {error}; leave that set out") from None
 
 
 def validation_shards(config: Config) -> ShardSet | None:
@@ -107,10 +139,10 @@ class TrainLoader:
         device: where the batches go; None: the GPU where there is one.
 
     Attributes:
-        samples: training samples, N.
+        samples: training samples, N; of several sets their sum.
+        lost: samples that the shards' indexes leave out (found broken when they were made).
         wait_seconds: time spent waiting in ``next``.
-        bad_samples: (key, reason) of each sample found unreadable so far; in its place comes the next good one of
-            the shards.
+        bad_samples: each sample found unusable while reading; another one of its set stands in for it.
 
     Raises:
         UserError: as :func:`training_shards`; DALI is missing; not one photo can be decoded (from ``next``).
@@ -134,9 +166,11 @@ class TrainLoader:
         self._next = start + rank * micro_batch
         self._device = _device(device)
         self._threads = min(config.data.threads, os.cpu_count() or 1)
-        self._photos = _Photos(training_shards(config), self._threads, self._device)
-        self._order = Order(self._photos.shards.sizes, config.seed)
-        self.samples = len(self._photos.shards)
+        sets = _opened(config)
+        self._order = training_order(config, sets)
+        shards = ShardSet([shard for part in sets for shard in part.shards])
+        self._photos = _Photos(shards, self._threads, self._device, np.cumsum([len(part) for part in sets]))
+        self.samples, self.lost = len(shards), sum(part.lost for part in sets)
         self.wait_seconds = 0.0
         self._ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException] = queue.Queue(
             maxsize=config.data.prefetch
@@ -148,8 +182,13 @@ class TrainLoader:
         atexit.register(self.close)  # before DALI takes its pipelines down under the thread
 
     @property
-    def bad_samples(self) -> list[tuple[str, str]]:
+    def bad_samples(self) -> list[Bad]:
         return list(self._photos.bad_samples)
+
+    @property
+    def left_out(self) -> list[Bad]:
+        """What the shards' indexes leave out: broken samples, lost ends of tars, files that are no tars."""
+        return self._photos.shards.bad
 
     def __iter__(self) -> TrainLoader:
         return self
@@ -208,17 +247,17 @@ class TrainLoader:
         )
         pending = deque(self._request() for _ in range(depth))
         for request in pending:
-            _feed(pipeline, request.inputs)
+            feed(pipeline, request.inputs)
         pipeline.schedule_run()  # the first call runs `depth` batches
         while not self._stop.is_set():
             try:
-                images = _take(pipeline, self._device)
+                images = take(pipeline, self._device)
             except RuntimeError as error:
                 self._repair(pipeline, pending, error)
                 continue
             request = pending.popleft()
             pending.append(self._request())
-            _feed(pipeline, pending[-1].inputs)
+            feed(pipeline, pending[-1].inputs)
             pipeline.schedule_run()
             batch = self._batch(request, images)
             self._put((batch, torch.cuda.current_stream().record_event() if images.is_cuda else None))
@@ -226,15 +265,15 @@ class TrainLoader:
     def _repair(self, pipeline: Any, pending: deque[_Request], error: RuntimeError) -> None:
         """After a batch failed: find its bad photos, drop what is in flight, and run all of it again."""
         head = pending[0]
-        self._photos.find_bad(head.numbers, head.samples, head.inputs["encoded"], error)
+        self._photos.find_bad(head.numbers, head.inputs["encoded"], error)
         for _ in range(len(pending) - 1):
             try:
-                _take(pipeline, self._device)
+                take(pipeline, self._device)
             except RuntimeError:
                 continue  # it gets its turn at the head
         for place, request in enumerate(pending):
             pending[place] = self._request_at(request.position)
-            _feed(pipeline, pending[place].inputs)
+            feed(pipeline, pending[place].inputs)
             pipeline.schedule_run()
 
     def _request(self) -> _Request:
@@ -324,149 +363,114 @@ class ValidationLoader:
             if not found:
                 return None
             try:
-                _feed(self._pipeline, {"encoded": encoded})
+                feed(self._pipeline, {"encoded": encoded})
                 self._pipeline.schedule_run()
-                images = _take(self._pipeline, self._device)
+                images = take(self._pipeline, self._device)
                 break
             except RuntimeError as error:
-                self._photos.find_bad(found, samples, encoded, error)
+                self._photos.find_bad(found, encoded, error)
         ids, lengths = self._tokenizer.encode([s.captions[0] for s in samples], self._context)
         return Batch(images, _to(ids, self._device), lengths, found[0], [s.key for s in samples])
 
 
-@dataclass
 class _Photos:
-    """Reads samples with a small pool of threads, and keeps account of the ones that cannot be decoded."""
+    """Reads samples with a small pool of threads, and keeps account of the ones that cannot be used.
 
-    shards: ShardSet
-    threads: int
-    device: torch.device
-    bad: dict[int, str] = field(default_factory=dict)  # sample -> reason
-    bad_samples: list[tuple[str, str]] = field(default_factory=list)
+    Args:
+        ends: where the sets end whose samples may stand in for one another; None: all of `shards` is one set.
+    """
 
-    def __post_init__(self) -> None:
-        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="mixreorg-read")
-        self._parse = _header_parser()
-        self._probe: Any = None
+    def __init__(self, shards: ShardSet, threads: int, device: torch.device, ends: np.ndarray | None = None) -> None:
+        self.shards = shards
+        self.threads = threads
+        self.bad: set[int] = set()
+        self.bad_samples: list[Bad] = []
+        self._ends = np.array([len(shards)]) if ends is None else ends
+        self._decoder = Decoder(device, 1)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mixreorg-read")
+        self._lock = threading.Lock()
+        self._warned: set[str] = set()
 
     def read(
         self, numbers: np.ndarray, *, substitute: bool = True
     ) -> tuple[list[int], list[Sample], list[np.ndarray], np.ndarray]:
         """Samples, their encoded photos and the photos' sizes ``[B, 2]``.
 
-        A bad sample is replaced by the next good one of the whole set or, without `substitute`, left out. The
-        replacement does not depend on when a sample was found bad, so order and resuming stay exact.
+        A bad sample is replaced by a good one of its set (see :func:`~.order.stand_in`) or, without `substitute`,
+        left out. The replacement does not depend on when a sample was found bad, so order and resuming stay exact.
         """
         self.shards.open_for(numbers)
         parts = np.array_split(numbers, self.threads)  # one task per thread: a task costs more than a cached read
         read = [pair for part in self._pool.map(self._read_part, parts) for pair in part]
         kept = []
-        for number, (sample, size) in zip(numbers.tolist(), read, strict=True):
-            while substitute and size is None:
-                if len(self.bad) == len(self.shards):
-                    raise UserError("not one photo of the shards can be decoded; see `mixreorg shards verify`")
-                number = (number + 1) % len(self.shards)
-                self.shards.open_for(np.array([number]))
-                ((sample, size),) = self._read_part(np.array([number]))
-            if size is not None:
-                kept.append((number, sample, size))
+        for number, pair in zip(numbers.tolist(), read, strict=True):
+            if pair is None and substitute:
+                number, pair = self._stand_in(number)
+            if pair is not None:
+                kept.append((number, *pair))
         encoded = [np.frombuffer(sample.image, np.uint8) for _, sample, _ in kept]
         sizes = np.array([size for *_, size in kept], dtype=np.int64).reshape(-1, 2)
         return [number for number, *_ in kept], [sample for _, sample, _ in kept], encoded, sizes
 
-    def find_bad(
-        self, numbers: list[int], samples: list[Sample], encoded: list[np.ndarray], failure: RuntimeError
-    ) -> None:
-        """Mark the photos that made a batch fail, by decoding its photos one by one.
+    def find_bad(self, numbers: list[int], encoded: list[np.ndarray], failure: RuntimeError) -> None:
+        """Mark the photos that made a batch fail, by decoding its halves, their halves and so on.
 
         Raises:
             RuntimeError: `failure`, if all of them decode and it names none.
         """
-        if self._probe is None:
-            self._probe = validation_graph(32, device=self.device, batch=1, threads=1)
-        bad = {}
-        for place, photo in enumerate(encoded):
-            try:
-                _feed(self._probe, {"encoded": [photo]})
-                self._probe.schedule_run()
-                _take(self._probe, self.device)
-            except RuntimeError as error:
-                bad[place] = error
+        bad = self._decoder.failing(encoded)
         # A photo may decode whole and fail in its crop; DALI then names it.
-        bad = bad or {int(place): failure for place in re.findall(r"sample #(\d+)", str(failure))}
+        bad = bad or {int(place): "cannot be decoded" for place in re.findall(r"sample #(\d+)", str(failure))}
         if not bad:
             raise failure
-        for place, error in bad.items():
-            self._mark(numbers[place], samples[place].key, _decode_reason(error))
+        for place, reason in bad.items():
+            self._mark(numbers[place], reason)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)
         self.shards.close()
 
-    def _read_part(self, numbers: np.ndarray) -> list[tuple[Sample | None, tuple[int, int] | None]]:
-        """Samples with their photos' sizes; a size of None marks a bad one."""
-        pairs: list[tuple[Sample | None, tuple[int, int] | None]] = []
+    def _stand_in(self, number: int) -> tuple[int, tuple[Sample, tuple[int, int]]]:
+        part = int(np.searchsorted(self._ends, number, side="right"))
+        end = int(self._ends[part])
+        first = int(self._ends[part - 1]) if part else 0
+        for attempt in range(64 + end - first):
+            other = stand_in(number, attempt, first, end - first)
+            if other not in self.bad:
+                self.shards.open_for(np.array([other]))
+                (pair,) = self._read_part(np.array([other]))
+                if pair is not None:
+                    return other, pair
+        folder = self.shards.bad_sample(number, "").shard
+        raise UserError(f"not one sample of the shards can be used ({folder} …); see `mixreorg shards verify`")
+
+    def _read_part(self, numbers: np.ndarray) -> list[tuple[Sample, tuple[int, int]] | None]:
+        """Samples with their photos' heights and widths; None for a bad one."""
+        pairs: list[tuple[Sample, tuple[int, int]] | None] = []
         for number in numbers.tolist():
-            if number in self.bad:
-                pairs.append((None, None))
-                continue
-            try:
-                sample = self.shards.read(number)
-                pairs.append((sample, self._parse(sample.image)))
-            except (ValueError, OSError) as error:  # no photo; a shard that is cut or gone
-                self._mark(number, self.shards.key(number), str(error))
-                pairs.append((None, None))
+            pair = None
+            if number not in self.bad:
+                try:
+                    sample = self.shards.read(number)
+                    pair = sample, self._decoder.size(sample.image)
+                except (ValueError, OSError) as error:  # no photo, no caption; a shard that is cut or gone
+                    self._mark(number, str(error), alone=isinstance(error, ValueError))
+            pairs.append(pair)
         return pairs
 
-    def _mark(self, number: int, key: str, reason: str) -> None:
-        if number not in self.bad:
-            self.bad[number] = reason
-            self.bad_samples.append((key, reason))
-            log.warning("sample %s cannot be decoded (%s); the next one stands in for it", key, reason)
-
-
-def _header_parser() -> Callable[[bytes], tuple[int, int]]:
-    """A function from an encoded photo to its height and width as they will be decoded.
-
-    It raises ValueError on what DALI's decoder would refuse at the header: such a photo must not enter a pipeline,
-    for DALI 2.4 may crash in the operators behind the decoder. The parser is the one DALI itself uses.
-
-    Raises:
-        UserError: DALI is not installed.
-    """
-    try:
-        import nvidia.dali  # noqa: F401
-        from nvidia import nvimgcodec
-    except ImportError:
-        raise UserError(
-            "NVIDIA DALI is not installed; training reads its data with it: pip install 'mixreorg_fast[train]'"
-        ) from None
-
-    def parse(photo: bytes) -> tuple[int, int]:
-        try:
-            stream = nvimgcodec.CodeStream(photo)
-            height, width = stream.height, stream.width
-        except RuntimeError:
-            raise ValueError("not an image") from None
-        if height * width > LARGEST_PHOTO:
-            raise ValueError(f"{width} x {height} pixels, more than {LARGEST_PHOTO}")
-        return (width, height) if _turned(photo) else (height, width)
-
-    return parse
-
-
-def _turned(photo: bytes) -> bool:
-    """Whether the EXIF orientation, which the decoder heeds, swaps height and width."""
-    if b"Exif\0\0" not in photo[:4096]:
-        return False
-    import io
-
-    from PIL import Image
-
-    try:
-        return Image.open(io.BytesIO(photo)).getexif().get(0x0112, 1) >= 5
-    except Exception:  # a damaged EXIF block; the crop's shape is then a little off, nothing else
-        return False
+    def _mark(self, number: int, reason: str, *, alone: bool = True) -> None:
+        """Note a bad sample; `alone` False: the reason is its shard's, and said once."""
+        with self._lock:
+            if number in self.bad:
+                return
+            self.bad.add(number)
+        bad = self.shards.bad_sample(number, reason)
+        self.bad_samples.append(bad)
+        if alone:
+            log.warning("%s", f"{bad}; another sample stands in for it".replace("\t", ": "))
+        elif reason not in self._warned:
+            self._warned.add(reason)
+            log.warning("%s; other samples stand in for its", reason)
 
 
 def _noun_prompts(nouns: list[str], caption: str, numbers: np.ndarray) -> list[str]:
@@ -479,29 +483,6 @@ def _noun_prompts(nouns: list[str], caption: str, numbers: np.ndarray) -> list[s
         left = left or list(dict.fromkeys(nouns))
         prompts.append(NOUN_PROMPT.format(left.pop(int(number * len(left)))))
     return prompts
-
-
-def _feed(pipeline: Any, inputs: dict[str, Any]) -> None:
-    for name, data in inputs.items():
-        pipeline.feed_input(name, data)
-
-
-def _take(pipeline: Any, device: torch.device) -> Tensor:
-    """The oldest batch in flight, copied out of DALI's buffers, fp32 ``[B, 3, S, S]``."""
-    if device.type == "cuda":
-        (output,) = pipeline.share_outputs(cuda_stream=torch.cuda.current_stream(device))
-    else:
-        (output,) = pipeline.share_outputs()
-    try:
-        return torch.from_dlpack(output.as_tensor()).clone()
-    finally:
-        pipeline.release_outputs()
-
-
-def _decode_reason(error: RuntimeError) -> str:
-    """The line of DALI's message that says what happened to the photo."""
-    lines = [line.strip() for line in str(error).splitlines() if "decode" in line.lower() or "codec" in line.lower()]
-    return lines[-1] if lines else "cannot be decoded"
 
 
 def _device(device: torch.device | str | None) -> torch.device:

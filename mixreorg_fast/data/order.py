@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,6 +25,8 @@ class Purpose(enum.IntEnum):
     ERASE = 6
     CAPTION = 7
     NOUNS = 8
+    SETS = 9
+    STAND_IN = 10
 
 
 def uniforms(seed: int, purpose: Purpose, position: int, count: int, columns: int) -> np.ndarray:
@@ -46,13 +49,15 @@ class Order:
         sizes: samples of each shard.
         seed: of the run.
         window: shards whose samples are shuffled together.
+        stream: a further number to shuffle by, for several orders under one seed.
     """
 
-    def __init__(self, sizes: np.ndarray, seed: int, *, window: int = 16) -> None:
+    def __init__(self, sizes: np.ndarray, seed: int, *, window: int = 16, stream: int = 0) -> None:
         self._sizes = np.asarray(sizes, dtype=np.int64)
         self._starts = np.cumsum(self._sizes) - self._sizes
         self._seed = seed
         self._window = window
+        self._stream = stream
         self.samples = int(self._sizes.sum())
         # Neighbouring batches fall into the same window; two of each are in use where one ends.
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffle_shards)
@@ -73,19 +78,84 @@ class Order:
 
     def _shuffle_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's order of shards, and where its windows end."""
-        shards = _permutation(len(self._sizes), self._seed, Purpose.SHARDS, epoch, 0)
+        shards = _permutation(len(self._sizes), self._seed, Purpose.SHARDS, epoch, 0, self._stream)
         ends = np.cumsum(np.add.reduceat(self._sizes[shards], np.arange(0, len(shards), self._window)))
         return shards, ends
 
     def _shuffle_window(self, epoch: int, window: int) -> np.ndarray:
         shards = self._epoch(epoch)[0][window * self._window : (window + 1) * self._window]
         samples = np.concatenate([np.arange(self._sizes[s], dtype=np.int64) + self._starts[s] for s in shards])
-        return samples[_permutation(len(samples), self._seed, Purpose.WINDOW, epoch, window)]
+        return samples[_permutation(len(samples), self._seed, Purpose.WINDOW, epoch, window, self._stream)]
 
 
-def _permutation(count: int, seed: int, purpose: Purpose, epoch: int, window: int) -> np.ndarray:
+class Mixture:
+    """Samples of several sets, drawn by weight: each set in an :class:`Order` of its own, shuffled anew whenever it
+    has been gone through.
+
+    The positions of a run are cut into blocks of 65,536. Every block holds each set by its share, to within one
+    position, in an order drawn from (seed, block). So which set stands at a position, and how often it has come
+    before, follow from (seed, position) at once, however far the run is.
+
+    Args:
+        sizes: for each set, the samples of its shards; the sets' samples are numbered one set after the other.
+        weights: of the sets, positive; their sum does not matter.
+        seed: of the run.
+
+    Raises:
+        ValueError: a weight is too small for its set to appear in a block.
+    """
+
+    BLOCK = 65_536
+
+    def __init__(self, sizes: Sequence[np.ndarray], weights: Sequence[float], seed: int, *, window: int = 16) -> None:
+        self._orders = [Order(part, seed, window=window, stream=number) for number, part in enumerate(sizes)]
+        self._offsets = np.cumsum([0, *(order.samples for order in self._orders)])
+        self._seed = seed
+        self.samples = int(self._offsets[-1])
+        bounds = np.cumsum(np.asarray(weights, dtype=np.float64)) / np.sum(weights, dtype=np.float64)
+        ends = np.rint(bounds * self.BLOCK).astype(np.int64)
+        self._per_block = np.diff(ends, prepend=0)  # positions of each set
+        if (self._per_block < 1).any():
+            raise ValueError(f"a weight is less than 1/{self.BLOCK} of their sum")
+        self._block = functools.lru_cache(maxsize=2)(self._shuffle_block)
+
+    def at(self, position: int, count: int) -> np.ndarray:
+        """Sample numbers, int64 ``[count]``, at positions position … position + count - 1 of the run."""
+        parts = [np.zeros(0, np.int64)]
+        while count:
+            block, place = divmod(position, self.BLOCK)
+            sets = self._block(block)
+            here = sets[place : place + count]
+            before = np.bincount(sets[:place], minlength=len(self._orders)) + block * self._per_block
+            samples = np.empty(len(here), np.int64)
+            for number in np.unique(here):
+                mine = here == number
+                drawn = self._orders[number].at(int(before[number]), int(mine.sum()))
+                samples[mine] = drawn + self._offsets[number]
+            parts.append(samples)
+            position, count = position + len(here), count - len(here)
+        return np.concatenate(parts)
+
+    def _shuffle_block(self, block: int) -> np.ndarray:
+        """The set of each position of a block."""
+        sets = np.repeat(np.arange(len(self._orders)), self._per_block)
+        return sets[_permutation(self.BLOCK, self._seed, Purpose.SETS, block)]
+
+
+def stand_in(sample: int, attempt: int, first: int, count: int) -> int:
+    """The sample that stands in for a bad one among first … first + count - 1: a random one, the same in every run.
+
+    Its neighbour would not do: those of a shard that is lost as a whole would all be the same. After 64 attempts,
+    when hardly any is left, they are gone through one by one.
+    """
+    if attempt < 64:
+        return first + int(_philox(0, Purpose.STAND_IN, 0, sample, attempt).random_raw()) % count
+    return first + (sample - first + attempt - 63) % count
+
+
+def _permutation(count: int, seed: int, purpose: Purpose, *counter: int) -> np.ndarray:
     # Sorting raw bits rather than Generator.permutation, whose algorithm numpy may change between releases.
-    return np.argsort(_philox(seed, purpose, 0, epoch, window).random_raw(count), kind="stable")
+    return np.argsort(_philox(seed, purpose, 0, *counter).random_raw(count), kind="stable")
 
 
 def _philox(seed: int, purpose: Purpose, *counter: int) -> np.random.Philox:

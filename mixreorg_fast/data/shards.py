@@ -5,6 +5,8 @@ A sample is what shares a key (the file name up to its first dot) in consecutive
 of a shard (key, place and size of each member) comes from the tar's headers alone and is cached beside the shard, or
 in the user's cache folder where that is not writable. Samples are then read with one ``pread`` each; no member is
 ever written to disk.
+
+What cannot be used never stops a reader: it is left out, counted and listed (:class:`Bad`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,11 +32,13 @@ from ..errors import UserError, nearest
 log = logging.getLogger("mixreorg_fast")
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
 # A member larger than this is no photo; reading it would only cost memory.
 LARGEST_MEMBER = 256 << 20
 # Pixels. A larger photo is refused: decoded, it would take over half a gigabyte (Pillow draws the same line).
 LARGEST_PHOTO = 178_956_970
+# Bytes of a line. More is a document rather than a caption: no text encoder here sees beyond its first hundredth.
+LONGEST_CAPTION = 8192
 
 # How to make the folders that this project's configurations name, as docs/data.md says.
 RECIPES = {
@@ -47,13 +52,25 @@ RECIPES = {
 }
 
 
+class Bad(NamedTuple):
+    """Something of a shard that cannot be used; an empty key stands for the shard itself or for its lost end."""
+
+    shard: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        """``shard TAB key TAB reason`` on one line, whatever bytes a key is made of."""
+        return "\t".join("".join(c if c.isprintable() else "\ufffd" for c in part) for part in self)
+
+
 @dataclass(frozen=True)
 class Sample:
     """One image-text pair as it lies in its shard."""
 
     key: str
     image: bytes  # encoded
-    captions: list[str]  # at least one, possibly empty, string
+    captions: list[str]  # at least one
     nouns: list[str]
 
 
@@ -63,7 +80,21 @@ class Shard:
 
     path: Path
     samples: np.ndarray
-    verified: bool
+    verified: bool  # every photo was decoded when the index was made
+    broken: int = 0  # samples that the index leaves out
+    problem: str | None = None  # why its end, or all of it, is missing
+    gone: bool = False  # the tar has vanished since it was indexed
+
+    @property
+    def bad(self) -> list[Bad]:
+        """What the index leaves out."""
+        listed = []
+        for place in report_places(self.path):
+            with contextlib.suppress(OSError):
+                lines = place.read_text(encoding="utf-8").splitlines()
+                listed = [Bad(str(self.path), *line.split("\t", 1)) for line in lines if "\t" in line]
+                break
+        return listed + ([Bad(str(self.path), "", self.problem)] if self.problem else [])
 
 
 def how_to_make(path: str | Path) -> str:
@@ -87,24 +118,28 @@ def expand(patterns: str | Sequence[str]) -> list[Path]:
     paths: dict[Path, None] = {}
     missing: list[str] = []
     for pattern in (part for whole in patterns for part in _split(whole)):
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", pattern):
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:", pattern):
             raise UserError(
                 f"{pattern}: shards are read in place from local paths; copy them first (such as `aws s3 sync`, "
-                f"`wget`) or mount the bucket (such as `mount-s3`, `rclone mount`) and name that path"
+                f"`gsutil rsync`, `wget`) or mount the bucket (such as `mount-s3`, `rclone mount`) and name that path"
             )
         found = []
         for name in _braces(pattern):
             name = os.path.expanduser(name)
             if glob.has_magic(name):
-                matches = sorted(glob.glob(name, recursive=True))
-                if not matches:
+                # A shard that has vanished keeps its place, and so the order of a run, by the index it left behind.
+                left = (match.removesuffix(".index") for match in glob.glob(f"{name}.index", recursive=True))
+                matches = sorted({*glob.glob(name, recursive=True), *left})
+                if not any(map(os.path.isfile, matches)):
                     raise UserError(f"no shard matches {name}{_nearby(name)}{how_to_make(name)}")
                 found += matches
-            elif os.path.isfile(name):
+            elif os.path.isfile(name) or any(place.is_file() for place in index_places(Path(name))):
                 found.append(name)
             else:
                 missing.append(name)
         paths.update(dict.fromkeys(map(Path, found)))
+    if not missing and paths and not any(map(os.path.isfile, paths)):
+        missing = [str(path) for path in paths]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"no shard {missing[0]}{more}{_nearby(missing[0])}{how_to_make(missing[0])}")
@@ -114,36 +149,72 @@ def expand(patterns: str | Sequence[str]) -> list[Path]:
 
 
 def open_shards(patterns: str | Sequence[str]) -> ShardSet:
-    """The shards of `patterns`, indexed.
+    """The shards of `patterns`, indexed; those that hold nothing to use are named in a warning and listed as bad.
 
     Raises:
-        UserError: as :func:`expand`; a shard is no tar or holds no samples.
+        UserError: as :func:`expand`; no shard holds a sample.
     """
-    return ShardSet([open_shard(path) for path in expand(patterns)])
+    shards = [open_shard(path) for path in expand(patterns)]
+    if not any(len(shard.samples) for shard in shards):
+        _refuse_empty(shards[0])
+    for shard in shards:
+        if shard.gone:
+            log.warning(
+                "%s is gone; other samples stand in for its %d. To train without it, delete %s.index too",
+                *(shard.path, len(shard.samples), shard.path),
+            )
+        elif shard.problem:
+            log.warning("%s: %s; its %d whole samples are used", shard.path, shard.problem, len(shard.samples))
+        elif not len(shard.samples):
+            log.warning("%s holds no sample to use", shard.path)
+    return ShardSet(shards)
 
 
 def open_shard(path: Path) -> Shard:
-    """A shard with its cached index, which is built where it is missing or older than the tar.
+    """A shard with its cached index, which is made where it is missing or older than the tar.
+
+    A tar that is cut short has the samples before the cut, one that is no tar has none; ``problem`` says why.
 
     Raises:
-        UserError: the file is no tar, is compressed, or holds no whole sample.
+        UserError: there is neither the tar nor an index of it.
     """
+    shard = indexed(path)
+    if shard is not None:
+        return shard
     status = os.stat(path)
+    try:
+        samples, broken, problem = scan(path)
+    except UserError as error:
+        samples, broken, problem = [], [], str(error).removeprefix(f"{path}: ")
+    return write_index(path, status, samples, broken, verified=False, problem=problem)
+
+
+def indexed(path: Path) -> Shard | None:
+    """A shard by its index alone; None where that is missing or older than the tar.
+
+    Raises:
+        UserError: there is neither the tar nor an index of it.
+    """
+    try:
+        status = os.stat(path)
+    except OSError:
+        status = None
     for place in index_places(path):
         cached = _load_index(place, status)
         if cached is not None:
             samples, header = cached
-            break
-    else:
-        found, problem = scan(path)
-        header = {"verified": False, "problem": problem}
-        samples = write_index(path, status, found, **header)
-    if header["problem"]:
-        log.warning("%s: %s; its %d whole samples are used", path, header["problem"], len(samples))
-    if not len(samples):
-        reason = "no sample of it can be decoded" if header["verified"] else "no image with a .txt of the same name"
-        raise UserError(f"{path}: no samples ({reason}); expected pairs such as 0001.jpg + 0001.txt")
-    return Shard(Path(path), samples, header["verified"])
+            known = {name: header[name] for name in ("verified", "broken", "problem")}
+            return Shard(Path(path), samples, **known, gone=status is None)
+    if status is None:
+        raise UserError(f"no shard {path}")
+    return None
+
+
+def _refuse_empty(shard: Shard) -> None:
+    if shard.problem:
+        raise UserError(f"{shard.path}: {shard.problem}")
+    reason = "no sample of it can be used" if shard.verified else "no image with a .txt of the same name"
+    raise UserError(f"{shard.path}: no samples ({reason}); expected pairs such as 0001.jpg + 0001.txt")
 
 
 class ShardSet:
@@ -157,6 +228,20 @@ class ShardSet:
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    @property
+    def lost(self) -> int:
+        """Samples that the indexes leave out: those listed, and for a tar without its end, or one that is none, what
+        it lacks to the mean of the others (one at least)."""
+        whole = [len(shard.samples) for shard in self.shards if not shard.problem]
+        mean = round(sum(whole) / len(whole)) if whole else 0
+        ends = sum(max(1, mean - len(shard.samples)) for shard in self.shards if shard.problem)
+        return sum(shard.broken for shard in self.shards) + ends
+
+    @property
+    def bad(self) -> list[Bad]:
+        """What the indexes leave out."""
+        return [bad for shard in self.shards if shard.broken or shard.problem for bad in shard.bad]
 
     def open_for(self, samples: np.ndarray) -> None:
         """Open the files that hold these samples, and close the ones unused for longest.
@@ -176,6 +261,7 @@ class ShardSet:
 
         Raises:
             OSError: the shard cannot be read, or has been cut since it was indexed.
+            ValueError: it has no caption to use.
         """
         shard, record = self._record(number)
         if shard not in self._files:
@@ -185,17 +271,19 @@ class ShardSet:
             raise OSError(f"{self.shards[shard].path} is shorter than when it was indexed")
         return _sample(record, data)
 
-    def key(self, number: int) -> str:
-        return self._record(number)[1]["key"].decode()
+    def bad_sample(self, number: int, reason: str) -> Bad:
+        shard, record = self._record(number)
+        return Bad(str(self.shards[shard].path), record["key"].decode(errors="replace"), reason)
 
     def captions(self, limit: int | None = None) -> Iterator[str]:
         """All captions in order, or those of about `limit` samples spread evenly over the shards."""
         step = 1 if limit is None else max(1, -(-len(self) // limit))
         for shard in self.shards:
-            with open(shard.path, "rb") as file:
+            with contextlib.suppress(OSError), open(shard.path, "rb") as file:
                 for record in shard.samples[::step]:
                     file.seek(int(record["start"] + record["text_at"]))
-                    yield from _captions(file.read(int(record["text_size"])))
+                    with contextlib.suppress(ValueError):
+                        yield from captions_of(file.read(int(record["text_size"])))
 
     def close(self) -> None:
         while self._files:
@@ -207,8 +295,9 @@ class ShardSet:
         return shard, self.shards[shard].samples[number - start]
 
 
-def scan(path: Path) -> tuple[list[dict], str | None]:
-    """Samples of a tar from its headers: one dictionary of index fields each, and what is wrong with the tar's end.
+def scan(path: Path) -> tuple[list[dict], list[tuple[str, str]], str | None]:
+    """Samples of a tar from its headers: a dictionary of index fields each; (key, reason) of those that lack
+    something; and what is wrong with the tar's end.
 
     Raises:
         UserError: the file is empty, compressed, or no tar at all.
@@ -216,6 +305,7 @@ def scan(path: Path) -> tuple[list[dict], str | None]:
     if not os.path.getsize(path):
         raise UserError(f"{path}: empty file; expected a tar of images and captions")
     samples: list[dict] = []
+    broken: list[tuple[str, str]] = []
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:2] == b"\x1f\x8b":
             raise UserError(f"{path}: compressed tar; shards are read in place, so expand it first with gunzip")
@@ -224,15 +314,26 @@ def scan(path: Path) -> tuple[list[dict], str | None]:
             keyed = ((*_split_name(name), offset, size) for name, offset, size in members)
             for key, group in itertools.groupby(keyed, key=lambda member: member[0]):
                 sample = _group(key, {extension: (offset, size) for _, extension, offset, size in group})
-                if sample is not None:
+                if isinstance(sample, str):
+                    broken.append((key.decode(errors="replace"), sample))
+                elif sample is not None:
                     samples.append(sample)
         except _NotTar:
             raise UserError(f"{path}: not a tar file; expected a tar of images and captions") from None
-    return samples, members.problem
+    return samples, broken, members.problem
 
 
-def write_index(path: Path, status: os.stat_result, samples: list[dict], *, verified: bool, problem: str | None):
-    """Store an index atomically beside the shard, else in the cache folder; returns its array.
+def write_index(
+    path: Path,
+    status: os.stat_result,
+    samples: list[dict],
+    broken: Sequence[tuple[str, str]],
+    *,
+    verified: bool,
+    problem: str | None,
+) -> Shard:
+    """Store an index atomically beside the shard, else in the cache folder, and a list of what it leaves out
+    (``SHARD.broken.tsv``, key TAB reason).
 
     `status` is the tar's, taken before it was scanned, so that a tar that changes meanwhile is scanned again.
     """
@@ -246,18 +347,30 @@ def write_index(path: Path, status: os.stat_result, samples: list[dict], *, veri
         "count": len(array),
         "key_bytes": array.dtype["key"].itemsize,
         "verified": verified,
+        "broken": len(broken),
         "problem": problem,
     }
     line = json.dumps(header).encode()
     line += b" " * (-(len(line) + 1) % 64) + b"\n"  # records start aligned
-    for place in index_places(path):
+    listed = "".join(f"{Bad('', key, reason)}\n".removeprefix("\t") for key, reason in broken)
+    for place, report in zip(index_places(path), report_places(path), strict=True):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
+            if listed:
+                write_atomically(report, lambda temporary: temporary.write_text(listed, encoding="utf-8"))
+            else:
+                report.unlink(missing_ok=True)
             write_atomically(place, lambda temporary: temporary.write_bytes(line + array.tobytes()))
-            return _load_index(place, status)[0]
+            return Shard(Path(path), _load_index(place, status)[0], verified, len(broken), problem)
         except OSError:
-            continue
-    return array  # nowhere to keep it: this process indexes again next time
+            continue  # nowhere at all: this process indexes again next time
+    return Shard(Path(path), array, verified, len(broken), problem)
+
+
+def report_places(path: Path) -> tuple[Path, Path]:
+    """Where the list of a shard's broken samples may lie, as :func:`index_places`."""
+    beside, cached = index_places(path)
+    return Path(f"{path}.broken.tsv"), cached.with_suffix(".broken.tsv")
 
 
 def index_places(path: Path) -> tuple[Path, Path]:
@@ -277,16 +390,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _load_index(place: Path, status: os.stat_result) -> tuple[np.ndarray, dict] | None:
-    """An index file's records (mapped) and header, or None where it is missing, damaged or of another tar."""
+def _load_index(place: Path, status: os.stat_result | None) -> tuple[np.ndarray, dict] | None:
+    """An index file's records (mapped) and header, or None where it is missing, damaged or of another tar.
+
+    A `status` of None asks for no particular tar.
+    """
     try:
         with open(place, "rb") as file:
             line = file.readline(4096)
             header = json.loads(line)
-            fits = (header["format"], header["size"], header["mtime_ns"]) == (
-                INDEX_FORMAT,
-                status.st_size,
-                status.st_mtime_ns,
+            fits = header["format"] == INDEX_FORMAT and (
+                status is None or (header["size"], header["mtime_ns"]) == (status.st_size, status.st_mtime_ns)
             )
             record = _record_type(header["key_bytes"])
             if not fits or os.fstat(file.fileno()).st_size != len(line) + header["count"] * record.itemsize:
@@ -311,17 +425,21 @@ def _split_name(name: bytes) -> tuple[bytes, str]:
     return folder + slash + stem, extension.decode(errors="replace").lower()
 
 
-def _group(key: bytes, members: dict[str, tuple[int, int]]) -> dict | None:
-    """Index fields of one sample, or None where it lacks its image or its text or a member is absurdly large."""
+def _group(key: bytes, members: dict[str, tuple[int, int]]) -> dict | str | None:
+    """Index fields of one sample, or what it lacks; None for what was not meant as one (neither image nor text)."""
     image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
     text = members.get("txt")
-    if image is None or text is None:
+    if image is None and text is None:
         return None
+    if image is None:
+        return f"no image ({', '.join('.' + extension for extension in IMAGE_EXTENSIONS)})"
+    if text is None:
+        return "no caption (.txt)"
     nouns = members.get("json", (text[0], 0))
     start = min(offset for offset, _ in (image, text, nouns))
     span = max(offset + size for offset, size in (image, text, nouns)) - start
     if span > LARGEST_MEMBER:
-        return None
+        return f"{span} bytes, more than {LARGEST_MEMBER}"
     places = {}
     for name, (offset, size) in {"image": image, "text": text, "json": nouns}.items():
         places |= {f"{name}_at": offset - start, f"{name}_size": size}
@@ -336,13 +454,30 @@ def _sample(record: np.void, data: bytes) -> Sample:
         return data[at : at + int(record[f"{name}_size"])]
 
     return Sample(
-        record["key"].decode(errors="replace"), member("image"), _captions(member("text")), _nouns(member("json"))
+        record["key"].decode(errors="replace"), member("image"), captions_of(member("text")), _nouns(member("json"))
     )
 
 
-def _captions(text: bytes) -> list[str]:
-    lines = [line.strip() for line in text.decode(errors="replace").splitlines()]
-    return [line for line in lines if line] or [""]
+def captions_of(text: bytes) -> list[str]:
+    """The captions of a ``.txt``, one per line, without the lines that are of no use.
+
+    Raises:
+        ValueError: there is none to use; the message says why.
+    """
+    usable, reason = [], "empty caption"
+    for line in text.splitlines():
+        try:
+            caption = line.decode().strip()
+        except UnicodeDecodeError:
+            reason = "caption is not UTF-8"
+            continue
+        if len(line) > LONGEST_CAPTION:
+            reason = f"caption of {len(line)} bytes, more than {LONGEST_CAPTION}"
+        elif caption:
+            usable.append(caption)
+    if not usable:
+        raise ValueError(reason)
+    return usable
 
 
 def _nouns(text: bytes) -> list[str]:
@@ -351,7 +486,9 @@ def _nouns(text: bytes) -> list[str]:
         nouns = json.loads(text).get("nouns", []) if text else []
     except (ValueError, AttributeError):
         return []
-    return [noun for noun in nouns if isinstance(noun, str)] if isinstance(nouns, list) else []
+    if not isinstance(nouns, list):
+        return []
+    return [noun for noun in nouns if isinstance(noun, str) and len(noun) <= LONGEST_CAPTION]
 
 
 class _NotTar(Exception):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Config, EvalDatasetConfig
-from ..data.loader import tokenizer_for
+from ..data.loader import tokenizer_for, training_shards
 from ..data.scenes import ensure_scenes
 from ..data.shards import open_shards
 from ..data.tokenizer import Tokenizer
@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..evaluation.datasets import open_dataset
 from ..files import write_json
 from ..models import weights
+from .data import check_bad
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ def prepare(config: Config, resuming: bool) -> Prepared:
     """
     if config.data.shards is None:
         config = _with_scenes(config)
-    shards = open_shards(config.data.shards)
+    shards = training_shards(config)
+    check_bad(shards, config)
     if len(shards) < config.train.batch:
         raise UserError(
             f"train.batch {config.train.batch} is more than the {len(shards)} samples of data.shards "

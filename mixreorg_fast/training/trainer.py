@@ -21,9 +21,10 @@ from ..data.loader import Batch as LoadedBatch
 from ..data.loader import TrainLoader
 from ..data.tokenizer import Tokenizer
 from ..errors import RankError, UserError
-from ..files import atomic_path, write_json
+from ..files import write_json
 from ..models import Batch, MixReorg, weights
 from . import checkpoint, validation
+from .data import BadSamples, ready_shards
 from .distributed import World, import_deepspeed, initialise, mean_over_ranks, on_main
 from .guard import StepGuard
 from .metrics import MetricsLog
@@ -46,6 +47,7 @@ def train(config: Config, resume: str = "auto") -> dict[str, Any]:
     world = initialise()
     config.micro_batch(world.size)  # refused before anything is made
     source, state = on_main(world, lambda: _checkpoint_to_resume(config, resume))
+    ready_shards(config, world)
     prepared = on_main(world, lambda: prepare(config, resuming=source is not None))
     with Watch(world, config.train.timeout, config.run_folder) as watch:
         return Trainer(prepared.config, prepared.samples, world, source, state).run(watch)
@@ -69,7 +71,7 @@ class Trainer:
         self.step, self.best = state.get("step", 0), state.get("best")
         self.guard = StepGuard(config.train.spike, state.get("guard"))
         self._stage_0_norm = 0.0
-        self._bad, self._bad_mean = {}, 0.0
+        self._bad = BadSamples(config, world, self.step * config.train.batch)
 
         torch.manual_seed(config.seed)
         module = MixReorg(config)
@@ -238,7 +240,7 @@ class Trainer:
 
     def _report(self, window: _Window, loader: TrainLoader, log: MetricsLog | None, norm: float) -> None:
         means = window.means(self.world)
-        bad = self._bad_samples(loader)
+        bad = self._bad.count(loader)
         seconds, waited = window.times(loader)
         steps = window.steps
         window.restart()
@@ -261,34 +263,8 @@ class Trainer:
         shown = {name: value for name, value in means.items() if name.startswith("loss")}
         left = (self.steps - self.step) * self.config.train.batch / images_per_s
         log.show(self.step, {**shown, "images/s": images_per_s}, left)
-
-    def _bad_samples(self, loader: TrainLoader) -> int:
-        """How many samples of the set were found unreadable on any rank; their list goes to ``bad_samples.tsv``.
-
-        Raises:
-            UserError: they are more than ``data.max_bad`` of the set.
-        """
-        own = loader.bad_samples
-        (mean,) = mean_over_ranks(torch.tensor([float(len(own))], device=self.world.device), self.world)
-        if mean == self._bad_mean:
-            return len(self._bad)
-        self._bad_mean = mean
-        parts: list[list[tuple[str, str]]] = [own]
-        if self.world.size > 1:
-            parts = [[] for _ in range(self.world.size)]
-            torch.distributed.all_gather_object(parts, own)
-        self._bad = dict(pair for part in parts for pair in part)
-        path = self.run_folder / "bad_samples.tsv"
-        if self.world.is_main:
-            text = "".join(f"{key}\t{reason}\n" for key, reason in self._bad.items())
-            with atomic_path(path) as temporary:
-                temporary.write_text(text)
-        if len(self._bad) > self.config.data.max_bad * loader.samples:
-            raise UserError(
-                f"{len(self._bad)} of {loader.samples} samples cannot be read, more than data.max_bad "
-                f"{self.config.data.max_bad:g}; {path} lists them, `mixreorg shards verify` leaves them out"
-            )
-        return len(self._bad)
+        if (ended := self._bad.remark(values["samples"], loader)) is not None:
+            log.say(ended)
 
     def _validate(self, log: MetricsLog | None) -> None:
         """Score a part of the evaluation data; keep the weights whose mean mIoU is the best so far."""

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from mixreorg_fast.config import Config, parse_config
-from mixreorg_fast.data.build import Pair, build, write_shard
+from mixreorg_fast.data.build import build, write_shard
+from mixreorg_fast.data.sources import Pair
 from mixreorg_fast.data.tokenizer import Tokenizer
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 210)}
@@ -100,4 +101,6 @@ def config(shards):
 @pytest.fixture
 def built(photos, tmp_path) -> list[Path]:
     """The train split of `photos` as shards of eight."""
-    return build(photos, f"{tmp_path}/out/train-{{000000..}}.tar", split="train", samples_per_shard=8, progress=False)
+    return build(
+        photos, f"{tmp_path}/out/train-{{000000..}}.tar", split="train", samples_per_shard=8, progress=False
+    ).shards

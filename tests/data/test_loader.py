@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mixreorg_fast.data.augment import MEAN, STD
-from mixreorg_fast.data.build import Pair, write_shard
+from mixreorg_fast.data.build import write_shard
 from mixreorg_fast.data.loader import (
     Batch,
     TrainLoader,
@@ -24,6 +24,7 @@ from mixreorg_fast.data.loader import (
     validation_shards,
 )
 from mixreorg_fast.data.shards import open_shards
+from mixreorg_fast.data.sources import Pair
 from mixreorg_fast.errors import UserError
 
 from .conftest import bomb, pairs, photo
@@ -166,12 +167,12 @@ def test_bad_photos_are_replaced_and_the_run_goes_on(config, tokenizer, tmp_path
     configuration = config({"shards": str(tmp_path / "bad.tar"), "augment": FULL})
     with TrainLoader(configuration, tokenizer, micro_batch=5) as loader:
         batches = list(itertools.islice(loader, 16))  # four epochs
-        assert {key for key, _ in loader.bad_samples} == bad and len(loader.bad_samples) == len(bad)
-        assert all(reason for _, reason in loader.bad_samples)
+        assert {b.key for b in loader.bad_samples} == bad and len(loader.bad_samples) == len(bad)
+        assert all(b.reason and b.shard.endswith("bad.tar") for b in loader.bad_samples)
     keys = [key for batch in batches for key in batch.keys]
     assert [len(batch.keys) for batch in batches] == [5] * 16
     assert not bad & set(keys) and len(set(keys)) == 15
-    assert len([r for r in caplog.records if "cannot be decoded" in r.message]) == len(bad)
+    assert len([r for r in caplog.records if "stands in for it" in r.message]) == len(bad)
     # A loader that starts later has met none of them yet, and yields the same.
     assert_same(batches[9:12], take(configuration, tokenizer, 3, micro_batch=5, start=45))
     assert_same(batches, take(configuration, tokenizer, 4, micro_batch=20))
@@ -202,7 +203,7 @@ def test_errors_of_the_thread_reach_the_consumer(config, tokenizer, shards):
         for shard in Path(shards).parent.glob("*.tar"):
             with open(shard, "r+b") as file:
                 file.truncate(100)
-        with pytest.raises(UserError, match="not one photo"):
+        with pytest.raises(UserError, match="not one sample"):
             for _ in range(20):
                 next(loader)
         with pytest.raises(UserError):
@@ -211,7 +212,7 @@ def test_errors_of_the_thread_reach_the_consumer(config, tokenizer, shards):
         loader.close()
 
 
-def test_shards_that_vanish_or_are_cut_while_training(config, tokenizer, shards):
+def test_shards_that_vanish_or_are_cut_while_training(config, tokenizer, shards, caplog):
     first, second, third = sorted(Path(shards).parent.glob("*.tar"))
     indexed = training_shards(config({"augment": PLAIN}))
     indexed.close()
@@ -221,9 +222,11 @@ def test_shards_that_vanish_or_are_cut_while_training(config, tokenizer, shards)
     photos = _Photos(indexed, threads=2, device=torch.device("cpu"))
     numbers, samples, *_ = photos.read(np.arange(30))
     photos.close()
-    assert len(samples) == 30 and set(numbers) == set(range(13))  # samples of the first shard stand in
+    assert len(samples) == 30 and set(numbers) <= set(range(13))  # samples of the first shard stand in
+    assert len(set(numbers[13:])) > 4  # not always the same
     assert len(photos.bad_samples) == 17
-    assert all("cannot be opened" in reason or "shorter" in reason for _, reason in photos.bad_samples)
+    assert all("cannot be opened" in bad.reason or "shorter" in bad.reason for bad in photos.bad_samples)
+    assert len(caplog.records) == 2  # a line a shard
 
 
 def test_close_is_clean(config, tokenizer):

@@ -1,0 +1,465 @@
+"""What shards are built from: a folder of photos with captions.tsv, Parquet files, or what img2dataset left.
+
+A source is a sized, sliceable iterable of samples: slices go to processes of their own, so they hold places rather than
+photos. Iterating yields a :class:`Pair`, or a :class:`~.shards.Bad` in place of a sample that is of no use.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import UserError, nearest
+from .processes import pool
+from .shards import IMAGE_EXTENSIONS, LARGEST_MEMBER, Bad, captions_of, scan
+
+IMAGE_COLUMNS = ("image", "image.bytes", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
+CAPTION_COLUMNS = ("caption", "captions", "text", "TEXT", "CAPTION", "txt")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A sample to be written: an encoded photo with its captions and, optionally, further fields."""
+
+    key: str
+    image: bytes
+    extension: str
+    captions: Sequence[str]
+    fields: dict | None = None  # the sample's .json
+
+
+class Source(Protocol):
+    """Samples 0 … ``len(source) - 1``; ``source[first:last]`` is a source too."""
+
+    kind: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice) -> Source: ...
+
+    def __iter__(self) -> Iterator[Pair | Bad]: ...
+
+    def files(self) -> list[Path]:
+        """What the samples come from: when one of these changes, an interrupted build cannot go on."""
+        ...
+
+
+def open_source(
+    path: str | Path,
+    *,
+    split: str | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    workers: int = 1,
+) -> Source:
+    """The source at `path`, its kind told by what lies there.
+
+    A file ``*.parquet`` is one, and so is a folder with some; a folder with tars is img2dataset's output; one with
+    captions.tsv holds photos.
+
+    Args:
+        split: for a folder of photos, only those that ``splits/<split>.txt`` lists.
+        image_column, caption_column: of Parquet files; None: the usual names are tried.
+        workers: processes that look through img2dataset's tars.
+
+    Raises:
+        UserError: nothing of the kind lies there, or it lacks something.
+    """
+    path = Path(path).expanduser()
+    kind = _kind(path)
+    if split is not None and kind != "folder":
+        raise UserError(f"--split {split}: only for a folder with captions.tsv; {path} is {_KINDS[kind]}")
+    if (image_column or caption_column) and kind != "parquet":
+        raise UserError(f"--image-column and --caption-column: only for Parquet files; {path} is {_KINDS[kind]}")
+    if kind == "folder":
+        return Folder.open(path, split)
+    if kind == "parquet":
+        return Parquet.open(path, image_column, caption_column)
+    return Img2dataset.open(path, workers)
+
+
+_KINDS = {
+    "folder": "a folder with captions.tsv",
+    "parquet": "Parquet",
+    "img2dataset": "a folder of tars (img2dataset's)",
+}
+
+
+def _kind(path: Path) -> str:
+    if path.is_file() and path.suffix == ".parquet":
+        return "parquet"
+    if path.is_dir():
+        if (path / "captions.tsv").is_file():
+            return "folder"
+        # img2dataset writes a table beside each of its tars, so tars come first.
+        if any(path.glob("*.tar")):
+            return "img2dataset"
+        if any(path.rglob("*.parquet")):
+            return "parquet"
+    elif not path.exists():
+        siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"no {path}{nearest(str(path), siblings) if siblings else ''}")
+    raise UserError(
+        f"{path}: nothing to build shards from; expected a folder with captions.tsv (photo TAB caption), "
+        f"Parquet files with photos and captions, or img2dataset's output (--output_format webdataset)"
+    )
+
+
+# ---------------------------------------------------------------------- photos in a folder
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Photos and ``captions.tsv``: one sample per photo with all its captions, in the order of the file."""
+
+    root: Path
+    items: tuple[tuple[str, tuple[str, ...]], ...]  # photo, captions
+    kind = "folder"
+
+    @classmethod
+    def open(cls, root: Path, split: str | None) -> Folder:
+        captions = read_captions(root)
+        if split is not None:
+            stems = _read_split(root, split)
+            captions = {name: texts for name, texts in captions.items() if Path(name).stem in stems}
+        if not captions:
+            raise UserError(
+                f"{root}: no photo of split '{split}' has a caption; its lines should be stems of captions.tsv"
+            )
+        source = cls(root, tuple((name, tuple(texts)) for name, texts in captions.items()))
+        for name, _ in source.items:  # a typing error is better told now than after hours
+            photo = source._photo(name)
+            if photo.suffix[1:].lower() not in IMAGE_EXTENSIONS:
+                raise UserError(f"{photo}: photos must be {', '.join('.' + e for e in IMAGE_EXTENSIONS)}")
+            if not photo.is_file():
+                raise UserError(f"{root / 'captions.tsv'} names {name}, but there is no readable {photo}")
+        return source
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, part: slice) -> Folder:
+        return replace(self, items=self.items[part])
+
+    def __iter__(self) -> Iterator[Pair | Bad]:
+        for name, texts in self.items:
+            photo = self._photo(name)
+            try:
+                image = photo.read_bytes()
+            except OSError:
+                raise UserError(f"{self.root / 'captions.tsv'} names {name}, but {photo} cannot be read") from None
+            # A dot in a key would end it early.
+            key = Path(name).with_suffix("").as_posix().replace(".", "_")
+            yield Pair(key, image, photo.suffix[1:].lower(), texts)
+
+    def files(self) -> list[Path]:
+        return [self.root / "captions.tsv"]
+
+    def _photo(self, name: str) -> Path:
+        images = self.root / "images"
+        return (images if images.is_dir() else self.root) / name
+
+
+def read_captions(folder: Path) -> dict[str, list[str]]:
+    """``captions.tsv`` as photo -> captions, in the order of the file.
+
+    Raises:
+        UserError: the file is missing, or a line is not ``photo TAB caption``.
+    """
+    path = Path(folder) / "captions.tsv"
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"no {path}; expected lines of photo TAB caption") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text: {error}") from None
+    captions: dict[str, list[str]] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        name, tab, caption = line.rstrip("\r").partition("\t")
+        if not tab or not name.strip() or not caption.strip():
+            raise UserError(f"{path}: line {number}: expected photo TAB caption, got '{line[:60]}'")
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise UserError(f"{path}: line {number}: '{name}' leads out of the folder of photos")
+        captions.setdefault(name.strip(), []).append(caption.strip())
+    if not captions:
+        raise UserError(f"{path}: empty; expected lines of photo TAB caption")
+    return captions
+
+
+def _read_split(folder: Path, split: str) -> set[str]:
+    path = folder / "splits" / f"{split}.txt"
+    try:
+        return {line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
+    except OSError:
+        splits = [p.stem for p in sorted((folder / "splits").glob("*.txt"))]
+        raise UserError(f"no split file {path}{nearest(split, splits)}") from None
+
+
+# ---------------------------------------------------------------------- tables and tars: places in files
+
+# A stretch of a file's samples: first and last + 1.
+Stretch = tuple[Path, int, int]
+
+
+def _cut(stretches: Sequence[Stretch], part: slice) -> tuple[Stretch, ...]:
+    """The stretches of samples ``part.start … part.stop - 1`` of all, counted through."""
+    first, last, _ = part.indices(_count(stretches))
+    kept, before = [], 0
+    for path, start, stop in stretches:
+        begin, end = max(first - before, 0), min(last - before, stop - start)
+        if begin < end:
+            kept.append((path, start + begin, start + end))
+        before += stop - start
+    return tuple(kept)
+
+
+def _count(stretches: Sequence[Stretch]) -> int:
+    return sum(stop - start for _, start, stop in stretches)
+
+
+@dataclass(frozen=True)
+class Parquet:
+    """Rows of Parquet files with encoded photos (bytes, or Hugging Face's ``{bytes, path}``) and captions."""
+
+    stretches: tuple[Stretch, ...]
+    image: str
+    caption: str
+    root: Path
+    kind = "parquet"
+
+    @classmethod
+    def open(cls, path: Path, image: str | None, caption: str | None) -> Parquet:
+        parquet = _pyarrow()
+        files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+        stretches = []
+        for file in files:
+            try:
+                table = parquet.ParquetFile(file)
+                stretches.append((file, 0, table.metadata.num_rows))
+                columns = _columns(table.schema_arrow)
+            except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+                raise UserError(f"{file}: not a readable Parquet file: {error}") from None
+            image = _column(file, "image", image, IMAGE_COLUMNS, columns)
+            caption = _column(file, "caption", caption, CAPTION_COLUMNS, columns)
+        return cls(tuple(stretches), image, caption, path if path.is_dir() else path.parent)
+
+    def __len__(self) -> int:
+        return _count(self.stretches)
+
+    def __getitem__(self, part: slice) -> Parquet:
+        return replace(self, stretches=_cut(self.stretches, part))
+
+    def __iter__(self) -> Iterator[Pair | Bad]:
+        for path, first, last in self.stretches:
+            stem = path.relative_to(self.root).with_suffix("").as_posix().replace(".", "_")
+            for row, image, caption in self._rows(path, first, last):
+                yield _checked(f"{stem}-{row:08d}", image, caption, path)
+
+    def files(self) -> list[Path]:
+        return [path for path, _, _ in self.stretches]
+
+    def _rows(self, path: Path, first: int, last: int) -> Iterator[tuple[int, Any, Any]]:
+        """Row numbers, photos and captions; of the row groups that hold rows first … last - 1 alone."""
+        table = _pyarrow().ParquetFile(path)
+        counts = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+        ends = [sum(counts[: group + 1]) for group in range(len(counts))]
+        groups = [g for g, end in enumerate(ends) if end > first and end - counts[g] < last]
+        row = ends[groups[0]] - counts[groups[0]]
+        tops = list(dict.fromkeys(_top(name, table.schema_arrow.names) for name in (self.image, self.caption)))
+        # Small batches: a photo may have megabytes.
+        for batch in table.iter_batches(32, row_groups=groups, columns=tops):
+            if row + len(batch) > first and row < last:
+                images, captions = (_values(batch, name) for name in (self.image, self.caption))
+                for place in range(max(first - row, 0), min(last - row, len(batch))):
+                    yield row + place, images[place].as_py(), captions[place].as_py()
+            row += len(batch)
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise UserError("reading Parquet files needs pyarrow: pip install 'mixreorg_fast[parquet]'") from None
+    return parquet
+
+
+def _columns(schema: Any) -> list[str]:
+    """Names of columns; a struct's fields follow it as ``column.field``."""
+    names = []
+    for field in schema:
+        names.append(field.name)
+        if str(field.type).startswith("struct"):
+            names += [f"{field.name}.{field.type.field(number).name}" for number in range(field.type.num_fields)]
+    return names
+
+
+def _column(file: Path, what: str, asked: str | None, usual: Sequence[str], there: list[str]) -> str:
+    if asked is not None:
+        if asked not in there:
+            raise UserError(f"{file}: no column '{asked}'{nearest(asked, there)}")
+        return asked
+    for name in usual:
+        if name in there:
+            return name
+    raise UserError(f"{file}: which column is the {what}? name it with --{what}-column (there are: {', '.join(there)})")
+
+
+def _top(name: str, columns: Sequence[str]) -> str:
+    return name if name in columns else name.rpartition(".")[0]
+
+
+def _values(batch: Any, name: str) -> Any:
+    """A column, or the field ``column.field`` of a struct."""
+    top = _top(name, batch.schema.names)
+    column = batch.column(top)
+    return column if top == name else column.field(name.rpartition(".")[2])
+
+
+def _checked(key: str, image: Any, caption: Any, path: Path) -> Pair | Bad:
+    """A row's sample, or what is wrong with it."""
+    captions = [text for text in (caption if isinstance(caption, list) else [caption]) if isinstance(text, str)]
+    if isinstance(image, dict):  # Hugging Face's images
+        named, image = image.get("path"), image.get("bytes")
+        if image is None and named:
+            return Bad(str(path), key, "the table holds the path of a photo, not the photo")
+    if not isinstance(image, bytes) or not image:
+        return Bad(str(path), key, "no image")
+    extension = image_extension(image)
+    if extension is None:
+        return Bad(str(path), key, "not a JPEG, PNG or WebP image")
+    if len(image) > LARGEST_MEMBER:
+        return Bad(str(path), key, f"{len(image)} bytes, more than {LARGEST_MEMBER}")
+    try:
+        captions = captions_of("\n".join(" ".join(text.split()) for text in captions).encode(errors="replace"))
+    except ValueError as error:
+        return Bad(str(path), key, str(error))
+    return Pair(key, image, extension, captions)
+
+
+def image_extension(image: bytes) -> str | None:
+    """``jpg``, ``png`` or ``webp`` by a photo's first bytes, None for anything else."""
+    if image[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    if image[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    return "webp" if image[:4] == b"RIFF" and image[8:12] == b"WEBP" else None
+
+
+@dataclass(frozen=True)
+class Img2dataset:
+    """The tars of ``img2dataset --output_format webdataset``: those it finished, samples whose status is success."""
+
+    stretches: tuple[Stretch, ...]
+    unfinished: tuple[Path, ...] = ()
+    kind = "img2dataset"
+
+    @classmethod
+    def open(cls, root: Path, workers: int) -> Img2dataset:
+        tars = sorted(root.glob("*.tar"))
+        # img2dataset writes a shard's statistics last.
+        done = [tar for tar in tars if tar.with_name(f"{tar.stem}_stats.json").is_file()]
+        if not done:
+            raise UserError(
+                f"{root}: {tars[0].name} has no {tars[0].stem}_stats.json; expected img2dataset's output "
+                f"(other WebDataset tars can be trained on as they are)"
+            )
+        with pool(min(workers, len(done))) as run:
+            sizes = list(run(_tar_size, done))
+        unfinished = tuple(tar for tar in tars if tar not in set(done))
+        return cls(tuple((tar, 0, size) for tar, size in zip(done, sizes, strict=True)), unfinished)
+
+    def __len__(self) -> int:
+        return _count(self.stretches)
+
+    def __getitem__(self, part: slice) -> Img2dataset:
+        return replace(self, stretches=_cut(self.stretches, part))
+
+    def __iter__(self) -> Iterator[Pair | Bad]:
+        for tar, first, last in self.stretches:
+            entries = _tar_entries(tar)
+            with open(tar, "rb") as file:
+                for entry in entries[first:last]:
+                    yield entry if isinstance(entry, Bad) else _tar_sample(tar, file.fileno(), entry)
+
+    def files(self) -> list[Path]:
+        return [tar for tar, _, _ in self.stretches]
+
+
+@functools.lru_cache(maxsize=2)
+def _tar_entries(tar: Path) -> list[dict | Bad]:
+    """The samples of a tar in order, what it lacks after them, and what is wrong with its end."""
+    try:
+        samples, broken, problem = scan(tar)
+    except UserError as error:
+        return [Bad(str(tar), "", str(error).removeprefix(f"{tar}: "))]
+    entries: list[dict | Bad] = [*samples, *(Bad(str(tar), key, reason) for key, reason in broken)]
+    if problem:
+        entries.append(Bad(str(tar), "", problem))
+    return entries
+
+
+def _tar_size(tar: Path) -> int:
+    return len(_tar_entries(tar))
+
+
+def _tar_sample(tar: Path, file: int, entry: dict) -> Pair | Bad:
+    key = entry["key"].decode(errors="replace")
+
+    def member(name: str) -> bytes:
+        return os.pread(file, entry[f"{name}_size"], entry["start"] + entry[f"{name}_at"])
+
+    try:
+        about = json.loads(member("json") or b"{}")
+    except ValueError:
+        about = {}
+    status = about.get("status", "success") if isinstance(about, dict) else "success"
+    if status != "success":
+        return Bad(str(tar), key, f"status {status}")
+    image = member("image")
+    extension = image_extension(image)
+    if extension is None:
+        return Bad(str(tar), key, "not a JPEG, PNG or WebP image")
+    try:
+        return Pair(key, image, extension, captions_of(member("text")))
+    except ValueError as error:
+        return Bad(str(tar), key, str(error))
+
+
+# ---------------------------------------------------------------------- nouns
+
+
+def read_nouns(path: str | Path) -> list[str]:
+    """The lines of a noun list, lower-cased.
+
+    Raises:
+        UserError: the file is missing or empty.
+    """
+    try:
+        nouns = [line.strip().lower() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError):
+        raise UserError(
+            f"no readable noun list {path}; expected a text file with one word or phrase per line"
+        ) from None
+    if not nouns:
+        raise UserError(f"{path}: empty; expected one word or phrase per line")
+    return nouns
+
+
+class NounFinder:
+    """Finds the words and phrases of a list in captions, in singular or a plural in -s or -es; longer ones first."""
+
+    def __init__(self, nouns: Sequence[str]) -> None:
+        choices = "|".join(re.escape(noun) for noun in sorted(set(nouns), key=lambda n: (-len(n), n)))
+        self._pattern = re.compile(rf"\b({choices})(?:e?s)?\b")
+
+    def find(self, captions: Sequence[str]) -> list[str]:
+        """The nouns in the captions, each once, in order of appearance."""
+        return list(dict.fromkeys(noun for caption in captions for noun in self._pattern.findall(caption.lower())))

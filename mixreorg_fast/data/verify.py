@@ -1,0 +1,117 @@
+"""Verifying shards: every photo is decoded by the decoder that training uses, before training reads it.
+
+One photo that cannot be decoded would lose the whole batch it is in. So the index of a shard is made without the
+samples that are of no use, and those are listed with reasons beside it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..errors import UserError
+from .decoding import BATCH, Decoder
+from .processes import advance, pool
+from .shards import Shard, captions_of, expand, indexed, open_shard, scan, write_index
+
+
+def verify(patterns: str | Sequence[str], *, workers: int = 1, progress: bool = True) -> Iterator[Shard]:
+    """Verify shards whether they were verified before or not, in `workers` processes.
+
+    Yields:
+        the shards in order, as they are indexed now.
+
+    Raises:
+        UserError: as :func:`~mixreorg_fast.data.shards.expand`; DALI is not installed.
+    """
+    paths = [path for path in expand(patterns) if path.is_file()]
+    total = sum(path.stat().st_size for path in paths)
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not progress) as bar,
+        pool(min(workers, len(paths)), bar) as run,
+    ):
+        yield from run(verify_shard, paths)
+
+
+def verify_shard(path: Path, decoder: Decoder | None = None) -> Shard:
+    """Verify one shard; returns it as it is indexed now."""
+    for read in verifying(path, decoder or _own_decoder()):
+        advance(read)
+    return open_shard(path)
+
+
+def verifying(path: Path, decoder: Decoder) -> Iterator[int]:
+    """Verify one shard a batch at a time, for callers that have other things to do in between.
+
+    Yields:
+        bytes of the tar that have been read since the last time.
+    """
+    status = os.stat(path)
+    try:
+        samples, broken, problem = scan(path)
+    except UserError as error:  # no tar at all
+        samples, broken, problem = [], [], str(error).removeprefix(f"{path}: ")
+    sound: list[dict] = []
+    done = 0
+    with open(path, "rb") as file:
+        for first in range(0, len(samples), BATCH):
+            batch = samples[first : first + BATCH]
+            problems = _problems(file.fileno(), batch, decoder)
+            for sample, reason in zip(batch, problems, strict=True):
+                if reason is None:
+                    sound.append(sample)
+                else:
+                    broken.append((sample["key"].decode(errors="replace"), reason))
+            at = batch[-1]["start"] + batch[-1]["span"]
+            yield max(0, at - done)
+            done = max(done, at)
+    write_index(path, status, sound, broken, verified=True, problem=problem)
+    yield max(0, status.st_size - done)
+
+
+def is_ready(path: Path, *, verified: bool) -> bool:
+    """Whether a shard has a fitting index, and was `verified` if that is asked for."""
+    shard = indexed(path)
+    return shard is not None and (shard.verified or shard.gone or not verified)
+
+
+def too_many_bad(bad: int, usable: int, limit: float) -> bool:
+    """Whether `bad` samples beside `usable` ones are more than the share `limit`."""
+    return bad > limit * (bad + usable)
+
+
+def _problems(file: int, samples: list[dict], decoder: Decoder) -> list[str | None]:
+    """For each sample why it is of no use, or None."""
+    reasons: list[str | None] = [None] * len(samples)
+    photos: dict[int, np.ndarray] = {}
+    for place, sample in enumerate(samples):
+
+        def member(name: str, sample: dict = sample) -> bytes:
+            return os.pread(file, sample[f"{name}_size"], sample["start"] + sample[f"{name}_at"])
+
+        try:
+            captions_of(member("text"))
+            photo = member("image")
+            decoder.size(photo)
+            photos[place] = np.frombuffer(photo, np.uint8)
+        except ValueError as error:
+            reasons[place] = str(error)
+    places = list(photos)
+    for number, reason in decoder.failing(list(photos.values())).items():
+        reasons[places[number]] = reason
+    return reasons
+
+
+_decoder: Decoder | None = None
+
+
+def _own_decoder() -> Decoder:
+    """This process's decoder: building one takes longer than a small shard."""
+    global _decoder
+    _decoder = _decoder or Decoder(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"), 1)
+    return _decoder
