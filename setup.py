@@ -13,11 +13,16 @@ EXTRAS = {
     "train": ["deepspeed>=0.16", "nvidia-dali-cuda130>=2.0", "tensorboard>=2.14", "einops>=0.8", "matplotlib>=3.8"],
     # Fused kernels and attention on NVIDIA GPUs.
     "gpu": ["triton>=3.6", "xformers>=0.0.35"],
+    # Building shards from Parquet files.
+    "parquet": ["pyarrow>=15.0"],
     # Checking against, and exporting to, Hugging Face's GroupViT.
     "hf": ["transformers>=5.0"],
     # The web page.
     "demo": ["gradio>=6.31"],
-    "dev": ["pytest>=8.0", "pytest-benchmark>=5.0", "ruff>=0.6", "scikit-learn>=1.4", "selenium>=4.20", "triton>=3.6"],
+    "dev": [
+        *("pytest>=8.0", "pytest-benchmark>=5.0", "ruff>=0.6", "selenium>=4.20"),
+        *("pyarrow>=15.0", "scikit-learn>=1.4", "triton>=3.6"),
+    ],
 }
 
 setup(
