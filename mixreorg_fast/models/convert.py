@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,12 @@ def save_huggingface(model: GroupViT, folder: str | Path, state: Mapping[str, Te
 
     Args:
         model: sizes, normalisation and tokenizer. state: its tensors as :func:`read` gives them.
+    Raises:
+        UserError: the model's assignment is soft.
     """
+    if not model.config.hard_assignment:
+        raise UserError("these weights assign patches softly (model.hard_assignment false), which no GroupViT does")
+    state = _without_temperature(state, model.config.tau)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         tensors = {name: value.contiguous() for name, value in to_foreign(state, "huggingface").items()}
@@ -213,6 +219,12 @@ def save_huggingface(model: GroupViT, folder: str | Path, state: Mapping[str, Te
         write_json(temporary / "preprocessor_config.json", _huggingface_preprocessor(model))
         if model.tokenizer is not None:
             _save_huggingface_tokenizer(model.tokenizer, temporary, model.config.text.context)
+
+
+def _without_temperature(state: Mapping[str, Tensor], tau: float) -> dict[str, Tensor]:
+    """The tensors of a model whose assignment has the temperature `tau`, for one that knows none: it goes into q."""
+    queries = re.compile(r".*\.grouping\.q\.(weight|bias)")
+    return {name: value / tau if tau != 1.0 and queries.fullmatch(name) else value for name, value in state.items()}
 
 
 def _huggingface_config(model: GroupViT, dtype: str) -> dict[str, Any]:

@@ -81,6 +81,23 @@ def test_hugging_face_to_ours_and_back_is_exact(dtype, tmp_path):
     assert found == expected
 
 
+def test_the_temperature_of_the_assignment_goes_into_the_queries(our_folder, tmp_path, capsys):
+    model = weights.load(our_folder)
+    model.config.tau = 0.25
+    weights.save(model, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "theirs", "--to", "hf")
+    convert(tmp_path / "theirs", tmp_path / "again")
+    again = mixreorg_fast.load(tmp_path / "again")
+    images = random_images(2, 64, 64)
+    assert again.config.tau == 1.0
+    assert not torch.allclose(weights.load(our_folder).grouping(images), model.grouping(images), atol=1e-3)
+    torch.testing.assert_close(again.grouping(images), model.grouping(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again.image_embeddings(images), model.image_embeddings(images), rtol=1e-4, atol=1e-5)
+    model.config.hard_assignment = False
+    weights.save(model, tmp_path / "soft")
+    assert "hard_assignment" in refusal(capsys, tmp_path / "soft", tmp_path / "no", "--to", "hf")
+
+
 def test_pytorch_bin_is_read_as_safetensors_is(theirs, their_folder, our_folder, tmp_path):
     older = tmp_path / "older"
     older.mkdir()
