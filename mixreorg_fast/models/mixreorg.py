@@ -20,7 +20,7 @@ from ..ops.mixed_segmentation import mixed_segmentation_logits
 from ..ops.philox import philox
 from .encoders import Stage
 from .groupvit import GroupViT
-from .layers import LearnedTokens, call, compiled_call
+from .layers import LearnedTokens, Projection, call, compiled_call
 
 # What a seed is used for; added to it, these give independent streams. The grouping noise has one for each of the
 # three branches of each of the two grouping blocks.
@@ -131,7 +131,7 @@ class MixReorg(nn.Module):
         """
         features = self.features(batch)
         if gradients is not None:
-            return {"loss": features.pull(gradients)}
+            return {"loss": features.pull(gradients) + 0.0 * self._touched(features)}
         return self.losses(Features.cat([*others, features]), self._progress(batch))
 
     def features(self, batch: Batch) -> Features:
@@ -149,6 +149,20 @@ class MixReorg(nn.Module):
             first, second = (assignment[_MIXED] for assignment in assignments)
             tensors |= {"segments": segments[images : 2 * images], "first": first, "second": second}
         return Features(tensors, plan, _usage(*(assignment[_ORIGINAL].detach() for assignment in assignments)))
+
+    def _touched(self, features: Features) -> Tensor:
+        """Some number that every parameter of :meth:`losses` has a part in.
+
+        Where its optimizer is offloaded, DeepSpeed 0.19 forgets the gradients of a step's earlier micro-steps for
+        parameters that have none in the last one.
+        """
+        total = self.backbone.logit_scale.sum()
+        for name in ("image", "text"):
+            projection: Projection = getattr(self.backbone, f"{name}_projection")
+            projection.norm.eval()  # no statistics, no exchange
+            total = total + projection(features.tensors[f"{name}s"][:1].detach()).sum()
+            projection.norm.train()
+        return total
 
     def losses(self, features: Features, progress: float = 1.0) -> dict[str, Tensor]:
         """What :meth:`forward` returns, of the features of a whole batch; `progress`: of config.schedule."""
@@ -173,7 +187,9 @@ class MixReorg(nn.Module):
         if "segments" in tensors:
             first, second, plan = tensors["first"], tensors["second"], features.plan
             mixed_embeddings = embeddings[-images * second.shape[1] :].unflatten(0, (images, -1))
-            out["loss_mixed"] = ops.mixed_segmentation_loss(first, second, mixed_embeddings, texts, plan, multiplier)
+            out["loss_mixed"] = ops.mixed_segmentation_loss(
+                first, second, mixed_embeddings, texts, plan, multiplier, negatives=loss.mixed_negatives
+            )
             total = total + loss.mixed * self.config.schedule.mixed(progress) * out["loss_mixed"]
             with torch.no_grad():
                 logits = mixed_segmentation_logits(

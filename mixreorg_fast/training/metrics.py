@@ -1,13 +1,17 @@
-"""What a run reports: ``metrics.jsonl``, TensorBoard, the progress bar."""
+"""What a run reports: ``metrics.jsonl``, TensorBoard, Weights & Biases where asked for, the progress bar."""
 
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from ..errors import UserError
+from ..files import write_json
 
 
 class MetricsLog:
@@ -16,10 +20,15 @@ class MetricsLog:
     Args:
         run: the run folder. start: the step the run (re)starts at; lines after it, of a run that went further before
             it was cut, are dropped. steps: of the whole run.
+        wandb: the Weights & Biases project to report to as well.
+    Raises:
+        UserError: Weights & Biases is asked for and cannot be had.
     """
 
-    def __init__(self, run: Path, start: int, steps: int):
+    def __init__(self, run: Path, start: int, steps: int, wandb: str | None = None):
         from torch.utils.tensorboard import SummaryWriter
+
+        self._wandb = _start_wandb(run, wandb) if wandb is not None else None
 
         path = run / "metrics.jsonl"
         kept = []
@@ -36,10 +45,13 @@ class MetricsLog:
         self._bar.update()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line of ``metrics.jsonl``; numbers also go to TensorBoard (nested ones with their path)."""
+        """One line of ``metrics.jsonl``; numbers (nested ones with their path) also go to TensorBoard and the like."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in _flatten(values):
+        numbers = _flatten(values)
+        for name, value in numbers:
             self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({**dict(numbers), "step": step})
 
     def show(self, step: int, values: dict[str, float], seconds_left: float) -> None:
         """The loss parts and the speed, in the bar or as a line."""
@@ -57,6 +69,45 @@ class MetricsLog:
         self._bar.close()
         self._board.close()
         self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def import_wandb() -> Any:
+    """The wandb module.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(f"log.wandb needs Weights & Biases: pip install wandb ({error})") from None
+    return wandb
+
+
+def _start_wandb(run: Path, project: str) -> Any:
+    """The run at Weights & Biases that stands for this run folder, which remembers its id."""
+    wandb = import_wandb()
+    memory = run / "wandb.json"
+    known = json.loads(memory.read_text()) if memory.exists() else {"project": project, "id": secrets.token_hex(8)}
+    if known["project"] != project:
+        raise UserError(f"{run} reports to the project {known['project']}; log.wandb is now {project}")
+    try:
+        online = wandb.init(
+            **known,
+            name=run.name,
+            resume="allow",
+            dir=str(run),
+            config=json.loads((run / "config.json").read_text()),
+            allow_val_change=True,  # a resumed run may have another rate, or another number of steps
+        )
+    except wandb.Error as error:
+        raise UserError(f"log.wandb: {error} (WANDB_MODE=offline keeps the reports in {run / 'wandb'})") from None
+    write_json(memory, known)
+    # Steps are a measure of ours: after resuming they go back, which wandb's own counter cannot.
+    online.define_metric("*", step_metric="step")
+    return online
 
 
 def _step(line: str) -> float:

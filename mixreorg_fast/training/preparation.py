@@ -15,6 +15,7 @@ from ..evaluation.datasets import open_dataset
 from ..files import write_json
 from ..models import weights
 from .data import check_bad
+from .metrics import import_wandb
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ def prepare(config: Config, resuming: bool) -> Prepared:
     Runs on one rank. Raises:
         UserError: a shard, data set or tokenizer is missing or damaged.
     """
+    if config.log.wandb is not None:
+        import_wandb()
     if config.data.shards is None:
         config = _with_scenes(config)
     shards = training_shards(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import math
@@ -29,7 +30,9 @@ from .distributed import World, import_deepspeed, initialise, mean_over_ranks, o
 from .guard import StepGuard
 from .metrics import MetricsLog
 from .optimisation import deepspeed_config, learning_rate, optimizer, schedule_length
+from .plots import draw_losses
 from .preparation import prepare
+from .timing import RankTimes, Stopwatch
 from .watch import StopRequest, Watch
 
 
@@ -69,9 +72,12 @@ class Trainer:
         self.steps, self.warmup = schedule_length(config, samples)
         self.micro_batch = config.micro_batch(world.size)
         self.step, self.best = state.get("step", 0), state.get("best")
+        self._grad_cache = config.train.grad_cache and config.train.accumulation > 1
+        self._shown: torch.Tensor | None = None
         self.guard = StepGuard(config.train.spike, state.get("guard"))
         self._stage_0_norm = 0.0
         self._bad = BadSamples(config, world, self.step * config.train.batch)
+        self._own_time, self._rank_times = Stopwatch(world.device), RankTimes(world, config.log.slow_rank)
 
         torch.manual_seed(config.seed)
         module = MixReorg(config)
@@ -96,19 +102,24 @@ class Trainer:
 
     def run(self, watch: Watch) -> dict[str, Any]:
         """Train to the last step, evaluate, draw; returns the final scores, none where SIGTERM ended it."""
-        log = MetricsLog(self.run_folder, self.step, self.steps) if self.world.is_main else None
-        try:
-            with self._loader(self.step) as loader, StopRequest() as stop:
-                images = self._loop(loader, log, watch, stop)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise RankError(f"{self.run_folder} cannot be written: {error.strerror}") from None
-        finally:
-            if log is not None:
-                log.close()
-        watch.at(self.step, "final scores", timed=False)
-        return {} if images is None else self._finish(images)
+        log: MetricsLog | None = None
+
+        def open_log() -> None:
+            nonlocal log
+            log = MetricsLog(self.run_folder, self.step, self.steps, self.config.log.wandb)
+
+        on_main(self.world, open_log)
+        with _full_disk_in_one_line(self.run_folder):
+            try:
+                with self._loader(self.step) as loader, StopRequest() as stop:
+                    images = self._loop(loader, log, watch, stop)
+            finally:
+                if log is not None:
+                    log.close()
+            watch.at(self.step, "final scores", timed=False)
+            if self.world.is_main and draw_losses(self.run_folder) is None:
+                print("no losses.png: it needs matplotlib", file=sys.stderr, flush=True)
+            return {} if images is None else self._finish(images)
 
     def _loader(self, step: int) -> TrainLoader:
         """Batches from `step` on."""
@@ -127,24 +138,22 @@ class Trainer:
     ) -> torch.Tensor | None:
         """All remaining steps; returns images of the last micro-step, for the pictures, or None after SIGTERM."""
         batches: Iterator[LoadedBatch] = iter(loader)
-        window = _Window(loader)
-        loaded = None
+        window = _Window(loader, self._own_time)
         # The texts' projection is the first exchange between ranks: who has not come here is who the others wait for.
-        self.engine.module.backbone.text_projection.register_forward_pre_hook(
-            lambda *_: watch.at(self.step + 1, "exchange between ranks")
-        )
+        self.engine.module.backbone.text_projection.register_forward_pre_hook(lambda *_: self._at_exchange(watch))
         self.engine.train()
+        # The loss over a whole step is handed to the engine once, and divided by it like each of a micro-step's.
+        weight = self.config.train.accumulation if self._grad_cache else 1
         while self.step < self.steps:
             self._set_learning_rate()
             buffers = [buffer.clone() for buffer in self.engine.module.buffers()]
             losses = []
-            for _ in range(self.config.train.accumulation):
-                watch.at(self.step + 1, "waiting for data")
-                loaded = next(batches)
+            for arguments in self._micro_steps(batches, watch):
                 watch.at(self.step + 1, "forward and backward")
-                out = self.engine(self._batch(loaded))
-                self.engine.backward(out["loss"])
-                losses.append({name: value.detach() for name, value in out.items()})
+                out = self.engine(*arguments)
+                self.engine.backward(out["loss"] * weight)
+                if len(out) > 1:  # a recomputation has no losses of its own
+                    losses.append({name: value.detach() for name, value in out.items()})
                 if self.engine.is_gradient_accumulation_boundary():
                     watch.at(self.step + 1, "optimizer step")
                     self._measure_stage_0()
@@ -173,7 +182,33 @@ class Trainer:
                 if log is not None:
                     log.say(f"stopped by SIGTERM; the same command goes on from {path}")
                 return None
-        return next(batches).images if loaded is None else loaded.images
+        return next(batches).images if self._shown is None else self._shown
+
+    def _micro_steps(self, batches: Iterator[LoadedBatch], watch: Watch) -> Iterator[tuple]:
+        """The arguments of each of the step's calls of the engine."""
+        count = self.config.train.accumulation
+        if not self._grad_cache:
+            for _ in range(count):
+                yield (self._next(batches, watch),)
+            return
+        *others, last = [self._next(batches, watch) for _ in range(count)]
+        watch.at(self.step + 1, "features of the whole batch")
+        with torch.no_grad():
+            cached = [self.engine.module.features(batch).cached() for batch in others]
+        yield last, cached  # the losses and, of the last micro-batch, all of its gradients
+        for batch, features in zip(others, cached, strict=True):
+            yield batch, (), features.gradients()
+
+    def _next(self, batches: Iterator[LoadedBatch], watch: Watch) -> Batch:
+        watch.at(self.step + 1, "waiting for data")
+        self._own_time.start()
+        loaded = next(batches)
+        self._shown = loaded.images
+        return self._batch(loaded)
+
+    def _at_exchange(self, watch: Watch) -> None:
+        self._own_time.stop()
+        watch.at(self.step + 1, "exchange between ranks")
 
     def _skip(self, norm: float, buffers: list[torch.Tensor], log: MetricsLog | None) -> None:
         """What is left to undo of a step that the optimizer did not take; too many in a row stop the run."""
@@ -200,7 +235,10 @@ class Trainer:
         return bool(every) and self.step % every == 0 and self.step < self.steps
 
     def _batch(self, loaded: LoadedBatch) -> Batch:
+        # Of the batch that the losses are over: the position of its first image in the run, and that of ours in it.
         first = self.world.rank * self.micro_batch
+        if self._grad_cache:
+            first = loaded.position - self.step * self.config.train.batch
         seed = torch.tensor(micro_step_seed(self.config.seed, loaded.position - first))
         nouns = loaded.noun_ids
         device = self.world.device
@@ -243,6 +281,7 @@ class Trainer:
         bad = self._bad.count(loader)
         seconds, waited = window.times(loader)
         steps = window.steps
+        times = self._rank_times.gather(self._own_time.seconds() / steps)
         window.restart()
         if log is None:
             return
@@ -256,6 +295,7 @@ class Trainer:
             "temperature": self.engine.module.backbone.logit_multiplier().item(),
             "images_per_s": images_per_s,
             "data_wait": waited / seconds,
+            "rank_seconds": times,
             "peak_memory_mb": _peak_memory(self.world.device) / 2**20,
             "bad_samples": bad,
         }
@@ -265,6 +305,8 @@ class Trainer:
         log.show(self.step, {**shown, "images/s": images_per_s}, left)
         if (ended := self._bad.remark(values["samples"], loader)) is not None:
             log.say(ended)
+        if (remark := self._rank_times.remark(times)) is not None:
+            log.say(f"step {self.step}: {remark}")
 
     def _validate(self, log: MetricsLog | None) -> None:
         """Score a part of the evaluation data; keep the weights whose mean mIoU is the best so far."""
@@ -310,14 +352,15 @@ class Trainer:
 class _Window:
     """Means and times since the last report. Sums stay on the device, so that steps need not wait for them."""
 
-    def __init__(self, loader: TrainLoader):
-        self._loader = loader
+    def __init__(self, loader: TrainLoader, own_time: Stopwatch):
+        self._loader, self._own_time = loader, own_time
         self.restart()
 
     def restart(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
         self._added = self.steps = 0
         self._start, self._waited = time.perf_counter(), self._loader.wait_seconds
+        self._own_time.restart()
 
     def add(self, losses: list[dict[str, torch.Tensor]]) -> None:
         """Count a step with the losses of its micro-steps, none if it was skipped."""
@@ -337,6 +380,16 @@ class _Window:
     def times(self, loader: TrainLoader) -> tuple[float, float]:
         """Seconds since the window began, and those of them spent waiting for data."""
         return time.perf_counter() - self._start, loader.wait_seconds - self._waited
+
+
+@contextlib.contextmanager
+def _full_disk_in_one_line(run: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RankError(f"{run} cannot be written: {error.strerror}") from None
 
 
 def _checkpoint_to_resume(config: Config, resume: str) -> tuple[Path | None, dict[str, Any]]:

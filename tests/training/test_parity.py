@@ -27,18 +27,21 @@ def deviations(tmp_path_factory):
     return launched(tmp_path_factory, 2)
 
 
-@pytest.mark.parametrize("name", [case["name"] for case in cases(2)])
-def test_two_ranks_equal_one(deviations, name):
-    check(deviations[name])
+@pytest.mark.parametrize("case", cases(2), ids=lambda case: case["name"])
+def test_two_ranks_equal_one(deviations, case):
+    check(case, deviations[case["name"]])
 
 
 def test_four_ranks_equal_one(tmp_path_factory):
     measured = launched(tmp_path_factory, 4)
     for case in cases(4):
-        check(measured[case["name"]])
+        check(case, measured[case["name"]])
 
 
-def check(measured: dict) -> None:
+def check(case: dict, measured: dict) -> None:
+    if case["precision"] == "bf16":  # whose noise is how far one process is from itself in fp32
+        assert measured["gradient"] < 1.5 * measured["noise"], measured
+        return
     assert measured["loss"] < 1e-5, measured
     assert measured["gradient"] < 1e-5, measured
     assert measured["buffer"] < 1e-6, measured
