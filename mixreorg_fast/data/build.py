@@ -113,7 +113,7 @@ def build(
             write_json(target.hidden / "build.json", {"arguments": arguments, "publishing": False})
         reports = _write_all(source, target, NounFinder(found) if found else None, samples_per_shard, workers, progress)
         samples = sum(report["samples"] for report in reports)
-        skipped = [Bad(*bad) for report in reports for bad in report["skipped"]]
+        skipped = [*source.left_out, *(Bad(*bad) for report in reports for bad in report["skipped"])]
         if not samples:
             target.discard()
             raise UserError(f"{path}: none of {len(source)} samples can be used: {skipped[0].reason} (and so on)")

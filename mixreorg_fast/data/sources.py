@@ -38,6 +38,7 @@ class Source(Protocol):
     """Samples 0 … ``len(source) - 1``; ``source[first:last]`` is a source too."""
 
     kind: str
+    left_out: tuple[Bad, ...]  # what is no sample of it, for want of being whole
 
     def __len__(self) -> int: ...
 
@@ -121,6 +122,7 @@ class Folder:
     root: Path
     items: tuple[tuple[str, tuple[str, ...]], ...]  # photo, captions
     kind = "folder"
+    left_out = ()
 
     @classmethod
     def open(cls, root: Path, split: str | None) -> Folder:
@@ -234,6 +236,7 @@ class Parquet:
     caption: str
     root: Path
     kind = "parquet"
+    left_out = ()
 
     @classmethod
     def open(cls, path: Path, image: str | None, caption: str | None) -> Parquet:
@@ -358,7 +361,7 @@ class Img2dataset:
     """The tars of ``img2dataset --output_format webdataset``: those it finished, samples whose status is success."""
 
     stretches: tuple[Stretch, ...]
-    unfinished: tuple[Path, ...] = ()
+    left_out: tuple[Bad, ...] = ()  # tars that img2dataset was interrupted in
     kind = "img2dataset"
 
     @classmethod
@@ -373,8 +376,9 @@ class Img2dataset:
             )
         with pool(min(workers, len(done))) as run:
             sizes = list(run(_tar_size, done))
-        unfinished = tuple(tar for tar in tars if tar not in set(done))
-        return cls(tuple((tar, 0, size) for tar, size in zip(done, sizes, strict=True)), unfinished)
+        reason = "img2dataset did not finish this tar (it has no _stats.json)"
+        left_out = tuple(Bad(str(tar), "", reason) for tar in tars if tar not in set(done))
+        return cls(tuple((tar, 0, size) for tar, size in zip(done, sizes, strict=True)), left_out)
 
     def __len__(self) -> int:
         return _count(self.stretches)
@@ -393,8 +397,13 @@ class Img2dataset:
         return [tar for tar, _, _ in self.stretches]
 
 
-@functools.lru_cache(maxsize=2)
 def _tar_entries(tar: Path) -> list[dict | Bad]:
+    status = tar.stat()
+    return _scanned(tar, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)  # slices of a tar follow one another
+def _scanned(tar: Path, size: int, mtime_ns: int) -> list[dict | Bad]:
     """The samples of a tar in order, what it lacks after them, and what is wrong with its end."""
     try:
         samples, broken, problem = scan(tar)

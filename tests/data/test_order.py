@@ -7,7 +7,7 @@ import pytest
 
 from mixreorg_fast.config import AugmentConfig
 from mixreorg_fast.data.augment import crop_boxes, draw
-from mixreorg_fast.data.order import Order, Purpose, uniforms
+from mixreorg_fast.data.order import Mixture, Order, Purpose, stand_in, uniforms
 
 
 @pytest.mark.parametrize("window", [1, 3, 100])
@@ -76,3 +76,54 @@ def test_what_is_off_is_not_drawn():
     assert set(drawn) == {"start", "extent", "flip"}
     jitter = draw(AugmentConfig(rand_augment_ops=0, color_jitter=0.4), 0, 0, np.full((4, 2), 64))
     assert {"brightness", "contrast", "saturation", "hue"} < set(jitter)
+
+
+class TestMixture:
+    SIZES = (np.array([30, 20]), np.array([7, 4, 6]), np.array([500]))
+    WEIGHTS = (3.0, 1.0, 4.0)
+
+    def mixture(self, seed: int = 1) -> Mixture:
+        return Mixture(self.SIZES, self.WEIGHTS, seed, window=2)
+
+    def test_shares_are_the_weights(self):
+        mixture = self.mixture()
+        assert mixture.samples == 567
+        for first in (0, 5 * Mixture.BLOCK):  # of every block exactly
+            sets = np.searchsorted([50, 67], mixture.at(first, Mixture.BLOCK), side="right")
+            assert np.bincount(sets).tolist() == [Mixture.BLOCK * w // 8 for w in (3, 1, 4)]
+        # Within a block they are drawn: any stretch of it is close.
+        sets = np.searchsorted([50, 67], mixture.at(1000, 8000), side="right")
+        assert np.abs(np.bincount(sets) / 8000 - np.array([3, 1, 4]) / 8).max() < 0.02
+
+    def test_each_set_has_epochs_of_its_own(self):
+        drawn = self.mixture().at(0, 2000)
+        small = drawn[(drawn >= 50) & (drawn < 67)] - 50
+        for epoch in range(len(small) // 17):
+            assert sorted(small[epoch * 17 : (epoch + 1) * 17].tolist()) == list(range(17))
+        assert not np.array_equal(small[:17], small[17:34])
+        assert np.array_equal(small, Order(self.SIZES[1], 1, window=2, stream=1).at(0, len(small)))
+
+    def test_any_piece_agrees_with_the_whole(self):
+        """So neither the number of ranks nor where a run resumes changes the order, across blocks too."""
+        start = 3 * Mixture.BLOCK - 1000
+        whole = self.mixture().at(start, 2000)
+        for position, count in ((0, 1), (999, 2), (700, 700), (1999, 1)):
+            assert np.array_equal(self.mixture().at(start + position, count), whole[position : position + count])
+        four_ranks = [self.mixture().at(start + rank * 50 + step * 200, 50) for step in range(10) for rank in range(4)]
+        assert np.array_equal(np.concatenate(four_ranks), whole)
+        # Counted through from the start: what a block says of the positions before it is true.
+        through = self.mixture().at(0, start + 2000)
+        assert np.array_equal(through[start:], whole)
+
+    def test_seeds_differ(self):
+        assert not np.array_equal(self.mixture(0).at(0, 100), self.mixture(1).at(0, 100))
+
+    def test_a_weight_too_small(self):
+        with pytest.raises(ValueError, match="1/65536"):
+            Mixture(self.SIZES[:2], (1.0, 1e-6), 0)
+
+
+def test_stand_ins_are_spread_and_reach_every_sample():
+    firsts = {stand_in(sample, 0, 100, 1000) for sample in range(100, 600)}
+    assert len(firsts) > 350 and min(firsts) >= 100 and max(firsts) < 1100
+    assert {stand_in(107, attempt, 100, 20) for attempt in range(64 + 20)} == set(range(100, 120))
