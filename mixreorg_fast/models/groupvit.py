@@ -79,6 +79,12 @@ class GroupViT(nn.Module):
     def device(self) -> torch.device:
         return self.logit_scale.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of the activations in evaluation: ``model.bfloat16()`` evaluates in bf16, with
+        normalisation, softmax, maps, scores and all that is returned in fp32."""
+        return self.image_projection.fc2.weight.dtype
+
     def logit_multiplier(self) -> Tensor:
         """What cosines are multiplied with, 0-d fp32: the exponential of the parameter, at most 100."""
         return self.logit_scale.float().exp().clamp(max=100.0).squeeze(0)
@@ -97,7 +103,7 @@ class GroupViT(nn.Module):
         L2-normalised, unless they are to be averaged first. With `lengths` (host integers, up to and with that id) a
         GPU need not be asked where it is.
         """
-        embeddings = self.text_projection(self.text_encoder(ids, torch.float32, lengths))
+        embeddings = self.text_projection(self.text_encoder(ids, self.dtype, lengths))
         return F.normalize(embeddings, dim=-1) if normalise else embeddings
 
     @torch.no_grad()
@@ -115,7 +121,7 @@ class GroupViT(nn.Module):
     def _encode(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Image embedding ``[B, D]``, final segment tokens ``[B, G, C]``, soft maps ``[B, G, h, w]`` of each stage."""
         encoder = self.image_encoder
-        x, groups, maps = encoder.embed(images, torch.float32), None, []
+        x, groups, maps = encoder.embed(images, self.dtype), None, []
         for stage in encoder.stages:
             x = stage.tokens(x, groups)
             for block in stage.blocks:

@@ -77,7 +77,8 @@ class LayerNorm(nn.LayerNorm):
     """Layer normalisation in fp32, returned in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -87,3 +89,21 @@ def test_sizes_that_do_not_split_into_patches_are_refused(pair):
         ours.image_embeddings(torch.zeros(1, 3, 100, 101))
     with pytest.raises(ValueError, match="longer than the context"):
         ours.text_embeddings(torch.zeros(1, ours.config.text.context + 1, dtype=torch.int64))
+
+
+def test_half_precision_errs_no_more_than_hugging_faces(pair):
+    theirs, ours, config, vocabulary = pair
+    if not config:
+        pytest.skip("said of the small one")
+    images, ids = random_images(16, 64, 64), random_ids(16, ours.config.text.context, vocabulary)
+    with torch.no_grad():
+        exact, baseline = (
+            copy.deepcopy(theirs).to(dtype)(pixel_values=images.to(dtype), input_ids=ids)
+            for dtype in (torch.float64, torch.bfloat16)
+        )
+    half = copy.deepcopy(ours).bfloat16()
+    for out, name in ((half.image_embeddings(images), "image_embeds"), (half.text_embeddings(ids), "text_embeds")):
+        assert out.dtype == torch.float32
+        # Over all images: a patch whose groups nearly tie may fall differently in either.
+        error, theirs = ((x.double() - exact[name]).square().mean().sqrt() for x in (out, baseline[name]))
+        assert error <= 1.2 * theirs, name
