@@ -15,7 +15,8 @@ from ..errors import UserError
 from .augment import validation_graph
 from .shards import LARGEST_PHOTO
 
-BATCH = 64
+# Photos that are decoded together: so many, and unless it is a single one, so many pixels (200 MB).
+BATCH, PIXELS = 64, 1 << 26
 
 
 class Decoder:
@@ -59,8 +60,17 @@ class Decoder:
     def failing(self, photos: Sequence[np.ndarray]) -> dict[int, str]:
         """Places and reasons of the encoded photos (uint8 ``[bytes]``, their headers sound) that cannot be decoded."""
         bad: dict[int, str] = {}
-        for first in range(0, len(photos), BATCH):
-            self._search(photos, list(range(first, min(first + BATCH, len(photos)))), bad)
+        batch: list[int] = []
+        pixels = 0
+        for place, photo in enumerate(photos):
+            height, width = self.size(photo.tobytes())
+            if batch and (len(batch) == BATCH or pixels + height * width > PIXELS):
+                self._search(photos, batch, bad)
+                batch, pixels = [], 0
+            batch.append(place)
+            pixels += height * width
+        if batch:
+            self._search(photos, batch, bad)
         return bad
 
     def _search(self, photos: Sequence[np.ndarray], places: list[int], bad: dict[int, str]) -> None:

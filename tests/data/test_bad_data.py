@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import os
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -243,6 +246,38 @@ class TestReady:
         check_bad(opened, plain("x", max_bad=2 / 62))
         with pytest.raises(UserError, match=r"2 of 62 samples .* data\.max_bad 0\.032; SHARD\.broken\.tsv .*: bad1: "):
             check_bad(opened, plain("x", max_bad=0.032))
+
+
+def test_two_ranks_share_the_work_and_the_account(tmp_path):
+    for number in range(4):
+        write_shard(tmp_path / f"{number}.tar", [*pairs(10, 10 * number), Pair(f"bad{number}", b"no", "jpg", ["x"])])
+    root = str(Path(__file__).parents[2])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.data.ready_worker", str(tmp_path)],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "PYTHONPATH": root},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    one, two = (json.loads((tmp_path / f"told_{rank}.json").read_text()) for rank in range(2))
+    assert (one["verified"], two["verified"]) == (["0.tar", "2.tar"], ["1.tar", "3.tar"])
+    for told in (one, two):
+        assert (told["samples"], told["lost"]) == (40, 4)
+        assert told["refusal"].startswith("rank 1 on ") and "(10 and 40 samples)" in told["refusal"]
+        assert told["failure"] == "the disk of rank 1"
+    # The samples of the shard that vanished, as far as either rank came across them, and those left out before.
+    assert one["bad"] == two["bad"] > 4
+    rows = (tmp_path / "mixreorg" / "bad_samples.tsv").read_text().splitlines()
+    assert len(rows) == len(set(rows)) == one["bad"]
 
 
 def test_the_account_of_a_run(plain, tokenizer, tmp_path):

@@ -1,0 +1,86 @@
+"""One rank of two that make shards ready together: RANK and WORLD_SIZE in the environment, a folder as argument."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mixreorg_fast.config import parse_config
+from mixreorg_fast.data.loader import TrainLoader, training_shards
+from mixreorg_fast.data.tokenizer import Tokenizer
+from mixreorg_fast.errors import UserError
+from mixreorg_fast.training import data
+from mixreorg_fast.training.distributed import World
+
+
+def main(folder: Path) -> None:
+    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.device("cpu"))
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=world.rank, world_size=world.size)
+    model = {"image_size": 32, "text": {"context": 16}}
+    settings = {"shards": f"{folder}/*.tar", "threads": 1, "max_bad": 0.5, "augment": {"rand_augment_ops": 0}}
+    config = parse_config({"model": model, "data": settings, "output": str(folder)})
+    told = {}
+
+    data.SLICE = 0.1  # many exchanges, in which the faster rank waits for the slower
+    verifying, told["verified"] = data.verifying, []
+
+    def slowly(path, decoder):
+        told["verified"].append(path.name)
+        for read in verifying(path, decoder):
+            time.sleep(0.3 * world.rank)
+            yield read
+
+    data.verifying = slowly
+    data.ready_shards(config, world)
+    data.verifying = None  # they are ready now
+    data.ready_shards(config, world)
+    shards = training_shards(config)
+    told["samples"], told["lost"] = len(shards), shards.lost
+
+    # Both ranks find samples that go bad afterwards, and have the same account of them.
+    for path in sorted(folder.glob("*.tar"))[:1]:
+        dist.barrier()
+        if world.rank == 0:
+            path.rename(path.with_suffix(".away"))
+        dist.barrier()
+    account = data.BadSamples(config, world, 0)
+    with TrainLoader(config, Tokenizer.train(["a thing"], 300), micro_batch=8, rank=world.rank, world_size=2) as loader:
+        for _ in range(3):
+            next(loader)
+        dist.barrier()
+        told["bad"] = account.count(loader)
+
+    # A rank whose shards are not those of the others is found out, on every rank.
+    if world.rank == 1:
+        os.environ["XDG_CACHE_HOME"] = str(folder / "other")
+        data.training_shards = lambda config: training_shards(
+            parse_config({"data": {"shards": str(sorted(folder.glob("*.tar"))[-1])}})
+        )
+    try:
+        data.ready_shards(config, world)
+    except UserError as error:
+        told["refusal"] = str(error)
+    data.verifying = verifying
+
+    # What cannot be read on one rank's share ends all of them.
+    def fail(paths, config, world):
+        if world.rank == 1:
+            raise UserError("the disk of rank 1")
+        yield 1
+
+    data._verify, data.is_ready = fail, lambda *_, **__: False
+    try:
+        data.ready_shards(config, world)
+    except UserError as error:
+        told["failure"] = str(error)
+    (folder / f"told_{world.rank}.json").write_text(json.dumps(told))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))
