@@ -82,13 +82,13 @@ def shard_sets(data: DataConfig) -> list[tuple[str | list[str], float]]:
     return [(part.pattern, part.weight) for part in data.shards]
 
 
-def training_shards(config: Config) -> ShardSet:
-    """The shards a run trains on, set after set."""
-    return ShardSet([shard for part in _opened(config) for shard in part.shards])
+def training_shards(config: Config, *, warn: bool = True) -> ShardSet:
+    """The shards a run trains on, set after set; `warn` as for :func:`~.shards.open_shards`."""
+    return ShardSet([shard for part in _opened(config, warn) for shard in part.shards])
 
 
-def _opened(config: Config) -> list[ShardSet]:
-    return [open_shards(pattern) for pattern, _ in shard_sets(config.data)]
+def _opened(config: Config, warn: bool) -> list[ShardSet]:
+    return [open_shards(pattern, warn=warn) for pattern, _ in shard_sets(config.data)]
 
 
 def training_order(config: Config, sets: Sequence[ShardSet]) -> Order | Mixture:
@@ -115,7 +115,7 @@ def validation_shards(config: Config) -> ShardSet | None:
 
 def captions(config: Config, limit: int | None = None) -> Iterator[str]:
     """All captions of the training shards in order, or those of about `limit` samples spread over them."""
-    return training_shards(config).captions(limit)
+    return training_shards(config, warn=False).captions(limit)
 
 
 def tokenizer_for(config: Config) -> Tokenizer:
@@ -166,7 +166,7 @@ class TrainLoader:
         self._next = start + rank * micro_batch
         self._device = _device(device)
         self._threads = min(config.data.threads, os.cpu_count() or 1)
-        sets = _opened(config)
+        sets = _opened(config, warn=False)
         self._order = training_order(config, sets)
         shards = ShardSet([shard for part in sets for shard in part.shards])
         self._photos = _Photos(shards, self._threads, self._device, np.cumsum([len(part) for part in sets]))

@@ -148,7 +148,7 @@ def expand(patterns: str | Sequence[str]) -> list[Path]:
     return list(paths)
 
 
-def open_shards(patterns: str | Sequence[str]) -> ShardSet:
+def open_shards(patterns: str | Sequence[str], *, warn: bool = True) -> ShardSet:
     """The shards of `patterns`, indexed; those that hold nothing to use are named in a warning and listed as bad.
 
     Raises:
@@ -157,7 +157,7 @@ def open_shards(patterns: str | Sequence[str]) -> ShardSet:
     shards = [open_shard(path) for path in expand(patterns)]
     if not any(len(shard.samples) for shard in shards):
         _refuse_empty(shards[0])
-    for shard in shards:
+    for shard in shards if warn else ():
         if shard.gone:
             log.warning(
                 "%s is gone; other samples stand in for its %d. To train without it, delete %s.index too",

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..config import Config
 from ..data.decoding import Decoder
 from ..data.loader import TrainLoader, shard_sets, training_shards
-from ..data.shards import Bad, ShardSet, expand, open_shard
+from ..data.shards import Bad, ShardSet, expand, open_shard, open_shards
 from ..data.verify import is_ready, too_many_bad, verifying
 from ..errors import UserError
 from ..files import atomic_path
@@ -48,7 +48,7 @@ def ready_shards(config: Config, world: World) -> None:
         mine = todo[rank::size]
         work = _verify(mine, config, world) if config.data.verify else _index(mine)
         _work_together(work, mine, world)
-    _compare(training_shards(config), world)
+    _compare(training_shards(config, warn=False), world)
 
 
 def check_bad(shards: ShardSet, config: Config) -> None:
@@ -61,6 +61,14 @@ def check_bad(shards: ShardSet, config: Config) -> None:
             f"{_too_many(shards.lost, len(shards) + shards.lost, config)}; SHARD.broken.tsv beside each shard lists "
             f"them, such as {': '.join(filter(None, shards.bad[0]))}"
         )
+
+
+def order_digest(config: Config) -> str:
+    """What the order of samples depends on besides the seed: when it changes, positions mean other samples."""
+    digest = hashlib.sha256()
+    for pattern, weight in shard_sets(config.data):
+        digest.update(f"{weight} {open_shards(pattern, warn=False).sizes.tolist()}\n".encode())
+    return digest.hexdigest()
 
 
 class BadSamples:

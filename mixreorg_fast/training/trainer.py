@@ -25,7 +25,7 @@ from ..errors import RankError, UserError
 from ..files import write_json
 from ..models import Batch, MixReorg, weights
 from . import checkpoint, validation
-from .data import BadSamples, ready_shards
+from .data import BadSamples, order_digest, ready_shards
 from .distributed import World, import_deepspeed, initialise, mean_over_ranks, on_main
 from .guard import StepGuard
 from .metrics import MetricsLog
@@ -77,6 +77,9 @@ class Trainer:
         self.guard = StepGuard(config.train.spike, state.get("guard"))
         self._stage_0_norm = 0.0
         self._bad = BadSamples(config, world, self.step * config.train.batch)
+        self._order = order_digest(config)
+        if world.is_main and state.get("order", self._order) != self._order:
+            print("warning: data.shards are not what they were: from here on samples come in another order", flush=True)
         self._own_time, self._rank_times = Stopwatch(world.device), RankTimes(world, config.log.slow_rank)
 
         torch.manual_seed(config.seed)
@@ -332,6 +335,7 @@ class Trainer:
             "guard": self.guard.state(),
             "seed": self.config.seed,
             "batch": self.config.train.batch,
+            "order": self._order,
             "best": self.best,
         }
         return checkpoint.save(self.run_folder, self.step, self.engine, self.world, state, self.config.checkpoint.keep)

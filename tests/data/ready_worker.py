@@ -57,7 +57,7 @@ def main(folder: Path) -> None:
     # A rank whose shards are not those of the others is found out, on every rank.
     if world.rank == 1:
         os.environ["XDG_CACHE_HOME"] = str(folder / "other")
-        data.training_shards = lambda config: training_shards(
+        data.training_shards = lambda config, warn: training_shards(
             parse_config({"data": {"shards": str(sorted(folder.glob("*.tar"))[-1])}})
         )
     try:

@@ -25,7 +25,7 @@ from mixreorg_fast.data.shards import index_places
 from mixreorg_fast.data.sources import Pair
 from mixreorg_fast.data.verify import verify
 from mixreorg_fast.errors import UserError
-from mixreorg_fast.training.data import BadSamples, check_bad, ready_shards
+from mixreorg_fast.training.data import BadSamples, check_bad, order_digest, ready_shards
 from mixreorg_fast.training.distributed import World
 
 from .conftest import bomb, pairs, photo
@@ -213,6 +213,16 @@ class TestReady:
         write_shard(three / "0.tar", [Pair("worse", b"no", "jpg", ["x"]), *pairs(4)])
         ready_shards(config, HERE)
         assert training_shards(config).lost == 3
+
+    def test_what_changes_the_order_is_noticed(self, plain, three):
+        config = plain(str(three / "*.tar"))
+        unverified = order_digest(config)
+        ready_shards(config, HERE)
+        verified = order_digest(config)
+        (three / "1.tar").unlink()  # its index is still there, and so is its place
+        assert unverified != verified == order_digest(config)
+        (three / "1.tar.index").unlink()
+        assert order_digest(config) != verified
 
     def test_unless_it_is_off(self, plain, three):
         config = plain(str(three / "*.tar"), verify=False)
