@@ -2,6 +2,8 @@
 
 Its argument is a JSON file: a list of runs, one after the other, each ``{"config": {...}, "faults": {...}}``. A fault
 is ``name: step`` or, for those of one rank, ``name: [step, rank]``; steps count from 1.
+
+"full" pretends that the disk is full, "fill" fills the one that the run folder is on.
 """
 
 import errno
@@ -16,11 +18,13 @@ import torch
 
 from mixreorg_fast.config import parse_config
 from mixreorg_fast.errors import UserError, run_command
+from mixreorg_fast.models import MixReorg
 from mixreorg_fast.training import checkpoint
 from mixreorg_fast.training.trainer import Trainer, train
 from mixreorg_fast.training.watch import launchers
 
-prepared_batch, write_tensors = Trainer._batch, checkpoint.save_file
+prepared_batch, write_tensors, losses_of = Trainer._batch, checkpoint.save_file, MixReorg.losses
+BALLAST = "ballast"
 
 
 def inject(faults: dict) -> None:
@@ -30,8 +34,14 @@ def inject(faults: dict) -> None:
         step, rank = faults.get(name, (0, 0))
         return (trainer.step + 1, trainer.world.rank) == (step, rank)
 
+    step = 0
+
     def batch(trainer: Trainer, loaded):
-        time.sleep(faults.get("slow", 0))
+        nonlocal step
+        step = trainer.step + 1
+        seconds, rank = faults.get("slow", (0, 0))
+        if trainer.world.rank == rank:
+            time.sleep(seconds)
         if struck("kill", trainer):
             os.kill(os.getpid(), signal.SIGKILL)
         if struck("terminate", trainer):
@@ -45,9 +55,15 @@ def inject(faults: dict) -> None:
             out.images = out.images * torch.nan
         return out
 
+    def losses(*arguments) -> dict:
+        out = losses_of(*arguments)
+        return out | {"loss": out["loss"] * (1e6 if step in faults.get("spike", []) else 1.0)}
+
     def save_file(tensors: dict, path: Path) -> None:
+        if faults.get("fill") == step:
+            free = os.statvfs(path.parent)
+            (path.parents[3] / BALLAST).write_bytes(bytes(free.f_bavail * free.f_frsize - 60_000))
         write_tensors(tensors, path)
-        step = int(path.parent.name.split("_")[1].split(".")[0])
         if faults.get("kill_saving") == step:
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -55,7 +71,7 @@ def inject(faults: dict) -> None:
             os.truncate(path, path.stat().st_size // 2)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    Trainer._batch, checkpoint.save_file = batch, save_file
+    Trainer._batch, checkpoint.save_file, MixReorg.losses = batch, save_file, losses
 
 
 def main(path: str) -> None:
@@ -63,10 +79,12 @@ def main(path: str) -> None:
     *others, last = json.loads(Path(path).read_text())
     for run in others:
         inject(run["faults"])
+        config = parse_config(run["config"])
         try:
-            train(parse_config(run["config"]))
+            train(config)
         except UserError as error:
             print(f"refused: {error}", flush=True)
+        (config.run_folder.parent / BALLAST).unlink(missing_ok=True)
     inject(last["faults"])
     train(parse_config(last["config"]))
 

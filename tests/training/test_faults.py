@@ -1,4 +1,5 @@
-"""Faults while two ranks train: killed ranks and launchers, preemption, a full disk, a hung rank, losses that are NaN.
+"""Faults while two ranks train: killed ranks and launchers, preemption, a full disk, slow and hung ranks, losses that
+are NaN, gradients that leap.
 
 One run, hit by one fault after the other, ends with the very weights of a run that met none of them.
 """
@@ -86,25 +87,54 @@ def steps(run: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def reference(folder):
-    """A run whose fifth step is skipped; before it, one that is NaN from its third step on and one whose disk is
-    full; after it, one that hangs."""
-    code, output = finish(
-        start(
-            folder,
-            (config(folder, "nan"), {"nan": list(range(3, 9))}),
-            (config(folder, "full"), {"full": 4}),
-            (config(folder, "reference"), {"nan": [5]}),
-            (config(folder, "hung", timeout=6.0), {"hang": (3, 1)}),
-        )
-    )
+def small_disk(tmp_path_factory):
+    """A disk of 8 MB; None where none may be mounted."""
+    place = tmp_path_factory.mktemp("small_disk")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        yield None
+        return
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@pytest.fixture(scope="module")
+def reference(folder, small_disk):
+    """A run whose fifth step is skipped, and others in the same launch: one that is NaN from its third step on and
+    has a slow rank; one whose disk is full, in truth and not, and the same once more, with room; one whose gradients
+    leap when they have settled; one with accumulation and one without; last, one that hangs."""
+    nan = {"nan": [5]}
+    runs = [
+        (config(folder, "nan"), {"nan": list(range(3, 9)), "slow": [0.5, 1]}),
+        (config(folder, "full"), {"full": 4}),
+        (config(folder, "reference"), nan),
+        (config(folder, "spike", steps=SETTLED + 9), {"spike": [SETTLED + 1, *range(SETTLED + 3, SETTLED + 9)]}),
+        (config(folder, "whole", batch=32, steps=3), {}),
+        (config(folder, "cached", batch=32, steps=3, accumulation=4, grad_cache=True), {}),
+        (config(folder, "hung", timeout=6.0), {"hang": (3, 1)}),
+    ]
+    if small_disk is not None:
+        on_it = {**config(folder, "filled"), "output": str(small_disk)}
+        runs[1:1] = [(on_it, nan | {"fill": 4}), (on_it, nan)]
+    code, output = finish(start(folder, *runs))
     assert code == 1, output[-4000:]
     return folder / "runs" / "reference", output
 
 
+def reports_of(run: Path) -> dict[int, dict]:
+    return {line["step"]: line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    """Weights and moments after the last step are equal, bit for bit."""
+    for name in ("model.safetensors", checkpoint.OPTIMIZER):
+        ours, theirs = (load_file(r / "checkpoints" / f"step_{STEPS:08d}" / name) for r in (run, other))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
 def test_steps_that_are_nan_are_skipped_and_then_stop_the_run(folder, reference):
     run, output = reference
-    reports = {line["step"]: line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+    reports = reports_of(run)
     assert [reports[step]["skipped_steps"] for step in range(1, STEPS + 1)] == [0] * 4 + [1] * 4
     assert "loss" not in reports[5] and reports[6]["loss"] > 0
     (four, six) = (load_file(run / "checkpoints" / f"step_{step:08d}" / "model.safetensors") for step in (4, 6))
@@ -137,16 +167,15 @@ def test_a_run_survives_one_fault_after_the_other(folder, reference):
     assert code == 0 and steps(run) == [2, 4], output[-3000:]
     assert f"the same command goes on from {run / 'checkpoints' / 'step_00000004'}" in output
 
-    code, output = struck(kill_launcher=(5, 0), slow=0.7)  # the ranks notice within a second or two
+    code, output = struck(kill_launcher=(5, 0), slow=[0.7, 0])  # the ranks notice within a second or two
     assert code == -signal.SIGKILL and "stopped by SIGTERM" in output, output[-3000:]
     assert steps(run)[-1] < STEPS
 
     code, output = struck()
     assert code == 0, output[-3000:]
     assert not list(run.rglob("*.partial"))
-    for name in ("model.safetensors", checkpoint.OPTIMIZER):
-        ours, theirs = (load_file(r / "checkpoints" / f"step_{STEPS:08d}" / name) for r in (run, reference[0]))
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert_same_end(run, reference[0])
+    assert list(reports_of(run)) == list(range(1, STEPS + 1)) and (run / "losses.png").stat().st_size > 0
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(folder, reference):
@@ -156,6 +185,55 @@ def test_a_full_disk_leaves_the_checkpoint_before(folder, reference):
     assert "step_00000004 cannot be written (No space left on device)" in line and "step_00000002 is intact" in line
     assert steps(run) == [2] and checkpoint.read_state(checkpoint.complete(run)[0], {})["step"] == 2
     assert not list(run.rglob("*.partial"))
+
+
+def test_a_disk_that_is_full_in_truth(small_disk, reference):
+    """Refused, with the checkpoint before intact; with room again, the run goes on from it to the same end."""
+    if small_disk is None:
+        pytest.skip("mounting a small disk needs root")
+    run = small_disk / "filled"
+    lines = reference[1].splitlines()
+    (line,) = {line for line in lines if line.startswith("refused:") and str(run) in line}
+    assert "step_00000004 cannot be written" in line and "No space left on device" in line
+    assert "step_00000002 is intact" in line
+    assert f"resumed from {run / 'checkpoints' / 'step_00000002'} at step 2" in reference[1]
+    assert not list(run.rglob("*.partial"))
+    assert_same_end(run, reference[0])
+
+
+def test_leaps_of_the_gradient_are_skipped_and_then_stop_the_run(folder, reference):
+    run, first = folder / "runs" / "spike", SETTLED + 1
+    reports = reports_of(run)
+    assert [reports[first + i]["skipped_steps"] for i in range(-1, 4)] == [0, 1, 1, 2, 3]
+    assert reports[first]["grad_norm"] > 1e4 * reports[first - 1]["grad_norm"] and "loss" not in reports[first]
+    assert reports[first + 1]["loss"] < 2 * reports[first - 1]["loss"]
+    stop = first + 4  # the third in a row
+    assert f"step {stop}: gradient norm" in reference[1] and "skipped" in reference[1]
+    assert len(list((run / "skipped" / f"step_{stop:08d}").glob("*.safetensors"))) == 2
+    assert steps(run)[-1] == stop - 1 and list(reports)[-1] == stop - 1
+
+
+def test_heartbeat(reference):
+    beat = json.loads((reference[0] / "heartbeat.json").read_text())
+    assert beat["time"] > 1e9 and beat["pid"] > 1 and 0 <= beat["step"] <= STEPS and beat["place"]
+
+
+def test_a_slow_rank_is_named(folder, reference):
+    reports = reports_of(folder / "runs" / "nan")
+    for step in (3, 4):  # the first ones have more to wait for
+        times = reports[step]["rank_seconds"]
+        assert times["slowest"] == 1 and times["max"] > 0.5 and times["host"]
+        assert times["min"] <= times["mean"] <= times["max"]
+    assert "rank 1 on" in reference[1] and "more than the ranks' mean" in reference[1]
+
+
+def test_grad_cache_trains_as_one_big_batch(folder, reference):
+    """Two ranks: four micro-steps, or one. The random numbers are the same too."""
+    whole, cached = (reports_of(folder / "runs" / name) for name in ("whole", "cached"))
+    assert cached.keys() == whole.keys() == {1, 2, 3}
+    for name in ("loss", "loss_original", "loss_restored", "loss_mixed", "groups_used", "grad_norm", "temperature"):
+        assert cached[1][name] == pytest.approx(whole[1][name], rel=1e-5), name
+        assert cached[3][name] == pytest.approx(whole[3][name], rel=1e-2), name
 
 
 def test_a_hung_rank_is_named(reference):

@@ -81,6 +81,7 @@ def test_run_folder_holds_what_is_promised(run):
         "eval.json",
         "segmentation.png",
         "mixing.png",
+        "losses.png",
         "best/model.safetensors",
     ):
         assert (folder / name).stat().st_size > 0, name
@@ -95,6 +96,7 @@ def test_run_folder_holds_what_is_promised(run):
         *("samples", "lr", "grad_norm", "temperature", "images_per_s", "data_wait", "peak_memory_mb"),
     ):
         assert all(isinstance(line[key], (int, float)) for line in reports), key
+    assert all(0 < line["rank_seconds"]["min"] <= line["rank_seconds"]["max"] for line in reports)
     assert reports[-1]["samples"] == STEPS * 16
     assert [line["step"] for line in lines(folder) if "validation" in line] == [4]
 
