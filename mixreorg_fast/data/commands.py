@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or the output folder of img2dataset (webdataset)",
     )
     action.add_argument("--out", required=True, metavar="PATTERN", help="such as 'data/mine/train-{000000..}.tar'")
-    action.add_argument("--split", metavar="NAME", help="of a folder: only the photos that splits/NAME.txt lists")
+    action.add_argument("--split", metavar="NAME", help="only the photos that splits/NAME.txt lists, or NAME-*.parquet")
     action.add_argument("--image-column", metavar="NAME", help="of Parquet; default: image, image.bytes, jpg, bytes, …")
     action.add_argument("--caption-column", metavar="NAME", help="of Parquet; default: caption, text, TEXT, …")
     action.add_argument("--nouns", metavar="FILE", help="words and phrases, one per line, to find in the captions")

@@ -65,7 +65,8 @@ def open_source(
     captions.tsv holds photos.
 
     Args:
-        split: for a folder of photos, only those that ``splits/<split>.txt`` lists.
+        split: of a folder of photos, only those that ``splits/<split>.txt`` lists; of a folder of Parquet files, those
+            that are called ``<split>-*.parquet`` or lie in a folder of that name.
         image_column, caption_column: of Parquet files; None: the usual names are tried.
         workers: processes that look through img2dataset's tars.
 
@@ -74,14 +75,14 @@ def open_source(
     """
     path = Path(path).expanduser()
     kind = _kind(path)
-    if split is not None and kind != "folder":
-        raise UserError(f"--split {split}: only for a folder with captions.tsv; {path} is {_KINDS[kind]}")
+    if split is not None and kind == "img2dataset":
+        raise UserError(f"--split {split}: not for {path}, {_KINDS[kind]}, which has none")
     if (image_column or caption_column) and kind != "parquet":
         raise UserError(f"--image-column and --caption-column: only for Parquet files; {path} is {_KINDS[kind]}")
     if kind == "folder":
         return Folder.open(path, split)
     if kind == "parquet":
-        return Parquet.open(path, image_column, caption_column)
+        return Parquet.open(path, split, image_column, caption_column)
     return Img2dataset.open(path, workers)
 
 
@@ -239,9 +240,15 @@ class Parquet:
     left_out = ()
 
     @classmethod
-    def open(cls, path: Path, image: str | None, caption: str | None) -> Parquet:
+    def open(cls, path: Path, split: str | None, image: str | None, caption: str | None) -> Parquet:
         parquet = _pyarrow()
         files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+        if split is not None:
+            splits = {file: {file.stem.partition("-")[0], file.parent.name} for file in files}
+            files = [file for file in files if split in splits[file]]
+            if not files:
+                choices = sorted(set().union(*splits.values()) - {path.name})
+                raise UserError(f"{path}: no Parquet files of split '{split}'{nearest(split, choices)}")
         stretches = []
         for file in files:
             try:

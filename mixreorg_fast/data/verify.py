@@ -21,7 +21,7 @@ from .shards import Shard, captions_of, expand, indexed, open_shard, scan, write
 
 
 def verify(patterns: str | Sequence[str], *, workers: int = 1, progress: bool = True) -> Iterator[Shard]:
-    """Verify shards whether they were verified before or not, in `workers` processes.
+    """Verify shards whether they were verified before or not, in `workers` processes (four a GPU at most).
 
     Yields:
         the shards in order, as they are indexed now.
@@ -30,6 +30,8 @@ def verify(patterns: str | Sequence[str], *, workers: int = 1, progress: bool = 
         UserError: as :func:`~mixreorg_fast.data.shards.expand`; DALI is not installed.
     """
     paths = [path for path in expand(patterns) if path.is_file()]
+    if torch.cuda.is_available():  # each process has a context of its own there
+        workers = min(workers, 4 * torch.cuda.device_count())
     total = sum(path.stat().st_size for path in paths)
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not progress) as bar,
@@ -113,5 +115,7 @@ _decoder: Decoder | None = None
 def _own_decoder() -> Decoder:
     """This process's decoder: building one takes longer than a small shard."""
     global _decoder
-    _decoder = _decoder or Decoder(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"), 1)
+    if _decoder is None:
+        gpus = torch.cuda.device_count()
+        _decoder = Decoder(torch.device("cuda", os.getpid() % gpus) if gpus else torch.device("cpu"), 1)
     return _decoder

@@ -27,6 +27,7 @@ from mixreorg_fast.data.verify import verify
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.training.data import BadSamples, check_bad, order_digest, ready_shards
 from mixreorg_fast.training.distributed import World
+from mixreorg_fast.training.preparation import prepare
 
 from .conftest import bomb, pairs, photo
 
@@ -256,6 +257,11 @@ class TestReady:
         check_bad(opened, plain("x", max_bad=2 / 62))
         with pytest.raises(UserError, match=r"2 of 62 samples .* data\.max_bad 0\.032; SHARD\.broken\.tsv .*: bad1: "):
             check_bad(opened, plain("x", max_bad=0.032))
+        strict = plain(str(three / "*.tar")).model_copy(update={"output": str(three / "runs")})
+        strict = strict.model_copy(update={"train": strict.train.model_copy(update={"batch": 8})})
+        with pytest.raises(UserError, match=r"more than data\.max_bad 0\.01"):
+            prepare(strict, resuming=False)
+        assert not (three / "runs").exists()
 
 
 def test_two_ranks_share_the_work_and_the_account(tmp_path):

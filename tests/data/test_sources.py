@@ -100,6 +100,16 @@ class TestParquet:
         assert cli.main([*command, "--image-column", "picture", "--caption-column", "alt"]) == 0
         assert "wrote 1 samples" in capsys.readouterr().out
 
+    def test_splits_of_a_folder(self, tmp_path):
+        columns = {"image": [photo(0), photo(1)], "caption": ["a", "b"]}
+        for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+            table(tmp_path / "in" / f"{name}.parquet", columns)
+        built = build(tmp_path / "in", out(tmp_path), split="train", progress=False)
+        assert built.samples == 4 and all(key.startswith("train-0000") for key in contents(built.shards))
+        assert build(tmp_path / "in", out(tmp_path, "all"), progress=False).samples == 6
+        with pytest.raises(UserError, match=r"no Parquet files of split 'trian' \(did you mean 'train'\?\)"):
+            build(tmp_path / "in", out(tmp_path, "x"), split="trian", progress=False)
+
     def test_nothing_to_use(self, tmp_path):
         path = table(tmp_path / "a.parquet", {"image": [b"no"], "caption": ["x"]})
         with pytest.raises(UserError, match="none of 1 samples can be used: not a JPEG"):
@@ -156,7 +166,7 @@ class TestImg2dataset:
             build(downloaded, out(tmp_path), progress=False)
 
     def test_options_of_other_sources(self, downloaded, tmp_path):
-        with pytest.raises(UserError, match="--split x: only for a folder with captions.tsv"):
+        with pytest.raises(UserError, match="--split x: not for "):
             build(downloaded, out(tmp_path), split="x", progress=False)
         with pytest.raises(UserError, match="only for Parquet files"):
             build(downloaded, out(tmp_path), image_column="x", progress=False)
