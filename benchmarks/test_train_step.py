@@ -18,6 +18,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,12 +32,11 @@ from mixreorg_fast.ops.mixing import patch_blend_reference, patch_mix_reference
 from mixreorg_fast.training.optimisation import optimizer
 
 from . import harness, test_contrastive, test_grouping_attention, test_mixed_segmentation
-from .harness import DEVICE, ON_GPU, Case, Mode, Work, matrix
+from .harness import CPU_BF16, DEVICE, ON_GPU, Case, Mode, Work, matrix
 from .report import LARGEST_BATCH
 
 VOCABULARY = 49408
 CAPTIONS = (10, 22)  # tokens, start and end included: those of CC12M
-CPU_BF16 = not ON_GPU and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def configuration(method: str, dtype: torch.dtype, **changes) -> Config:
@@ -117,6 +117,11 @@ def padded_text(self: TextEncoder, ids: Tensor, dtype: torch.dtype, lengths: obj
     return self.norm(x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)])
 
 
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, lengths: None = None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+
+
 def random_plan(images: int, patches: int, group_size: int, *, device: torch.device, **_) -> ops.MixPlan:
     groups = images // group_size
     order = torch.rand(groups, group_size, patches, device=device).argsort(dim=1)
@@ -135,6 +140,8 @@ def random_drops(model: MixReorg, batch: Batch) -> Tensor | None:
 def reference() -> Iterator[None]:
     """The model without this package's ops: their benchmarks' eager lines instead."""
     eager = {
+        "attention": plain_attention,
+        "linear": F.linear,
         "patch_mix": lambda x, plan: patch_mix_reference(x, plan.source),
         "patch_restore": lambda x, plan: patch_mix_reference(x, plan.inverse),
         "patch_blend": lambda mixed, original, plan, alpha: patch_blend_reference(mixed, original, plan.source, alpha),
@@ -142,7 +149,7 @@ def reference() -> Iterator[None]:
             q, k, v, seed, return_assignment
         ),
         "contrastive_loss": lambda image, text, scale, **_: test_contrastive.eager(image, text, scale),
-        "mixed_segmentation_loss": test_mixed_segmentation.eager,
+        "mixed_segmentation_loss": lambda *inputs, **_: test_mixed_segmentation.eager(*inputs),
     }
     with contextlib.ExitStack() as stack:
         for name, function in eager.items():
@@ -198,6 +205,7 @@ class Counted(dict):
         with (
             mock.patch.dict("mixreorg_fast.ops.dispatch.PYTORCH_WINS", every),
             sdpa_kernel(SDPBackend.MATH),
+            mock.patch.object(ops, "linear", F.linear),  # the counter does not know oneDNN's
             FlopCounterMode(display=False) as counter,
         ):
             our_model(config)(batch)["loss"].backward()
