@@ -28,6 +28,7 @@ LIBRARIES = {
     "xformers": ("xformers", ("xformers",)),
     "DALI": ("nvidia.dali", ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")),
     "DeepSpeed": ("deepspeed", ("deepspeed",)),
+    "pyarrow": ("pyarrow", ("pyarrow",)),
     "transformers": ("transformers", ("transformers",)),
     "Gradio": ("gradio", ("gradio",)),
 }
