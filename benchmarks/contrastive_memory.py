@@ -2,6 +2,7 @@
 
     python -m benchmarks.contrastive_memory                  # a share of 512, global batches of 4,096 to 262,144
     python -m benchmarks.contrastive_memory --local 512 --ranks 512
+    python -m benchmarks.contrastive_memory --predict        # no measurement: the time model of docs/scaling.md
 
 Each case runs in a process of its own; memory is the rise of the resident set over the one with inputs in place (on a
 GPU: of allocated memory).
@@ -69,13 +70,37 @@ def _memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def predict(local: int, ranks: int, width: int, *, element: int = 2) -> dict:
+    """Bytes that a rank receives per step (gather, ring) and the time of its network and of its products.
+
+    A rank's link is NVLink within a node of 8 GPUs, else a 400 Gb/s card; products run at 400 TFLOP/s.
+    """
+    total, link, rate = local * ranks, 450e9 if ranks <= 8 else 50e9, 400e12
+    others, feature = total - local, width * element
+    gather = 2 * others * feature + 12 * others
+    ring = others * feature + 4 * total + others * (feature + 4) + 4 * total * width
+    product = 2 * local * total * width / rate
+    return {
+        "ranks": ranks,
+        "global": total,
+        "received_mb": [f"{x / 1e6:.3g}" for x in (gather, ring)],
+        "network_ms": [f"{x / link * 1e3:.2g}" for x in (gather, ring)],
+        "products_ms": [f"{x * product * 1e3:.2g}" for x in (2 + 4, 1 + 3)],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--local", type=int, default=512, help="samples of the rank")
     parser.add_argument("--ranks", type=int, help="default: 8, 64 and 512, one after the other")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--predict", action="store_true", help="print the time model instead")
     options = parser.parse_args()
+    if options.predict:
+        for ranks in [options.ranks] if options.ranks else (8, 64, 512):
+            print(json.dumps(predict(options.local, ranks, options.width)))
+        return
     if options.ranks:
         print(json.dumps(measure(options.local, options.ranks, options.width, getattr(torch, options.dtype))))
         return
