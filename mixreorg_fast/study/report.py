@@ -166,11 +166,11 @@ def curves_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path) ->
     }
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), constrained_layout=True)
     for variant, budget in dict.fromkeys((run.variant, run.budget) for run in runs):
-        logs = [read_metrics(run.folder) for run in runs if (run.variant, run.budget) == (variant, budget)]
+        logs = [_log(run) for run in runs if (run.variant, run.budget) == (variant, budget)]
         label = labels[variant] + (", equal time" if budget == "time" else "")
         for axis, name in zip(axes, panels.values(), strict=True):
             steps, means = _mean_curve(logs, name)
-            (line,) = axis.plot(steps, means, linewidth=1.2, label=label)
+            (line,) = axis.plot(steps, means, linewidth=1.2, marker="." if len(steps) < 12 else "", label=label)
             if not steps:  # keep the colours of the panels in step, but no empty entry in a legend
                 line.set_label("_")
     for axis, title in zip(axes, panels, strict=True):
@@ -182,6 +182,14 @@ def curves_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path) ->
     with saving(path), atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=80)
     pyplot.close(figure)
+
+
+def _log(run: Run) -> list[Row]:
+    """The run's measures, its final scores as the last validation."""
+    log = read_metrics(run.folder)
+    scores = json.loads((run.folder / "eval.json").read_text())
+    final = {name: score["mIoU"] for name, score in scores.items() if "mIoU" in score}
+    return [*log, {"step": log[-1]["step"], "validation": final}]
 
 
 def _mean_curve(logs: Sequence[Sequence[Row]], name: str) -> tuple[list[int], list[float]]:
