@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 import types
 
 import pytest
@@ -10,7 +11,7 @@ from mixreorg_fast.errors import UserError
 from mixreorg_fast.training.metrics import MetricsLog
 from mixreorg_fast.training.plots import draw_losses
 from mixreorg_fast.training.preparation import prepare
-from mixreorg_fast.training.timing import RankTimes
+from mixreorg_fast.training.timing import RankTimes, Stopwatch
 from tests.tiny import tiny_config
 
 pytest.importorskip("tensorboard")
@@ -112,3 +113,17 @@ def test_a_slow_rank_is_named_once(monkeypatch):
     assert remark(1.0, 2.0, 1.0) is None  # said already
     assert remark(1.0, 1.0, 1.0) is None and remark(1.0, 1.0, 1.0) is None
     assert remark(2.0, 1.0, 1.0) is None and "rank 0" in remark(2.0, 1.0, 1.0)
+
+
+def test_stopwatch(device):
+    watch = Stopwatch(device)
+    for _ in range(2):
+        watch.start()
+        watch.start()  # goes on
+        time.sleep(0.05)
+        watch.stop()
+        time.sleep(0.2)
+        watch.stop()  # has ended
+    assert 0.09 < watch.seconds() < 0.3
+    watch.restart()
+    assert watch.seconds() == 0
