@@ -36,13 +36,17 @@ def measure(benchmark, request: pytest.FixtureRequest):
 
 
 @pytest.fixture
-def record(request: pytest.FixtureRequest):
-    """``record(suite=…, op=…, …)``: a row that is no time."""
+def record(request: pytest.FixtureRequest, benchmark):
+    """``record(suite=…, op=…, …)``: a row that is no time. What it takes to find out runs once, ``once(function)``.
+
+    Only with pytest-benchmark's fixture does a test belong to ``--benchmark-only``.
+    """
 
     def add(**row: Any) -> None:
         stamped = {**row, "date": ledger.now(), "commit": ledger.commit()}
         request.config.stash[_rows].append({key: harness.rounded(value) for key, value in stamped.items()})
 
+    add.once = lambda function: benchmark.pedantic(function, rounds=1, iterations=1)
     return add
 
 

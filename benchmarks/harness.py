@@ -72,6 +72,7 @@ class Case:
             when not given; "triton" is the op with impl="triton"; others are further baselines.
         work: mode -> :class:`Work`. modes: those that exist for this op.
         bandwidth: the ceiling of ops bound by memory: "copy", or "write" for those that hardly read.
+        at: of one of several cases that show how the cost grows: with what, and how much of it.
     """
 
     op: str
@@ -84,6 +85,7 @@ class Case:
     dtype: torch.dtype = DTYPE
     bandwidth: Literal["copy", "write"] = "copy"
     suite: Literal["op", "step", "loader", "inference"] = "op"
+    at: tuple[str, float] | None = None
 
     def __str__(self) -> str:
         return f"{self.op}-{self.shape}".replace(" ", "-")
@@ -167,6 +169,8 @@ def run_case(benchmark: Any, case: Case, implementation: str, mode: Mode, graph:
         "date": now(),
         "commit": commit(),
     }
+    if case.at is not None:
+        row["axis"], row["at"] = case.at
     row = {key: rounded(value) for key, value in row.items()}
     benchmark.group = f"{case} {mode}{' graph' if graph else ''}"
     benchmark.extra_info.update(row)

@@ -12,14 +12,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mixreorg_fast.ledger import between_markers
+from mixreorg_fast.ledger import between_markers, file_stem
 from mixreorg_fast.study.report import PAGE as RESULTS_PAGE
 from mixreorg_fast.study.report import write_page
 
+from . import figures
+
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
-SUITES = ("op", "inference", "step", "loader")  # that have a table here
-LARGEST_BATCH = "largest batch"
+PROFILE, CURVES = "profile", "curves"
+SUITES = ("op", "inference", "step", "loader", PROFILE, CURVES)  # that have a table here
+LARGEST_BATCH, WAITING = "largest batch", "waiting for data"
 Row = Mapping[str, Any]
 
 
@@ -46,14 +49,37 @@ def device_section(file: Mapping[str, Any]) -> str:
         f"ceilings: copy {file['copy_gb_per_s']:.0f} GB/s, write {file['write_gb_per_s']:.0f} GB/s, matrix products "
         f"{file['matmul_bf16_tflop_per_s']:.3g} TFLOP/s in bf16, {file['matmul_fp32_tflop_per_s']:.3g} in fp32.",
     ]
-    for op in dict.fromkeys(row["op"] for row in rows):
+    losses = [row for row in rows if row["suite"] == CURVES]
+    for op in dict.fromkeys(row["op"] for row in rows if row["suite"] != CURVES):
         of_op = [row for row in rows if row["op"] == op]
         if op == LARGEST_BATCH:
             table = largest_batches(of_op)
+        elif op == WAITING:
+            table = waiting_table(of_op, rows)
+        elif of_op[0]["suite"] == PROFILE:
+            table = profile_table(op, of_op)
         else:
             table = (throughput_table if of_op[0]["mode"] == "step" else op_table)(op, of_op)
         lines += ["", *table]
+        if "axis" in of_op[0]:
+            lines += ["", f"![{figures.GROWTH[of_op[0]['axis']]}](images/{figure_name(file, of_op[0]['axis'])})"]
+    if losses:
+        lines += ["", *gap_table(losses), "", f"![loss curves](images/{figure_name(file, 'losses')})"]
     return "\n".join(lines)
+
+
+def figure_name(file: Mapping[str, Any], what: str) -> str:
+    return f"step_{what.replace(' ', '_')}_{file_stem(file['device'])}.png"
+
+
+def draw(results: Path, images: Path) -> None:
+    """Every figure that the tables show."""
+    for file in _files(results, SUITES):
+        rows = file["rows"]
+        for axis in dict.fromkeys(row["axis"] for row in rows if "axis" in row):
+            figures.growth([row for row in rows if row.get("axis") == axis], images / figure_name(file, axis))
+        if losses := [row for row in rows if row["suite"] == CURVES]:
+            figures.losses(losses, images / figure_name(file, "losses"))
 
 
 def op_table(op: str, rows: Sequence[Row]) -> list[str]:
@@ -104,6 +130,72 @@ def largest_batches(rows: Sequence[Row]) -> list[str]:
     return lines + [f"| {row['shape']} | {row['dtype']} | {row['images']} | {megabytes(row)} |" for row in rows]
 
 
+def waiting_table(rows: Sequence[Row], others: Sequence[Row]) -> list[str]:
+    """What a training waits, and the loader alone against the fastest step that it has to feed."""
+    lines = [
+        f"**{WAITING}**",
+        "",
+        "| training | dtype | images/s | waiting | loader alone | step alone | ratio |",
+    ]
+    lines.append("|" + "---|" * 7)
+    alone = max((row["images_per_s"] for row in others if row["op"] == "loader"), default=None)
+    for row in rows:
+        steps = [r for r in others if r["op"] == "mixreorg step" and r["dtype"] == row["dtype"]]
+        step = max((r["images_per_s"] for r in steps if r["implementation"] == "ours"), default=None)
+        cells = [row["shape"], row["dtype"], f"{row['images_per_s']:.4g}", f"{row['waiting']:.1%}"]
+        cells += [f"{rate:.4g}" if rate else "–" for rate in (alone, step)]
+        cells.append(f"{alone / step:.1f}×" if alone and step else "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def profile_table(op: str, rows: Sequence[Row]) -> list[str]:
+    """A line per implementation and family of operations; `floor` is the least time for its bytes or operations."""
+    head = ["implementation", "family", "ms", "share", "GFLOP", "GB", "floor ms", "of the limit"]
+    shapes = ", ".join(dict.fromkeys(f"{row['shape']} {row['dtype']}" for row in rows))
+    lines = [f"**{op}** ({shapes})", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3g}"
+
+    def line(name: str, of: str, ms: float, part: float, *counted: float | None) -> str:
+        floor = counted[-1]
+        cells = [name, of, f"{ms:.3g}", f"{part:.1%}", *map(number, counted)]
+        return f"| {' | '.join(cells)} | {'–' if floor is None else f'{floor / ms:.0%}'} |"
+
+    counts = ("gflop", "gbyte", "floor_ms")
+    for name in dict.fromkeys(row["implementation"] for row in rows):
+        mine = [row for row in rows if row["implementation"] == name]
+        for row in mine:
+            lines.append(line(name, row["family"], row["ms"], row["share"], *(row[count] for count in counts)))
+        counted = [None if mine[0][count] is None else sum(row[count] for row in mine) for count in counts]
+        lines.append(line(name, "the step, by the clock", mine[0]["step_ms"], 1.0, *counted))
+    return lines
+
+
+def gap(first: Sequence[float], second: Sequence[float]) -> float:
+    """Root mean square of the difference of two loss curves."""
+    return (sum((a - b) ** 2 for a, b in zip(first, second, strict=True)) / len(first)) ** 0.5
+
+
+def gap_table(rows: Sequence[Row]) -> list[str]:
+    """How far apart ours and the baseline's losses lie, against the baseline's own in bf16 and in fp32."""
+    head = ["losses", "shape", "steps", "between", "gap"]
+    lines = ["**loss curves**", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        curves = {(row["implementation"], row["dtype"]): row for row in rows if row["op"] == op}
+        (name,) = {of for of, _ in curves} - {"ours"}
+        pairs = [(("ours", dtype), (name, dtype)) for dtype in ("float32", "bfloat16")]
+        pairs.append(((name, "bfloat16"), (name, "float32")))
+        for pair in pairs:
+            if all(key in curves for key in pair):
+                a, b = (curves[key] for key in pair)
+                between = " and ".join(f"{of} in {dtype}" for of, dtype in pair)
+                cells = [op, a["shape"], len(a["losses"]), between, f"{gap(a['losses'], b['losses']):.2g}"]
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
 def milliseconds(row: Row | None) -> str:
     """Median with the 20th and 80th percentile."""
     return f"{row['median_ms']:.3g} ({row['p20_ms']:.3g}–{row['p80_ms']:.3g})" if row else "–"
@@ -130,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     new = between_markers(old, tables())
     if not check:
         page.write_text(new)
+        draw(HERE / "results", DOCS / "images")
     changed = [page.name] * (new != old) + [RESULTS_PAGE] * write_page(HERE / "results", DOCS, check=check)
     if check and changed:
         print(f"docs: {', '.join(changed)}: not what benchmarks/results/ says; run python -m benchmarks.report")

@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -17,8 +18,11 @@ from PIL import Image
 
 from mixreorg_fast.config import Config, parse_config
 from mixreorg_fast.data.build import Pair, write_shard
+from mixreorg_fast.models import Batch
 
-from .harness import ON_GPU, Case, Work, matrix
+from . import test_train_step
+from .harness import DEVICE, DTYPE, ON_GPU, Case, Work, matrix, synchronized_time
+from .report import WAITING
 
 pytest.importorskip("nvidia.dali", reason="needs DALI")
 BATCH, SHARDS, PHOTOS = (512, 8, 512) if ON_GPU else (64, 2, 64)  # images a batch, shards, photos in each
@@ -66,6 +70,42 @@ def batches() -> Iterator:
 
 def next_batch() -> torch.Tensor:
     return next(batches()).images
+
+
+def test_waiting(record):
+    """The share of a training's time that it waits for data; the loader prepares batches while the step computes."""
+    images, steps = (512, 30) if ON_GPU else (8, 6)
+    config = test_train_step.configuration("mixreorg", DTYPE)
+
+    def train() -> tuple[float, float]:
+        from mixreorg_fast.data.loader import TrainLoader, tokenizer_for
+
+        data, folder = configuration()
+        step = test_train_step.ours(config)
+        with (
+            mock.patch.dict(os.environ, XDG_CACHE_HOME=folder.name),
+            TrainLoader(data, tokenizer_for(data), micro_batch=images) as loader,
+        ):
+            waited = 0.0
+            for number in range(steps + 3):
+                if number == 3:  # compiled and warm
+                    start, waited = synchronized_time(), 0.0
+                before = time.perf_counter()
+                batch = next(loader)
+                waited += time.perf_counter() - before
+                step(Batch(batch.images, batch.ids, batch.lengths, torch.tensor(number, device=DEVICE)))
+            return waited, synchronized_time() - start
+
+    waited, seconds = record.once(train)
+    record(
+        suite="loader",
+        op=WAITING,
+        shape=f"mixreorg {images}x3x224²",
+        dtype=str(DTYPE).removeprefix("torch."),
+        implementation="ours",
+        images_per_s=images * steps / seconds,
+        waiting=waited / seconds,
+    )
 
 
 CASE = Case(

@@ -4,7 +4,7 @@ Implementations, all with the same weights' shapes, images, captions and fused o
 
 - **eager**: the same network in plain PyTorch: SDPA, branches concatenated, captions padded to their 77 tokens, each op
   as its own benchmark's eager line, noise from PyTorch's generator. **compiled**: that under torch.compile.
-- **ours**: what trains here, the defaults for this device.
+- **ours**: what trains here, the defaults for this device; **ours in CUDA graphs**: that with every block in one.
 - **huggingface**: transformers' ``GroupViTModel`` with the same weights, in ``method: groupvit`` alone.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from unittest import mock
@@ -26,8 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from mixreorg_fast import ops
 from mixreorg_fast.config import Config, parse_config
 from mixreorg_fast.models import Batch, MixReorg
+from mixreorg_fast.models.convert import save_huggingface
 from mixreorg_fast.models.encoders import TextEncoder
-from mixreorg_fast.models.interop import to_foreign
+from mixreorg_fast.models.layers import call
 from mixreorg_fast.ops.mixing import patch_blend_reference, patch_mix_reference
 from mixreorg_fast.training.optimisation import optimizer
 
@@ -39,15 +41,28 @@ VOCABULARY = 49408
 CAPTIONS = (10, 22)  # tokens, start and end included: those of CC12M
 
 
+# Of a model for cases of many steps, or of many sizes, on a CPU: every part of GroupViT-S, narrower and shallower.
+SMALL = {
+    "width": 96,
+    "heads": 3,
+    "depths": [3, 1, 1],
+    "groups": [16, 4],
+    "embed_dim": 64,
+    "projection_hidden": 256,
+    "text": {"vocab_size": VOCABULARY, "width": 64, "heads": 2, "layers": 2},
+}
+
+
 def configuration(method: str, dtype: torch.dtype, **changes) -> Config:
-    """GroupViT-S; `changes`: image_size, group_size, checkpoint."""
+    """GroupViT-S; `changes`: image_size, group_size, checkpoint, and `small` for a model for a CPU."""
+    sizes = SMALL if changes.get("small") else {"text": {"vocab_size": VOCABULARY}}
     return parse_config(
         {
             "model": {
+                **sizes,
                 "method": method,
                 "image_size": changes.get("image_size", 224),
                 "drop_path": 0.0 if method == "groupvit" else 0.1,  # Hugging Face has none
-                "text": {"vocab_size": VOCABULARY},
             },
             "mixing": {"group_size": changes.get("group_size", 4)},
             "train": {
@@ -74,27 +89,46 @@ def our_model(config: Config) -> MixReorg:
     return MixReorg(config).to(DEVICE).train()
 
 
-def stepping(loss: Callable[[Batch], Tensor], model: nn.Module, config: Config) -> Callable[[Batch], None]:
+Step = Callable[[Batch], Tensor]  # one optimizer step; its loss
+
+
+def stepping(loss: Callable[[Batch], Tensor], model: nn.Module, config: Config) -> Step:
     adam = optimizer(model, config)
 
-    def step(batch: Batch) -> None:
+    def step(batch: Batch) -> Tensor:
         adam.zero_grad()
-        loss(batch).backward()
+        value = loss(batch)
+        value.backward()
         adam.step()
+        return value.detach()
 
     return step
 
 
-def ours(config: Config) -> Callable[[Batch], None]:
+def ours(config: Config) -> Step:
     model = our_model(config)
     return stepping(lambda batch: model(batch)["loss"], model, config)
 
 
-def huggingface(config: Config) -> Callable[[Batch], None]:
+def ours_in_graphs(config: Config) -> Step:
+    """Every block of ours in a CUDA graph of its own."""
+    step, graphed = ours(config), torch.compile(call, fullgraph=True, mode="reduce-overhead")
+
+    def within(batch: Batch) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        with mock.patch("mixreorg_fast.models.mixreorg.compiled_call", lambda: graphed):
+            return step(batch)
+
+    return within
+
+
+def huggingface(config: Config) -> Step:
     transformers = pytest.importorskip("transformers", reason="needs the Hugging Face extra")
-    model = transformers.GroupViTModel(transformers.GroupViTConfig()).to(DEVICE).train()
-    state = our_model(config).backbone.state_dict()
-    model.load_state_dict(to_foreign(state | {"logit_scale": state["logit_scale"].reshape(())}, "huggingface"))
+    backbone = our_model(config).backbone
+    state = backbone.state_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        save_huggingface(backbone, folder, state | {"logit_scale": state["logit_scale"].reshape(())})
+        model = transformers.GroupViTModel.from_pretrained(folder).to(DEVICE).train()
     half = config.train.precision == "bf16"
 
     def loss(batch: Batch) -> Tensor:
@@ -137,8 +171,10 @@ def random_drops(model: MixReorg, batch: Batch) -> Tensor | None:
 
 
 @contextlib.contextmanager
-def reference() -> Iterator[None]:
-    """The model without this package's ops: their benchmarks' eager lines instead."""
+def reference(same_draws: bool = False) -> Iterator[None]:
+    """The model without this package's ops: their benchmarks' eager lines instead; `same_draws`: but with this
+    package's random numbers, where losses are to be compared."""
+    drawn = functools.partial(ops.grouping_attention, impl="torch")
     eager = {
         "attention": plain_attention,
         "linear": F.linear,
@@ -154,36 +190,40 @@ def reference() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, function in eager.items():
             stack.enter_context(mock.patch.object(ops, name, function))
-        stack.enter_context(mock.patch.object(ops.MixPlan, "sample", random_plan))
-        stack.enter_context(mock.patch.object(MixReorg, "_drops", random_drops))
+        if same_draws:
+            stack.enter_context(mock.patch.object(ops, "grouping_attention", drawn))
+        else:
+            stack.enter_context(mock.patch.object(ops.MixPlan, "sample", random_plan))
+            stack.enter_context(mock.patch.object(MixReorg, "_drops", random_drops))
         stack.enter_context(mock.patch.object(TextEncoder, "forward", padded_text))
         yield
 
 
-def eager(config: Config, compiled: bool = False) -> Callable[[Batch], None]:
+def eager(config: Config, compiled: bool = False, same_draws: bool = False) -> Step:
     config = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
     model = our_model(config)
     run = torch.compile(model, dynamic=False) if compiled else model
     step = stepping(lambda batch: run(batch)["loss"], model, config)
 
-    def within(batch: Batch) -> None:
-        with reference():
+    def within(batch: Batch) -> Tensor:
+        with reference(same_draws):
             # Padded lengths are the same in every batch: nothing to compile anew.
-            step(replace(batch, lengths=[batch.ids.shape[1]] * len(batch.ids)))
+            return step(replace(batch, lengths=[batch.ids.shape[1]] * len(batch.ids)))
 
     return within
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Config], Callable[[Batch], None]]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Config], Step]] = {
     "eager": eager,
     "compiled": functools.partial(eager, compiled=True),
     "ours": ours,
+    "ours in CUDA graphs": ours_in_graphs,
     "huggingface": huggingface,
 }
 
 
 @functools.lru_cache(maxsize=1)  # one model in memory at a time
-def built(name: str, method: str, dtype: torch.dtype, changes: tuple) -> Callable[[Batch], None]:
+def built(name: str, method: str, dtype: torch.dtype, changes: tuple) -> Step:
     return IMPLEMENTATIONS[name](configuration(method, dtype, **dict(changes)))
 
 
@@ -218,6 +258,7 @@ def make_case(
     names: tuple[str, ...],
     captions: tuple[int, int] = CAPTIONS,
     dtype: torch.dtype = harness.DTYPE,
+    at: tuple[str, float] | None = None,
     **changes,
 ) -> Case:
     config = configuration(method, dtype, **changes)
@@ -225,12 +266,14 @@ def make_case(
     def run(batch: Batch, name: str) -> None:
         built(name, method, dtype, tuple(changes.items()))(batch)
 
+    small = "small " if changes.get("small") else ""
     group = f" K={config.mixing.group_size}" if method == "mixreorg" else ""
     recomputing = " recomputing" if config.train.checkpoint_activations else ""
     return Case(
         suite="step",
-        op=f"{method} step",
-        shape=f"{images}x3x{config.model.image_size}²{group} captions {captions[0]}-{captions[1]}{recomputing}",
+        op=f"{method} step" if at is None else f"{method} step by {at[0]}",
+        at=at,
+        shape=f"{small}{images}x3x{config.model.image_size}²{group} captions {captions[0]}-{captions[1]}{recomputing}",
         batch=images,
         dtype=dtype,
         inputs=lambda generator: (random_batch(config, images, captions, generator),),
@@ -248,21 +291,39 @@ def cases() -> list[Case]:
             *half,
             make_case("mixreorg", 4, ("eager", "ours")),
         ]
-    alone = functools.partial(make_case, "mixreorg", names=("ours",))
     return [
-        make_case("mixreorg", 512, ("eager", "compiled", "ours")),
-        make_case("groupvit", 512, ("eager", "compiled", "ours", "huggingface")),
-        alone(512, checkpoint=True),
-        # How the cost grows with the batch, the resolution, the mixing group and the captions.
-        *(alone(images) for images in (64, 128, 256, 1024, 2048, 4096)),
-        *(alone(256, image_size=side) for side in (320, 448)),
-        *(alone(512, group_size=size) for size in (2, 8, 16)),
-        *(alone(512, captions=(length, length)) for length in (10, 20, 40, 77)),
+        make_case("mixreorg", 512, ("eager", "compiled", "ours", "ours in CUDA graphs")),
+        make_case("groupvit", 512, ("eager", "compiled", "ours", "ours in CUDA graphs", "huggingface")),
+        make_case("mixreorg", 512, ("ours",), checkpoint=True),
+    ]
+
+
+def growth_cases() -> list[Case]:
+    """How the cost grows with the batch, the resolution, the mixing group and the captions; on a CPU of the small
+    model."""
+    case = functools.partial(make_case, "mixreorg", names=("ours",))
+    if ON_GPU:
+        batches, sides, images = (64, 128, 256, 512, 1024, 2048, 4096), (224, 320, 448), 512
+    else:
+        case = functools.partial(case, small=True)
+        batches, sides, images = (16, 32, 64, 128), (64, 96, 128, 192), 32
+    # The largest pictures need a quarter of the batch; a CPU's are small for all but the resolution.
+    size = {} if ON_GPU else {"image_size": 64}
+    return [
+        *(case(number, at=("batch", number), **size) for number in batches),
+        *(case(images // 4, at=("resolution", side), image_size=side) for side in sides),
+        *(case(images, at=("group size", number), group_size=number, **size) for number in (2, 4, 8, 16)),
+        *(case(images, at=("caption length", n), captions=(n, n), **size) for n in (10, 20, 40, 77)),
     ]
 
 
 @matrix(cases())
 def test_train_step(measure, case, implementation, mode, graph):
+    measure(case, implementation, mode, graph)
+
+
+@matrix(growth_cases())
+def test_growth(measure, case, implementation, mode, graph):
     measure(case, implementation, mode, graph)
 
 
@@ -285,13 +346,17 @@ def test_largest_batch(record, method, checkpoint):
             return None
         return torch.cuda.max_memory_allocated() / 2**20
 
-    fits, peak, unit = 0, None, 64
-    while (found := peak_mb(fits + unit)) is not None:
-        fits, peak, unit = fits + unit, found, max(unit, fits + unit)
-    while unit > max(4, fits // 16):
-        unit //= 2
-        if (found := peak_mb(fits + unit)) is not None:
-            fits, peak = fits + unit, found
+    def search() -> tuple[int, float | None]:
+        fits, peak, unit = 0, None, 64
+        while (found := peak_mb(fits + unit)) is not None:
+            fits, peak, unit = fits + unit, found, max(unit, fits + unit)
+        while unit > max(4, fits // 16):
+            unit //= 2
+            if (found := peak_mb(fits + unit)) is not None:
+                fits, peak = fits + unit, found
+        return fits, peak
+
+    fits, peak = record.once(search)
     if not fits:
         pytest.skip("not even 64 images fit")
     record(

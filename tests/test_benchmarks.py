@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
-from benchmarks import harness, report
+from benchmarks import figures, harness, report
+from benchmarks import test_curves as curves
+from benchmarks import test_profile as profile
+from benchmarks import test_train_step as train_step
 from benchmarks.harness import Case, Work
 from mixreorg_fast.ledger import BEGIN, END, between_markers
 
+TINY = {"small": True, "image_size": 32}
+CONFIG = train_step.configuration("mixreorg", torch.float32, **TINY)
 HEADER = {
     "device": "Some GPU (80 GB)",
     "date": "2026-01-02T03:04:05+00:00",
@@ -95,3 +101,93 @@ def test_calls_rotate_through_the_input_sets_and_time_what_they_say():
         seen.clear()
         assert call() == (torch.tensor(3.0),)
         assert len(seen) == forwards
+
+
+def test_figures_and_gaps(tmp_path):
+    growing = [
+        {**row("mixreorg step by batch", "ours", suite="step"), "mode": "step", "axis": "batch", "at": at}
+        | {"images_per_s": 100.0, "shape": f"{at} images"}
+        for at in (8, 16)
+    ]
+    losses = [
+        {**row("mixreorg loss", name, suite="curves"), "dtype": dtype, "losses": [2.0, 1.0 + shift]}
+        for name, dtype, shift in (("eager", "float32", 0), ("eager", "bfloat16", 0.2), ("ours", "float32", 0.1))
+    ]
+    harness.write_results([*growing, *losses], HEADER, tmp_path)
+    text = report.tables(tmp_path)
+    report.draw(tmp_path, tmp_path)
+    for what in ("batch", "losses"):
+        name = f"step_{what}_some_gpu_80_gb.png"
+        assert f"(images/{name})" in text
+        assert 0 < (tmp_path / name).stat().st_size < 100_000
+    assert "| mixreorg loss | 8x9x10 | 2 | ours in float32 and eager in float32 | 0.071 |" in text
+    assert "| mixreorg loss | 8x9x10 | 2 | eager in bfloat16 and eager in float32 | 0.14 |" in text
+    assert figures.expected("resolution", [1, 2], [3.0, 8.0]) == [2.0, 8.0]
+    assert figures.expected("caption length", [1, 2, 3], [1.0, 9.0, 3.0]) == [1.0, 2.0, 3.0]
+    assert figures.expected("batch", [1, 2, 3], [1.0, 9.0, 3.0]) == [3.0] * 3
+
+
+def test_profile_and_waiting_tables(tmp_path):
+    part = {"gflop": 6.0, "gbyte": 0.1, "floor_ms": 1.0, "step_ms": 5.0, "commit": "abc"}
+    families = [
+        {**part, "suite": "profile", "op": "mixreorg step, by family", "shape": "4", "dtype": "float32"}
+        | {"implementation": "ours", "family": family, "ms": 2.0, "share": 0.5}
+        for family in ("attention", "optimizer")
+    ]
+    step = {**row("mixreorg step", "ours", suite="step"), "mode": "step", "images_per_s": 100.0}
+    loader = {**row("loader", "ours", suite="loader"), "mode": "step", "images_per_s": 250.0}
+    waiting = {**loader, "op": "waiting for data", "waiting": 0.0123, "images_per_s": 99.0}
+    harness.write_results([*families, step, loader, waiting], HEADER, tmp_path)
+    text = report.tables(tmp_path)
+    assert "| ours | attention | 2 | 50.0% | 6 | 0.1 | 1 | 50% |" in text
+    assert "| ours | the step, by the clock | 5 | 100.0% | 12 | 0.2 | 2 | 40% |" in text
+    assert "| 8x9x10 | bfloat16 | 99 | 1.2% | 250 | 100 | 2.5× |" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("_grouping_forward_kernel", "fused ops"),
+        ("mixreorg::patch_mix", "fused ops"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<...>", "attention"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matrix products"),
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNT", "matrix products"),
+        ("mkldnn::_linear_pointwise", "matrix products"),
+        ("aten::mm", "matrix products"),
+        ("aten::native_layer_norm_backward", "normalisation"),
+        ("void at::native::multi_tensor_apply_kernel<...>", "optimizer"),
+        ("aten::_fused_adamw_", "optimizer"),
+        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "collectives"),
+        ("aten::copy_", "copies and indexing"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies and indexing"),
+        ("aten::gelu_backward", "elementwise and sums"),
+        ("triton_poi_fused_gelu_3", "elementwise and sums"),
+        ("autograd::engine::evaluate_function: AddmmBackward0", "host and other"),
+    ],
+)
+def test_families_of_operations(name, family):
+    assert profile.family(name) == family
+
+
+def test_a_profile_of_both_steps():
+    found = [row for name in ("eager", "ours") for row in profile.rows("mixreorg", name, 4, steps=1, **TINY)]
+    ours = {row["family"]: row for row in found if row["implementation"] == "ours"}
+    assert {"attention", "matrix products", "normalisation", "optimizer"} <= ours.keys()
+    for row in ours.values():
+        assert row["ms"] > 0 and row["floor_ms"] >= 0
+    assert sum(row["share"] for row in ours.values()) == pytest.approx(1.0)
+    batch = train_step.random_batch(CONFIG, 4, (5, 5), torch.Generator(harness.DEVICE).manual_seed(0))
+    total = sum(profile.count(CONFIG, batch).flops.values())
+    # Backward of attention computes the logits once more than the counter's way without flash attention.
+    counted = train_step.Counted(CONFIG, 8, (5, 5))["step"].flops / 2
+    assert total == pytest.approx(counted, rel=0.1)
+
+
+def test_losses_of_all_implementations_agree(monkeypatch):
+    monkeypatch.setattr(curves, "SIZES", TINY)
+    monkeypatch.setattr(curves, "IMAGES", 4)
+    for method, baseline in curves.BASELINES.items():
+        first, second = (curves.losses(method, name, torch.float32, steps=3) for name in (baseline, "ours"))
+        assert first == pytest.approx(second, rel=1e-4)
+        assert len(set(first)) == 3
