@@ -104,13 +104,15 @@ def reference(folder, small_disk):
     has a slow rank; one whose disk is full, in truth and not, and the same once more, with room; one whose gradients
     leap when they have settled; one with accumulation and one without; last, one that hangs."""
     nan = {"nan": [5]}
+    cached = config(folder, "cached", batch=32, steps=3, accumulation=4, grad_cache=True)
+    cached["deepspeed"]["zero_stage"] = 3  # which plans ahead of the order that modules run in
     runs = [
         (config(folder, "nan"), {"nan": list(range(3, 9)), "slow": [0.5, 1]}),
         (config(folder, "full"), {"full": 4}),
         (config(folder, "reference"), nan),
         (config(folder, "spike", steps=SETTLED + 9), {"spike": [SETTLED + 1, *range(SETTLED + 3, SETTLED + 9)]}),
         (config(folder, "whole", batch=32, steps=3), {}),
-        (config(folder, "cached", batch=32, steps=3, accumulation=4, grad_cache=True), {}),
+        (cached, {}),
         (config(folder, "hung", timeout=6.0), {"hang": (3, 1)}),
     ]
     if small_disk is not None:
