@@ -25,6 +25,7 @@ from .distributed import World, mean_over_ranks, on_main
 
 # Seconds between exchanges while the ranks work on shards: far below the half hour after which collectives give up.
 SLICE = 5.0
+NETWORK_DISK = 65.0
 
 
 def ready_shards(config: Config, world: World) -> None:
@@ -44,10 +45,12 @@ def ready_shards(config: Config, world: World) -> None:
     local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     # First all ranks together. What a node does not see then lies on disks of its own: its ranks do that.
     for rank, size in ((world.rank, world.size), local):
-        todo = [path for path in paths if path.is_file() and not is_ready(path, verified=config.data.verify)]
-        mine = todo[rank::size]
+        mine = _unready(paths, config)[rank::size]
         work = _verify(mine, config, world) if config.data.verify else _index(mine)
-        _work_together(work, mine, world)
+        if not _work_together(work, mine, world):
+            break
+        if world.size > local[1]:
+            _wait_for_files(paths, config)
     _compare(training_shards(config, warn=False), world)
 
 
@@ -133,6 +136,17 @@ def _too_many(bad: int, total: int, config: Config) -> str:
     return f"{bad} of {total} samples of data.shards cannot be used, more than data.max_bad {config.data.max_bad:g}"
 
 
+def _unready(paths: Sequence[Path], config: Config) -> list[Path]:
+    return [path for path in paths if path.is_file() and not is_ready(path, verified=config.data.verify)]
+
+
+def _wait_for_files(paths: Sequence[Path], config: Config) -> None:
+    """Give what other nodes wrote to a network disk time to appear: its clients look again after a minute at most."""
+    until = time.monotonic() + NETWORK_DISK
+    while _unready(paths, config) and time.monotonic() < until:
+        time.sleep(1)
+
+
 def _verify(paths: Sequence[Path], config: Config, world: World) -> Iterator[int]:
     """Verify shards one after the other; yields bytes read, often."""
     decoder = Decoder(world.device, config.data.threads) if paths else None
@@ -147,15 +161,18 @@ def _index(paths: Sequence[Path]) -> Iterator[int]:
         yield path.stat().st_size
 
 
-def _work_together(work: Iterator[int], paths: Sequence[Path], world: World) -> None:
+def _work_together(work: Iterator[int], paths: Sequence[Path], world: World) -> bool:
     """Go through this rank's `work` until every rank is through with its own, and show how far all are.
+
+    Returns:
+        whether any rank had something to do.
 
     Raises:
         UserError: of any rank, on all of them.
     """
     (total,) = _sum([sum(path.stat().st_size for path in paths)], world)
     if not total:
-        return
+        return False
     error, finished = None, False
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not world.is_main) as bar:
         while True:
@@ -173,6 +190,7 @@ def _work_together(work: Iterator[int], paths: Sequence[Path], world: World) -> 
                 break
     if failed:
         raise UserError(next(filter(None, _gathered(error, world))))
+    return True
 
 
 def _compare(shards: ShardSet, world: World) -> None:
