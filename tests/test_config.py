@@ -29,6 +29,17 @@ def test_defaults_are_the_paper_scale():
     assert config.train.precision == "bf16"
 
 
+@pytest.mark.parametrize("path", [p for p in sorted(CONFIGS.glob("*.json")) if p.stem != "study"], ids=lambda p: p.stem)
+def test_shipped_configurations(path):
+    config = load_config(path)
+    assert config.micro_batch(world_size=2) > 0
+    if path.stem == "cc12m":  # paper scale, on any usual number of GPUs, one of them too
+        assert (config.train.batch, config.train.epochs, config.train.warmup_epochs) == (4096, 30, 2)
+        assert [config.micro_batch(size) for size in (1, 8, 64, 512)] == [4096, 512, 64, 8]
+        parts = load_config(path, ["train.accumulation=16", "train.grad_cache=true"])
+        assert parts.train.grad_cache and parts.micro_batch(1) == 256
+
+
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
