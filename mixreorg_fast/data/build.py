@@ -110,6 +110,7 @@ def build(
         }
         _check_same(unfinished, arguments, target)
         if unfinished is None:
+            target.clear()
             write_json(target.hidden / "build.json", {"arguments": arguments, "publishing": False})
         reports = _write_all(source, target, NounFinder(found) if found else None, samples_per_shard, workers, progress)
         samples = sum(report["samples"] for report in reports)
@@ -264,6 +265,12 @@ class _Target:
             write_atomically(listed, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         self.discard()
         return shards
+
+    def clear(self) -> None:
+        """Remove what a build left that was killed while it was cleaning up."""
+        for path in self.hidden.iterdir():
+            if path.name != "lock":
+                path.unlink()
 
     def discard(self) -> None:
         # The record goes first: without it, what is left is no unfinished build.

@@ -266,6 +266,14 @@ def test_a_source_that_has_changed_is_told(photos, tmp_path, monkeypatch):
         build(photos, out(tmp_path), progress=False)
 
 
+def test_parts_without_a_record_are_not_taken_for_finished(photos, tmp_path):
+    hidden = tmp_path / ".t.building"
+    hidden.mkdir()
+    (hidden / "00000000.tar").write_bytes(b"old")
+    (hidden / "00000000.json").write_text('{"samples": 1, "bytes": 3, "skipped": []}')
+    assert build(photos, out(tmp_path), progress=False).samples == 30
+
+
 def test_two_builds_of_the_same_shards(photos, tmp_path):
     import fcntl
 
