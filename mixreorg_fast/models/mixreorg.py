@@ -367,7 +367,9 @@ class MixReorg(nn.Module):
 
 @torch.no_grad()
 def _usage(first: Tensor, second: Tensor) -> dict[str, Tensor]:
-    """Final segments in use per image and the entropy of their shares of patches."""
-    shares = (second @ first).mean(2)  # [B, G2] <- [B, G2, G1] @ [B, G1, N]
-    used = (shares > 0.5 / first.shape[2]).sum(1).float().mean()
+    """Final segments in use per image and the entropy of their shares of patches; a softly assigned patch counts for
+    its most probable segment."""
+    owner = second.argmax(1).gather(1, first.argmax(1))  # [B, N] <- [B, G1] at [B, N]
+    shares = F.one_hot(owner, second.shape[1]).float().mean(1)  # [B, G2]
+    used = (shares > 0).sum(1).float().mean()
     return {"groups_used": used, "group_entropy": torch.special.entr(shares).sum(1).mean()}
