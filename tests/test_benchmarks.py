@@ -189,6 +189,6 @@ def test_losses_of_all_implementations_agree(monkeypatch):
     monkeypatch.setattr(curves, "IMAGES", 4)
     for method, baseline in curves.BASELINES.items():
         first, second = (curves.losses(method, name, torch.float32, steps=3) for name in (baseline, "ours"))
-        assert first[0] == pytest.approx(second[0], rel=1e-5)
+        assert first[0] == pytest.approx(second[0], rel=3e-5)  # of five digits
         assert first == pytest.approx(second, rel=1e-3)  # Adam's first steps divide rounding by rounding
         assert len(set(first)) == 3
