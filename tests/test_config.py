@@ -29,7 +29,10 @@ def test_defaults_are_the_paper_scale():
     assert config.train.precision == "bf16"
 
 
-@pytest.mark.parametrize("path", [p for p in sorted(CONFIGS.glob("*.json")) if "study" not in p.stem], ids=lambda p: p.stem)
+RUNS = [path for path in sorted(CONFIGS.glob("*.json")) if "study" not in path.stem]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_shipped_configurations(path):
     config = load_config(path)
     assert config.micro_batch(world_size=2) > 0
