@@ -29,7 +29,7 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 
 def run_command(main: Callable[[], int | None], *, debug: bool = False) -> int:
-    """Run `main`; print a :class:`UserError` as one line on stderr and return exit code 2.
+    """Run `main`; print a :class:`UserError` as one line on stderr and return exit code 2. ^C ends it with 130.
 
     Of several ranks only the first prints what all of them raise. With `debug` the traceback is let through.
     """
@@ -41,3 +41,8 @@ def run_command(main: Callable[[], int | None], *, debug: bool = False) -> int:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
