@@ -96,7 +96,7 @@ class LossConfig(Section):
     restored: Annotated[float, Field(ge=0.0)] = 1.0
     mixed: Annotated[float, Field(ge=0.0)] = 1.0
     mixed_negatives: Literal["group", "batch"] = Field(
-        "group", description="texts that a mixed patch is held against: its mixing group's, or the whole micro-batch's"
+        "group", description="texts that a mixed patch is held against: its mixing group's, or the whole batch's"
     )
     multi_label: Annotated[float, Field(ge=0.0)] = 0.0
     exchange: Literal["gather", "ring"] = Field(

@@ -271,6 +271,16 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return _AllReduceSum.apply(x) if world_size() > 1 else x
 
 
+def gather_rows(x: Tensor) -> tuple[Tensor, int]:
+    """The rows of all ranks, each with as many as `x`, differentiable; and the number of this rank's first."""
+    world = world_size()
+    if world == 1:
+        return x, 0
+    first, rest = len(x) * torch.distributed.get_rank(), len(x) * world
+    around = (x.new_zeros(count, *x.shape[1:]) for count in (first, rest - first - len(x)))
+    return all_reduce_sum(torch.cat([next(around), x, next(around)])), first
+
+
 class Projection(nn.Module):
     """Two-layer projection into the joint embedding: Linear, BatchNorm, ReLU, Linear."""
 

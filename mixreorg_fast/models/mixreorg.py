@@ -20,7 +20,7 @@ from ..ops.mixed_segmentation import mixed_segmentation_logits
 from ..ops.philox import philox
 from .encoders import Stage
 from .groupvit import GroupViT
-from .layers import LearnedTokens, Projection, call, compiled_call
+from .layers import LearnedTokens, Projection, call, compiled_call, gather_rows
 
 # What a seed is used for; added to it, these give independent streams. The grouping noise has one for each of the
 # three branches of each of the two grouping blocks.
@@ -122,7 +122,8 @@ class MixReorg(nn.Module):
         ``mixed_accuracy`` (share of mixed patches whose source is found), ``groups_used`` (segments of an original
         image that own at least one patch), ``group_entropy`` (of the final segments' shares of patches, in nats).
 
-        The contrastive losses are over the micro-step's images of all ranks, ``loss_mixed`` over this rank's.
+        The contrastive losses are over the micro-step's images of all ranks, ``loss_mixed`` over this rank's (its
+        texts, with ``loss.mixed_negatives: batch``, over those of all ranks).
 
         Args:
             others: cached features of more batches, which stand before this one in the batch that the losses are of.
@@ -187,8 +188,10 @@ class MixReorg(nn.Module):
         if "segments" in tensors:
             first, second, plan = tensors["first"], tensors["second"], features.plan
             mixed_embeddings = embeddings[-images * second.shape[1] :].unflatten(0, (images, -1))
+            negatives = loss.mixed_negatives
+            named, first_text = gather_rows(texts) if negatives == "batch" else (texts, 0)
             out["loss_mixed"] = ops.mixed_segmentation_loss(
-                first, second, mixed_embeddings, texts, plan, multiplier, negatives=loss.mixed_negatives
+                first, second, mixed_embeddings, named, plan, multiplier, negatives=negatives, first_text=first_text
             )
             total = total + loss.mixed * self.config.schedule.mixed(progress) * out["loss_mixed"]
             with torch.no_grad():

@@ -26,8 +26,8 @@ def mixed_segmentation_logits(
     negatives: Negatives = "group",
     upcast: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Logits of each patch over the K texts of its mixing group, ``[B, N, K]``, or over those of all B images,
-    ``[B, N, B]``; in `upcast`, under autocast too.
+    """Logits of each patch over the K texts of its mixing group, ``[B, N, K]``, or over all T texts, ``[B, N, T]``;
+    in `upcast`, under autocast too.
 
     Re-associated as ``firstᵀ (secondᵀ (segments · textsᵀ))``: G1 x K numbers per image, never ``[B, N, G2]``.
     """
@@ -49,13 +49,14 @@ def mixed_segmentation_loss_reference(
     logit_scale: Tensor | float,
     *,
     negatives: Negatives = "group",
+    first_text: int = 0,
     upcast: torch.dtype = torch.float32,
 ) -> Tensor:
     """The mean cross-entropy, computed in `upcast`; `source` ``[B, N]`` are absolute image indices."""
     logits = mixed_segmentation_logits(
         first, second, segments, texts, group_size, logit_scale, negatives=negatives, upcast=upcast
     )
-    labels = source % group_size if negatives == "group" else source
+    labels = source % group_size if negatives == "group" else source + first_text
     return F.cross_entropy(logits.flatten(0, 1), labels.long().flatten())
 
 
@@ -68,6 +69,7 @@ def mixed_segmentation_loss(
     logit_scale: Tensor | float,
     *,
     negatives: Negatives = "group",
+    first_text: int = 0,
     impl: Impl = "auto",
 ) -> Tensor:
     """Cross-entropy of every mixed patch against the image it came from, over the texts of its mixing group.
@@ -82,22 +84,26 @@ def mixed_segmentation_loss(
             (fp32, bf16, fp16) and have any strides (the kernel copies what is not contiguous).
         plan: the mixing of these B images.
         logit_scale: the multiplier of the cosines, a number or a tensor of one element.
-        negatives: "batch" holds every patch against the texts of all B images instead of its group's: then segments
-            must name their image rather than tell it from its partners. In PyTorch only; holds ``[B, N, B]``.
+        negatives: "batch" holds every patch against all texts instead of its group's: then segments must name their
+            image rather than tell it from its partners. The texts may be those of more images (of other ranks),
+            ``[T, D]``, the B images' own from number `first_text` on. In PyTorch only; holds ``[B, N, T]``.
     Returns:
         0-d fp32, the mean over B·N patches; computed in fp32 from inputs of any dtype, under autocast too.
         Differentiable in all five; deterministic. Backward recomputes: nothing but the inputs is kept.
     Raises:
         ValueError: shapes that do not fit together. RuntimeError: `impl` cannot run here.
     """
-    _check(first, second, segments, texts, plan)
+    own_texts = texts if negatives == "group" else texts[first_text : first_text + len(first)]
+    _check(first, second, segments, own_texts, plan)
     inputs = (first, second, segments, texts, plan.source)
     implementations = {"triton": lambda: _triton_reasons(*inputs, plan.group_size, negatives), "torch": list}
     if choose("mixed_segmentation_loss", impl, implementations, inputs) == "triton":
         return _mixed_segmentation(*inputs, multiplier(logit_scale, first.device), plan.group_size).mean()
     upcast = torch.promote_types(first.dtype, torch.float32)
     scale = multiplier(logit_scale, first.device)
-    return mixed_segmentation_loss_reference(*inputs, plan.group_size, scale, negatives=negatives, upcast=upcast)
+    return mixed_segmentation_loss_reference(
+        *inputs, plan.group_size, scale, negatives=negatives, first_text=first_text, upcast=upcast
+    )
 
 
 def _check(first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, plan: MixPlan) -> None:

@@ -223,5 +223,12 @@ def test_negatives_of_the_whole_batch():
     inputs, _ = make((8, 5, 13, 3, 16, 4), torch.float64, "cpu")
     group, batch = (ops.mixed_segmentation_loss(*inputs[:4], whole, inputs[4], negatives=n) for n in ("group", "batch"))
     assert batch > group
+    # Further texts before and after the images' own.
+    more = torch.cat([inputs[3][5:] + 1, inputs[3], inputs[3][:2] - 1])
+    got = ops.mixed_segmentation_loss(*inputs[:3], more, whole, inputs[4], negatives="batch", first_text=3)
+    logits = inputs[4] * torch.einsum("bgn,bhg,bhd,td->bnt", *inputs[:3], more)
+    torch.testing.assert_close(got, F.cross_entropy(logits.flatten(0, 1), whole.source.long().flatten() + 3))
+    with pytest.raises(ValueError, match=r"texts \[B, D\]"):
+        ops.mixed_segmentation_loss(*inputs[:3], more, whole, inputs[4], negatives="batch", first_text=6)
     with pytest.raises(RuntimeError, match="negatives of the whole batch"):
         ops.mixed_segmentation_loss(*inputs[:4], whole, inputs[4], negatives="batch", impl="triton")

@@ -53,6 +53,14 @@ def cases(world: int) -> list[dict]:
     ]
     if world == 2:
         found += [
+            {"name": "batch negatives, zero2", "engine": "zero2", "loss": {"mixed_negatives": "batch"}},
+            {
+                "name": "batch negatives, zero2, grad cache",
+                "engine": "zero2",
+                "accumulation": 2,
+                "grad_cache": True,
+                "loss": {"mixed_negatives": "batch"},
+            },
             {"name": "groupvit, zero2", "engine": "zero2", "model": {"method": "groupvit"}, "loss": {}},
             {"name": "checkpointed, zero2", "engine": "zero2", "checkpoint": True},
         ]
