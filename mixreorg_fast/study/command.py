@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from ..errors import UserError
@@ -24,6 +24,8 @@ from ..files import write_json
 from .plan import Run, Study
 from .report import PICTURES, curves_figure, picture_name, pictures_figure, write_page
 from .rows import read_metrics, results_file, rows_of, training_seconds, write_study_rows
+
+Entry = Callable[[], Run | None]  # a run to train; None while it cannot be told yet
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +46,7 @@ def main(args: argparse.Namespace) -> None:
         return
     with Runner(args.jobs) as runner:
         try:
-            failed = runner.train(study.runs())
-            failed += runner.train(_timed_runs(study))
+            failed = runner.train(_entries(study))
         finally:
             _report(study, args)
     if failed:
@@ -89,18 +90,23 @@ def _timed_runs(study: Study) -> list[Run]:
 
 
 def _timed_run(study: Study, world: str, variant: str, like: str, seed: int) -> Run | None:
-    """The run of as many steps as fit into the time of `like`; None until both are measured.
+    """The run of as many steps as fit into the time that `like` took with the same seed; None until both are there."""
+    own, other = study.run(world, variant, seed), study.run(world, like, seed)
+    if not (_finished(own) and _finished(other)):
+        return None
+    per_step = _seconds(own) / own.config.train.steps
+    return study.run(world, variant, seed, steps=round(_seconds(other) / per_step))
 
-    The time is the mean over the seeds that are finished, so that a run of another seed takes as many steps.
-    """
-    per_step: dict[str, float] = {}
-    for name in (variant, like):
-        done = [run for run in study.runs() if (run.world, run.variant) == (world, name) and _finished(run)]
-        if not done:
-            return None
-        per_step[name] = statistics.fmean(_seconds(run) / run.config.train.steps for run in done)
-        steps = done[0].config.train.steps
-    return study.run(world, variant, seed, steps=round(steps * per_step[like] / per_step[variant]))
+
+def _entries(study: Study) -> list[Entry]:
+    """What there is to train, in order; a run whose budget is time comes as soon as its time is known."""
+    runs = list(study.runs())
+    place = {(run.world, run.variant, run.seed): number for number, run in enumerate(runs)}
+    entries = [(number, False, lambda run=run: run) for number, run in enumerate(runs)]
+    for world, variant, like, seed in study.timed():
+        last = max(place[world, variant, seed], place[world, like, seed])
+        entries.append((last, True, partial(_timed_run, study, world, variant, like, seed)))
+    return [entry for *_, entry in sorted(entries, key=lambda entry: entry[:2])]
 
 
 def _seconds(run: Run) -> float:
@@ -126,22 +132,41 @@ class Runner:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def train(self, runs: Iterable[Run]) -> list[Run]:
-        """Train what is not finished; returns the runs that failed.
+    def train(self, entries: Sequence[Entry]) -> list[Run]:
+        """Train what is not finished; returns the runs that failed. What waits for them is left out.
 
         Raises:
             UserError: a signal ended the study.
         """
-        wanted = [run for run in runs if not _finished(run)]
+        todo, failed = list(entries), []
+        changed, running = threading.Condition(), 0
+
+        def work(worker: int) -> None:
+            nonlocal running
+            while not self._stopped.is_set():
+                with changed:
+                    place, run = next(((i, run) for i, entry in enumerate(todo) if (run := entry())), (None, None))
+                    if run is None:
+                        if not running:
+                            return
+                        changed.wait()
+                        continue
+                    del todo[place]
+                    running += 1
+                well = _finished(run) or self._train(worker, run)
+                with changed:
+                    running -= 1
+                    if not well:
+                        failed.append(run)
+                    changed.notify_all()
+
         with ThreadPoolExecutor(self.jobs) as pool:
-            well = list(pool.map(self._train, range(len(wanted)), wanted))
+            list(pool.map(work, range(self.jobs)))
         if self._stopped.is_set():
             raise UserError("stopped; the same command goes on from here")
-        return [run for run, good in zip(wanted, well, strict=True) if not good]
+        return failed
 
-    def _train(self, number: int, run: Run) -> bool:
-        if self._stopped.is_set():
-            return False
+    def _train(self, worker: int, run: Run) -> bool:
         resume = "auto" if _begun(run) else "never"
         if resume == "never":
             write_json(run.request, run.config.model_dump(mode="json"))
@@ -153,7 +178,7 @@ class Runner:
         with log.open("ab") as output:
             # In a session of its own, so that a terminal's ^C reaches it once, from here.
             process = subprocess.Popen(
-                arguments, stdout=output, stderr=output, env=self._environment(number), start_new_session=True
+                arguments, stdout=output, stderr=output, env=self._environment(worker), start_new_session=True
             )
             self._processes.add(process)
             if self._stopped.is_set():  # asked for between the look above and now
@@ -168,13 +193,13 @@ class Runner:
             print(f"failed    {run.folder} (exit code {code}): {_last_line(log)}", file=sys.stderr, flush=True)
         return well
 
-    def _environment(self, number: int) -> dict[str, str]:
+    def _environment(self, worker: int) -> dict[str, str]:
         import torch
 
         threads = max(1, len(os.sched_getaffinity(0)) // self.jobs)
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         if torch.cuda.device_count() > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
-            environment["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+            environment["CUDA_VISIBLE_DEVICES"] = str(worker % torch.cuda.device_count())
         return environment
 
     def _stop(self, *_) -> None:
