@@ -201,12 +201,15 @@ def save_grid(
     """A PNG at `path`: columns under `titles`, rows of pictures, and a legend of `entries` (name, colour)."""
     fitted = [[_fit(cell) for cell in row] for row in cells]
     heights = [max(cell.height for cell in row) for row in fitted]
-    width, top = len(titles) * (CELL + GAP) + GAP, 34
+    font = ImageFont.load_default(17)
+    wrapped = [_wrapped(title, font) for title in titles]
+    width, top = len(titles) * (CELL + GAP) + GAP, 14 + 20 * max(len(lines) for lines in wrapped)
     key = legend(entries, width) if entries else Image.new("RGB", (width, 0))
     picture = Image.new("RGB", (width, top + sum(height + GAP for height in heights) + key.height), PAPER)
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(17)
-    for column, title in enumerate(titles):
-        draw.text((GAP + column * (CELL + GAP) + CELL // 2, top // 2), title, font=font, fill=INK, anchor="mm")
+    draw = ImageDraw.Draw(picture)
+    for column, lines in enumerate(wrapped):
+        place = (GAP + column * (CELL + GAP) + CELL // 2, top // 2)
+        draw.multiline_text(place, "\n".join(lines), font=font, fill=INK, anchor="mm", align="center")
     y = top
     for row, height in zip(fitted, heights, strict=True):
         for column, cell in enumerate(row):
@@ -215,6 +218,18 @@ def save_grid(
         y += height + GAP
     picture.paste(key, (0, y))
     save_png(path, picture)
+
+
+def _wrapped(title: str, font: ImageFont.FreeTypeFont) -> list[str]:
+    """`title` in lines that fit over a column."""
+    lines: list[str] = []
+    for word in title.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= CELL:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines or [""]
 
 
 def _fit(cell: Image.Image) -> Image.Image:

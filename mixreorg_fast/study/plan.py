@@ -58,7 +58,7 @@ class StudyConfig(Section):
     worlds: dict[str, WorldConfig]
     variants: dict[str, VariantConfig]
     blocks: dict[str, BlockConfig]
-    pictures: Positive = Field(4, description="photos of each data set that are drawn for all variants")
+    pictures: Positive = Field(3, description="photos of each data set that are drawn for all variants")
 
     @property
     def folder(self) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import UserError
 from ..evaluation.datasets import open_dataset
 from ..evaluation.metrics import IGNORE
-from ..evaluation.pictures import class_palette, colourise, save_grid, saving
+from ..evaluation.pictures import blend, class_palette, colourise, save_grid, saving, segment_palette
 from ..evaluation.zero_shot import Segmenter, Settings, settings_for
 from ..files import atomic_path
 from ..ledger import between_markers, file_stem
@@ -206,7 +206,7 @@ def _mean_curve(logs: Sequence[Sequence[Row]], name: str) -> tuple[list[int], li
 
 
 def pictures_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path, count: int) -> None:
-    """The same photos, segmented by every variant: a PNG at `path`.
+    """The same photos, labelled by every variant, and below that its segments: a PNG at `path`.
 
     Args:
         runs: one finished run per column, all of one world. count: photos of the world's first data set.
@@ -218,18 +218,23 @@ def pictures_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path, 
     palette = class_palette(dataset.has_background)
     numbers = [number * len(dataset) // count for number in range(min(count, len(dataset)))]
     samples = [dataset[number] for number in numbers]
-    cells = [[sample.image, colourise(sample.mask, palette)] for sample in samples]
+    of_segments = segment_palette()
+    grey = [sample.image.convert("L").convert("RGB") for sample in samples]
+    labelled = [[sample.image, colourise(sample.mask, palette)] for sample in samples]
+    grouped = [[photo, blend(photo, sample.mask, palette)] for photo, sample in zip(grey, samples, strict=True)]
     seen = {int(label) for sample in samples for label in set(sample.mask.ravel().tolist())} - {IGNORE}
     for run in runs:
         model = load(run.folder)
         settings = settings_for(Settings.from_config(run.config.eval, entry["background_threshold"]), dataset)
         texts = text_classifier(model, model.tokenizer, dataset.prompts, settings.templates)
         segmenter = Segmenter(model, texts, settings)
-        for row, sample in zip(cells, samples, strict=True):
-            labels_of_pixels = segmenter.segment(sample.image).labels.cpu().numpy()
-            row.append(colourise(labels_of_pixels, palette))
-            seen |= set(labels_of_pixels.ravel().tolist())
+        for number, sample in enumerate(samples):
+            decoded = segmenter.segment(sample.image)
+            labelled[number].append(colourise(decoded.labels.cpu().numpy(), palette))
+            grouped[number].append(blend(grey[number], decoded.segments.cpu().numpy(), of_segments, 0.6))
+            seen |= set(decoded.labels.unique().tolist())
     titles = ["image", "truth", *(labels[run.variant] for run in runs)]
+    cells = [row for pair in zip(labelled, grouped, strict=True) for row in pair]
     save_grid(titles, cells, path, [(dataset.classes[label], palette[label]) for label in sorted(seen)])
 
 
