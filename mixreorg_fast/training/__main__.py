@@ -16,6 +16,10 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
     argv = list(sys.argv[1:] if argv is None else argv)
     code = run_command(lambda: _train(argv, description), debug="--debug" in argv)
     sys.stdout.flush()
+    if "torch" in sys.modules:
+        from .distributed import leave
+
+        leave(code)
     # Every rank meets the same user error; the launcher is told once everyone has it.
     return code
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -98,3 +99,19 @@ def mean_over_ranks(values: torch.Tensor, world: World) -> list[float]:
         dist.all_reduce(values)
         values = values / world.size
     return values.tolist()
+
+
+def leave(code: int) -> None:
+    """End this process's part in the process group, before the interpreter is taken down around its threads, which
+    now and then aborts.
+
+    After an error (an exit `code` other than 0) others may be gone or waiting, and the group is not to be trusted:
+    the process ends at once, with that code.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    dist.destroy_process_group()
