@@ -28,7 +28,6 @@ class WorldConfig(Section):
     """What is trained on: a training configuration, beside the study's file."""
 
     config: str
-    about: str = ""
     set: Overrides = {}
 
 
@@ -52,7 +51,6 @@ class StudyConfig(Section):
     """A study. The first variant of a block is the one that the others are compared with."""
 
     name: str
-    about: str = ""
     output: str = Field("runs", description="folder of study folders")
     seeds: Annotated[list[NonNegative], Field(min_length=1)] = [0, 1, 2]
     worlds: dict[str, WorldConfig]

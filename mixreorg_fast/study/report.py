@@ -152,19 +152,17 @@ def curves_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path) ->
         runs: finished runs that trained on one world. labels: variant → its name in the legend.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise UserError("curves need matplotlib: pip install 'mixreorg_fast[train]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels = {
         "contrastive loss of the original images": "loss_original",
         "mixed patches whose image is found": "mixed_accuracy",
         "final segments in use": "groups_used",
         "zero-shot mIoU while training": "validation",
     }
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), constrained_layout=True)
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(panels))
     for variant, budget in dict.fromkeys((run.variant, run.budget) for run in runs):
         logs = [_log(run) for run in runs if (run.variant, run.budget) == (variant, budget)]
         label = labels[variant] + (", equal time" if budget == "time" else "")
@@ -181,7 +179,6 @@ def curves_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path) ->
     axes[0].legend(fontsize=7)
     with saving(path), atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=80)
-    pyplot.close(figure)
 
 
 def _log(run: Run) -> list[Row]:
