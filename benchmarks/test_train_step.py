@@ -29,7 +29,6 @@ from mixreorg_fast.config import Config, parse_config
 from mixreorg_fast.models import Batch, MixReorg
 from mixreorg_fast.models.convert import save_huggingface
 from mixreorg_fast.models.encoders import TextEncoder
-from mixreorg_fast.models.layers import call
 from mixreorg_fast.ops.mixing import patch_blend_reference, patch_mix_reference
 from mixreorg_fast.training.optimisation import optimizer
 
@@ -111,15 +110,10 @@ def ours(config: Config) -> Step:
 
 
 def ours_in_graphs(config: Config) -> Step:
-    """Every block of ours in a CUDA graph of its own."""
-    step, graphed = ours(config), torch.compile(call, fullgraph=True, mode="reduce-overhead")
-
-    def within(batch: Batch) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        with mock.patch("mixreorg_fast.models.mixreorg.compiled_call", lambda: graphed):
-            return step(batch)
-
-    return within
+    """Every block of ours in a CUDA graph of its own (train.cuda_graphs)."""
+    config = config.model_copy(deep=True)
+    config.train.cuda_graphs = True
+    return ours(config)
 
 
 def huggingface(config: Config) -> Step:

@@ -239,6 +239,9 @@ class TrainConfig(Section):
     compile: bool | None = Field(
         None, description="torch.compile of the blocks; null: on a GPU, but for ZeRO-3, which gathers weights in hooks"
     )
+    cuda_graphs: bool = Field(
+        False, description="every compiled block in a CUDA graph: fewer launches, for more memory; not with ZeRO-3"
+    )
     log_every: Positive = 10
     spike: Annotated[float, Field(ge=0.0)] = Field(
         100.0, description="skip a step whose gradient norm is so many times the running mean's; 0 = only NaN and inf"
@@ -246,6 +249,15 @@ class TrainConfig(Section):
     max_skipped: Positive = Field(3, description="skipped steps in a row that stop the run")
     # Collectives give up by themselves after half an hour, without a name.
     timeout: Annotated[float, Field(gt=0.0, le=1500.0)] = Field(600.0, description="seconds a rank may hang in a step")
+
+    @model_validator(mode="after")
+    def _graphs_are_of_compiled_blocks(self) -> TrainConfig:
+        if self.cuda_graphs and self.compile is False:
+            raise ValueError("cuda_graphs needs compile null or true")
+        if self.cuda_graphs and self.checkpoint_activations:
+            # A forward within backward begins a new round of graphs, over the memory of the gradients on their way.
+            raise ValueError("cuda_graphs and checkpoint_activations exclude each other")
+        return self
 
 
 class LogConfig(Section):
@@ -350,6 +362,8 @@ class Config(Section):
             )
         if self.model.method == "mixreorg" and not self.loss.mixed and not self.loss.restored:
             raise ValueError("loss.mixed and loss.restored are both 0, which is model.method 'groupvit'")
+        if self.train.cuda_graphs and self.deepspeed.zero_stage == 3:
+            raise ValueError("train.cuda_graphs needs weights that stay: deepspeed.zero_stage 0, 1 or 2, not 3")
         return self
 
     def micro_batch(self, world_size: int) -> int:

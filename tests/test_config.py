@@ -65,6 +65,9 @@ def test_shipped_configurations(path):
         ({"deepspeed": {"zero_stage": 4}}, ["zero_stage", "3"]),
         ({"deepspeed": {"options": {"optimizer": {}}}}, ["options.optimizer", "train.lr"]),
         ({"deepspeed": {"offload_parameters": True}}, ["offload_parameters", "zero_stage 3"]),
+        ({"train": {"cuda_graphs": True, "compile": False}}, ["cuda_graphs", "compile"]),
+        ({"train": {"cuda_graphs": True, "checkpoint_activations": True}}, ["cuda_graphs", "checkpoint_activations"]),
+        ({"train": {"cuda_graphs": True}, "deepspeed": {"zero_stage": 3}}, ["cuda_graphs", "zero_stage 0, 1 or 2"]),
     ],
 )
 def test_mistakes(values, parts):

@@ -23,8 +23,8 @@ def call(function: Callable, *args):
 
 
 @functools.cache
-def compiled_call() -> Callable:
-    """:func:`call` under torch.compile, whole or not at all.
+def compiled_call(cuda_graphs: bool = False) -> Callable:
+    """:func:`call` under torch.compile, whole or not at all; with `cuda_graphs`, replayed from CUDA graphs.
 
     The part is an argument, so that all blocks of one shape share one graph: their weights are its inputs. A graph per
     combination of part, shape and stochastic depth is more than torch.compile allows a function by default.
@@ -32,7 +32,7 @@ def compiled_call() -> Callable:
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return torch.compile(call, fullgraph=True)
+    return torch.compile(call, fullgraph=True, mode="reduce-overhead" if cuda_graphs else None)
 
 
 class Linear(nn.Linear):

@@ -75,7 +75,9 @@ class Features:
 
     def cached(self) -> Features:
         """Without the graph that led to them; losses of them leave their gradients here."""
-        return Features({n: x.detach().requires_grad_() for n, x in self.tensors.items()}, self.plan, self.measures)
+        # Copies, for what a CUDA graph put out is overwritten by its next replay.
+        tensors = {name: x.detach().clone().requires_grad_() for name, x in self.tensors.items()}
+        return Features(tensors, self.plan, self.measures)
 
     def gradients(self) -> dict[str, Tensor]:
         """Of the losses, with respect to these :meth:`cached` features."""
@@ -111,6 +113,10 @@ class MixReorg(nn.Module):
             self.branch_tokens = nn.ModuleList(LearnedTokens(*size) for _ in range(made))
         else:
             self.branch_tokens = None
+        if config.train.cuda_graphs:
+            # The next replay overwrites what a graph puts out, and gradients have to last for the optimizer's step.
+            for parameter in self.parameters():
+                parameter.register_hook(Tensor.clone)
 
     # ------------------------------------------------------------------ the step
 
@@ -137,6 +143,8 @@ class MixReorg(nn.Module):
 
     def features(self, batch: Batch) -> Features:
         """Everything before the projections: each image, group of images or caption on its own, no other rank."""
+        if self.config.train.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # nothing of the step before is needed any more
         images = len(batch.images)
         plan = self._plan(batch) if self.mixing else None
         drops = self._drops(batch)
@@ -319,7 +327,7 @@ class MixReorg(nn.Module):
         compiles = self.config.train.compile
         if compiles is None:
             compiles = args[0].is_cuda and self.config.deepspeed.zero_stage < 3
-        run = compiled_call() if compiles and self.training else call
+        run = compiled_call(self.config.train.cuda_graphs) if compiles and self.training else call
         if self.config.train.checkpoint_activations and self.training:
             return checkpoint(run, function, *args, use_reentrant=False, preserve_rng_state=False)
         return run(function, *args)

@@ -49,6 +49,8 @@ def train(config: Config, resume: str = "auto") -> dict[str, Any]:
     """
     world = initialise()
     config.micro_batch(world.size)  # refused before anything is made
+    if config.train.cuda_graphs and world.device.type != "cuda":
+        raise UserError("train.cuda_graphs needs a CUDA GPU")
     source, state = on_main(world, lambda: _checkpoint_to_resume(config, resume))
     ready_shards(config, world)
     prepared = on_main(world, lambda: prepare(config, resuming=source is not None))

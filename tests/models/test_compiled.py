@@ -35,7 +35,7 @@ def test_compiled_blocks_change_nothing_and_share_graphs(recompute, backend, dev
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     whole = torch.compile(call, fullgraph=True, backend=counter)
-    monkeypatch.setattr(mixreorg, "compiled_call", lambda: whole)
+    monkeypatch.setattr(mixreorg, "compiled_call", lambda cuda_graphs: whole)
     plain = module(train={"compile": False}).to(device)
     compiled = module(train={"compile": True, "checkpoint_activations": recompute}).to(device)
     for step in range(2):  # captions of the second step have other lengths
@@ -83,6 +83,32 @@ def test_losses_and_projections_are_one_graph():
     explained = torch._dynamo.explain(tail)(*inputs)
     assert explained.graph_break_count == 0, explained.break_reasons
     assert explained.graph_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grad_cache", [False, True])
+@torch._dynamo.config.patch(recompile_limit=64)
+def test_steps_in_cuda_graphs_change_nothing(grad_cache, device):
+    """Two micro-steps, summed: replays overwrite neither gradients nor, under GradCache, the features that are kept."""
+    torch._dynamo.reset()
+    plain = module(train={"compile": False}).to(device)
+    graphed = module(train={"cuda_graphs": True}).to(device)
+    found = []
+    for model in (plain, graphed):
+        for seed in range(0, 8, 2):  # graphs are recorded in the second round and replayed from the third on
+            model.zero_grad()
+            batches = [on(device, random_batch(model.config, 8, seed=seed + number)) for number in range(2)]
+            if grad_cache:
+                with torch.no_grad():
+                    cached = [model.features(batches[0]).cached()]
+                model(batches[1], cached)["loss"].backward()
+                model(batches[0], (), cached[0].gradients())["loss"].backward()
+            else:
+                for batch in batches:
+                    model(batch)["loss"].backward()
+            found.append([p.grad.clone() for p in model.parameters()])
+    for exact, grads in zip(found[:4], found[4:], strict=True):
+        torch.testing.assert_close(grads, exact, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

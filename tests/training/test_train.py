@@ -192,6 +192,8 @@ def test_command_line_mistakes():
     assert "--config" in call()
     assert "configs/zero2.json" in call("--config", "configs/zero22.json")
     assert "did you mean 'steps'" in call("--config", "configs/zero2.json", "--set", "train.stesp=3")
+    if not torch.cuda.is_available():
+        assert "needs a CUDA GPU" in call("--config", "configs/zero2.json", "--set", "train.cuda_graphs=true")
 
 
 def test_resume_names_a_checkpoint(run, tmp_path):
