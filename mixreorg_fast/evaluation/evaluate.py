@@ -16,7 +16,7 @@ from ..errors import RankError, UserError
 from ..files import write_json
 from ..models.prompts import TEMPLATES, templates_named, text_classifier
 from .datasets import KINDS, open_dataset
-from .metrics import rank_and_world
+from .metrics import FREQUENT, rank_and_world
 from .pictures import dataset_figure, saving
 from .zero_shot import Segmenter, Settings, evaluate, settings_for
 
@@ -148,6 +148,9 @@ def main(args: argparse.Namespace) -> int:
     result["settings"]["weights"] = args.weights
     print(class_table(result["per_class"]))
     print(f"mIoU {result['mIoU']:.2f} % over {result['images']} photos")
+    if "frequent_mIoU" in result:
+        frequent = sum(photos >= FREQUENT for photos in result["per_class_images"].values())
+        print(f"  the {frequent} classes in at least {FREQUENT} photos: {result['frequent_mIoU']:.2f} %")
     if "all_background_mIoU" in result:
         print(f"  all background: {result['all_background_mIoU']:.2f} %")
     print(f"  segments with their best class: {result['oracle_mIoU']:.2f} %")

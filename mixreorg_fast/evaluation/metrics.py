@@ -12,6 +12,7 @@ from torch import Tensor
 from ..files import write_json
 
 IGNORE = 255
+FREQUENT = 30  # photos that show a class: fewer, and its score is mostly chance
 
 
 def confusion_matrix(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
@@ -61,6 +62,13 @@ def mean_iou(matrix: Tensor) -> float:
     return per_class_iou(matrix).nanmean().item()
 
 
+def frequent_mean_iou(matrix: Tensor, photos: Tensor) -> float | None:
+    """Mean of :func:`per_class_iou` over the classes that at least `FREQUENT` of the `photos` ``[C]`` show, in percent;
+    None where fewer than two classes are so frequent."""
+    frequent = photos >= FREQUENT
+    return per_class_iou(matrix)[frequent].mean().item() if frequent.sum() > 1 else None
+
+
 def rank_and_world() -> tuple[int, int]:
     """This process's rank and the number of ranks; (0, 1) without a process group."""
     distributed = torch.distributed
@@ -74,18 +82,24 @@ class Tally:
 
     Attributes:
         matrix, oracle: int64 ``[C, C]`` confusion matrices of the labels, and with every segment's best class.
+        photos: int64 ``[C]``, how many photos show each class.
         done: indices of the photos counted.
     """
 
+    _COUNTS = ("matrix", "oracle", "photos", "used")
+
     def __init__(self, classes: int) -> None:
         self.matrix, self.oracle = torch.zeros(2, classes, classes, dtype=torch.int64)
+        self.photos = torch.zeros(classes, dtype=torch.int64)
         self.used = torch.zeros(3, dtype=torch.int64)  # distinct segments, windows, photos
         self.done: set[int] = set()
 
     def add(self, index: int, truth: Tensor, labels: Tensor, segments: Tensor, count: int, windows: int) -> None:
         """Count photo `index`, of `count` possible segments in `windows` windows; all maps integer ``[H, W]``."""
         classes = len(self.matrix)
-        self.matrix += confusion_matrix(truth, labels, classes)
+        matrix = confusion_matrix(truth, labels, classes)
+        self.matrix += matrix
+        self.photos += matrix.any(dim=1)
         self.oracle += oracle_matrix(overlaps(truth, segments, classes, count))
         self.used += torch.tensor([len(segments.unique()), windows, 1])
         self.done.add(index)
@@ -103,16 +117,17 @@ class Tally:
         """The sum over all ranks; `device` is the model's (NCCL sums only there)."""
         if rank_and_world()[1] == 1:
             return self
-        counts = torch.cat([self.matrix.flatten(), self.oracle.flatten(), self.used]).to(device)
-        torch.distributed.all_reduce(counts)
         total = Tally(len(self.matrix))
-        total.matrix, total.oracle = counts[:-3].cpu().view(2, *self.matrix.shape)
-        total.used = counts[-3:].cpu()
+        counts = torch.cat([getattr(self, name).flatten() for name in self._COUNTS]).to(device)
+        torch.distributed.all_reduce(counts)
+        parts = counts.cpu().split([getattr(self, name).numel() for name in self._COUNTS])
+        for name, part in zip(self._COUNTS, parts, strict=True):
+            setattr(total, name, part.view_as(getattr(self, name)))
         return total
 
     def keep(self, path: Path, about: dict[str, Any]) -> None:
         """Write the counts to `path`, with a description (JSON values) of what they are counts of."""
-        counts = {name: getattr(self, name).tolist() for name in ("matrix", "oracle", "used")}
+        counts = {name: getattr(self, name).tolist() for name in self._COUNTS}
         write_json(path, {"about": about, "done": sorted(self.done), **counts})
 
     def restore(self, path: Path, about: dict[str, Any]) -> None:
@@ -121,6 +136,7 @@ class Tally:
             state = json.loads(path.read_text())
         except (OSError, ValueError):
             return
-        if state["about"] == json.loads(json.dumps(about)):
-            self.matrix, self.oracle, self.used = (torch.tensor(state[name]) for name in ("matrix", "oracle", "used"))
+        if state["about"] == json.loads(json.dumps(about)) and set(self._COUNTS) <= set(state):
+            for name in self._COUNTS:
+                setattr(self, name, torch.tensor(state[name]))
             self.done = set(state["done"])

@@ -183,6 +183,8 @@ def evaluate(
         resume: go on from the counts in `keep`, if they are of this model, data set and settings.
     Returns:
         ``mIoU`` in percent; ``per_class`` IoU in percent by name (None: in neither truth nor prediction, not counted);
+        ``per_class_images``, how many photos show each; ``frequent_mIoU`` over the classes that
+        at least 30 photos show, where there are some;
         ``all_background_mIoU`` where there is a background; ``oracle_mIoU`` if each segment took its commonest true
         class; ``groups_used``: distinct final segments per photo (where windows slide, per window) on average;
         ``images``; ``settings``.
@@ -232,7 +234,10 @@ def evaluate(
     result: dict[str, Any] = {
         "mIoU": metrics.mean_iou(total.matrix),
         "per_class": dict(zip(dataset.classes, iou, strict=True)),
+        "per_class_images": dict(zip(dataset.classes, total.photos.tolist(), strict=True)),
     }
+    if (frequent := metrics.frequent_mean_iou(total.matrix, total.photos)) is not None:
+        result["frequent_mIoU"] = frequent
     if dataset.has_background:
         result["all_background_mIoU"] = metrics.mean_iou(metrics.all_background_matrix(total.matrix))
     return result | {

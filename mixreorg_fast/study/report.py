@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..evaluation.datasets import open_dataset
-from ..evaluation.metrics import IGNORE
+from ..evaluation.metrics import FREQUENT, IGNORE
 from ..evaluation.pictures import blend, class_palette, colourise, save_grid, saving, segment_palette
 from ..evaluation.zero_shot import Segmenter, Settings, settings_for
 from ..files import atomic_path
@@ -78,8 +78,12 @@ def study_table(rows: Sequence[Row]) -> list[str]:
     """A line per variant and budget: means over seeds, ± their standard deviation, and the distance to the first."""
     worlds = list(dict.fromkeys(row["world"] for row in rows))
     head = ["variant", "seeds", "steps", "seconds"]
+    # Where some classes are too rare for their scores to say much, the others have a column of their own.
+    with_frequent = {row["world"] for row in rows if row.get("frequent_miou") not in (None, row["miou"])}
     for world in worlds:
-        head += [f"{world} mIoU", "against the first", "oracle mIoU", "segments used"]
+        head += [f"{world} mIoU", "against the first"]
+        head += [f"classes in {FREQUENT} photos"] if world in with_frequent else []
+        head += ["oracle mIoU", "segments used"]
     lines = [_line(head), "|" + "---|" * len(head)]
     groups = list(dict.fromkeys((row["variant"], row["budget"]) for row in rows))
     for variant, budget in groups:
@@ -93,6 +97,7 @@ def study_table(rows: Sequence[Row]) -> list[str]:
             here = [row for row in of_variant if row["world"] == world]
             base = [row for row in rows if row["world"] == world and (row["variant"], row["budget"]) == groups[0]]
             cells += [_spread(here, "miou"), "" if here == base else _difference(here, base)]
+            cells += [_spread(here, "frequent_miou")] if world in with_frequent else []
             cells += [_spread(here, "oracle_miou"), _spread(here, "groups_used")]
         lines.append(_line(cells))
     for world in worlds:
@@ -105,11 +110,12 @@ def study_table(rows: Sequence[Row]) -> list[str]:
 def run_table(rows: Sequence[Row]) -> list[str]:
     """A line per run and data set."""
     head = ["run", "method", "seed", "steps", "images seen", "seconds", "scored on", "images", "mIoU"]
-    head += ["all background", "oracle mIoU", "segments used"]
+    head += [f"classes in {FREQUENT} photos", "all background", "oracle mIoU", "segments used"]
     lines = [_line(head), "|" + "---|" * len(head)]
     for row in rows:
         cells = [row["run"], row["variant"], row["seed"], row["steps"], row["images_seen"], f"{row['seconds']:.0f}"]
-        cells += [row["world"], row["images"], row["miou"], row["all_background_miou"] or "–"]
+        cells += [row["world"], row["images"], row["miou"]]
+        cells += [row.get("frequent_miou") or "–", row["all_background_miou"] or "–"]
         lines.append(_line([*cells, row["oracle_miou"], row["groups_used"]]))
     return lines
 

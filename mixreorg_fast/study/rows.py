@@ -55,6 +55,7 @@ def rows_of(run: Path, **about: Any) -> list[Row]:
             **described,
             "world": world,
             "miou": round(score["mIoU"], 2),
+            "frequent_miou": round(score["frequent_mIoU"], 2) if "frequent_mIoU" in score else None,
             "all_background_miou": round(score["all_background_mIoU"], 2) if "all_background_mIoU" in score else None,
             "oracle_miou": round(score["oracle_mIoU"], 2),
             "groups_used": round(score["groups_used"], 2),

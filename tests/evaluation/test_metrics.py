@@ -67,3 +67,16 @@ def test_oracle_gives_each_segment_its_commonest_class():
             best[segments == s] = inside.bincount().argmax().to(best.dtype)
     expected = metrics.confusion_matrix(truth, best, CLASSES)
     assert torch.equal(metrics.oracle_matrix(overlap), expected)
+
+
+def test_frequent_classes_are_those_that_many_photos_show():
+    tally = metrics.Tally(3)
+    both, first = torch.tensor([[0, 1, 255, 0]]), torch.tensor([[0, 0, 255, 0]])
+    for index in range(metrics.FREQUENT):
+        tally.add(index, both, torch.tensor([[0, 1, 0, 0 if index else 2]]), torch.zeros_like(both), 1, 1)
+    assert tally.photos.tolist() == [metrics.FREQUENT, metrics.FREQUENT, 0]
+    assert metrics.mean_iou(tally.matrix) == pytest.approx((100 * 59 / 60 + 100 + 0) / 3)
+    assert metrics.frequent_mean_iou(tally.matrix, tally.photos) == pytest.approx((100 * 59 / 60 + 100) / 2)
+    tally.add(metrics.FREQUENT, first, first, torch.zeros_like(first), 1, 1)
+    assert tally.photos.tolist() == [metrics.FREQUENT + 1, metrics.FREQUENT, 0]
+    assert metrics.frequent_mean_iou(tally.matrix, tally.photos - 1) is None

@@ -178,6 +178,9 @@ def test_evaluation_is_the_sum_over_photos(model, tokenizer, plain, mode, decodi
     assert result["images"] == 7
     assert 1 <= result["groups_used"] <= 5
     assert result["oracle_mIoU"] >= result["mIoU"]
+    shown = [set(dataset[number].mask.ravel().tolist()) for number in range(7)]
+    assert list(result["per_class_images"].values()) == [sum(c in photo for photo in shown) for c in range(4)]
+    assert "frequent_mIoU" not in result
     assert result["settings"]["background_threshold"] == 0.4
 
 

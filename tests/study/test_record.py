@@ -31,7 +31,7 @@ def test_rows_and_table(tmp_path):
     file = json.loads(path.read_text())
     assert len(file["rows"]) == 1 and file["device"] and file["commit"]
     table = tables(tmp_path, tmp_path)
-    assert "| toy | groupvit | 3 | 20 | 1280 | 30 | scenes | 7 | 12.35 | 3.0 | 40.0 | 2.5 |" in table
+    assert "| toy | groupvit | 3 | 20 | 1280 | 30 | scenes | 7 | 12.35 | – | 3.0 | 40.0 | 2.5 |" in table
     assert report.tables(tmp_path) == ""
 
 

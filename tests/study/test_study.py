@@ -142,6 +142,14 @@ def test_tables_hold_means_deviations_and_distances():
     assert table[4].startswith("| Base, equal time | 2 | 5 | 10 | 12.00 | +1.00 ± 1.41 |")
 
 
+def test_frequent_classes_have_a_column_where_not_all_are():
+    voc = [row("base", seed, 4.0, world="voc") | {"frequent_miou": 6.0 + 2 * seed} for seed in (0, 1)]
+    road = [row("base", seed, 5.0, world="road") | {"frequent_miou": 5.0} for seed in (0, 1)]
+    head, _, line, *_ = study_table([*voc, *road])
+    assert head.count("classes in 30 photos") == 1
+    assert "| 4.00 |  | 7.00 ± 1.41 | 30.00 |" in line and "| 5.00 |  | 30.00 |" in line
+
+
 def test_rows_replace_those_of_the_same_run_and_the_page_follows(tmp_path):
     results, docs = tmp_path / "results", tmp_path / "docs"
     write_study_rows([row("base", 0, 1.0), row("full", 0, 2.0)], results / "study_x.json", "command")
