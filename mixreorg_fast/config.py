@@ -57,6 +57,7 @@ class ModelConfig(Section):
     hard_assignment: bool = Field(True, description="hard one-hot assignment with straight-through gradients")
     gumbel: bool = Field(True, description="Gumbel noise on the assignment logits while training")
     tau: PositiveFloat = Field(1.0, description="temperature of the assignment's softmax, in evaluation too")
+    init_std: PositiveFloat = Field(0.02, description="of the image encoder's linear weights when training begins")
     text: TextConfig = TextConfig()
     init: str | None = Field(None, description="folder of weights to start from")
 

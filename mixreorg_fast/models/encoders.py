@@ -71,7 +71,7 @@ class ImageEncoder(nn.Module):
         self.norm = LayerNorm(config.width)
         for module in self.modules():
             if isinstance(module, Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=config.init_std)
                 nn.init.zeros_(module.bias)
 
     def embed(self, images: Tensor, dtype: torch.dtype) -> Tensor:

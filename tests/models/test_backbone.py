@@ -9,7 +9,9 @@ import torch
 
 import mixreorg_fast
 from mixreorg_fast.cli import main
+from mixreorg_fast.models import GroupViT
 from mixreorg_fast.models.encoders import resize_positions
+from tests.tiny import tiny_config
 
 from .huggingface import SMALL, VOCABULARY, build, random_ids, random_images, random_model
 
@@ -107,3 +109,11 @@ def test_half_precision_errs_no_more_than_hugging_faces(pair):
         # Over all images: a patch whose groups nearly tie may fall differently in either.
         error, theirs = ((x.double() - exact[name]).square().mean().sqrt() for x in (out, baseline[name]))
         assert error <= 1.2 * theirs, name
+
+
+@pytest.mark.parametrize("std", [0.02, 0.05])
+def test_initial_scale_of_the_image_encoder(std):
+    config = tiny_config(model={"init_std": std, "text": {"vocab_size": VOCABULARY}}).model
+    linears = (module for module in GroupViT(config).image_encoder.modules() if isinstance(module, torch.nn.Linear))
+    weights = torch.cat([linear.weight.flatten() for linear in linears])
+    assert weights.std().item() == pytest.approx(std, rel=0.03)
