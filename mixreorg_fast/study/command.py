@@ -140,9 +140,11 @@ class Runner:
         """
         todo, failed = list(entries), []
         changed, running = threading.Condition(), 0
+        shares = _shares(sorted(os.sched_getaffinity(0)), self.jobs)
 
         def work(worker: int) -> None:
             nonlocal running
+            os.sched_setaffinity(0, shares[worker])  # of this thread and the runs that it starts
             while not self._stopped.is_set():
                 with changed:
                     place, run = next(((i, run) for i, entry in enumerate(todo) if (run := entry())), (None, None))
@@ -196,8 +198,7 @@ class Runner:
     def _environment(self, worker: int) -> dict[str, str]:
         import torch
 
-        threads = max(1, len(os.sched_getaffinity(0)) // self.jobs)
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        environment = dict(os.environ)
         if torch.cuda.device_count() > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
             environment["CUDA_VISIBLE_DEVICES"] = str(worker % torch.cuda.device_count())
         return environment
@@ -206,6 +207,12 @@ class Runner:
         self._stopped.set()
         for process in list(self._processes):
             process.terminate()
+
+
+def _shares(processors: Sequence[int], jobs: int) -> list[Sequence[int]]:
+    """The processors of each worker. A run takes as many threads as it finds processors, and threads of several runs
+    that wait for each other on the same processors take longer than one thread would."""
+    return [processors[worker::jobs] or processors for worker in range(jobs)]
 
 
 def _last_line(log: Path) -> str:

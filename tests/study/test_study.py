@@ -10,6 +10,7 @@ from mixreorg_fast import ledger
 from mixreorg_fast.cli import main
 from mixreorg_fast.config import load_config
 from mixreorg_fast.errors import UserError
+from mixreorg_fast.study.command import _shares
 from mixreorg_fast.study.plan import Study
 from mixreorg_fast.study.report import study_table, write_page
 from mixreorg_fast.study.rows import training_seconds, write_study_rows
@@ -121,6 +122,11 @@ def test_a_study_trains_resumes_and_writes_its_page(tmp_path, capsys):
     main([*command, "--list"])
     states = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
     assert states == ["to train", "to train", "to measure"]
+
+
+def test_processors_are_shared_out():
+    assert _shares([0, 1, 2, 3, 6], 2) == [[0, 2, 6], [1, 3]]
+    assert _shares([4, 5], 3) == [[4], [5], [4, 5]]
 
 
 def row(variant, seed, miou, *, budget="steps", world="scenes"):
