@@ -233,7 +233,7 @@ def _report(study: Study, args: argparse.Namespace) -> None:
     path = results_file(args.results)
     write_study_rows(rows, path, f"mixreorg study {args.study}")
     labels = {name: variant.about for name, variant in config.variants.items()}
-    for world in dict.fromkeys(run.world for run in runs):
+    for world in dict.fromkeys(run.world for run in runs) if config.pictures else ():
         of_world = [run for run in runs if run.world == world]
         place = _placer(args.docs, path, config.name, world)
         curves_figure(of_world, labels, place("curves"))

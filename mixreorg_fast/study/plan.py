@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from ..config import Config, NonNegative, Positive, Section, describe, load_config
+from ..config import Config, NonNegative, Section, describe, load_config
 from ..errors import UserError, nearest
 
 Budget = Literal["steps", "time"]
@@ -56,7 +56,7 @@ class StudyConfig(Section):
     worlds: dict[str, WorldConfig]
     variants: dict[str, VariantConfig]
     blocks: dict[str, BlockConfig]
-    pictures: Positive = Field(3, description="photos of each data set that are drawn for all variants")
+    pictures: NonNegative = Field(3, description="photos that all variants are drawn on; 0: no pictures, no curves")
 
     @property
     def folder(self) -> Path:
