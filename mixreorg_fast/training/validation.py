@@ -68,8 +68,11 @@ def _pairs(
 
 
 def headline(scores: dict[str, Any]) -> dict[str, float]:
-    """The one figure of each score: mIoU, or R@1 both ways."""
-    figures = {f"{name}_mIoU": value["mIoU"] for name, value in scores.items() if "mIoU" in value}
+    """The figures to watch: mIoU, the same if every segment had its best class (whether segments are objects, however
+    they are named), R@1 both ways."""
+    figures = {}
+    for figure in ("mIoU", "oracle_mIoU"):
+        figures |= {f"{name}_{figure}": value[figure] for name, value in scores.items() if figure in value}
     for direction in ("image_to_text", "text_to_image"):
         if direction in scores.get("retrieval", {}):
             figures[f"{direction}_R@1"] = scores["retrieval"][direction]
