@@ -12,7 +12,7 @@ from torch import Tensor
 from ..files import write_json
 
 IGNORE = 255
-FREQUENT = 30  # photos that show a class: fewer, and its score is mostly chance
+RARE, FREQUENT = 10, 30  # photos that show a class: the score of a rare one is mostly chance
 
 
 def confusion_matrix(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
@@ -63,10 +63,14 @@ def mean_iou(matrix: Tensor) -> float:
 
 
 def frequent_mean_iou(matrix: Tensor, photos: Tensor) -> float | None:
-    """Mean of :func:`per_class_iou` over the classes that at least `FREQUENT` of the `photos` ``[C]`` show, in percent;
-    None where fewer than two classes are so frequent."""
+    """Mean of :func:`per_class_iou` over the classes that at least `FREQUENT` of the `photos` ``[C]`` show, in percent.
+
+    None where fewer than two classes are so frequent, or where none is rare, shown by fewer than `RARE`.
+    """
     frequent = photos >= FREQUENT
-    return per_class_iou(matrix)[frequent].mean().item() if frequent.sum() > 1 else None
+    if frequent.sum() < 2 or photos.min() >= RARE:
+        return None
+    return per_class_iou(matrix)[frequent].mean().item()
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -184,7 +184,7 @@ def evaluate(
     Returns:
         ``mIoU`` in percent; ``per_class`` IoU in percent by name (None: in neither truth nor prediction, not counted);
         ``per_class_images``, how many photos show each; ``frequent_mIoU`` over the classes that
-        at least 30 photos show, where there are some;
+        at least 30 photos show, where fewer than 10 show another;
         ``all_background_mIoU`` where there is a background; ``oracle_mIoU`` if each segment took its commonest true
         class; ``groups_used``: distinct final segments per photo (where windows slide, per window) on average;
         ``images``; ``settings``.

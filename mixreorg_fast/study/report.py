@@ -125,7 +125,7 @@ def _line(cells: Iterable[Any]) -> str:
 
 
 def _values(rows: Sequence[Row], name: str) -> list[float]:
-    return [row[name] for row in rows]
+    return [row[name] for row in rows if row.get(name) is not None]
 
 
 def _spread(rows: Sequence[Row], name: str, digits: int = 2) -> str:

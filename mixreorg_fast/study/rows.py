@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +71,21 @@ def results_file(folder: Path) -> Path:
     return folder / f"study_{ledger.file_stem(ledger.device_name())}.json"
 
 
-def write_study_rows(rows: Iterable[Row], path: Path, command: str) -> None:
-    """Put `rows` into the results file `path`, in place of those it holds of the same runs; others stay."""
+def write_study_rows(
+    rows: Iterable[Row], path: Path, command: str, variants: Mapping[str, Collection[str]] | None = None
+) -> None:
+    """Put `rows` into the results file `path`, in place of those it holds of the same runs; others stay.
+
+    Args:
+        variants: by study, those that its file has; rows of others are dropped, for nothing tells what they are.
+    """
     rows = list(rows)
     replaced = {_run(row) for row in rows}
     old = json.loads(path.read_text())["rows"] if path.exists() else []
-    ledger.write_rows(path, ledger.versions(command), [*(row for row in old if _run(row) not in replaced), *rows])
+    stay = [row for row in old if _run(row) not in replaced]
+    for study, names in (variants or {}).items():
+        stay = [row for row in stay if row.get("study") != study or row["variant"] in names]
+    ledger.write_rows(path, ledger.versions(command), [*stay, *rows])
 
 
 def _run(row: Mapping[str, Any]) -> tuple:

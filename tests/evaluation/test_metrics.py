@@ -79,4 +79,5 @@ def test_frequent_classes_are_those_that_many_photos_show():
     assert metrics.frequent_mean_iou(tally.matrix, tally.photos) == pytest.approx((100 * 59 / 60 + 100) / 2)
     tally.add(metrics.FREQUENT, first, first, torch.zeros_like(first), 1, 1)
     assert tally.photos.tolist() == [metrics.FREQUENT + 1, metrics.FREQUENT, 0]
-    assert metrics.frequent_mean_iou(tally.matrix, tally.photos - 1) is None
+    assert metrics.frequent_mean_iou(tally.matrix, tally.photos - 1) is None  # one frequent class
+    assert metrics.frequent_mean_iou(tally.matrix, tally.photos + metrics.RARE) is None  # no rare class

@@ -162,6 +162,10 @@ def test_rows_replace_those_of_the_same_run_and_the_page_follows(tmp_path):
     write_study_rows([row("base", 0, 3.0)], results / "study_x.json", "command")
     kept = json.loads((results / "study_x.json").read_text())["rows"]
     assert [(r["variant"], r["miou"]) for r in kept] == [("full", 2.0), ("base", 3.0)]
+    write_study_rows([], results / "study_x.json", "command", {"s": ["base"], "other": []})
+    kept = json.loads((results / "study_x.json").read_text())["rows"]
+    assert [r["variant"] for r in kept] == ["base"]
+    write_study_rows([row("full", 0, 2.0)], results / "study_x.json", "command")
     docs.mkdir()
     (docs / "results.md").write_text(f"# Words\n\n{ledger.BEGIN}\nold\n{ledger.END}\n\nmore words\n")
     assert write_page(results, docs, check=True) and "old" in (docs / "results.md").read_text()
