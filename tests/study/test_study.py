@@ -189,6 +189,6 @@ def test_the_studies_of_this_project_are_sound(name):
     seeds = [len(study.seeds(study.config.blocks[block])) for block in study.blocks]
     if name != "study_trials.json":
         assert min(seeds) >= 3
-    else:  # as many trials of one method as of the other
+    else:  # the baseline is tuned no less than the method
         methods = [run.config.model.method for run in study.runs()]
-        assert methods.count("groupvit") == methods.count("mixreorg")
+        assert methods.count("groupvit") >= methods.count("mixreorg")
