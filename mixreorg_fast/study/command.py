@@ -231,7 +231,7 @@ def _report(study: Study, args: argparse.Namespace) -> None:
         about = {"study": run.study, "trained_on": run.world, "variant": run.variant, "budget": run.budget}
         rows += rows_of(run.folder, **about, about=config.variants[run.variant].about)
     path = results_file(args.results)
-    write_study_rows(rows, path, f"mixreorg study {args.study}", {config.name: config.variants})
+    write_study_rows(rows, path, f"mixreorg study {args.study}", {config.name: study.names()})
     labels = {name: variant.about for name, variant in config.variants.items()}
     for world in dict.fromkeys(run.world for run in runs) if config.pictures else ():
         of_world = [run for run in runs if run.world == world]

@@ -140,10 +140,20 @@ class Study:
                             seen.add(key)
                             yield key
 
+    def names(self) -> set[tuple[str, str]]:
+        """World and name of every run that the file asks for, in whatever block."""
+        names = set()
+        for block in self.config.blocks.values():
+            for seed in self.seeds(block):
+                names |= {(block.world, _run_name(variant, "steps", seed)) for variant in block.variants}
+                timed = block.equal_time.variants if block.equal_time else ()
+                names |= {(block.world, _run_name(variant, "time", seed)) for variant in timed}
+        return names
+
     def run(self, world: str, variant: str, seed: int, steps: int | None = None) -> Run:
         """One run; with `steps`, one whose budget is time, which so many steps fill."""
         budget: Budget = "steps" if steps is None else "time"
-        name = f"{variant}_{budget}_seed{seed}" if budget == "time" else f"{variant}_seed{seed}"
+        name = _run_name(variant, budget, seed)
         settings = self.config.worlds[world]
         values = {**settings.set, **self.config.variants[variant].set, "seed": seed}
         if steps is not None:
@@ -155,6 +165,10 @@ class Study:
         except UserError as error:
             raise UserError(f"{self.path}: world '{world}', variant '{variant}': {error}") from None
         return Run(self.config.name, world, variant, seed, budget, config)
+
+
+def _run_name(variant: str, budget: Budget, seed: int) -> str:
+    return f"{variant}_time_seed{seed}" if budget == "time" else f"{variant}_seed{seed}"
 
 
 def read_study(path: Path) -> StudyConfig:

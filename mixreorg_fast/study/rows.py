@@ -72,19 +72,20 @@ def results_file(folder: Path) -> Path:
 
 
 def write_study_rows(
-    rows: Iterable[Row], path: Path, command: str, variants: Mapping[str, Collection[str]] | None = None
+    rows: Iterable[Row], path: Path, command: str, runs: Mapping[str, Collection[tuple[str, str]]] | None = None
 ) -> None:
     """Put `rows` into the results file `path`, in place of those it holds of the same runs; others stay.
 
     Args:
-        variants: by study, those that its file has; rows of others are dropped, for nothing tells what they are.
+        runs: by study, world and name of those that its file asks for; rows of others are dropped, for nothing tells
+            what they are.
     """
     rows = list(rows)
     replaced = {_run(row) for row in rows}
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     stay = [row for row in old if _run(row) not in replaced]
-    for study, names in (variants or {}).items():
-        stay = [row for row in stay if row.get("study") != study or row["variant"] in names]
+    for study, names in (runs or {}).items():
+        stay = [row for row in stay if row.get("study") != study or (row["trained_on"], row["run"]) in names]
     ledger.write_rows(path, ledger.versions(command), [*stay, *rows])
 
 

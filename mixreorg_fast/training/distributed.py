@@ -75,6 +75,9 @@ def import_deepspeed():
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
+    # The CPU's shared-memory all-reduce serves DeepSpeed's inference alone, yet joining the process group compiles it
+    # (C++, half a minute, and a lock that stays if it is cut short) and leaves 64 MiB per rank in /dev/shm.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 

@@ -47,10 +47,18 @@ def write_study(folder, **changes):
 
 def test_runs_of_several_blocks_are_trained_once(tmp_path):
     study = Study(write_study(tmp_path))
-    runs = [(run.variant, run.seed) for run in study.runs()]
-    assert runs == [("groupvit", 0), ("full", 0), ("groupvit", 1), ("full", 1), ("soft", 1)]
+    runs = list(study.runs())
+    assert [(run.variant, run.seed) for run in runs] == [
+        ("groupvit", 0),
+        ("full", 0),
+        ("groupvit", 1),
+        ("full", 1),
+        ("soft", 1),
+    ]
     assert list(study.timed()) == [("scenes", "groupvit", "full", 0), ("scenes", "groupvit", "full", 1)]
     assert [run.variant for run in Study(study.path, ["more"]).runs()] == ["full", "soft"]
+    names = {name for _, name in Study(study.path, ["more"]).names()}
+    assert names == {run.folder.name for run in runs} | {"groupvit_time_seed0", "groupvit_time_seed1"}
     soft = study.run("scenes", "soft", 1, steps=7)
     assert (soft.config.model.hard_assignment, soft.config.seed, soft.config.train.steps) == (False, 1, 7)
     assert soft.folder == tmp_path / "runs/tiny/scenes/soft_time_seed1"
@@ -162,7 +170,7 @@ def test_rows_replace_those_of_the_same_run_and_the_page_follows(tmp_path):
     write_study_rows([row("base", 0, 3.0)], results / "study_x.json", "command")
     kept = json.loads((results / "study_x.json").read_text())["rows"]
     assert [(r["variant"], r["miou"]) for r in kept] == [("full", 2.0), ("base", 3.0)]
-    write_study_rows([], results / "study_x.json", "command", {"s": ["base"], "other": []})
+    write_study_rows([], results / "study_x.json", "command", {"s": {("scenes", "base_steps_0")}, "other": set()})
     kept = json.loads((results / "study_x.json").read_text())["rows"]
     assert [r["variant"] for r in kept] == ["base"]
     write_study_rows([row("full", 0, 2.0)], results / "study_x.json", "command")

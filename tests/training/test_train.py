@@ -58,6 +58,7 @@ def launch(folder: Path, *options: str, launcher: tuple[str, ...] = ("--num_gpus
     deepspeed = [str(binaries / "deepspeed"), *launcher, "--master_port", port]
     command = [*deepspeed, str(ROOT / "train.py"), "--config", str(path), *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+    environment["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=folder)
 
 
@@ -104,6 +105,11 @@ def test_run_folder_holds_what_is_promised(run):
     assert set(scores) == {"scenes", "scenes_unseen", "retrieval"}
     assert {"mIoU", "per_class", "all_background_mIoU", "oracle_mIoU", "images", "settings"} <= set(scores["scenes"])
     assert json.loads((folder / "config.json").read_text())["model"]["text"]["vocab_size"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the operator in question is the CPU's")
+def test_launching_compiles_no_operator(run):
+    assert not (run / "extensions").exists()
 
 
 def test_weights_load_and_segment(run):
