@@ -101,7 +101,8 @@ def _scenes(args: argparse.Namespace) -> int:
         _at_least_one(args, name)
     config = ScenesConfig(folder=args.out, train=args.train, val=args.val, size=args.size, seed=args.seed)
     made = ensure_scenes(config)
-    print(f"{len(made.train)} training and {len(made.val)} validation shards, {made.evaluation}, {made.unseen}")
+    folders = f"{made.evaluation}, {made.unseen}, {made.small}"
+    print(f"{len(made.train)} training and {len(made.val)} validation shards, {folders}")
     return 0
 
 

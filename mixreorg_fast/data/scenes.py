@@ -2,7 +2,9 @@
 
 A scene shows one to three objects on a textured ground. An object has a kind (:data:`KINDS`, the classes of
 evaluation), a pattern and a colour; captions name them in varying words and leave things out, as people do. Some
-combinations of the three are held out of training and make the second evaluation folder, ``unseen``.
+combinations of the three are held out of training and make the second evaluation folder, ``unseen``. The third,
+``small``, shows single objects at half the area: where an object fills much of its picture, naming the whole picture
+after it scores well without any segmentation, and here it does not.
 
 Scene i of a split is a pure function of (seed, split, i). The drawing itself is in ``drawing.py``; this module
 decides what is drawn, what is said about it, and where it is stored: the same shards and the same evaluation layout
@@ -36,7 +38,7 @@ from .build import Pair, write_shard
 from .drawing import GROUNDS, PATTERNS, SHAPES, Painter, Placed
 from .shards import write_atomically
 
-FORMAT = 2  # raised when the same settings would draw other scenes
+FORMAT = 3  # raised when the same settings would draw other scenes
 PER_SHARD = 1000
 HELD_OUT = 0.1  # share of the (kind, pattern, colour) combinations kept from training
 JPEG_QUALITY = 95
@@ -102,7 +104,7 @@ GROUND_WORDS = {
     "sky": ["in the sky", "against a cloudy sky", "up in the clouds"],
     "cloth": ["on cloth", "on a carpet", "on woven cloth"],
 }
-SPLITS = ("train", "val", "unseen")
+SPLITS = ("train", "val", "unseen", "small")
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ class ScenePaths:
     val: tuple[Path, ...]
     evaluation: Path
     unseen: Path
+    small: Path
 
 
 def ensure_scenes(config: ScenesConfig, *, workers: int | None = None, progress: bool = True) -> ScenePaths:
@@ -158,7 +161,7 @@ def ensure_scenes(config: ScenesConfig, *, workers: int | None = None, progress:
             f"{folder}: cannot hold the scenes: {error.strerror or error}; set data.scenes.folder"
         ) from None
     shards = {split: tuple(sorted(folder.glob(f"{split}-*.tar"))) for split in ("train", "val")}
-    return ScenePaths(shards["train"], shards["val"], folder / "val", folder / "unseen")
+    return ScenePaths(shards["train"], shards["val"], folder / "val", folder / "unseen", folder / "small")
 
 
 def plan_scene(config: ScenesConfig, split: str, number: int, held_out: frozenset[tuple[str, str, str]]) -> Scene:
@@ -166,7 +169,8 @@ def plan_scene(config: ScenesConfig, split: str, number: int, held_out: frozense
     rng = random.Random(f"{config.seed}/{split}/{number}")  # a string's hash there is the same on every machine
     # In "unseen" every object is a held-out combination; the same sentence covers the other splits the other way.
     combinations: list[tuple[str, str, str]] = []
-    wanted = rng.choices((1, 2, 3), weights=config.objects)[0]
+    small = split == "small"
+    wanted = 1 if small else rng.choices((1, 2, 3), weights=config.objects)[0]
     pool = sorted(held_out) if split == "unseen" else None
     while len(combinations) < wanted:
         if pool is not None:
@@ -177,7 +181,7 @@ def plan_scene(config: ScenesConfig, split: str, number: int, held_out: frozense
                 continue
         if candidate[0] not in [kind for kind, *_ in combinations]:
             combinations.append(candidate)
-    things = _placed(combinations, config.scale, rng)
+    things = _placed(combinations, config.scale * (0.5**0.5 if small else 1.0), rng)
     ground = rng.choice(tuple(GROUNDS)[: config.grounds])
     said: dict[str, None] = {}
     captions = tuple(_caption(things, ground, config.detail, rng, said) for _ in range(2))
@@ -331,7 +335,7 @@ def _replace(folder: Path, config: ScenesConfig, settings: dict, workers: int, p
     shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed; the lock is ours
     try:
         fresh.mkdir()
-        for split in ("val", "unseen"):
+        for split in SPLITS[1:]:
             for name in ("images", "masks", "splits"):
                 (fresh / split / name).mkdir(parents=True)
             (fresh / split / "classes.txt").write_text("\n".join(("background", *KINDS)) + "\n")
@@ -352,7 +356,7 @@ def _draw_all(folder: Path, config: ScenesConfig, workers: int, progress: bool) 
     Plain subprocesses rather than multiprocessing: neither are threads forked, nor is the caller's main module (a
     training script) imported again.
     """
-    totals = {"train": config.train, "val": config.val, "unseen": config.val}
+    totals = {split: config.train if split == "train" else config.val for split in SPLITS}
     pieces = [
         {"split": split, "first": first, "count": min(PER_SHARD, totals[split] - first)}
         for split in SPLITS

@@ -68,7 +68,7 @@ def _with_scenes(config: Config) -> Config:
     data = config.data.model_copy(update={"shards": shards, "val_shards": config.data.val_shards or pairs})
     evaluation = config.eval
     if not evaluation.datasets:
-        folders = {"scenes": scenes.evaluation, "scenes_unseen": scenes.unseen}
+        folders = {"scenes": scenes.evaluation, "scenes_unseen": scenes.unseen, "scenes_small": scenes.small}
         datasets = [
             EvalDatasetConfig(name=name, root=str(folder), background_threshold=SCENES_THRESHOLD)
             for name, folder in folders.items()

@@ -53,7 +53,7 @@ def test_layout(made):
     folder = made.evaluation.parent
     assert [path.name for path in made.train] == ["train-000000.tar"] and len(made.val) == 1
     assert len(open_shards([str(made.train[0])])) == 12
-    for evaluation in (made.evaluation, made.unseen):
+    for evaluation in (made.evaluation, made.unseen, made.small):
         classes = (evaluation / "classes.txt").read_text().split("\n")[:-1]
         assert classes == ["background", *KINDS]
         stems = (evaluation / "splits/val.txt").read_text().split()
@@ -112,6 +112,18 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="no scenes of ours"):
         ensure_scenes(settings(tmp_path / "mine"), progress=False)
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
+
+
+def test_small_objects_are_single_and_half_the_area():
+    config, nothing = settings(Path("unused"), objects=(1, 0, 0), scale=1.4), frozenset()
+    areas = {}
+    for split in ("val", "small"):
+        scenes = [plan_scene(config, split, number, nothing) for number in range(400)]
+        assert all(len(scene.things) == 1 for scene in scenes)
+        areas[split] = np.mean([scene.things[0].size ** 2 for scene in scenes])
+    assert areas["small"] == pytest.approx(areas["val"] / 2, rel=0.05)
+    several = settings(Path("unused"), objects=(0, 0, 1))
+    assert len(plan_scene(several, "small", 0, nothing).things) == 1
 
 
 def test_unseen_combinations_are_unseen():

@@ -109,7 +109,7 @@ def test_a_study_trains_resumes_and_writes_its_page(tmp_path, capsys):
     rows = json.loads(results.read_text())["rows"]
     kinds = {(row["variant"], row["budget"], row["world"]) for row in rows}
     variants = [("groupvit", "steps"), ("full", "steps"), ("groupvit", "time")]
-    assert kinds == {(*variant, world) for variant in variants for world in ("scenes", "scenes_unseen")}
+    assert kinds == {(*variant, world) for variant in variants for world in ("scenes", "scenes_unseen", "scenes_small")}
     page = (tmp_path / "docs/results.md").read_text()
     assert "| GroupViT, equal time |" in page and "| MixReorg |" in page
     for picture in re.findall(r"\]\((images/\S+\.png)\)", page):

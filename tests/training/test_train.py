@@ -102,7 +102,7 @@ def test_run_folder_holds_what_is_promised(run):
     assert [line["step"] for line in lines(folder) if "validation" in line] == [4]
 
     scores = json.loads((folder / "eval.json").read_text())
-    assert set(scores) == {"scenes", "scenes_unseen", "retrieval"}
+    assert set(scores) == {"scenes", "scenes_unseen", "scenes_small", "retrieval"}
     assert {"mIoU", "per_class", "all_background_mIoU", "oracle_mIoU", "images", "settings"} <= set(scores["scenes"])
     assert json.loads((folder / "config.json").read_text())["model"]["text"]["vocab_size"] > 0
 
