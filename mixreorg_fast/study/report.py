@@ -83,7 +83,7 @@ def study_table(rows: Sequence[Row]) -> list[str]:
     for world in worlds:
         head += [f"{world} mIoU", "against the first"]
         head += [f"classes in {FREQUENT} photos"] if world in with_frequent else []
-        head += ["oracle mIoU", "segments used"]
+        head += ["oracle mIoU", *(["segments used"] if world == worlds[0] else [])]
     lines = [_line(head), "|" + "---|" * len(head)]
     groups = list(dict.fromkeys((row["variant"], row["budget"]) for row in rows))
     for variant, budget in groups:
@@ -98,7 +98,7 @@ def study_table(rows: Sequence[Row]) -> list[str]:
             base = [row for row in rows if row["world"] == world and (row["variant"], row["budget"]) == groups[0]]
             cells += [_spread(here, "miou"), "" if here == base else _difference(here, base)]
             cells += [_spread(here, "frequent_miou")] if world in with_frequent else []
-            cells += [_spread(here, "oracle_miou"), _spread(here, "groups_used")]
+            cells += [_spread(here, "oracle_miou"), *([_spread(here, "groups_used")] if world == worlds[0] else [])]
         lines.append(_line(cells))
     for world in worlds:
         background = {row["all_background_miou"] for row in rows if row["world"] == world} - {None}
