@@ -18,7 +18,7 @@ from .data import check_bad
 from .metrics import import_wandb
 
 # Like GroupViT's, set for the data: at 0.95, VOC's, little but the surest segment is no background, and that may be one
-# without a pixel. Both methods score best at 0.2 to 0.5.
+# without a pixel. Both methods score best at 0.2 or 0.3.
 SCENES_THRESHOLD = 0.3
 
 
