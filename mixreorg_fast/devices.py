@@ -146,6 +146,7 @@ def set_tf32(on: bool) -> None:
 def describe(device: torch.device) -> str:
     """Name of a device, with the driver of a GPU or the threads that PyTorch takes of a CPU."""
     if device.type != "cuda":
-        return f"CPU ({torch.get_num_threads()} threads)"
+        threads = torch.get_num_threads()
+        return f"CPU ({threads} thread{'s' * (threads > 1)})"
     found = driver()
     return torch.cuda.get_device_name(device) + (f" ({found})" if found else "")

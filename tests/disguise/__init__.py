@@ -10,10 +10,6 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 
-# What a launched rank needs to compute on the CPU of whatever machine it is on. The deepspeed launcher hands out
-# CUDA_VISIBLE_DEVICES itself, so the other variable tells it and its ranks.
-ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-
 NVML = """
 #include <string.h>
 int nvmlInit_v2(void) { return 0; }
