@@ -282,17 +282,16 @@ def _varlen_reasons(q: Tensor, packing: Packing | None) -> list[str]:
 
 
 def _xformers_reasons(q: Tensor, packing: Packing | None) -> list[str]:
-    if XFORMERS_INSTALLED and torch.compiler.is_compiling():
+    if not XFORMERS_INSTALLED:
+        return ["xformers is not installed"]
+    if torch.compiler.is_compiling():
         return ["torch.compile cannot trace it"]
-    problem = xformers_problem()
-    return [*([problem] if problem else []), *_kernel_reasons(q)]
+    return [*xformers_problems(), *_kernel_reasons(q)]
 
 
 @cache
-def xformers_problem() -> str | None:
-    """Why xformers cannot run, whatever the inputs: it is imported to find out, its warning of many lines kept back."""
-    if not XFORMERS_INSTALLED:
-        return "xformers is not installed"
+def xformers_problems() -> list[str]:
+    """Why xformers does not load: it is imported to find out, its warning of many lines kept back."""
     log = logging.getLogger("xformers")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -308,7 +307,7 @@ def xformers_problem() -> str | None:
         log.setLevel(level)
     while error is not None and error.__cause__ is not None:
         error = error.__cause__  # the loader's own words, such as "libcudart.so.12: cannot open shared object file"
-    return None if error is None else f"xformers does not load: {str(error).strip().partition(chr(10))[0]}"
+    return [] if error is None else [f"xformers does not load: {str(error).strip().partition(chr(10))[0]}"]
 
 
 def _products_reasons(q: Tensor, packing: Packing | None) -> list[str]:
