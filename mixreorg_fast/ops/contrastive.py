@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import Impl, autocast, choose, triton_reasons
+from .registration import kernel
 
 CHUNK_ELEMENTS = 2**24  # logits that the PyTorch path holds at a time
 
@@ -363,14 +364,22 @@ _TORCH = _Kernels(_log_sum_exp_torch, _gradient_torch)
 # The Triton path.
 
 
-@torch.library.custom_op("mixreorg::contrastive_log_sum_exp", mutates_args=())
+def _fake_log_sum_exp(rows, columns, scale, both):
+    return scale.new_empty(len(rows)), scale.new_empty(len(columns) if both else 0)
+
+
+def _fake_gradient(rows, columns, row_lse, column_lse, scale, row_prompts, column_prompts, first_row, both):
+    return scale.new_empty(rows.shape), scale.new_empty(columns.shape if both else 0)
+
+
+@kernel("contrastive_log_sum_exp", fake=_fake_log_sum_exp)
 def _log_sum_exp_triton(rows: Tensor, columns: Tensor, scale: Tensor, both: bool) -> tuple[Tensor, Tensor]:
     from ..kernels.contrastive import log_sum_exp_forward
 
     return log_sum_exp_forward(rows, columns, scale, both)
 
 
-@torch.library.custom_op("mixreorg::contrastive_gradient", mutates_args=())
+@kernel("contrastive_gradient", fake=_fake_gradient)
 def _gradient_triton(
     rows: Tensor,
     columns: Tensor,
@@ -385,16 +394,6 @@ def _gradient_triton(
     from ..kernels.contrastive import gradient_backward
 
     return gradient_backward(rows, columns, row_lse, column_lse, scale, row_prompts, column_prompts, first_row, both)
-
-
-@_log_sum_exp_triton.register_fake
-def _(rows, columns, scale, both):
-    return scale.new_empty(len(rows)), scale.new_empty(len(columns) if both else 0)
-
-
-@_gradient_triton.register_fake
-def _(rows, columns, row_lse, column_lse, scale, row_prompts, column_prompts, first_row, both):
-    return scale.new_empty(rows.shape), scale.new_empty(columns.shape if both else 0)
 
 
 _TRITON = _Kernels(_log_sum_exp_triton, _gradient_triton)
