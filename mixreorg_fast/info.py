@@ -50,7 +50,8 @@ def main(args: argparse.Namespace) -> int:
     print(table([(op, name, reasons) for op, name, reasons in implementations()]))
     if args.kernels:
         rows = kernel_resources()
-        print("\n" + table([tuple(rows[0]), *(tuple(map(str, row.values())) for row in rows)]))
+        columns = ("kernel", "architecture", "num_warps", "registers", "spill_bytes", "shared_bytes", "fits", "call")
+        print("\n" + table([columns, *([str(row[name]) for name in columns] for row in rows)]))
         greedy = sum(bool(row["spill_bytes"]) or not row["fits"] for row in rows)
         print(f"\n{greedy} of {len(rows)} variants spill registers or take more shared memory than their GPU has")
         return int(greedy > 0)
