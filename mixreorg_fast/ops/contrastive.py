@@ -19,7 +19,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Impl, autocast, choose, triton_reasons
+from .dispatch import Impl, autocast, choose, triton_reasons, without_autocast
+from .registration import kernel
 
 CHUNK_ELEMENTS = 2**24  # logits that the PyTorch path holds at a time
 
@@ -95,7 +96,7 @@ def contrastive_loss(
         world, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
     if exchange == "ring" and world > 1:
         return _RingLoss.apply(image, texts, scale, prompts, Ring(process_group), kernels)
-    with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(image):
         positives = _positives(image, texts, scale)
         if world == 1:
             all_images = all_texts = None  # its own
@@ -169,7 +170,7 @@ class _Loss(torch.autograd.Function):
         need_image, need_text, need_scale = ctx.needs_input_grad[:3]
         grad_image = grad_text = grad_scale = None
         factor = grad * (ctx.world / (2 * samples))
-        with torch.autocast(image.device.type, enabled=False):
+        with without_autocast(image):
             if need_image or need_scale:
                 both = need_text and ctx.world == 1  # then one sweep over the logits gives both
                 columns = texts if all_texts is None else all_texts
@@ -274,7 +275,7 @@ def ring_gradient(
 class _RingLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, texts, scale, prompts, ring, kernels):
-        with torch.autocast(image.device.type, enabled=False):
+        with without_autocast(image):
             image_lse, text_lse = ring_log_sum_exp(image, texts, scale, ring, kernels)
             own = (0.5 * (image_lse + text_lse.view(-1, prompts).mean(1)) - _positives(image, texts, scale)).mean()
             ctx.save_for_backward(image, texts, scale, image_lse, text_lse)
@@ -286,7 +287,7 @@ class _RingLoss(torch.autograd.Function):
     def backward(ctx, grad):
         image, texts, scale, image_lse, text_lse = ctx.saved_tensors
         need_image, need_text, need_scale = ctx.needs_input_grad[:3]
-        with torch.autocast(image.device.type, enabled=False):
+        with without_autocast(image):
             grad_image, grad_text = ring_gradient(
                 image, texts, image_lse, text_lse, scale, ctx.prompts, ctx.ring, ctx.kernels, need_image
             )
@@ -363,14 +364,22 @@ _TORCH = _Kernels(_log_sum_exp_torch, _gradient_torch)
 # The Triton path.
 
 
-@torch.library.custom_op("mixreorg::contrastive_log_sum_exp", mutates_args=())
+def _fake_log_sum_exp(rows, columns, scale, both):
+    return scale.new_empty(len(rows)), scale.new_empty(len(columns) if both else 0)
+
+
+def _fake_gradient(rows, columns, row_lse, column_lse, scale, row_prompts, column_prompts, first_row, both):
+    return scale.new_empty(rows.shape), scale.new_empty(columns.shape if both else 0)
+
+
+@kernel("contrastive_log_sum_exp", fake=_fake_log_sum_exp)
 def _log_sum_exp_triton(rows: Tensor, columns: Tensor, scale: Tensor, both: bool) -> tuple[Tensor, Tensor]:
     from ..kernels.contrastive import log_sum_exp_forward
 
     return log_sum_exp_forward(rows, columns, scale, both)
 
 
-@torch.library.custom_op("mixreorg::contrastive_gradient", mutates_args=())
+@kernel("contrastive_gradient", fake=_fake_gradient)
 def _gradient_triton(
     rows: Tensor,
     columns: Tensor,
@@ -385,16 +394,6 @@ def _gradient_triton(
     from ..kernels.contrastive import gradient_backward
 
     return gradient_backward(rows, columns, row_lse, column_lse, scale, row_prompts, column_prompts, first_row, both)
-
-
-@_log_sum_exp_triton.register_fake
-def _(rows, columns, scale, both):
-    return scale.new_empty(len(rows)), scale.new_empty(len(columns) if both else 0)
-
-
-@_gradient_triton.register_fake
-def _(rows, columns, row_lse, column_lse, scale, row_prompts, column_prompts, first_row, both):
-    return scale.new_empty(rows.shape), scale.new_empty(columns.shape if both else 0)
 
 
 _TRITON = _Kernels(_log_sum_exp_triton, _gradient_triton)

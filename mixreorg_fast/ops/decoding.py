@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import Impl, choose, triton_reasons
+from .registration import kernel
 
 
 def decode_segments_reference(
@@ -84,13 +85,12 @@ def _threshold(threshold: Tensor | float | None, assignment: Tensor) -> Tensor |
     return threshold.to(assignment.device, torch.float32).expand(batch)
 
 
-@torch.library.custom_op("mixreorg::decode_segments", mutates_args=())
+def _fake_labels(assignment: Tensor, scores: Tensor, height: int, width: int, threshold: Tensor | None) -> Tensor:
+    return assignment.new_empty((assignment.shape[0], height, width), dtype=torch.int64)
+
+
+@kernel("decode_segments", fake=_fake_labels)
 def _decode_segments(assignment: Tensor, scores: Tensor, height: int, width: int, threshold: Tensor | None) -> Tensor:
     from ..kernels.decoding import decode_forward
 
     return decode_forward(assignment, scores, height, width, threshold)
-
-
-@_decode_segments.register_fake
-def _(assignment: Tensor, scores: Tensor, height: int, width: int, threshold: Tensor | None) -> Tensor:
-    return assignment.new_empty((assignment.shape[0], height, width), dtype=torch.int64)

@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .dispatch import Impl, autocast, choose, triton_reasons
+from .dispatch import Impl, autocast, choose, triton_reasons, without_autocast
 from .philox import gumbel, philox, seed_tensor
+from .registration import kernel
 
 ReturnAssignment = Literal["none", "soft", "used"]
 MOST_GROUPS = 128  # of the kernels: a tile holds all groups, and a winner is one byte
@@ -111,7 +112,7 @@ def grouping_attention(
             q, k, v, seed, first_image, scale, tau, eps, hard, return_assignment
         )
     else:
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             out, soft, used = grouping_attention_reference(
                 q, k, v, scale=scale, hard=hard, seed=seed, first_image=first_image, tau=tau, eps=eps
             )
@@ -128,44 +129,14 @@ def _not_supported_reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     return reasons
 
 
-@torch.library.custom_op("mixreorg::grouping_attention", mutates_args=())
-def _grouping_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seed: Tensor | None,
-    first_image: int,
-    scale: float,
-    tau: float,
-    eps: float,
-    hard: bool,
-    return_assignment: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from ..kernels.grouping import grouping_forward
-
-    return grouping_forward(q, k, v, seed, first_image, scale, tau, eps, hard, return_assignment)
+# The Triton path.
 
 
-@_grouping_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seed: Tensor | None,
-    first_image: int,
-    scale: float,
-    tau: float,
-    eps: float,
-    hard: bool,
-    return_assignment: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, groups, patches = *q.shape[:2], k.shape[1]
-    assignment = q.new_empty((batch, groups, 0 if return_assignment == "none" else patches), dtype=torch.float32)
-    winner = q.new_empty((batch, patches if hard else 0), dtype=torch.uint8)
-    return v.new_empty(q.shape), assignment, winner, q.new_empty((batch, groups), dtype=torch.float32)
+def _fake_gradients(grad_out: Tensor, grad_assignment: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-@torch.library.custom_op("mixreorg::grouping_attention_backward", mutates_args=())
+@kernel("grouping_attention_backward", fake=_fake_gradients)
 def _grouping_attention_backward(
     grad_out: Tensor,
     grad_assignment: Tensor | None,
@@ -189,9 +160,22 @@ def _grouping_attention_backward(
     return grouping_backward(grad_out, grad_assignment, *saved, first_image, scale, tau, eps, hard, return_assignment)
 
 
-@_grouping_attention_backward.register_fake
-def _(grad_out: Tensor, grad_assignment: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _fake_outputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seed: Tensor | None,
+    first_image: int,
+    scale: float,
+    tau: float,
+    eps: float,
+    hard: bool,
+    return_assignment: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, groups, patches = *q.shape[:2], k.shape[1]
+    assignment = q.new_empty((batch, groups, 0 if return_assignment == "none" else patches), dtype=torch.float32)
+    winner = q.new_empty((batch, patches if hard else 0), dtype=torch.uint8)
+    return v.new_empty(q.shape), assignment, winner, q.new_empty((batch, groups), dtype=torch.float32)
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -212,4 +196,19 @@ def _gradient(ctx, grad_out: Tensor | None, grad_assignment: Tensor | None, *_) 
     return *grads, None, *(None for _ in ctx.numbers)
 
 
-_grouping_attention.register_autograd(_gradient, setup_context=_save)
+@kernel("grouping_attention", fake=_fake_outputs, save=_save, gradient=_gradient)
+def _grouping_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seed: Tensor | None,
+    first_image: int,
+    scale: float,
+    tau: float,
+    eps: float,
+    hard: bool,
+    return_assignment: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from ..kernels.grouping import grouping_forward
+
+    return grouping_forward(q, k, v, seed, first_image, scale, tau, eps, hard, return_assignment)

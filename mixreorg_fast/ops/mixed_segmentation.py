@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .contrastive import multiplier
-from .dispatch import Impl, choose, triton_reasons
+from .dispatch import Impl, choose, triton_reasons, without_autocast
 from .mixing import MixPlan
+from .registration import kernel
 
 Negatives = Literal["group", "batch"]
 
@@ -31,7 +32,7 @@ def mixed_segmentation_logits(
 
     Re-associated as ``firstᵀ (secondᵀ (segments · textsᵀ))``: G1 x K numbers per image, never ``[B, N, G2]``.
     """
-    with torch.autocast(first.device.type, enabled=False):
+    with without_autocast(first):
         first, second, segments, texts = (x.to(upcast) for x in (first, second, segments, texts))
         if negatives == "group":
             texts = texts.unflatten(0, (-1, group_size)).repeat_interleave(group_size, dim=0)  # [B, K, D]
@@ -144,17 +145,11 @@ def _triton_reasons(
 # The Triton path.
 
 
-@torch.library.custom_op("mixreorg::mixed_segmentation", mutates_args=())
-def _mixed_segmentation(
-    first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, source: Tensor, scale: Tensor, group_size: int
-) -> Tensor:
-    """The mean loss of each image, fp32 ``[B]``; `scale` 0-d fp32."""
-    from ..kernels.mixed_segmentation import mixed_segmentation_forward
-
-    return mixed_segmentation_forward(first, second, segments, texts, source, scale, group_size)
+def _fake_gradients(grad, first, second, segments, texts, source, scale, group_size):
+    return *(x.new_empty(x.shape) for x in (first, second, segments, texts)), torch.empty_like(scale)
 
 
-@torch.library.custom_op("mixreorg::mixed_segmentation_backward", mutates_args=())
+@kernel("mixed_segmentation_backward", fake=_fake_gradients)
 def _mixed_segmentation_backward(
     grad: Tensor,
     first: Tensor,
@@ -170,14 +165,8 @@ def _mixed_segmentation_backward(
     return mixed_segmentation_backward(grad, first, second, segments, texts, source, scale, group_size)
 
 
-@_mixed_segmentation.register_fake
-def _(first, second, segments, texts, source, scale, group_size):
+def _fake_loss(first, second, segments, texts, source, scale, group_size):
     return first.new_empty(first.shape[0], dtype=torch.float32)
-
-
-@_mixed_segmentation_backward.register_fake
-def _(grad, first, second, segments, texts, source, scale, group_size):
-    return *(x.new_empty(x.shape) for x in (first, second, segments, texts)), torch.empty_like(scale)
 
 
 def _save(ctx, inputs: tuple, output: Tensor) -> None:
@@ -190,4 +179,11 @@ def _gradient(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *gradients, None, scale, None
 
 
-_mixed_segmentation.register_autograd(_gradient, setup_context=_save)
+@kernel("mixed_segmentation", fake=_fake_loss, save=_save, gradient=_gradient)
+def _mixed_segmentation(
+    first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, source: Tensor, scale: Tensor, group_size: int
+) -> Tensor:
+    """The mean loss of each image, fp32 ``[B]``; `scale` 0-d fp32."""
+    from ..kernels.mixed_segmentation import mixed_segmentation_forward
+
+    return mixed_segmentation_forward(first, second, segments, texts, source, scale, group_size)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .dispatch import Impl, choose, triton_reasons
 from .philox import philox, seed_tensor
+from .registration import kernel
 
 
 @dataclass(frozen=True)
@@ -193,28 +194,15 @@ class _Gather(torch.autograd.Function):
 # The Triton path. The adjoint of each op is registered with it as its own adjoint: second derivatives come for free.
 
 
-@torch.library.custom_op("mixreorg::sample_plan", mutates_args=())
+def _fake_plan(seed: Tensor, first_group: int, batch: int, patches: int, group_size: int) -> tuple[Tensor, Tensor]:
+    return tuple(seed.new_empty((batch, patches), dtype=torch.int32) for _ in range(2))
+
+
+@kernel("sample_plan", fake=_fake_plan)
 def _sample_plan(seed: Tensor, first_group: int, batch: int, patches: int, group_size: int) -> tuple[Tensor, Tensor]:
     from ..kernels.mixing import sample_plan
 
     return sample_plan(seed, first_group, batch, patches, group_size)
-
-
-@_sample_plan.register_fake
-def _(seed: Tensor, first_group: int, batch: int, patches: int, group_size: int) -> tuple[Tensor, Tensor]:
-    return tuple(seed.new_empty((batch, patches), dtype=torch.int32) for _ in range(2))
-
-
-@torch.library.custom_op("mixreorg::patch_gather", mutates_args=())
-def _patch_gather(x: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
-    from ..kernels.mixing import gather_forward
-
-    return gather_forward(x, source)
-
-
-@_patch_gather.register_fake
-def _(x: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
 
 
 def _save_plan(ctx, inputs: tuple, output: Tensor) -> None:
@@ -226,31 +214,16 @@ def _patch_gather_gradient(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
     return _patch_gather(grad, inverse, source), None, None
 
 
-_patch_gather.register_autograd(_patch_gather_gradient, setup_context=_save_plan)
+@kernel(
+    "patch_gather",
+    fake=lambda x, source, inverse: x.new_empty(x.shape),
+    save=_save_plan,
+    gradient=_patch_gather_gradient,
+)
+def _patch_gather(x: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
+    from ..kernels.mixing import gather_forward
 
-
-@torch.library.custom_op("mixreorg::patch_blend", mutates_args=())
-def _patch_blend(mixed: Tensor, original: Tensor, source: Tensor, alpha: float) -> Tensor:
-    from ..kernels.mixing import blend_forward
-
-    return blend_forward(mixed, original, source, alpha)
-
-
-@torch.library.custom_op("mixreorg::patch_blend_backward", mutates_args=())
-def _patch_blend_backward(grad: Tensor, source: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    from ..kernels.mixing import blend_backward
-
-    return blend_backward(grad, source, alpha)
-
-
-@_patch_blend.register_fake
-def _(mixed: Tensor, original: Tensor, source: Tensor, alpha: float) -> Tensor:
-    return mixed.new_empty(mixed.shape)
-
-
-@_patch_blend_backward.register_fake
-def _(grad: Tensor, source: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    return grad.new_empty(grad.shape), grad.new_empty(grad.shape)
+    return gather_forward(x, source)
 
 
 def _save_blend(ctx, inputs: tuple, output: Tensor | tuple[Tensor, Tensor]) -> None:
@@ -266,5 +239,25 @@ def _patch_blend_backward_gradient(ctx, mixed: Tensor, original: Tensor) -> tupl
     return _patch_blend(mixed, original, *ctx.saved_tensors, ctx.alpha), None, None
 
 
-_patch_blend.register_autograd(_patch_blend_gradient, setup_context=_save_blend)
-_patch_blend_backward.register_autograd(_patch_blend_backward_gradient, setup_context=_save_blend)
+@kernel(
+    "patch_blend",
+    fake=lambda mixed, original, source, alpha: mixed.new_empty(mixed.shape),
+    save=_save_blend,
+    gradient=_patch_blend_gradient,
+)
+def _patch_blend(mixed: Tensor, original: Tensor, source: Tensor, alpha: float) -> Tensor:
+    from ..kernels.mixing import blend_forward
+
+    return blend_forward(mixed, original, source, alpha)
+
+
+@kernel(
+    "patch_blend_backward",
+    fake=lambda grad, source, alpha: (grad.new_empty(grad.shape), grad.new_empty(grad.shape)),
+    save=_save_blend,
+    gradient=_patch_blend_backward_gradient,
+)
+def _patch_blend_backward(grad: Tensor, source: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    from ..kernels.mixing import blend_backward
+
+    return blend_backward(grad, source, alpha)

@@ -176,9 +176,11 @@ def test_registration_passes_opcheck(device):
     image, text, scale = make((5, 2, 16), torch.float32, device)
     texts, scale = text.flatten(0, 1), scale[0].clone()
     for both in (False, True):
-        torch.library.opcheck(contrastive._log_sum_exp_triton, (image, texts, scale, both))
+        torch.library.opcheck(contrastive._log_sum_exp_triton.op, (image, texts, scale, both))
         row_lse, column_lse = contrastive._log_sum_exp_torch(image, texts, scale, True)
-        torch.library.opcheck(contrastive._gradient_triton, (image, texts, row_lse, column_lse, scale, 1, 2, 0, both))
+        torch.library.opcheck(
+            contrastive._gradient_triton.op, (image, texts, row_lse, column_lse, scale, 1, 2, 0, both)
+        )
 
 
 def test_errors_name_what_is_wrong(device):

@@ -233,11 +233,11 @@ def test_the_hard_gradient_is_the_soft_ones(device):
 def test_registration_passes_opcheck(device):
     q, k, v = make((1, 3, 5, 16), torch.float32, device)
     seed = torch.tensor(3, device=device)
-    torch.library.opcheck(grouping._grouping_attention, (q, k, v, seed, 2, 0.25, 1.0, 1.0, True, "used"))
-    torch.library.opcheck(grouping._grouping_attention, (q, k, v, None, 0, 0.25, 1.0, 1.0, False, "none"))
+    torch.library.opcheck(grouping._grouping_attention.op, (q, k, v, seed, 2, 0.25, 1.0, 1.0, True, "used"))
+    torch.library.opcheck(grouping._grouping_attention.op, (q, k, v, None, 0, 0.25, 1.0, 1.0, False, "none"))
     out, assignment, winner, total = grouping._grouping_attention(q, k, v, seed, 2, 0.25, 1.0, 1.0, True, "used")
     saved = (x.detach() for x in (out, assignment, q, k, v, seed, out, winner, total))
-    torch.library.opcheck(grouping._grouping_attention_backward, (*saved, 2, 0.25, 1.0, 1.0, True, "used"))
+    torch.library.opcheck(grouping._grouping_attention_backward.op, (*saved, 2, 0.25, 1.0, 1.0, True, "used"))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

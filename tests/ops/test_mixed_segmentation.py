@@ -144,9 +144,11 @@ def test_gradcheck_of_the_reference(device):
 def test_registration_passes_opcheck(device):
     (*tensors, scale), plan = make((4, 3, 5, 2, 16, 2), torch.float32, device)
     arguments = (*(x.requires_grad_() for x in tensors), plan.source, scale[0].clone().requires_grad_(), 2)
-    torch.library.opcheck(mixed_segmentation._mixed_segmentation, arguments)
+    torch.library.opcheck(mixed_segmentation._mixed_segmentation.op, arguments)
     arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-    torch.library.opcheck(mixed_segmentation._mixed_segmentation_backward, (torch.ones(4, device=device), *arguments))
+    torch.library.opcheck(
+        mixed_segmentation._mixed_segmentation_backward.op, (torch.ones(4, device=device), *arguments)
+    )
 
 
 def test_errors_name_what_is_wrong(device):

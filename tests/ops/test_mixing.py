@@ -105,10 +105,10 @@ def test_gradcheck_of_the_references(device):
 def test_registration_passes_opcheck(device):
     mixed, original, plan = make((2, 3, 4, 2), torch.float32, device)
     mixed, original = mixed.clone().requires_grad_(), original.requires_grad_()
-    torch.library.opcheck(mixing._sample_plan, (torch.tensor(3, device=device), 5, 2, 3, 2))
-    torch.library.opcheck(mixing._patch_gather, (mixed, plan.source, plan.inverse))
-    torch.library.opcheck(mixing._patch_blend, (mixed, original, plan.source, 0.3))
-    torch.library.opcheck(mixing._patch_blend_backward, (mixed, plan.source, 0.3))
+    torch.library.opcheck(mixing._sample_plan.op, (torch.tensor(3, device=device), 5, 2, 3, 2))
+    torch.library.opcheck(mixing._patch_gather.op, (mixed, plan.source, plan.inverse))
+    torch.library.opcheck(mixing._patch_blend.op, (mixed, original, plan.source, 0.3))
+    torch.library.opcheck(mixing._patch_blend_backward.op, (mixed, plan.source, 0.3))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
