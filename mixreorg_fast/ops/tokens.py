@@ -145,7 +145,7 @@ def _check(op: str, x: Tensor, branches: int, source: Tensor) -> None:
         raise ValueError(f"{op}: x must be {expected} for a plan {list(source.shape)}, got {list(x.shape)}")
 
 
-# The Triton path. An op is linear in its tokens, so the adjoint of its adjoint is the op: this gives second derivatives.
+# The Triton path. The adjoint of an op's adjoint is the op: this gives second derivatives.
 
 
 def _fake_append(x: Tensor, groups: Tensor | None, source: Tensor, group_size: int, keep: bool) -> Tensor:
