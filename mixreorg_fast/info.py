@@ -21,7 +21,7 @@ from . import __version__, ops
 from .devices import cuda_available, cuda_problem, driver
 from .errors import UserError
 from .kernels.variants import ARCHITECTURES
-from .ops.attention import xformers_problem
+from .ops.attention import xformers_problems
 from .ops.dispatch import TRITON_INSTALLED, CannotRun, UnknownImplementation
 
 # What is asked about -> the module that must be importable, and the distributions that bring it, any of them.
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     rows = [("mixreorg_fast", __version__), ("Python", platform.python_version()), ("torch", torch.__version__)]
     rows += [("CUDA", cuda()), *((name, library(*where)) for name, where in LIBRARIES.items())]
-    xformers_problem()  # found by importing it, which must not happen among the fake tensors below
+    xformers_problems()  # found by importing it, which must not happen among the fake tensors below
     print(table(rows))
     print("\nops on " + ("CUDA" if torch.cuda.is_available() else "the CPU"))
     print(table([(op, name, reasons) for op, name, reasons in implementations()]))

@@ -132,15 +132,17 @@ def main() -> None:
     options = parser.parse_args()
     for architecture in options.architectures:
         with offline(architecture) as launches:
-            shown = 0
+            known = set()
             for name, call in calls():
                 if options.only not in name:
                     continue
                 call()
-                for launch in launches[shown:]:
-                    fits = launch.shared_bytes <= SHARED_BYTES[architecture]
-                    print(json.dumps({**asdict(launch), "fits": fits, "call": name}), flush=True)
-                shown = len(launches)
+                for launch in launches:
+                    if (launch.kernel, launch.variant, launch.num_warps) not in known:
+                        known.add((launch.kernel, launch.variant, launch.num_warps))
+                        fits = launch.shared_bytes <= SHARED_BYTES[architecture]
+                        print(json.dumps({**asdict(launch), "fits": fits, "call": name}), flush=True)
+                launches.clear()
 
 
 if __name__ == "__main__":
