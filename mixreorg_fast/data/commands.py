@@ -89,9 +89,8 @@ def _verify(args: argparse.Namespace) -> int:
     _at_least_one(args, "workers")
     good = bad = 0
     for shard in verify(args.pattern, workers=args.workers, device=args.device):
-        found = shard.bad
-        good, bad = good + len(shard.samples), bad + len(found)
-        for entry in found:
+        good, bad = good + len(shard.samples), bad + shard.broken
+        for entry in shard.bad:
             print(f"{entry}".replace("\t\t", ": ").replace("\t", ": "))
     print(f"{good} samples are sound" + (f", {bad} broken (left out of the index)" if bad else ""))
     return 2 if not good else 1 if bad else 0

@@ -411,15 +411,9 @@ def _tar_entries(tar: Path) -> list[dict | Bad]:
 
 @functools.lru_cache(maxsize=2)  # slices of a tar follow one another
 def _scanned(tar: Path, size: int, mtime_ns: int) -> list[dict | Bad]:
-    """The samples of a tar in order, what it lacks after them, and what is wrong with its end."""
-    try:
-        samples, broken, problem = scan(tar)
-    except UserError as error:
-        return [Bad(str(tar), "", str(error).removeprefix(f"{tar}: "))]
-    entries: list[dict | Bad] = [*samples, *(Bad(str(tar), key, reason) for key, reason in broken)]
-    if problem:
-        entries.append(Bad(str(tar), "", problem))
-    return entries
+    """The samples of a tar in order, and after them what it lacks."""
+    samples, left_out = scan(tar)
+    return [*samples, *(Bad(str(tar), key, reason) for key, reason, _ in left_out)]
 
 
 def _tar_size(tar: Path) -> int:
