@@ -95,6 +95,7 @@ def test_the_recorder_sees_what_waits():
         lambda gpu, host, other: host.to("cpu", non_blocking=True),
         lambda gpu, host, other: host.pin_memory().to("cpu"),
         lambda gpu, host, other: torch.tensor(3, device="cpu"),
+        lambda gpu, host, other: gpu.new_tensor([1.0]),
         lambda gpu, host, other: torch.repeat_interleave(gpu, (other > 0).long()),
         lambda gpu, host, other: in_backward.sum().backward(),
     ]
