@@ -1,5 +1,5 @@
 # Each target does all its own set-up; `make env` alone builds .venv.
-.PHONY: env train test soak bench lint clean
+.PHONY: env train test soak bench kernels lint clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -35,6 +35,10 @@ soak: env
 
 bench: env
 	$(RUN) $(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+# Compiles every kernel for every supported GPU, without one: none may spill or take more than its GPU has.
+kernels: env
+	$(RUN) mixreorg info --kernels
 
 lint: env
 	$(RUN) ruff check . && $(RUN) ruff format --check .

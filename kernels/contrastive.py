@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import INTERPRET, Config, KernelVariant, configuration, on_device
+from .variants import INTERPRET, Config, configuration, on_device
 
 # Per architecture for 16-bit operands (tensor cores) and for fp32 ones (IEEE products on the plain units).
 CONFIGS_16 = {
@@ -379,33 +379,3 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
             torch.mm(a, b, out_dtype=torch.float32, out=out)
     else:
         torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)
-
-
-def signatures(architecture: int) -> list[KernelVariant]:
-    """The variants at the model's width (D = 256)."""
-    variants = []
-    for dtype, table in (("bf16", CONFIGS_16), ("fp32", CONFIGS_32)):
-        config, tensor = table[architecture], f"*{dtype}:16"
-        features = {"rows_ptr": tensor, "columns_ptr": tensor, "scale_ptr": "*fp32:16"}
-        sizes = dict.fromkeys(("rows", "columns", "row_stride", "column_stride"), "i32:16")
-        lse = dict.fromkeys(("row_lse_ptr", "column_lse_ptr"), "*fp32:16")
-        parts = dict.fromkeys(("row_parts_ptr", "column_parts_ptr"), "*fp32:16")
-        constexprs = {"D": 256, **_constexprs(getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[dtype]))}
-        prompts = {"row_prompts": 1, "column_prompts": 1}
-        shifts = dict.fromkeys(("row_shift", "column_shift", "positive"), "fp32")
-        strip = {**sizes, "weights_stride": "i32:16", "first_row": "i32:16", **shifts}
-        for name, kernel, signature, extra in (
-            ("log_sum_exp", _log_sum_exp_kernel, {**features, **parts, **sizes}, {"BOTH": True}),
-            (
-                "weights",
-                _weights_kernel,
-                {**features, **lse, "weights_ptr": tensor, **strip},
-                prompts,
-            ),
-        ):
-            values = {**constexprs, **extra, **config.blocks}
-            name = f"contrastive.{name}[{dtype}, D=256]"
-            variants.append(KernelVariant(name, kernel, signature, values, config.num_warps, config.num_stages))
-    merge = {"parts_ptr": "*fp32:16", "lse_ptr": "*fp32:16", "parts": "i32:16", "columns": "i32:16"}
-    variants.append(KernelVariant("contrastive.merge", _merge_kernel, merge, {"CONTINUE": True, **MERGE_BLOCK}, 4, 3))
-    return variants

@@ -16,10 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.jit import JITFunction
 
 from .philox import gumbel_noise
-from .variants import INTERPRET, Config, KernelVariant, configuration, on_device
+from .variants import INTERPRET, Config, configuration, on_device
 
 
 def _on(*architectures: int, channels: int, warps: int, stages: int = 3) -> dict[int, Config]:
@@ -588,48 +587,3 @@ def grouping_backward(
         if not one_tile:
             _aggregate(problem, None, grad_logits, k, grad_q, None, scale, eps)
     return grad_q, grad_k, grad_v
-
-
-def signatures(architecture: int) -> list[KernelVariant]:
-    """The variants at the model's shapes: both groupings at 224 px and the first at 448 px, C = 384, as training
-    (with noise, with and without the assignment) and evaluation (soft maps, no noise, no backward) launch them."""
-    numbers = {"first_image": "i64", "patches": "i32", "scale": "fp32", "inverse_tau": "fp32", "eps": "fp32"}
-    maps = dict.fromkeys(("soft_ptr", "used_ptr", "grad_soft_ptr", "grad_used_ptr", "total_ptr"), "*fp32:16")
-    types = {**numbers, **maps, "seed_ptr": "*i64:16", "winner_ptr": "*u8:16"}
-    variants = []
-
-    def add(table: str, kernel: JITFunction, what: str, problem: _Problem, **constexprs: object) -> None:
-        name = kernel.__name__.strip("_").removesuffix("_kernel")
-        config = problem.configurations(table)[architecture]
-        constexprs = {**problem.constexprs, "UPCAST": False, **constexprs, **config.blocks}
-        tensor = "*bf16:16" if problem.itemsize == 2 else "*fp32:16"
-        signature = {
-            argument: types.get(argument, "i32:16" if "stride" in argument else tensor)
-            for argument in kernel.arg_names
-            if argument not in constexprs
-        }
-        shape = f"{tensor[1:5]}, G={problem.groups}, N={problem.patches}, C={problem.channels}"
-        name = f"grouping.{name}[{what}, {shape}]"
-        variants.append(KernelVariant(name, kernel, signature, constexprs, config.num_warps, config.num_stages))
-
-    for groups, patches, itemsize in ((64, 196, 2), (8, 64, 2), (64, 784, 2), (64, 196, 4)):
-        for what, map_name in (("train", None), ("train, used map", "used"), ("eval, soft map", "soft")):
-            problem = _Problem(1024, groups, patches, 384, itemsize, map_name == "soft")
-            one_tile = problem.tiles == 1
-            absent = {f"{name}_ptr": None for name in ("soft", "used") if name != map_name}
-            if map_name == "soft":
-                absent["seed_ptr"] = None
-            add("forward", _grouping_forward_kernel, what, problem, ONE_TILE=one_tile, **absent)
-            if not one_tile and map_name != "used":
-                add("aggregate", _aggregate_kernel, f"{what}, output", problem, map_ptr=None)
-            if map_name == "soft":
-                continue
-            absent = {f"grad_{name}_ptr": None for name in ("soft", "used") if name != map_name}
-            absent["grad_logits_ptr" if one_tile else "grad_q_ptr"] = None
-            if one_tile and map_name is None:
-                absent["out_ptr"] = None
-            table = "backward" if map_name is None else "backward with map"
-            add(table, _grouping_backward_kernel, what, problem, ONE_TILE=one_tile, **absent)
-            if not one_tile and map_name is None:
-                add("aggregate", _aggregate_kernel, "train, gradient of q", problem, winner_ptr=None, total_ptr=None)
-    return variants

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import Config, KernelVariant, configuration, on_device
+from .variants import Config, configuration, on_device
 
 CONFIGS = {
     80: Config({"BLOCK_N": 32}, num_warps=4, num_stages=2),
@@ -275,46 +275,3 @@ def mixed_segmentation_backward(
             num_warps=4,
         )
     return *outputs, grad_scale.sum()
-
-
-def signatures(architecture: int) -> list[KernelVariant]:
-    """The variants at the model's shapes: 64 x 196 at 224 px, 64 x 784 at 448 px."""
-    config = CONFIGS[architecture]
-    variants = []
-    for dtype in ("bf16", "fp32"):
-        tensor = f"*{dtype}:16"
-        inputs = {
-            **dict.fromkeys(("first_ptr", "second_ptr", "segments_ptr", "texts_ptr"), tensor),
-            "source_ptr": "*i32:16",
-            "scale_ptr": "*fp32:16",
-        }
-        gradients = {
-            **dict.fromkeys(("grad_first_ptr", "grad_second_ptr", "grad_segments_ptr"), tensor),
-            **dict.fromkeys(("grad_cosines_ptr", "grad_scale_ptr"), "*fp32:16"),
-        }
-        for patches in (196, 784):
-            sizes = {"N": patches, "G1": 64, "G2": 8, "K": 4, "D": 256}
-            blocks = {"BLOCK_G1": 64, "BLOCK_G2": 16, "BLOCK_K": 16, "BLOCK_D": 64, **config.blocks}
-            for kernel, signature in (
-                (_mixed_segmentation_forward_kernel, {**inputs, "loss_ptr": "*fp32:16"}),
-                (
-                    _mixed_segmentation_backward_kernel,
-                    {"grad_ptr": "*fp32:16", **inputs, **gradients, "grad_stride": "i32"},
-                ),
-            ):
-                name = kernel.__name__.strip("_").removesuffix("_kernel")
-                name = f"{name}[{dtype}, G1=64, N={patches}]"
-                variants.append(
-                    KernelVariant(name, kernel, signature, {**sizes, **blocks}, config.num_warps, config.num_stages)
-                )
-        variants.append(
-            KernelVariant(
-                f"mixed_segmentation_texts[{dtype}, K=4, G2=8]",
-                _mixed_segmentation_texts_kernel,
-                {"grad_cosines_ptr": "*fp32:16", "segments_ptr": tensor, "grad_texts_ptr": tensor},
-                {"ROWS": 32, "K": 4, "D": 256, "BLOCK_ROWS": 32, "BLOCK_K": 16, "BLOCK_D": 64},
-                4,
-                3,
-            )
-        )
-    return variants

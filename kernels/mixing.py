@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import Config, KernelVariant, configuration, on_device
+from .variants import Config, configuration, on_device
 
 CONFIGS = {
     80: Config({"BLOCK_ROWS": 16}, num_warps=4),
@@ -236,44 +236,3 @@ def sample_plan(seed: Tensor, first_group: int, batch: int, patches: int, group_
                 seed, source, inverse, first_group, group_size, patches, BLOCK_PATCHES=PLAN_BLOCK, num_warps=4
             )
     return source, inverse
-
-
-def signatures(architecture: int) -> list[KernelVariant]:
-    """The variants at the model's width (C = 384)."""
-    config = CONFIGS[architecture]
-    constexprs = {"CHANNELS": 384, "BLOCK_CHANNELS": _channel_block(384), **config.blocks}
-    sizes, plan = {"rows": "i32:16", "patches": "i32"}, {"source_ptr": "*i32:16"}
-    variants = []
-    for dtype in ("bf16", "fp32"):
-        tensor = f"*{dtype}:16"
-        strides = ("stride_image", "stride_patch")
-        gather = {"x_ptr": tensor, **plan, "out_ptr": tensor, **sizes, **dict.fromkeys(strides, "i32:16")}
-        blend = {
-            **dict.fromkeys(("mixed_ptr", "original_ptr"), tensor),
-            **plan,
-            "out_ptr": tensor,
-            "alpha": "fp32",
-            **sizes,
-            **{f"{name}_{stride}": "i32:16" for name in ("mixed", "original") for stride in strides},
-        }
-        backward = {
-            "grad_ptr": tensor,
-            **plan,
-            **dict.fromkeys(("grad_mixed_ptr", "grad_original_ptr"), tensor),
-            "alpha": "fp32",
-            **sizes,
-            **dict.fromkeys(strides, "i32:16"),
-        }
-        for kernel, signature in (
-            (_gather_forward_kernel, gather),
-            (_blend_forward_kernel, blend),
-            (_blend_backward_kernel, backward),
-        ):
-            name = f"mixing.{kernel.__name__.strip('_').removesuffix('_kernel')}[{dtype}, C=384]"
-            variants.append(KernelVariant(name, kernel, signature, constexprs, config.num_warps, config.num_stages))
-    plan = {"seed_ptr": "*i64:16", **dict.fromkeys(("source_ptr", "inverse_ptr"), "*i32:16")}
-    plan |= {"first_group": "i64", "group_size": "i32", "patches": "i32"}
-    variants.append(
-        KernelVariant("mixing.sample_plan", _sample_plan_kernel, plan, {"BLOCK_PATCHES": PLAN_BLOCK}, 4, num_stages=3)
-    )
-    return variants

@@ -1,4 +1,4 @@
-"""What every kernel family shares: launch configurations, and the list of variants that are checked offline.
+"""What every kernel family shares: where kernels run, and their launch configurations.
 
 A family keeps one small table of configurations per architecture. They are fixed and checked in; with
 ``MIXREORG_RETUNE=1`` a launcher times its candidates once per shape instead and prints the winner, to be pasted into
@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # compute capabilities that configurations are checked for
+offline_architecture: int | None = None  # what launches on meta tensors are compiled for, set by offline.offline
 
 
 @dataclass(frozen=True)
@@ -32,23 +33,6 @@ class Config:
         return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-@dataclass(frozen=True)
-class KernelVariant:
-    """One kernel as it is compiled for one configuration at one of the model's shapes.
-
-    `signature` gives the type of every argument that is no constexpr, in Triton's notation for ahead-of-time
-    compilation: ``"*bf16"``, ``"i32"``, ``"fp32"``; ``":16"`` behind it says divisible by 16, as the launcher finds
-    at run time for aligned pointers and strides. `constexprs` holds the others, and arguments specialised to a value.
-    """
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, object]
-    num_warps: int
-    num_stages: int
-
-
 def flag(name: str) -> bool:
     """An environment switch: on for 1, true, yes, on."""
     return os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
@@ -58,16 +42,27 @@ INTERPRET = flag("TRITON_INTERPRET")  # Triton runs kernels on the CPU, operatio
 
 
 def architecture(device: torch.device) -> int:
-    """The newest of ARCHITECTURES that is not newer than `device` (80 for older ones); 90 under the interpreter."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return max((known for known in ARCHITECTURES if known <= 10 * major + minor), default=ARCHITECTURES[0])
+    """The compute capability of `device` as one number; 90 under the interpreter."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    return offline_architecture or 90
+
+
+def launches_on(device: torch.device) -> bool:
+    """Whether kernels take tensors of `device`: CUDA; the CPU under the interpreter; meta while compiling offline."""
+    interpreted = INTERPRET and device.type == "cpu"
+    return device.type == "cuda" or interpreted or (offline_architecture is not None and device.type == "meta")
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _nearest(table: Mapping[int, Config], capability: int) -> Config:
+    """The entry of the newest architecture that is not newer than `capability`."""
+    return table[max((known for known in table if known <= capability), default=min(table))]
 
 
 _winners: dict[Hashable, Config] = {}
@@ -87,7 +82,7 @@ def configuration(
     candidate that the device has no resources for is passed over.
     """
     if launch is None or INTERPRET or not flag("MIXREORG_RETUNE"):
-        return table[architecture(device)]
+        return _nearest(table, architecture(device))
     key = (name, architecture(device), shape)
     if key not in _winners:
         import triton

@@ -49,8 +49,12 @@ def main(args: argparse.Namespace) -> int:
     print("\nops on " + ("CUDA" if torch.cuda.is_available() else "the CPU"))
     print(table([(op, name, reasons) for op, name, reasons in implementations()]))
     if args.kernels:
-        columns = ("kernel", "sm", "warps", "registers", "spilled bytes", "shared bytes")
-        print("\n" + table([columns, *(tuple(map(str, row.values())) for row in kernel_resources())]))
+        rows = kernel_resources()
+        columns = ("kernel", "architecture", "num_warps", "registers", "spill_bytes", "shared_bytes", "fits", "call")
+        print("\n" + table([columns, *([str(row[name]) for name in columns] for row in rows)]))
+        greedy = sum(bool(row["spill_bytes"]) or not row["fits"] for row in rows)
+        print(f"\n{greedy} of {len(rows)} variants spill registers or take more shared memory than their GPU has")
+        return int(greedy > 0)
     return 0
 
 
@@ -128,8 +132,9 @@ def _calls(device: torch.device) -> dict[str, Callable[[str], Any]]:
     }
 
 
-def kernel_resources(architectures: Sequence[int] = ARCHITECTURES) -> list[dict[str, Any]]:
-    """Registers, spills and shared memory of every checked-in kernel variant, one compiling process per architecture.
+def kernel_resources(architectures: Sequence[int] = ARCHITECTURES, only: str = "") -> list[dict[str, Any]]:
+    """What every kernel takes, as :mod:`.resources` finds it for the calls whose name holds `only`, in processes that
+    compile for an architecture each.
 
     Raises:
         UserError: Triton is not installed.
@@ -141,13 +146,13 @@ def kernel_resources(architectures: Sequence[int] = ARCHITECTURES) -> list[dict[
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
 
     def compile_for(architecture: int) -> list[dict[str, Any]]:
-        command = [sys.executable, "-m", "mixreorg_fast.kernels.report", "--architectures", str(architecture)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        command = [sys.executable, "-m", "mixreorg_fast.resources", "--architectures", str(architecture)]
+        result = subprocess.run([*command, "--only", only], env=environment, capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
         return [json.loads(line) for line in result.stdout.splitlines()]
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return [row for rows in pool.map(compile_for, architectures) for row in rows]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..kernels.variants import INTERPRET
+from ..kernels import variants
 
 Impl = Literal["auto", "triton", "torch"]
 
@@ -44,7 +45,7 @@ def triton_reasons(*tensors: Tensor) -> list[str]:
     devices = sorted({str(tensor.device) for tensor in tensors})
     if len(devices) > 1:
         reasons.append(f"tensors on several devices ({', '.join(devices)})")
-    elif not tensors[0].is_cuda and not (INTERPRET and tensors[0].device.type == "cpu"):
+    elif not variants.launches_on(tensors[0].device):
         reasons.append(f"tensors on {devices[0]}, Triton needs CUDA")
     elif tensors[0].is_cuda and torch.cuda.get_device_properties(tensors[0].device).major < 8:
         reasons.append("compute capability below 8.0")
@@ -82,7 +83,7 @@ def choose(op: str, impl: str, reasons: Mapping[str, Callable[[], list[str]]], i
 
 def _passed_over(op: str, inputs: Sequence[Tensor]) -> list[str]:
     """Why "auto" passes the kernel by, whether or not it could run."""
-    if not all(tensor.is_cuda for tensor in inputs):
+    if not all(tensor.is_cuda or tensor.is_meta for tensor in inputs):
         return ["tensors not on CUDA"]
     if op in PYTORCH_WINS and PYTORCH_WINS[op](*inputs):
         return ["measured slower than PyTorch on such inputs"]
@@ -100,8 +101,17 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
     For ops that are matrix products at heart. Ops that only move data keep their inputs' dtype.
     """
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not _autocasts(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast switched off on the device of `tensor`; entering costs nothing where it is off already."""
+    return torch.autocast(tensor.device.type, enabled=False) if _autocasts(tensor) else contextlib.nullcontext()
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    device = tensor.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)  # which does not know meta tensors

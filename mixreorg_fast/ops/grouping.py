@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .dispatch import Impl, autocast, choose, triton_reasons
+from .dispatch import Impl, autocast, choose, triton_reasons, without_autocast
 from .philox import gumbel, philox, seed_tensor
 from .registration import kernel
 
@@ -112,7 +112,7 @@ def grouping_attention(
             q, k, v, seed, first_image, scale, tau, eps, hard, return_assignment
         )
     else:
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             out, soft, used = grouping_attention_reference(
                 q, k, v, scale=scale, hard=hard, seed=seed, first_image=first_image, tau=tau, eps=eps
             )

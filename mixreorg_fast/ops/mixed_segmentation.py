@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .contrastive import multiplier
-from .dispatch import Impl, choose, triton_reasons
+from .dispatch import Impl, choose, triton_reasons, without_autocast
 from .mixing import MixPlan
 from .registration import kernel
 
@@ -32,7 +32,7 @@ def mixed_segmentation_logits(
 
     Re-associated as ``firstᵀ (secondᵀ (segments · textsᵀ))``: G1 x K numbers per image, never ``[B, N, G2]``.
     """
-    with torch.autocast(first.device.type, enabled=False):
+    with without_autocast(first):
         first, second, segments, texts = (x.to(upcast) for x in (first, second, segments, texts))
         if negatives == "group":
             texts = texts.unflatten(0, (-1, group_size)).repeat_interleave(group_size, dim=0)  # [B, K, D]

@@ -41,9 +41,9 @@ def test_auto_never_takes_the_interpreter():
 
 
 def test_triton_reasons(monkeypatch):
-    monkeypatch.setattr(dispatch, "INTERPRET", False)
+    monkeypatch.setattr(dispatch.variants, "INTERPRET", False)
     assert triton_reasons(torch.zeros(2)) == ["tensors on cpu, Triton needs CUDA"]
-    monkeypatch.setattr(dispatch, "INTERPRET", True)
+    monkeypatch.setattr(dispatch.variants, "INTERPRET", True)
     assert triton_reasons(torch.zeros(2), torch.zeros(2, dtype=torch.int64)) == []
     meta = torch.zeros(2, device="meta", dtype=torch.float64)
     assert triton_reasons(torch.zeros(2), meta) == [
