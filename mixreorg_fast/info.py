@@ -126,6 +126,10 @@ def _calls(device: torch.device) -> dict[str, Callable[[str], Any]]:
         "patch_mix": lambda impl: ops.patch_mix(x, plan, impl=impl),
         "patch_restore": lambda impl: ops.patch_restore(x, plan, impl=impl),
         "patch_blend": lambda impl: ops.patch_blend(x, x, plan, 0.5, impl=impl),
+        "mix_tokens": lambda impl: ops.mix_tokens(x, plan, impl=impl),
+        "restore_tokens": lambda impl: ops.restore_tokens(x.repeat(2, 1, 1), plan, impl=impl),
+        "blend_tokens": lambda impl: ops.blend_tokens(x.repeat(2, 1, 1), plan, 0.5, impl=impl),
+        "stochastic_depth": lambda impl: ops.stochastic_depth(1, [0.1], 4, device=device, impl=impl),
         "grouping_attention": lambda impl: ops.grouping_attention(q, x, x, impl=impl),
         "mixed_segmentation_loss": lambda impl: ops.mixed_segmentation_loss(
             first, second, q, texts, plan, 1.0, impl=impl

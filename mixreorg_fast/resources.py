@@ -91,6 +91,12 @@ def _ops(dtype: torch.dtype) -> None:
         x = _leaf(IMAGES, 196, channels, dtype=dtype)
         mixed = ops.patch_mix(x, plan, impl="triton")
         _backward(ops.patch_restore(ops.patch_blend(mixed, x, plan, 0.5, impl="triton"), plan, impl="triton"))
+        for groups in (64, 0):
+            x = _leaf(IMAGES, 196 + groups, channels, dtype=dtype)
+            for own, keep in ((None, True), (_leaf(1, groups, channels, dtype=dtype), False)):
+                tokens = ops.blend_tokens(ops.mix_tokens(x, plan, own, impl="triton"), plan, 0.5, impl="triton")
+                _backward(ops.restore_tokens(tokens, plan, own, keep_mixed=keep, impl="triton"))
+    ops.stochastic_depth(_seed(), [0.1] * 12, IMAGES, branches=3, impl="triton")
     for first, second, size in ((64, 8, 4), (128, 64, 16)):
         plan = ops.MixPlan.sample(IMAGES, 196, size, seed=_seed(), device="meta", impl="triton")
         shapes = ((first, 196), (second, first), (second, 256), (256,))
