@@ -43,6 +43,7 @@ class Launch:
     spill_bytes: int  # stack of a thread: there is nothing else that these kernels keep there
     instructions: int  # of a warp outside loops
     loops: tuple[int, ...]  # instructions of one round of each loop, those of loops within it left out
+    sizes: dict[str, int]  # its whole numbers, constexprs included
 
 
 class _Driver:
@@ -76,7 +77,16 @@ def offline(architecture: int) -> Iterator[list[Launch]]:
             known[kernel.hash] = _describe(self, kernel)
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
         size = sum(x.numel() * x.element_size() for x in tensors)
-        launches.append(Launch(architecture=architecture, programs=math.prod(grid), bytes=size, **known[kernel.hash]))
+        named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        launches.append(
+            Launch(
+                architecture=architecture,
+                programs=math.prod(grid),
+                bytes=size,
+                sizes={name: value for name, value in named.items() if type(value) is int},
+                **known[kernel.hash],
+            )
+        )
         return kernel
 
     before, active = variants.offline_architecture, driver._active
