@@ -213,7 +213,12 @@ class DataConfig(Section):
     verify: bool = Field(True, description="decode shards that are not verified yet before training reads them")
     max_bad: Fraction = Field(0.01, description="share of unusable samples that stops the run")
     nouns: NonNegative = Field(3, description="noun prompts per caption when loss.multi_label is on")
-    threads: Positive = 4
+    threads: Positive | None = Field(
+        None, description="threads of a rank that read and decode; null: its share of the node's cores, at most 16"
+    )
+    hw_decoder_load: Fraction | None = Field(
+        None, description="share of the JPEGs for a GPU's JPEG hardware; null: DALI's own (0.65)"
+    )
     prefetch: Positive = 2
     augment: AugmentConfig = AugmentConfig()
     scenes: ScenesConfig = ScenesConfig()
@@ -236,6 +241,7 @@ class TrainConfig(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     clip: Annotated[float, Field(ge=0.0)] = Field(5.0, description="gradient norm limit, 0 = off")
     precision: Literal["bf16", "fp32"] = "bf16"
+    tf32: bool = Field(False, description="fp32 matrix products and convolutions of a GPU in TF32")
     checkpoint_activations: bool = False
     compile: bool | None = Field(
         None, description="torch.compile of the blocks; null: on a GPU, but for ZeRO-3, which gathers weights in hooks"
@@ -248,11 +254,15 @@ class TrainConfig(Section):
         100.0, description="skip a step whose gradient norm is so many times the running mean's; 0 = only NaN and inf"
     )
     max_skipped: Positive = Field(3, description="skipped steps in a row that stop the run")
-    # Collectives give up by themselves after half an hour, without a name.
-    timeout: Annotated[float, Field(gt=0.0, le=1500.0)] = Field(600.0, description="seconds a rank may hang in a step")
+    # Half of what collectives wait (training/distributed.py), which give up without a name.
+    timeout: Annotated[float, Field(gt=0.0, le=43_200.0)] = Field(
+        600.0, description="seconds a rank may hang in a step; compiling is not counted"
+    )
 
     @model_validator(mode="after")
-    def _graphs_are_of_compiled_blocks(self) -> TrainConfig:
+    def _fits_together(self) -> TrainConfig:
+        if self.tf32 and self.precision != "fp32":
+            raise ValueError(f"tf32 needs precision fp32, got {self.precision}")
         if self.cuda_graphs and self.compile is False:
             raise ValueError("cuda_graphs needs compile null or true")
         if self.cuda_graphs and self.checkpoint_activations:
@@ -366,6 +376,12 @@ class Config(Section):
         if self.train.cuda_graphs and self.deepspeed.zero_stage == 3:
             raise ValueError("train.cuda_graphs needs weights that stay: deepspeed.zero_stage 0, 1 or 2, not 3")
         return self
+
+    def compiles(self, device_type: str) -> bool:
+        """Whether training compiles its blocks on such a device."""
+        if self.train.compile is None:
+            return device_type == "cuda" and self.deepspeed.zero_stage < 3
+        return self.train.compile
 
     def micro_batch(self, world_size: int) -> int:
         """Images per rank and micro-step.

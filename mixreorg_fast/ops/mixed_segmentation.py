@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .contrastive import multiplier
-from .dispatch import Impl, choose, triton_reasons, without_autocast
+from .dispatch import Impl, choose, falls_back, triton_reasons, without_autocast
 from .mixing import MixPlan
 from .registration import kernel
 
@@ -73,6 +73,7 @@ def mixed_segmentation_loss_reference(
         return loss, (of_group.argmax(-1) == labels).float().mean()
 
 
+@falls_back
 def mixed_segmentation_loss(
     first: Tensor,
     second: Tensor,
