@@ -19,38 +19,49 @@ from torch import Tensor
 
 from .philox import gumbel_noise
 from .precision import exp2, operand, reciprocal, rounded, upcast
-from .variants import INTERPRET, Config, architecture, configuration, on_device
+from .variants import ARCHITECTURES, INTERPRET, Config, architecture, configuration, on_device
 
 _PER_LOG_2: tl.constexpr = tl.constexpr(1.4426950408889634)
 _ONCE: tl.constexpr = tl.constexpr("evict_first")  # cache policy of what is read once: it leaves room for k
 
 
-def _on(*architectures: int, channels: int, warps: int, stages: int = 3) -> dict[int, Config]:
-    return dict.fromkeys(architectures, Config({"BLOCK_CHANNELS": channels}, num_warps=warps, num_stages=stages))
+def _on(*architectures: int, channels: int, warps: int, stages: int = 2) -> dict[int, Config]:
+    config = Config({"BLOCK_CHANNELS": channels}, num_warps=warps, num_stages=stages)
+    return dict.fromkeys(architectures or ARCHITECTURES, config)
 
 
-# By kernel and element size, then by the tile's elements at most, then by architecture.
+# By kernel and element size, then by the tile's elements at most, then by architecture. docs/kernels.md says why.
 CONFIGS = {
     ("forward", 2): {
-        2**12: _on(80, 90, 100, channels=64, warps=4),
-        2**13: _on(80, 90, 100, channels=64, warps=8),
-        2**14: _on(80, 90, 100, channels=64, warps=16),
+        2**12: _on(channels=64, warps=4),
+        2**13: _on(channels=64, warps=8),
+        2**14: {
+            **_on(80, 86, 89, channels=64, warps=16),
+            **_on(90, channels=128, warps=16),
+            **_on(120, channels=32, warps=16),
+        },
     },
     ("backward", 2): {
-        2**12: _on(80, 90, 100, channels=64, warps=4),
-        2**13: _on(80, 90, 100, channels=64, warps=8),
-        2**14: {**_on(80, 100, channels=32, warps=8), **_on(90, channels=64, warps=8)},
+        2**12: _on(channels=64, warps=4),
+        2**13: {**_on(channels=32, warps=8), **_on(90, 100, channels=64, warps=8)},
+        2**14: {
+            **_on(80, 86, 89, 120, channels=32, warps=8),
+            **_on(90, channels=64, warps=8, stages=3),
+        },
     },
     ("backward with map", 2): {
-        2**12: _on(80, 90, 100, channels=64, warps=4),
-        2**13: {**_on(80, 100, channels=32, warps=8), **_on(90, channels=64, warps=8, stages=2)},
-        2**14: _on(80, 90, 100, channels=32, warps=8),
+        2**12: _on(channels=64, warps=4),
+        2**13: {**_on(channels=32, warps=8), **_on(90, 100, channels=64, warps=8)},
+        2**14: {
+            **_on(86, 89, 120, channels=32, warps=8),
+            **_on(80, 90, channels=32, warps=8, stages=3),
+        },
     },
-    ("aggregate", 2): {2**13: _on(80, 90, 100, channels=64, warps=8)},
-    ("forward", 4): {2**12: _on(80, 90, 100, channels=32, warps=8, stages=2)},
-    ("backward", 4): {2**12: _on(80, 90, 100, channels=32, warps=8, stages=2)},
-    ("backward with map", 4): {2**12: _on(80, 90, 100, channels=32, warps=8, stages=2)},
-    ("aggregate", 4): {2**12: _on(80, 90, 100, channels=32, warps=8)},
+    ("aggregate", 2): {2**13: {**_on(channels=32, warps=8), **_on(90, 100, channels=64, warps=8)}},
+    ("forward", 4): {2**12: _on(channels=32, warps=8)},
+    ("backward", 4): {2**12: _on(channels=32, warps=8)},
+    ("backward with map", 4): {2**12: _on(channels=32, warps=8)},
+    ("aggregate", 4): {2**12: _on(channels=32, warps=8)},
 }
 CANDIDATES = [
     Config({"BLOCK_CHANNELS": channels}, num_warps=warps, num_stages=stages)
@@ -446,7 +457,8 @@ class _Problem:
     patches: int
     channels: int
     itemsize: int
-    soft_map: bool = False
+    architecture: int
+    with_soft: bool = False  # a soft map or assignment, which takes registers of its own
 
     @property
     def block_groups(self) -> int:
@@ -456,7 +468,8 @@ class _Problem:
     def block_patches(self) -> int:
         """The whole image if a program's registers hold it, as they do the model's at 224 px in 16 bits."""
         whole, part = (2**14, 2**13) if self.itemsize == 2 else (2**12, 2**12)
-        most = part if self.soft_map else whole  # the softmax without noise takes registers of its own
+        # On sm_100 products pass through tensor memory, and the whole image spills.
+        most = part if self.with_soft or self.block_groups > 64 or self.architecture // 10 == 10 else whole
         block = max(16, triton.next_power_of_2(self.patches))
         return block if block * self._width <= most else part // self._width
 
@@ -545,7 +558,8 @@ def grouping_forward(
     """
     q, k, v = _rows_together(q), _rows_together(k), _rows_together(v)
     (batch, groups, channels), patches, device = q.shape, k.shape[1], q.device
-    problem = _Problem(batch, groups, patches, channels, q.element_size(), return_assignment == "soft")
+    with_soft = return_assignment == "soft" or not hard
+    problem = _Problem(batch, groups, patches, channels, q.element_size(), architecture(device), with_soft)
     one_tile = problem.tiles == 1
     out = torch.empty(q.shape, dtype=v.dtype, device=device)
     total = torch.empty((batch, groups), dtype=torch.float32, device=device)
@@ -595,8 +609,8 @@ def grouping_backward(
     """Gradients of `q`, `k` and `v`, from what :func:`grouping_forward` took and gave."""
     q, k, v, grad_out = (_rows_together(x) for x in (q, k, v, grad_out))
     (batch, groups, channels), patches, device = q.shape, k.shape[1], q.device
-    with_soft = grad_assignment is not None and return_assignment == "soft"
-    problem = _Problem(batch, groups, patches, channels, q.element_size(), with_soft)
+    with_soft = (grad_assignment is not None and return_assignment == "soft") or not hard
+    problem = _Problem(batch, groups, patches, channels, q.element_size(), architecture(device), with_soft)
     one_tile = problem.tiles == 1
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
     if grad_q.numel() == 0:

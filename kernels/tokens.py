@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .mixing import channel_block, with_unit_channel_stride
-from .variants import Config, configuration, on_device
+from .variants import Config, cdiv, configuration, on_device
 
 CONFIGS = {80: Config({"BLOCK_TOKENS": 16}, num_warps=4)}
 CANDIDATES = [Config({"BLOCK_TOKENS": tokens}, num_warps=warps) for tokens in (4, 8, 16, 32) for warps in (1, 2, 4, 8)]
@@ -179,10 +179,10 @@ def _launch(name: str, kernel, arguments: tuple, source: Tensor, group_size: int
         return
     batch, (_, tokens, channels) = len(source), out.shape
     block_channels = channel_block(channels)
-    programs = batch // group_size * triton.cdiv(channels, block_channels)
+    programs = batch // group_size * cdiv(channels, block_channels)
 
     def launch(config: Config) -> None:
-        grid = (programs * triton.cdiv(tokens, config.blocks["BLOCK_TOKENS"]),)
+        grid = (programs * cdiv(tokens, config.blocks["BLOCK_TOKENS"]),)
         kernel[grid](*arguments, CHANNELS=channels, BLOCK_CHANNELS=block_channels, **constexprs, **config.kwargs)
 
     with on_device(out):
