@@ -383,20 +383,28 @@ class Config(Section):
             return device_type == "cuda" and self.deepspeed.zero_stage < 3
         return self.train.compile
 
+    @property
+    def group_size(self) -> int:
+        """Images whose patches are mixed with one another; 1 without mixing."""
+        return self.mixing.group_size if self.model.method == "mixreorg" else 1
+
+    def batch_unit(self, world_size: int) -> int:
+        """What `train.batch` has to be a multiple of: ranks x micro-steps x mixing group."""
+        return world_size * self.train.accumulation * self.group_size
+
     def micro_batch(self, world_size: int) -> int:
         """Images per rank and micro-step.
 
         Raises:
             UserError: `train.batch` does not split evenly over ranks, micro-steps and mixing groups.
         """
-        group = self.mixing.group_size if self.model.method == "mixreorg" else 1
-        unit = world_size * self.train.accumulation * group
+        unit = self.batch_unit(world_size)
         if self.train.batch % unit:
             low = self.train.batch // unit * unit
             choices = f"{low} or {low + unit}" if low else str(unit)
             raise UserError(
-                f"train.batch {self.train.batch} is no multiple of {unit} = {world_size} ranks x "
-                f"train.accumulation {self.train.accumulation} x mixing.group_size {group} (nearest: {choices})"
+                f"train.batch {self.train.batch} is no multiple of {unit} = {world_size} ranks x train.accumulation "
+                f"{self.train.accumulation} x mixing.group_size {self.group_size} (nearest: {choices})"
             )
         return self.train.batch // (world_size * self.train.accumulation)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -178,6 +180,28 @@ def mixing_figure(
     columns = [to_pixels(images, mean, std) for images in (original, mixed, restored)]
     cells = [[Image.fromarray(pixels) for pixels in row] for row in zip(*columns, strict=True)]
     save_grid(["original", "mixed", "restored"], cells, path)
+
+
+@torch.no_grad()
+def segments_figure(
+    images: Tensor,
+    assignment: Tensor,
+    path: str | Path,
+    mean: Sequence[float] = IMAGENET["mean"],
+    std: Sequence[float] = IMAGENET["std"],
+) -> None:
+    """A PNG at `path`: per row an image and its segments.
+
+    Args:
+        images: ``[B, 3, H, W]``, normalised by `mean` and `std`. assignment: soft map of patches ``[B, G, h, w]``.
+    """
+    maps = F.interpolate(assignment.float(), images.shape[2:], mode="bilinear")
+    photos = map(Image.fromarray, to_pixels(images, mean, std))
+    cells = [
+        [photo, blend(photo.convert("L").convert("RGB"), labels, segment_palette(), 0.6)]
+        for photo, labels in zip(photos, maps.argmax(dim=1).cpu().numpy(), strict=True)
+    ]
+    save_grid(["image", "segments"], cells, path)
 
 
 def dataset_figure(segmenter: Any, dataset: Any, path: str | Path, count: int = 6) -> None:

@@ -16,7 +16,7 @@ from ..data.loader import ValidationLoader, validation_shards
 from ..data.shards import ShardSet
 from ..data.tokenizer import Tokenizer
 from ..evaluation.datasets import open_dataset
-from ..evaluation.pictures import dataset_figure, mixing_figure
+from ..evaluation.pictures import dataset_figure, mixing_figure, segments_figure
 from ..evaluation.retrieval import retrieval_at_1
 from ..evaluation.zero_shot import Segmenter, Settings, evaluate, settings_for
 from ..models import GroupViT
@@ -79,14 +79,25 @@ def headline(scores: dict[str, Any]) -> dict[str, float]:
     return figures
 
 
-def draw(model: GroupViT, config: Config, tokenizer: Tokenizer, images: Tensor, run: Path) -> None:
-    """``segmentation.png`` of the first data set, and ``mixing.png`` of training `images` ``[B, 3, H, W]``."""
+def draw(model: GroupViT, config: Config, tokenizer: Tokenizer, images: Tensor, run: Path) -> list[str]:
+    """``segmentation.png`` of the first data set, and ``mixing.png`` of training `images` ``[B, 3, H, W]``; without a
+    data set ``segments.png`` of those images.
+
+    Returns:
+        the files' names.
+    """
+    drawn = []
     if config.eval.datasets:
         entry = config.eval.datasets[0]
         dataset = open_dataset(entry.dataset, entry.root, entry.split)
         settings = settings_for(Settings.from_config(config.eval, entry.background_threshold), dataset)
         texts = text_classifier(model, tokenizer, dataset.prompts, settings.templates)
         dataset_figure(Segmenter(model, texts, settings), dataset, run / "segmentation.png")
+        drawn.append("segmentation.png")
+    elif len(images):
+        shown = images[:6].float()
+        segments_figure(shown, model.grouping(shown.to(model.device)), run / "segments.png", model.mean, model.std)
+        drawn.append("segments.png")
     group = config.mixing.group_size
     images = images[: len(images) // group * group][: max(group, 4 // group * group)].float().cpu()
     if len(images):
@@ -96,6 +107,8 @@ def draw(model: GroupViT, config: Config, tokenizer: Tokenizer, images: Tensor, 
         restored = ops.patch_restore(mixed, plan)
         back = [unpatchify(x, config.model.patch_size, images.shape[2]) for x in (mixed, restored)]
         mixing_figure(images, *back, run / "mixing.png", model.mean, model.std)
+        drawn.append("mixing.png")
+    return drawn
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:

@@ -85,3 +85,14 @@ def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         pictures.save_png(tmp_path / "file" / "a.png", Image.new("RGB", (4, 4)))
+
+
+def test_segments_figure_colours_each_segment(tmp_path):
+    images = torch.zeros(2, 3, 16, 16)
+    left = torch.zeros(4, 4)
+    left[:, :2] = 1
+    pictures.segments_figure(images, torch.stack([left, 1 - left]).expand(2, -1, -1, -1), tmp_path / "segments.png")
+    figure = np.asarray(Image.open(tmp_path / "segments.png"))
+    cell = figure[60:200, pictures.CELL + 2 * pictures.GAP :]
+    colours = [cell[70, place] for place in (20, pictures.CELL - 20)]
+    assert not np.array_equal(*colours) and figure.shape[1] == 2 * (pictures.CELL + pictures.GAP) + pictures.GAP

@@ -17,7 +17,7 @@ from mixreorg_fast.config import merged, parse_config
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.training import checkpoint
 from mixreorg_fast.training.optimisation import learning_rate, schedule_length
-from mixreorg_fast.training.preparation import prepare
+from mixreorg_fast.training.preparation import check_inputs
 from tests.disguise import disguised
 from tests.tiny import tiny_config
 
@@ -193,9 +193,38 @@ def test_another_number_of_ranks_takes_the_last_sound_checkpoint(run):
 def test_missing_data(run, tmp_path, changes, parts):
     config = parse_config(merged(settings(run, name="mistake", output=str(tmp_path)), changes))
     with pytest.raises(UserError) as caught:
-        prepare(config, resuming=False)
+        check_inputs(config, resuming=False)
     for part in parts:
         assert part in str(caught.value)
+    assert not config.run_folder.exists()
+
+
+def test_all_that_is_missing_is_said_at_once(run, tmp_path):
+    """Before anything is verified or made, on every rank, in one line."""
+    shard = f"{run}/scenes/val-*.tar"
+    sets = [{"pattern": "no/train.tar"}, {"pattern": shard}]
+    sections = {
+        "data": {"shards": sets, "val_shards": "no/val.tar", "tokenizer": "no/tokenizer.json"},
+        "train": {"batch": 18},
+        "eval": {"datasets": [{"name": name, "root": f"no/{name}"} for name in ("a", "b")]},
+    }
+    config = parse_config(merged(settings(run, name="mistake", output=str(tmp_path)), sections))
+    with pytest.raises(UserError) as caught:
+        check_inputs(config, resuming=False, world_size=2)
+    problems = [
+        "6 mistakes: (1) train.batch 18 is no multiple of 16 = 2 ranks x",
+        "; (2) no shard no/train.tar",
+        "; (3) no shard no/val.tar",
+        "; (4) no data set folder no/a",
+        "; (5) no data set folder no/b",
+        "; (6) no tokenizer no/tokenizer.json",
+    ]
+    places = [str(caught.value).index(problem) for problem in problems]
+    assert places == sorted(places) and places[0] == 0 and "\n" not in str(caught.value)
+    sections = {"data": {"shards": shard}, "train": {"batch": 16, "accumulation": 1}}
+    config = parse_config(merged(settings(run, name="mistake", output=str(tmp_path)), sections))
+    with pytest.raises(UserError, match=r"^train\.batch 16 is more than the 8 samples of data\.shards \(nearest: 8\)$"):
+        check_inputs(config, resuming=False, world_size=2)
     assert not config.run_folder.exists()
 
 
