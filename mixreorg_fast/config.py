@@ -236,6 +236,7 @@ class TrainConfig(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     clip: Annotated[float, Field(ge=0.0)] = Field(5.0, description="gradient norm limit, 0 = off")
     precision: Literal["bf16", "fp32"] = "bf16"
+    tf32: bool = Field(False, description="fp32 matrix products and convolutions of a GPU in TF32")
     checkpoint_activations: bool = False
     compile: bool | None = Field(
         None, description="torch.compile of the blocks; null: on a GPU, but for ZeRO-3, which gathers weights in hooks"
@@ -252,7 +253,9 @@ class TrainConfig(Section):
     timeout: Annotated[float, Field(gt=0.0, le=1500.0)] = Field(600.0, description="seconds a rank may hang in a step")
 
     @model_validator(mode="after")
-    def _graphs_are_of_compiled_blocks(self) -> TrainConfig:
+    def _fits_together(self) -> TrainConfig:
+        if self.tf32 and self.precision != "fp32":
+            raise ValueError(f"tf32 needs precision fp32, got {self.precision}")
         if self.cuda_graphs and self.compile is False:
             raise ValueError("cuda_graphs needs compile null or true")
         if self.cuda_graphs and self.checkpoint_activations:
@@ -366,6 +369,12 @@ class Config(Section):
         if self.train.cuda_graphs and self.deepspeed.zero_stage == 3:
             raise ValueError("train.cuda_graphs needs weights that stay: deepspeed.zero_stage 0, 1 or 2, not 3")
         return self
+
+    def compiles(self, device_type: str) -> bool:
+        """Whether training compiles its blocks on such a device."""
+        if self.train.compile is None:
+            return device_type == "cuda" and self.deepspeed.zero_stage < 3
+        return self.train.compile
 
     def micro_batch(self, world_size: int) -> int:
         """Images per rank and micro-step.

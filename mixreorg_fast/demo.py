@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from .config import Config, ScenesConfig, load_config
+from .devices import choose
 from .errors import UserError
 from .evaluation.evaluate import load_on_device
 from .evaluation.pictures import blend, class_palette, label_counts, overlay, segment_palette
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument("--short-side", type=int, metavar="PX", help="of the network's input (twice the training size)")
-    parser.add_argument("--device", default=None, help="default: the GPU if there is one")
+    parser.add_argument("--device", default=None, help="default: the GPU, or the CPU of a machine without")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -58,6 +59,7 @@ def main(args: argparse.Namespace) -> int:
     if args.port is not None and not 0 < args.port < 65536:
         raise UserError(f"--port must lie in 1..65535, got {args.port}")
     check_address(args.host, args.port)  # now, rather than after a training
+    device = choose(args.device).type
     # Gradio reads these when it is imported. Its folders are ours alone: it serves what lies in them.
     folder = tempfile.TemporaryDirectory(prefix="mixreorg-demo-")
     os.environ.update(
@@ -73,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
             raise UserError(f"the page needs Gradio ({error}): pip install 'mixreorg-fast[demo]'") from None
         weights, short_side, scenes = args.weights, args.short_side, ScenesConfig()
         if weights is None:
-            run = embedded_run()
+            run = embedded_run(device=device)
             weights, short_side, scenes = run.run_folder, short_side or run.eval.short_side, run.data.scenes
         model = load_on_device(str(weights), args.device)
         page = build(Segmenter(model, short_side), sample_scenes(scenes, Path(folder.name)))
@@ -92,8 +94,8 @@ def _end(number: int, frame: Any) -> None:
     signal.default_int_handler(number, frame)
 
 
-def embedded_run(config: Path = CHECKOUT / "configs" / "zero2.json") -> Config:
-    """The run that ``make train`` left, or else the same run, made now: weights trained on embedded scenes.
+def embedded_run(config: Path = CHECKOUT / "configs" / "zero2.json", device: str = "cpu") -> Config:
+    """The run that ``make train`` left, or else the same run, made now on `device`: weights trained on embedded scenes.
 
     Raises:
         UserError: not in a checkout, or the training failed.
@@ -106,7 +108,7 @@ def embedded_run(config: Path = CHECKOUT / "configs" / "zero2.json") -> Config:
     except UserError:
         print(f"no --weights, nothing in {run.run_folder}: training there on embedded scenes, as `make train` does")
         print("(some minutes on a CPU; done once)", flush=True)
-        command = [sys.executable, str(CHECKOUT / "train.py"), "--config", str(config)]
+        command = [sys.executable, str(CHECKOUT / "train.py"), "--config", str(config), "--device", device]
         if subprocess.run(command).returncode:
             raise UserError("the training failed (see above); name weights by --weights DIR") from None
     return run

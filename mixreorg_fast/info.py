@@ -18,8 +18,10 @@ from typing import Any
 import torch
 
 from . import __version__, ops
+from .devices import cuda_available, cuda_problem, driver
 from .errors import UserError
 from .kernels.variants import ARCHITECTURES
+from .ops.attention import xformers_problem
 from .ops.dispatch import TRITON_INSTALLED, CannotRun, UnknownImplementation
 
 # What is asked about -> the module that must be importable, and the distributions that bring it, any of them.
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     rows = [("mixreorg_fast", __version__), ("Python", platform.python_version()), ("torch", torch.__version__)]
     rows += [("CUDA", cuda()), *((name, library(*where)) for name, where in LIBRARIES.items())]
+    xformers_problem()  # found by importing it, which must not happen among the fake tensors below
     print(table(rows))
     print("\nops on " + ("CUDA" if torch.cuda.is_available() else "the CPU"))
     print(table([(op, name, reasons) for op, name, reasons in implementations()]))
@@ -60,13 +63,15 @@ def main(args: argparse.Namespace) -> int:
 
 def cuda() -> str:
     """The GPUs, or why there are none."""
-    if not torch.cuda.is_available():
+    if not cuda_available():
+        if (problem := cuda_problem()) is not None:
+            return f"no: {problem}"
         if torch.version.cuda is None:
             return "no: this PyTorch is built without CUDA"
         return f"no: PyTorch is built for CUDA {torch.version.cuda}, but there is no usable device"
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     names = ", ".join(f"{device.name} (sm_{device.major}{device.minor})" for device in devices)
-    return f"{torch.version.cuda}, {names}"
+    return ", ".join([torch.version.cuda, *filter(None, [str(driver() or "")]), names])
 
 
 def library(module: str, distributions: Sequence[str]) -> str:

@@ -84,7 +84,7 @@ def test_without_weights_those_of_the_embedded_scenes_are_taken_or_made(weights,
     monkeypatch.setattr(subprocess, "run", train)
     run = demo.embedded_run(config)
     assert (run.run_folder, run.eval.short_side) == (tmp_path / "scenes", 32)
-    assert commands == [[sys.executable, str(ROOT / "train.py"), "--config", str(config)]]
+    assert commands == [[sys.executable, str(ROOT / "train.py"), "--config", str(config), "--device", "cpu"]]
     assert "training there on embedded scenes" in capsys.readouterr().out
     assert demo.embedded_run(config) == run and len(commands) == 1
 

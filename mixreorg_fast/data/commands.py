@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     action.add_argument("pattern", nargs="+", help="shards: brace or glob patterns")
     action.add_argument("--workers", type=int, default=cores, metavar="N", help="processes; default: all cores")
+    action.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPUs, or the CPU of a machine without")
 
     defaults = ScenesConfig()
     action = actions.add_parser(
@@ -87,7 +88,7 @@ def _build(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     _at_least_one(args, "workers")
     good = bad = 0
-    for shard in verify(args.pattern, workers=args.workers):
+    for shard in verify(args.pattern, workers=args.workers, device=args.device):
         found = shard.bad
         good, bad = good + len(shard.samples), bad + len(found)
         for entry in found:

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import devices
 from ..config import Config, DataConfig
 from ..errors import UserError
 from .augment import draw, training_graph, validation_graph
@@ -486,8 +487,8 @@ def _noun_prompts(nouns: list[str], caption: str, numbers: np.ndarray) -> list[s
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    """`device` with its number if it is a GPU; None: the current GPU where there is one."""
-    found = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    """`device` with its number if it is a GPU; None: as :func:`~mixreorg_fast.devices.choose`."""
+    found = devices.choose() if device is None else torch.device(device)
     if found.type == "cuda" and found.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu") if found.type == "cpu" else found  # the CPU has no number here

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .. import load
-from ..errors import RankError, UserError
+from .. import devices, load
+from ..errors import UserError
 from ..files import write_json
 from ..models.prompts import TEMPLATES, templates_named, text_classifier
 from .datasets import KINDS, open_dataset
@@ -56,7 +56,7 @@ def add_view_arguments(parser: argparse.ArgumentParser, decoding: str) -> None:
         help=f"prompt templates: {', '.join(TEMPLATES)}, or one of your own with {{}} for the class",
     )
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="photos per forward pass (8)")
-    parser.add_argument("--device", default=None, help="default: the GPU if there is one")
+    parser.add_argument("--device", default=None, help="default: the GPU, or the CPU of a machine without")
 
 
 def settings_from(args: argparse.Namespace) -> Settings:
@@ -74,17 +74,12 @@ def settings_from(args: argparse.Namespace) -> Settings:
 
 
 def load_on_device(weights: str, device: str | None) -> Any:
-    """The model in folder `weights`, on `device` (None: the GPU if there is one).
+    """The model in folder `weights`, on the `device` of :func:`mixreorg_fast.devices.choose`.
 
     Raises:
-        UserError: as :func:`mixreorg_fast.load`; a device that is not there; weights without a tokenizer.
+        UserError: as these two; weights without a tokenizer.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {device}: not available here (try cpu)") from None
-    model = load(weights, device)
+    model = load(weights, devices.choose(device))
     if model.tokenizer is None:
         raise UserError(f"{weights}: no tokenizer.json, so class names cannot be read")
     return model
@@ -95,20 +90,16 @@ def joined_ranks(device: str | None) -> Iterator[str | None]:
     """Join the ranks that torchrun or deepspeed started, if any; gives the device of this one.
 
     Raises:
-        RankError: this node has fewer GPUs than ranks.
+        UserError: as :func:`mixreorg_fast.devices.choose`.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield device
         return
-    backend = "gloo"
-    if device != "cpu" and torch.cuda.is_available():
-        local, backend = int(os.environ.get("LOCAL_RANK", 0)), "nccl"
-        if local >= torch.cuda.device_count():
-            raise RankError(f"local rank {local} has no GPU: this node has {torch.cuda.device_count()}")
-        device = f"cuda:{local}"
-        torch.cuda.set_device(local)
-    dist.init_process_group(backend)
-    yield device
+    chosen = devices.choose(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    yield str(chosen)
     # Not after an error: the others wait for this rank, until the launcher ends them.
     dist.destroy_process_group()
 

@@ -324,10 +324,8 @@ class MixReorg(nn.Module):
 
     def _run(self, function: Callable, *args):
         """Call, compiled and recomputing activations in backward where the configuration says so."""
-        compiles = self.config.train.compile
-        if compiles is None:
-            compiles = args[0].is_cuda and self.config.deepspeed.zero_stage < 3
-        run = compiled_call(self.config.train.cuda_graphs) if compiles and self.training else call
+        compiles = self.training and self.config.compiles(args[0].device.type)
+        run = compiled_call(self.config.train.cuda_graphs) if compiles else call
         if self.config.train.checkpoint_activations and self.training:
             return checkpoint(run, function, *args, use_reentrant=False, preserve_rng_state=False)
         return run(function, *args)

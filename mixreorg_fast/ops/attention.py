@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -150,11 +151,19 @@ def attention(
         packing = Packing.of(lengths, q.device, rows=q.shape[1])
     elif packing is not None:
         _check_packed(q, k, packing.rows)
+    return _IMPLEMENTATIONS[chosen(q, packing, impl)][1](q, k, v, causal, packing)
+
+
+def chosen(q: Tensor, packing: Packing | None = None, impl: AttentionImpl = "auto") -> str:
+    """The implementation that :func:`attention` takes on queries like `q`; keys and values change nothing.
+
+    Raises:
+        RuntimeError: `impl` cannot run here.
+    """
     form = "dense" if packing is None else "packed"
     order = MEASURED.get((q.device.type, form, q.dtype), UNMEASURED)
     reasons = {name: partial(_IMPLEMENTATIONS[name][0], q, packing) for name in order}
-    name = choose("attention", impl, reasons, (q, k, v))
-    return _IMPLEMENTATIONS[name][1](q, k, v, causal, packing)
+    return choose("attention", impl, reasons, (q,))
 
 
 def _check_packed(q: Tensor, k: Tensor, rows: int) -> None:
@@ -273,9 +282,33 @@ def _varlen_reasons(q: Tensor, packing: Packing | None) -> list[str]:
 
 
 def _xformers_reasons(q: Tensor, packing: Packing | None) -> list[str]:
+    if XFORMERS_INSTALLED and torch.compiler.is_compiling():
+        return ["torch.compile cannot trace it"]
+    problem = xformers_problem()
+    return [*([problem] if problem else []), *_kernel_reasons(q)]
+
+
+@cache
+def xformers_problem() -> str | None:
+    """Why xformers cannot run, whatever the inputs: it is imported to find out, its warning of many lines kept back."""
     if not XFORMERS_INSTALLED:
-        return ["xformers is not installed"]
-    return [*(["torch.compile cannot trace it"] if torch.compiler.is_compiling() else []), *_kernel_reasons(q)]
+        return "xformers is not installed"
+    log = logging.getLogger("xformers")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        from xformers import _cpp_lib
+        from xformers.ops import fmha  # noqa: F401
+
+        # Without its extension it may still call PyTorch's own kernels, which "varlen" and "torch" reach without it.
+        error = _cpp_lib._cpp_library_load_exception
+    except Exception as failure:  # of a build for another PyTorch, anything
+        error = failure
+    finally:
+        log.setLevel(level)
+    while error is not None and error.__cause__ is not None:
+        error = error.__cause__  # the loader's own words, such as "libcudart.so.12: cannot open shared object file"
+    return None if error is None else f"xformers does not load: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _products_reasons(q: Tensor, packing: Packing | None) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from .. import devices
 from ..config import Config
 from ..data.decoding import Decoder
 from ..data.loader import TrainLoader, shard_sets, training_shards
@@ -42,7 +42,7 @@ def ready_shards(config: Config, world: World) -> None:
         return
     patterns = [pattern for pattern, _ in shard_sets(config.data)]
     paths = on_main(world, lambda: list(dict.fromkeys(path for pattern in patterns for path in expand(pattern))))
-    local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local = devices.local_rank(), devices.local_size()
     # First all ranks together. What a node does not see then lies on disks of its own: its ranks do that.
     for rank, size in ((world.rank, world.size), local):
         mine = _unready(paths, config)[rank::size]

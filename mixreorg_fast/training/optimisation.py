@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..config import Config
@@ -40,16 +39,16 @@ def optimizer(model: nn.Module, config: Config) -> GuardedAdamW:
     return GuardedAdamW(groups, lr=config.train.lr, betas=config.train.betas, fused=True)
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, world_size: int, *, on_gpu: bool = False) -> dict[str, Any]:
     """DeepSpeed's configuration for a run on `world_size` ranks.
 
     Parameters stay fp32 and activations are cast by the model itself, so DeepSpeed runs in fp32 for either precision.
     """
     zero: dict[str, Any] = {"stage": config.deepspeed.zero_stage}
     if config.deepspeed.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     if config.deepspeed.offload_parameters:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
     settings = {
         "train_micro_batch_size_per_gpu": config.micro_batch(world_size),
         "gradient_accumulation_steps": config.train.accumulation,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from .. import devices
 from ..config import Config
 from ..data.loader import Batch as LoadedBatch
 from ..data.loader import TrainLoader
@@ -32,25 +33,31 @@ from .metrics import MetricsLog
 from .optimisation import deepspeed_config, learning_rate, optimizer, schedule_length
 from .plots import draw_losses
 from .preparation import prepare
+from .summary import summary
 from .timing import RankTimes, Stopwatch
 from .watch import StopRequest, Watch
 
 
-def train(config: Config, resume: str = "auto") -> dict[str, Any]:
+def train(config: Config, resume: str = "auto", device: str | None = None) -> dict[str, Any]:
     """Train as `config` says and leave the run folder; returns the final scores.
 
     Args:
         resume: "auto" goes on from the newest complete checkpoint of the run folder, "never" sets what is there aside
             and starts anew, a path goes on from that checkpoint.
+        device: "cpu" or "cuda"; None: the GPUs, or the CPU of a machine without.
     Raises:
         UserError: on every rank, with the same text.
 
     SIGTERM ends the run at the next step with a checkpoint; what it returns is then empty.
     """
-    world = initialise()
+    world = initialise(device)
     config.micro_batch(world.size)  # refused before anything is made
     if config.train.cuda_graphs and world.device.type != "cuda":
         raise UserError("train.cuda_graphs needs a CUDA GPU")
+    if world.device.type == "cuda":
+        devices.set_tf32(config.train.tf32)
+    if world.is_main:
+        print(summary(config, world), flush=True)
     source, state = on_main(world, lambda: _checkpoint_to_resume(config, resume))
     ready_shards(config, world)
     prepared = on_main(world, lambda: prepare(config, resuming=source is not None))
@@ -94,7 +101,9 @@ class Trainer:
         module.to(world.device)
         deepspeed = import_deepspeed()
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer(module, config), config=deepspeed_config(config, world.size)
+            model=module,
+            optimizer=optimizer(module, config),
+            config=deepspeed_config(config, world.size, on_gpu=world.device.type == "cuda"),
         )
         self.optimizer.refuses = lambda: self.guard.refuses(self._norm())
         checkpoint.start_moments(self.engine)

@@ -18,6 +18,7 @@ from mixreorg_fast.errors import UserError
 from mixreorg_fast.training import checkpoint
 from mixreorg_fast.training.optimisation import learning_rate, schedule_length
 from mixreorg_fast.training.preparation import prepare
+from tests.disguise import disguised
 from tests.tiny import tiny_config
 
 pytest.importorskip("deepspeed")
@@ -57,7 +58,8 @@ def launch(folder: Path, *options: str, launcher: tuple[str, ...] = ("--num_gpus
     binaries = Path(sys.executable).parent
     deepspeed = [str(binaries / "deepspeed"), *launcher, "--master_port", port]
     command = [*deepspeed, str(ROOT / "train.py"), "--config", str(path), *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+    environment = disguised(gpus=1)  # fewer than ranks
+    environment |= {"DS_ACCELERATOR": "cpu", "PATH": f"{binaries}{os.pathsep}{environment['PATH']}"}
     environment["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=folder)
 
@@ -107,7 +109,6 @@ def test_run_folder_holds_what_is_promised(run):
     assert json.loads((folder / "config.json").read_text())["model"]["text"]["vocab_size"] > 0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the operator in question is the CPU's")
 def test_launching_compiles_no_operator(run):
     assert not (run / "extensions").exists()
 
@@ -126,6 +127,10 @@ def test_resumed_run_equals_the_uninterrupted_one(run):
     done = launch(run, "--resume", str(middle), name="resumed")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert f"resumed from {middle} at step 3" in done.stdout
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)  # the ranks share the node's processors
+    computed = f"2 × CPU ({threads} thread{'s' * (threads > 1)}), bf16, not compiled, attention: "
+    (line,) = (line for line in done.stdout.splitlines() if computed in line)
+    assert line.endswith(", ZeRO-2, 16 images a step (2 ranks × 2 × 4)")
     resumed = run / "runs" / "resumed"
     expected = load_file(run / "runs/run/checkpoints/step_00000006/model.safetensors")
     got = load_file(resumed / "checkpoints/step_00000006/model.safetensors")
@@ -177,8 +182,7 @@ def test_another_number_of_ranks_takes_the_last_sound_checkpoint(run):
     ],
 )
 def test_missing_data(run, tmp_path, changes, parts):
-    base = settings(run, name="mistake")
-    config = parse_config(merged(base, changes))
+    config = parse_config(merged(settings(run, name="mistake", output=str(tmp_path)), changes))
     with pytest.raises(UserError) as caught:
         prepare(config, resuming=False)
     for part in parts:
@@ -198,8 +202,10 @@ def test_command_line_mistakes():
     assert "--config" in call()
     assert "configs/zero2.json" in call("--config", "configs/zero22.json")
     assert "did you mean 'steps'" in call("--config", "configs/zero2.json", "--set", "train.stesp=3")
-    if not torch.cuda.is_available():
-        assert "needs a CUDA GPU" in call("--config", "configs/zero2.json", "--set", "train.cuda_graphs=true")
+    assert "choose from" in call("--config", "configs/zero2.json", "--device", "gpu")
+    on_cpu = ("--config", "configs/zero2.json", "--device", "cpu")
+    assert "needs a CUDA GPU" in call(*on_cpu, "--set", "train.cuda_graphs=true")
+    assert "tf32 needs precision fp32" in call(*on_cpu, "--set", "train.tf32=true", "--set", "train.precision=bf16")
 
 
 def test_resume_names_a_checkpoint(run, tmp_path):
