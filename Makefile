@@ -10,7 +10,7 @@ DRIVER := $(firstword $(subst ., ,$(shell nvidia-smi --query-gpu=driver_version 
 GPU    := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo ,gpu)
 # CUDA of PyTorch's build: what .venv was built for; else 13, which needs driver 580, or 12, which needs driver 525.
 BUILT  := $(patsubst $(VENV)/.installed-cuda%,%,$(wildcard $(VENV)/.installed-cuda1[23]))
-CUDA   ?= $(or $(BUILT),$(shell test "$(DRIVER)" -lt 580 2>/dev/null && echo 12 || echo 13))
+CUDA   := $(or $(BUILT),$(shell test "$(DRIVER)" -lt 580 2>/dev/null && echo 12 || echo 13))
 STAMP  := $(VENV)/.installed-cuda$(CUDA)
 PINS   := $(if $(filter 12,$(CUDA)),constraints-cuda12.txt,constraints.txt)
 TRAIN  := $(if $(filter 12,$(CUDA)),train-cuda12,train)

@@ -43,6 +43,7 @@ class Launch:
     spill_bytes: int  # stack of a thread: there is nothing else that these kernels keep there
     instructions: int  # of a warp outside loops
     loops: tuple[int, ...]  # instructions of one round of each loop, those of loops within it left out
+    sizes: dict[str, int]  # its whole numbers, constexprs included
 
 
 class _Driver:
@@ -63,21 +64,29 @@ class _Driver:
 
 @contextlib.contextmanager
 def offline(architecture: int) -> Iterator[list[Launch]]:
-    """Within it, kernels take meta tensors and compile for sm_`architecture`; gives the launches so far, each variant
-    once."""
+    """Within it, kernels take meta tensors and compile for sm_`architecture`; gives the launches so far."""
     if variants.INTERPRET:
         raise RuntimeError("kernels do not compile in an interpreting process; unset TRITON_INTERPRET")
-    launches: dict[Any, Launch] = {}
+    launches: list[Launch] = []
+    known: dict[str, dict[str, Any]] = {}  # what is read from a compiled kernel, by its hash
     run, driver = JITFunction.run, triton.runtime.driver
-    found: list[Launch] = []
 
     def compiled(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if kernel.hash not in launches:
-            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-            size = sum(x.numel() * x.element_size() for x in tensors)
-            launches[kernel.hash] = _describe(self, kernel, architecture, math.prod(grid), size)
-            found.append(launches[kernel.hash])
+        if kernel.hash not in known:
+            known[kernel.hash] = _describe(self, kernel)
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        size = sum(x.numel() * x.element_size() for x in tensors)
+        named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        launches.append(
+            Launch(
+                architecture=architecture,
+                programs=math.prod(grid),
+                bytes=size,
+                sizes={name: value for name, value in named.items() if type(value) is int},
+                **known[kernel.hash],
+            )
+        )
         return kernel
 
     before, active = variants.offline_architecture, driver._active
@@ -85,14 +94,15 @@ def offline(architecture: int) -> Iterator[list[Launch]]:
     driver.set_active(_Driver(architecture))
     JITFunction.run = compiled
     try:
-        yield found
+        yield launches
     finally:
         JITFunction.run = run
         driver._active = active
         variants.offline_architecture = before
 
 
-def _describe(function: JITFunction, kernel: Any, architecture: int, programs: int, size: int) -> Launch:
+def _describe(function: JITFunction, kernel: Any) -> dict[str, Any]:
+    """What a compiled kernel says of itself, and what the tools that Triton brings read in it."""
     names = [parameter.name for parameter in function.params]
     constants = [f"{names[path[0]]}={value}" for path, value in kernel.src.constants.items()]
     types = dict.fromkeys(kind for kind in kernel.src.signature.values() if kind.startswith("*"))
@@ -103,19 +113,16 @@ def _describe(function: JITFunction, kernel: Any, architecture: int, programs: i
         code = _tool("nvdisasm", "-c", file.name)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     instructions, loops = _count(code)
-    return Launch(
-        kernel=function.fn.__name__.strip("_").removesuffix("_kernel"),
-        variant=", ".join([*types, *constants]),
-        architecture=architecture,
-        programs=programs,
-        num_warps=kernel.metadata.num_warps,
-        bytes=size,
-        shared_bytes=kernel.metadata.shared,
-        registers=int(registers),
-        spill_bytes=int(stack),
-        instructions=instructions,
-        loops=loops,
-    )
+    return {
+        "kernel": function.fn.__name__.strip("_").removesuffix("_kernel"),
+        "variant": ", ".join([*types, *constants]),
+        "num_warps": kernel.metadata.num_warps,
+        "shared_bytes": kernel.metadata.shared,
+        "registers": int(registers),
+        "spill_bytes": int(stack),
+        "instructions": instructions,
+        "loops": loops,
+    }
 
 
 def _count(code: str) -> tuple[int, tuple[int, ...]]:

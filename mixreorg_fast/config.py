@@ -214,7 +214,12 @@ class DataConfig(Section):
     verify: bool = Field(True, description="decode shards that are not verified yet before training reads them")
     max_bad: Fraction = Field(0.01, description="share of unusable samples that stops the run")
     nouns: NonNegative = Field(3, description="noun prompts per caption when loss.multi_label is on")
-    threads: Positive = 4
+    threads: Positive | None = Field(
+        None, description="threads of a rank that read and decode; null: its share of the node's cores, at most 16"
+    )
+    hw_decoder_load: Fraction | None = Field(
+        None, description="share of the JPEGs for a GPU's JPEG hardware; null: DALI's own (0.65)"
+    )
     prefetch: Positive = 2
     augment: AugmentConfig = AugmentConfig()
     scenes: ScenesConfig = ScenesConfig()
@@ -250,8 +255,10 @@ class TrainConfig(Section):
         100.0, description="skip a step whose gradient norm is so many times the running mean's; 0 = only NaN and inf"
     )
     max_skipped: Positive = Field(3, description="skipped steps in a row that stop the run")
-    # Collectives give up by themselves after half an hour, without a name.
-    timeout: Annotated[float, Field(gt=0.0, le=1500.0)] = Field(600.0, description="seconds a rank may hang in a step")
+    # Half of what collectives wait (training/distributed.py), which give up without a name.
+    timeout: Annotated[float, Field(gt=0.0, le=43_200.0)] = Field(
+        600.0, description="seconds a rank may hang in a step; compiling is not counted"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:

@@ -21,7 +21,7 @@ from . import __version__, ops
 from .devices import cuda_available, cuda_problem, driver
 from .errors import UserError
 from .kernels.variants import ARCHITECTURES
-from .ops.attention import xformers_problem
+from .ops.attention import xformers_problems
 from .ops.dispatch import TRITON_INSTALLED, CannotRun, UnknownImplementation
 
 # What is asked about -> the module that must be importable, and the distributions that bring it, any of them.
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     rows = [("mixreorg_fast", __version__), ("Python", platform.python_version()), ("torch", torch.__version__)]
     rows += [("CUDA", cuda()), *((name, library(*where)) for name, where in LIBRARIES.items())]
-    xformers_problem()  # found by importing it, which must not happen among the fake tensors below
+    xformers_problems()  # found by importing it, which must not happen among the fake tensors below
     print(table(rows))
     print("\nops on " + ("CUDA" if torch.cuda.is_available() else "the CPU"))
     print(table([(op, name, reasons) for op, name, reasons in implementations()]))
@@ -126,6 +126,10 @@ def _calls(device: torch.device) -> dict[str, Callable[[str], Any]]:
         "patch_mix": lambda impl: ops.patch_mix(x, plan, impl=impl),
         "patch_restore": lambda impl: ops.patch_restore(x, plan, impl=impl),
         "patch_blend": lambda impl: ops.patch_blend(x, x, plan, 0.5, impl=impl),
+        "mix_tokens": lambda impl: ops.mix_tokens(x, plan, impl=impl),
+        "restore_tokens": lambda impl: ops.restore_tokens(x.repeat(2, 1, 1), plan, impl=impl),
+        "blend_tokens": lambda impl: ops.blend_tokens(x.repeat(2, 1, 1), plan, 0.5, impl=impl),
+        "stochastic_depth": lambda impl: ops.stochastic_depth(1, [0.1], 4, device=device, impl=impl),
         "grouping_attention": lambda impl: ops.grouping_attention(q, x, x, impl=impl),
         "mixed_segmentation_loss": lambda impl: ops.mixed_segmentation_loss(
             first, second, q, texts, plan, 1.0, impl=impl

@@ -91,6 +91,12 @@ def _ops(dtype: torch.dtype) -> None:
         x = _leaf(IMAGES, 196, channels, dtype=dtype)
         mixed = ops.patch_mix(x, plan, impl="triton")
         _backward(ops.patch_restore(ops.patch_blend(mixed, x, plan, 0.5, impl="triton"), plan, impl="triton"))
+        for groups in (64, 0):
+            x = _leaf(IMAGES, 196 + groups, channels, dtype=dtype)
+            for own, keep in ((None, True), (_leaf(1, groups, channels, dtype=dtype), False)):
+                tokens = ops.blend_tokens(ops.mix_tokens(x, plan, own, impl="triton"), plan, 0.5, impl="triton")
+                _backward(ops.restore_tokens(tokens, plan, own, keep_mixed=keep, impl="triton"))
+    ops.stochastic_depth(_seed(), [0.1] * 12, IMAGES, branches=3, impl="triton")
     for first, second, size in ((64, 8, 4), (128, 64, 16)):
         plan = ops.MixPlan.sample(IMAGES, 196, size, seed=_seed(), device="meta", impl="triton")
         shapes = ((first, 196), (second, first), (second, 256), (256,))
@@ -132,15 +138,17 @@ def main() -> None:
     options = parser.parse_args()
     for architecture in options.architectures:
         with offline(architecture) as launches:
-            shown = 0
+            known = set()
             for name, call in calls():
                 if options.only not in name:
                     continue
                 call()
-                for launch in launches[shown:]:
-                    fits = launch.shared_bytes <= SHARED_BYTES[architecture]
-                    print(json.dumps({**asdict(launch), "fits": fits, "call": name}), flush=True)
-                shown = len(launches)
+                for launch in launches:
+                    if (launch.kernel, launch.variant, launch.num_warps) not in known:
+                        known.add((launch.kernel, launch.variant, launch.num_warps))
+                        fits = launch.shared_bytes <= SHARED_BYTES[architecture]
+                        print(json.dumps({**asdict(launch), "fits": fits, "call": name}), flush=True)
+                launches.clear()
 
 
 if __name__ == "__main__":

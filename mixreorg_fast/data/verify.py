@@ -16,10 +16,9 @@ import torch
 from tqdm import tqdm
 
 from .. import devices
-from ..errors import UserError
 from .decoding import BATCH, Decoder
 from .processes import advance, pool
-from .shards import Shard, captions_of, expand, indexed, open_shard, scan, write_index
+from .shards import LeftOut, Shard, captions_of, expand, indexed, open_shard, scan, write_index
 
 
 def verify(
@@ -63,10 +62,7 @@ def verifying(path: Path, decoder: Decoder) -> Iterator[int]:
         bytes of the tar that have been read since the last time.
     """
     status = os.stat(path)
-    try:
-        samples, broken, problem = scan(path)
-    except UserError as error:  # no tar at all
-        samples, broken, problem = [], [], str(error).removeprefix(f"{path}: ")
+    samples, left_out = scan(path)
     sound: list[dict] = []
     done = 0
     with open(path, "rb") as file:
@@ -77,11 +73,11 @@ def verifying(path: Path, decoder: Decoder) -> Iterator[int]:
                 if reason is None:
                     sound.append(sample)
                 else:
-                    broken.append((sample["key"].decode(errors="replace"), reason))
+                    left_out.append(LeftOut(sample["key"].decode(errors="replace"), reason))
             at = batch[-1]["start"] + batch[-1]["span"]
             yield max(0, at - done)
             done = max(done, at)
-    write_index(path, status, sound, broken, verified=True, problem=problem)
+    write_index(path, status, sound, left_out, verified=True)
     yield max(0, status.st_size - done)
 
 

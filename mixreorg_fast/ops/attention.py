@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..devices import upload
 from .dispatch import choose
 
 AttentionImpl = Literal["auto", "xformers", "varlen", "torch", "products"]
@@ -36,20 +37,24 @@ MEASURED: dict[tuple[str, str, torch.dtype], tuple[str, ...]] = {
 BUCKET_WIDTH = {"cpu": 8}
 UNMEASURED_WIDTH = 32
 
+# Devices whose text encoder pads its rows, so that shapes repeat from step to step: a GPU's memory, compiled graphs and
+# CUDA graphs are kept by shape.
+BUCKETED = {"cuda"}
+
 
 @dataclass(frozen=True)
 class Packing:
     """How sequences of different lengths lie end to end in ``[1, S, ...]``; made once, used by every layer.
 
     S is at least the sum of the lengths. The rows beyond it are padding, cut into sequences of their own: they are
-    computed like all others and seen by none.
+    computed like all others and seen by none. What they hold is a copy of the first sequence's first row.
     """
 
     rows: int  # S
     longest: int  # no sequence is longer; a multiple of 8 where S is padded, so that it repeats
     starts: Tensor  # int32 [sequences + 1], first row of each sequence, padding included; ends with S
     sequence: Tensor  # int64 [S], which sequence a row belongs to (padding: 0)
-    position: Tensor  # int64 [S], its place in it
+    position: Tensor  # int64 [S], its place in it (padding: 0)
     last: Tensor  # int64 [len(lengths)], last row of each sequence
     slots: Tensor  # int64 [S], place of each row once sequences are padded to their bucket's width
     buckets: tuple[tuple[int, int], ...]  # (sequences, width) of each bucket
@@ -102,11 +107,11 @@ class Packing:
         widths, counts = width.unique(return_counts=True)
         buckets = tuple((n, w) for n, w in zip(counts.tolist(), widths.tolist(), strict=True) if w)
 
-        parts = [F.pad(ends, (1, 0)), number.where(number < len(lengths), 0), position, ends[: len(lengths)] - 1, slots]
-        together = torch.cat(parts)  # one copy, from pinned memory, that the host does not wait for
-        if device.type == "cuda":
-            together = together.pin_memory()
-        starts, *others = together.to(device, non_blocking=True).split([len(part) for part in parts])
+        real = number < len(lengths)  # padding sequences may be longer than what they are packed from
+        row = (number.where(real, 0), position.where(real, 0))
+        parts = [F.pad(ends, (1, 0)), *row, ends[: len(lengths)] - 1, slots]
+        together = upload(torch.cat(parts), device)  # one copy
+        starts, *others = together.split([len(part) for part in parts])
         return cls(rows, longest, starts.int(), *others, buckets, tuple(sequences))
 
     def pack(self, x: Tensor) -> Tensor:
@@ -282,17 +287,16 @@ def _varlen_reasons(q: Tensor, packing: Packing | None) -> list[str]:
 
 
 def _xformers_reasons(q: Tensor, packing: Packing | None) -> list[str]:
-    if XFORMERS_INSTALLED and torch.compiler.is_compiling():
+    if not XFORMERS_INSTALLED:
+        return ["xformers is not installed"]
+    if torch.compiler.is_compiling():
         return ["torch.compile cannot trace it"]
-    problem = xformers_problem()
-    return [*([problem] if problem else []), *_kernel_reasons(q)]
+    return [*xformers_problems(), *_kernel_reasons(q)]
 
 
 @cache
-def xformers_problem() -> str | None:
-    """Why xformers cannot run, whatever the inputs: it is imported to find out, its warning of many lines kept back."""
-    if not XFORMERS_INSTALLED:
-        return "xformers is not installed"
+def xformers_problems() -> list[str]:
+    """Why xformers does not load: it is imported to find out, its warning of many lines kept back."""
     log = logging.getLogger("xformers")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -308,7 +312,7 @@ def xformers_problem() -> str | None:
         log.setLevel(level)
     while error is not None and error.__cause__ is not None:
         error = error.__cause__  # the loader's own words, such as "libcudart.so.12: cannot open shared object file"
-    return None if error is None else f"xformers does not load: {str(error).strip().partition(chr(10))[0]}"
+    return [] if error is None else [f"xformers does not load: {str(error).strip().partition(chr(10))[0]}"]
 
 
 def _products_reasons(q: Tensor, packing: Packing | None) -> list[str]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .contrastive import multiplier
-from .dispatch import Impl, choose, triton_reasons, without_autocast
+from .dispatch import Impl, choose, falls_back, triton_reasons, without_autocast
 from .mixing import MixPlan
 from .registration import kernel
 
@@ -61,6 +61,7 @@ def mixed_segmentation_loss_reference(
     return F.cross_entropy(logits.flatten(0, 1), labels.long().flatten())
 
 
+@falls_back
 def mixed_segmentation_loss(
     first: Tensor,
     second: Tensor,

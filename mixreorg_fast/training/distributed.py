@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,10 @@ from .. import devices
 from ..errors import UserError
 
 T = TypeVar("T")
+
+# How long a collective waits for a rank that does not come. DeepSpeed's 10 minutes would end every process, without a
+# name, while rank 0 still draws scenes or trains a tokenizer, and before Watch, which names the rank, gives up.
+PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,18 @@ def initialise(device: str | None = None) -> World:
     deepspeed = import_deepspeed()
     if not dist.is_initialized():
         deepspeed.init_distributed("nccl" if chosen.type == "cuda" else "gloo", verbose=False)
+    wait_patiently()
     return World(dist.get_rank(), dist.get_world_size(), chosen)
+
+
+def wait_patiently() -> None:
+    """Give the collectives of all process groups made so far PATIENCE.
+
+    Called anew after DeepSpeed has made groups of its own, which start with the default of PyTorch (10 minutes under
+    NCCL). Joining a group keeps its own, shorter limit: a node that never starts is noticed soon.
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
 
 
 def import_deepspeed():

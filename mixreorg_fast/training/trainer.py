@@ -27,7 +27,7 @@ from ..files import write_json
 from ..models import Batch, MixReorg, weights
 from . import checkpoint, validation
 from .data import BadSamples, order_digest, ready_shards
-from .distributed import World, import_deepspeed, initialise, mean_over_ranks, on_main
+from .distributed import World, import_deepspeed, initialise, mean_over_ranks, on_main, wait_patiently
 from .guard import StepGuard
 from .metrics import MetricsLog
 from .optimisation import deepspeed_config, learning_rate, optimizer, schedule_length
@@ -85,6 +85,8 @@ class Trainer:
         self._shown: torch.Tensor | None = None
         self.guard = StepGuard(config.train.spike, state.get("guard"))
         self._stage_0_norm = 0.0
+        self._asked: torch.Tensor | None = None
+        self._outcome: tuple[float, bool] | None = None
         self._bad = BadSamples(config, world, self.step * config.train.batch)
         self._order = order_digest(config)
         if world.is_main and state.get("order", self._order) != self._order:
@@ -105,7 +107,8 @@ class Trainer:
             optimizer=optimizer(module, config),
             config=deepspeed_config(config, world.size, on_gpu=world.device.type == "cuda"),
         )
-        self.optimizer.refuses = lambda: self.guard.refuses(self._norm())
+        wait_patiently()
+        self.optimizer.refuses = lambda: self.guard.refuses(self._read_outcome()[0])
         checkpoint.start_moments(self.engine)
         if source is not None:
             checkpoint.restore_moments(self.engine, source, self.guard.taken)
@@ -160,6 +163,7 @@ class Trainer:
         weight = self.config.train.accumulation if self._grad_cache else 1
         while self.step < self.steps:
             self._set_learning_rate()
+            self._outcome = None
             buffers = [buffer.clone() for buffer in self.engine.module.buffers()]
             losses = []
             for arguments in self._micro_steps(batches, watch):
@@ -171,17 +175,17 @@ class Trainer:
                 if self.engine.is_gradient_accumulation_boundary():
                     watch.at(self.step + 1, "optimizer step")
                     self._measure_stage_0()
-                    stopping = stop.shared(self.world)
+                    self._asked = stop.shared(self.world)
                 self.engine.step()  # counts the micro-step; the optimizer's own step comes with the last
+            norm, asked = self._read_outcome()
             self.step += 1
-            norm = self._norm()
             if self.guard.record(norm):
                 self._skip(norm, buffers, log)
                 losses = []
             window.add(losses)
             if log is not None:
                 log.step()
-            stopped = bool(stopping.item()) and self.step < self.steps
+            stopped = asked and self.step < self.steps
             if self.step % self.config.train.log_every == 0 or self.step == self.steps or stopped:
                 self._report(window, loader, log, norm)
             if self._due(self.config.eval.every) and not stopped:
@@ -253,14 +257,15 @@ class Trainer:
         first = self.world.rank * self.micro_batch
         if self._grad_cache:
             first = loaded.position - self.step * self.config.train.batch
-        seed = torch.tensor(micro_step_seed(self.config.seed, loaded.position - first))
         nouns = loaded.noun_ids
         device = self.world.device
+        # Filled there, for a copy from the host would be waited for.
+        seed = torch.full((), micro_step_seed(self.config.seed, loaded.position - first), device=device)
         return Batch(
             loaded.images.to(device, non_blocking=True),
             loaded.ids.to(device, non_blocking=True),
             loaded.lengths,
-            seed.to(device, non_blocking=True),
+            seed,
             first,
             None if nouns is None else nouns.to(device, non_blocking=True),
             loaded.noun_lengths,
@@ -281,8 +286,17 @@ class Trainer:
             gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
             self._stage_0_norm = torch.nn.utils.get_total_norm(gradients).item()
 
+    def _read_outcome(self) -> tuple[float, bool]:
+        """The step's gradient norm before clipping and whether a rank was asked to stop, both over all ranks.
+
+        Read once a step, in the engine's step when the optimizer asks the guard: DeepSpeed has just waited for the
+        gradients to look for infinities, so the GPU is not waited for again. After an overflow nobody asks.
+        """
+        if self._outcome is None:
+            self._outcome = (self._norm(), bool(self._asked))
+        return self._outcome
+
     def _norm(self) -> float:
-        """The gradient's norm before clipping, over all ranks, in or after the engine's step."""
         if self.engine.zero_optimization_stage() == 0:
             return self._stage_0_norm
         wrapper = self.engine.optimizer

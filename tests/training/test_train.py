@@ -49,8 +49,8 @@ def settings(folder: Path, **changes) -> dict:
     )
 
 
-def launch(folder: Path, *options: str, launcher: tuple[str, ...] = ("--num_gpus", "2"), **changes):
-    """Run train.py in `folder`; returns the finished process."""
+def launch(folder: Path, *options: str, launcher: tuple[str, ...] = ("--num_gpus", "2"), on_gpu=False, **changes):
+    """Run train.py in `folder`, on the CPU of a machine with fewer GPUs than ranks; returns the finished process."""
     path = folder / "config.json"
     path.write_text(json.dumps(settings(folder, **changes)))
     with socket.socket() as free:
@@ -59,8 +59,8 @@ def launch(folder: Path, *options: str, launcher: tuple[str, ...] = ("--num_gpus
     binaries = Path(sys.executable).parent
     deepspeed = [str(binaries / "deepspeed"), *launcher, "--master_port", port]
     command = [*deepspeed, str(ROOT / "train.py"), "--config", str(path), *options]
-    environment = disguised(gpus=1)  # fewer than ranks
-    environment |= {"DS_ACCELERATOR": "cpu", "PATH": f"{binaries}{os.pathsep}{environment['PATH']}"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} if on_gpu else disguised(gpus=1) | {"DS_ACCELERATOR": "cpu"}
+    environment["PATH"] = f"{binaries}{os.pathsep}{environment['PATH']}"
     environment["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=folder)
 
@@ -112,6 +112,15 @@ def test_run_folder_holds_what_is_promised(run):
 
 def test_launching_compiles_no_operator(run):
     assert not (run / "extensions").exists()
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains(tmp_path, monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR")
+    done = launch(tmp_path, "--device", "cuda", launcher=("--num_gpus", "1"), on_gpu=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert f"1 × {torch.cuda.get_device_name()}" in done.stdout and "bf16, compiled" in done.stdout
+    assert (tmp_path / "runs" / "run" / "eval.json").is_file()
 
 
 def test_weights_load_and_segment(run):
