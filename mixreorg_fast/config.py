@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from .errors import UserError, nearest
+from .names import TEMPLATES, parse_templates
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -278,36 +279,62 @@ class LogConfig(Section):
     )
 
 
+class InferenceConfig(Section):
+    """How photos are seen and named: part of a run's ``eval`` section, and the ``inference`` section of model.json."""
+
+    short_side: Positive = Field(448, description="pixels at which the network sees a photo")
+    mode: Literal["whole", "sliding"] = Field("whole", description="a photo at once, or through windows")
+    window: Positive = Field(448, description="pixels, of mode sliding")
+    stride: Positive = Field(224, description="pixels between windows")
+    decoding: Literal["groupvit", "direct"] = Field("groupvit", description="of segments to labels, in evaluation")
+    background_threshold: Fraction | None = Field(
+        None, description="segments that score less are background; null: the data set's usual one, if it has any"
+    )
+    templates: tuple[str, ...] = Field(TEMPLATES["default"], description="prompts, {} for the class name")
+
+    @field_validator("templates", mode="before")
+    @classmethod
+    def _read_templates(cls, value: Any) -> Any:
+        try:
+            return parse_templates(value)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _windows_touch(self) -> InferenceConfig:
+        if self.stride > self.window:
+            raise ValueError(
+                f"stride {self.stride} leaves gaps between windows of {self.window} (at most {self.window})"
+            )
+        return self
+
+    def with_options(self, **options: Any) -> InferenceConfig:
+        """These settings alone, overruled by those of `options` that are not None.
+
+        Raises:
+            UserError: an unknown option, or a value that does not fit.
+        """
+        own = {name: getattr(self, name) for name in InferenceConfig.model_fields}
+        given = {name: value for name, value in options.items() if value is not None}
+        try:
+            return InferenceConfig.model_validate(own | given)
+        except ValidationError as error:
+            raise UserError(describe(error, InferenceConfig)) from None
+
+
 class EvalDatasetConfig(Section):
     name: str
     dataset: str = Field("plain", description="folder layout, as in `mixreorg evaluate --dataset`")
     root: str
     split: str = "val"
-    background_threshold: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
-        None, description="null: the data set's usual one"
-    )
+    background_threshold: Fraction | None = Field(None, description="overrules eval.background_threshold")
     limit: Positive | None = Field(None, description="score only this many images")
 
 
-class EvalConfig(Section):
+class EvalConfig(InferenceConfig):
     datasets: list[EvalDatasetConfig] = Field([], description="empty with embedded data: the held-out scenes")
     every: NonNegative = Field(0, description="validate each so many steps, 0 = only at the end")
     every_images: Positive = Field(100, description="images per data set in a validation during training")
-    short_side: Positive = 448
-    mode: Literal["whole", "sliding"] = "whole"
-    window: Positive = 448
-    stride: Positive = 224
-    decoding: Literal["groupvit", "direct"] = "groupvit"
-    templates: list[str] = ["a photo of a {}."]
-
-    @model_validator(mode="after")
-    def _templates_hold_a_place(self) -> EvalConfig:
-        for template in self.templates:
-            if "{}" not in template:
-                raise ValueError(f"template '{template}' has no {{}} for the class name")
-        if not self.templates:
-            raise ValueError("templates is empty; the usual one is 'a photo of a {}.'")
-        return self
 
 
 class CheckpointConfig(Section):
@@ -376,6 +403,12 @@ class Config(Section):
         if self.train.cuda_graphs and self.deepspeed.zero_stage == 3:
             raise ValueError("train.cuda_graphs needs weights that stay: deepspeed.zero_stage 0, 1 or 2, not 3")
         return self
+
+    @property
+    def inference(self) -> InferenceConfig:
+        """What goes with the weights: the settings of evaluation, with the threshold that all its data sets share."""
+        thresholds = {dataset.background_threshold for dataset in self.eval.datasets}
+        return self.eval.with_options(background_threshold=thresholds.pop() if len(thresholds) == 1 else None)
 
     def compiles(self, device_type: str) -> bool:
         """Whether training compiles its blocks on such a device."""
@@ -452,7 +485,8 @@ def describe(error: ValidationError, schema: type[BaseModel]) -> str:
         message = str(first["ctx"]["error"])
         return f"{key}: {message}" if key else message
     message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{key}: {message}, got {json.dumps(first['input'], default=str)}"
+    message = f"{message}, got {json.dumps(first['input'], default=str)}"
+    return f"{key}: {message}" if key else message
 
 
 def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:

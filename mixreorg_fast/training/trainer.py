@@ -95,7 +95,7 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         module = MixReorg(config)
-        module.backbone.tokenizer = self.tokenizer
+        module.backbone.tokenizer, module.backbone.inference = self.tokenizer, config.inference
         if source is not None:
             checkpoint.restore_weights(module, source)
         elif config.model.init is not None:

@@ -18,15 +18,14 @@ from ..data.tokenizer import Tokenizer
 from ..evaluation.datasets import open_dataset
 from ..evaluation.pictures import dataset_figure, mixing_figure, segments_figure
 from ..evaluation.retrieval import retrieval_at_1
-from ..evaluation.zero_shot import Segmenter, Settings, evaluate, settings_for
+from ..evaluation.zero_shot import evaluate, segmenter_for, settings_for
 from ..models import GroupViT
-from ..models.prompts import text_classifier
 from .distributed import World
 
 
 def evaluation_model(backbone: GroupViT, state: dict[str, Tensor], world: World) -> GroupViT:
     """A copy of the backbone with the tensors of `state`, apart from the engine that owns the parameters."""
-    model = GroupViT(backbone.config, backbone.mean, backbone.std, tokenizer=backbone.tokenizer)
+    model = GroupViT(backbone.config, backbone.mean, backbone.std, backbone.tokenizer, backbone.inference)
     model.load_state_dict(copy.copy(state))
     return model.to(world.device).eval()
 
@@ -40,7 +39,7 @@ def score(model: GroupViT, config: Config, tokenizer: Tokenizer, world: World, *
     scores: dict[str, Any] = {}
     for entry in config.eval.datasets:
         dataset = open_dataset(entry.dataset, entry.root, entry.split)
-        settings = Settings.from_config(config.eval, entry.background_threshold)
+        settings = settings_for(config.eval.with_options(), dataset, entry.background_threshold)
         images = min(filter(None, (limit, entry.limit)), default=None)
         scores[entry.name] = evaluate(model, tokenizer, dataset, settings, images, progress=limit is None)
     shards = validation_shards(config)
@@ -90,9 +89,8 @@ def draw(model: GroupViT, config: Config, tokenizer: Tokenizer, images: Tensor, 
     if config.eval.datasets:
         entry = config.eval.datasets[0]
         dataset = open_dataset(entry.dataset, entry.root, entry.split)
-        settings = settings_for(Settings.from_config(config.eval, entry.background_threshold), dataset)
-        texts = text_classifier(model, tokenizer, dataset.prompts, settings.templates)
-        dataset_figure(Segmenter(model, texts, settings), dataset, run / "segmentation.png")
+        settings = settings_for(config.eval.with_options(), dataset, entry.background_threshold)
+        dataset_figure(segmenter_for(model, dataset, settings, tokenizer), dataset, run / "segmentation.png")
         drawn.append("segmentation.png")
     elif len(images):
         shown = images[:6].float()

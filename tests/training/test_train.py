@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import mixreorg_fast
+from mixreorg_fast.cli import main
 from mixreorg_fast.config import merged, parse_config
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.training import checkpoint
@@ -41,7 +42,7 @@ def settings(folder: Path, **changes) -> dict:
                 "scenes": {"folder": str(folder / "scenes"), "train": 40, "val": 8, "size": 32},
             },
             "train": {"batch": 16, "accumulation": 2, "steps": STEPS, "log_every": 1, "precision": "bf16"},
-            "eval": {"short_side": 32, "every": 4, "every_images": 4},
+            "eval": {"short_side": 32, "every": 4, "every_images": 4, "templates": "a {}."},
             "checkpoint": {"every": 3, "keep": 5},
             **changes,
         },
@@ -128,6 +129,22 @@ def test_weights_load_and_segment(run):
     ids, _ = model.tokenizer.encode(["a photo of a star.", "a photo of a fish."], model.config.text.context)
     labels = model.segment_labels(torch.randn(2, 3, 32, 32), model.text_embeddings(ids), background_threshold=0.9)
     assert labels.shape == (2, 32, 32) and labels.max() <= 2
+
+
+def test_the_weights_score_as_the_run_said(run, tmp_path, capsys):
+    """`mixreorg evaluate` without options: to the digit, as size, templates and threshold go with the weights."""
+    folder = run / "runs" / "run"
+    carried = mixreorg_fast.load(folder).inference
+    assert (carried.short_side, carried.templates, carried.background_threshold) == (32, ("a {}.",), 0.3)
+    assert mixreorg_fast.load(folder / "best").inference == carried
+    said = json.loads((folder / "eval.json").read_text())
+    for name in ("scenes", "scenes_small"):
+        root, out = said[name]["settings"]["root"], tmp_path / f"{name}.json"
+        assert main(["evaluate", "--weights", str(folder), "--root", root, "--out", str(out), "--device", "cpu"]) == 0
+        scores = json.loads(out.read_text())
+        assert scores["settings"].pop("weights") == str(folder)
+        assert scores == said[name]
+    capsys.readouterr()
 
 
 def test_resumed_run_equals_the_uninterrupted_one(run):
