@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import Config, configuration, on_device
+from .variants import Config, cdiv, configuration, next_power_of_2, on_device
 
 CONFIGS = {
     80: Config({"BLOCK_N": 32}, num_warps=4, num_stages=2),
@@ -193,7 +193,7 @@ def _mixed_segmentation_texts_kernel(
 
 def _block(size: int) -> int:
     """The padded side of a matrix product."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, next_power_of_2(size))
 
 
 def _shape(first: Tensor, second: Tensor, segments: Tensor, group_size: int) -> dict[str, int]:
@@ -262,7 +262,7 @@ def mixed_segmentation_backward(
         shape = _shape(first, second, segments, group_size)
         _launch("mixed_segmentation_backward", _mixed_segmentation_backward_kernel, arguments, first, shape)
         rows, block = group_size * second_groups, shape["BLOCK_D"]
-        _mixed_segmentation_texts_kernel[(images // group_size, triton.cdiv(width, block))](
+        _mixed_segmentation_texts_kernel[(images // group_size, cdiv(width, block))](
             grad_cosines,
             tensors[2],
             outputs[3],
