@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import Config, configuration, on_device
+from .variants import Config, cdiv, configuration, next_power_of_2, on_device
 
 # By the most logits that BLOCK_G1 groups and COUNT texts have between them, then by architecture.
 CONFIGS = {
@@ -288,7 +288,7 @@ def _mixed_segmentation_embeddings_kernel(
 
 def _block(size: int) -> int:
     """The padded side of a matrix product."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, next_power_of_2(size))
 
 
 def _groups(first: Tensor, group_size: int) -> dict[str, int]:
@@ -401,6 +401,7 @@ def mixed_segmentation_backward(
         return grad_scores
 
     with on_device(first):
+<<<<<<< HEAD
         cosines, scores = _scores(first, second, segments, texts, scale, group_size)
         grad_scores = launch(_configuration("mixed_segmentation_backward", first, group_size, launch))
         parts = grad_scores.shape[2]
@@ -410,6 +411,12 @@ def mixed_segmentation_backward(
             scale,
             cosines,
             grad_second,
+=======
+        shape = _shape(first, second, segments, group_size)
+        _launch("mixed_segmentation_backward", _mixed_segmentation_backward_kernel, arguments, first, shape)
+        rows, block = group_size * second_groups, shape["BLOCK_D"]
+        _mixed_segmentation_texts_kernel[(images // group_size, cdiv(width, block))](
+>>>>>>> mixing
             grad_cosines,
             grad_scale,
             **_second_groups(first, second, group_size),

@@ -71,8 +71,13 @@ _HERE = contextlib.nullcontext()
 
 
 def cdiv(numerator: int, denominator: int) -> int:
-    """Quotient, rounded up; on the host ``triton.cdiv`` takes 2 µs."""
+    """Quotient, rounded up; on the host ``triton.cdiv`` takes 2 µs, and so does ``triton.next_power_of_2``."""
     return -(-numerator // denominator)
+
+
+def next_power_of_2(number: int) -> int:
+    """The least power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()
 
 
 def _nearest(table: Mapping[int, Config], capability: int) -> Config:
