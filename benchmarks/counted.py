@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from mixreorg_fast import ledger, ops
 from mixreorg_fast.kernels.offline import Launch, offline
 from mixreorg_fast.ops import registration
+from mixreorg_fast.ops.tokens import blend_tokens_reference, mix_tokens_reference, restore_tokens_reference
 
 from . import harness, test_contrastive, test_decoding, test_grouping_attention, test_mixed_segmentation
 
@@ -70,6 +71,7 @@ def operations() -> Iterator[Op]:
         lambda: ops.mixing.patch_blend_reference(mixed, x, plan.source, 0.5),
         "85 % of copy bandwidth",
     )
+    yield from _whole_tokens(plan)
     for groups, patches in ((GROUPS, PATCHES), (SEGMENTS, GROUPS)):
         q = _random(IMAGES, groups, CHANNELS)
         kv = torch.empty(IMAGES, patches, 2 * CHANNELS, dtype=torch.bfloat16, device="meta")
@@ -117,6 +119,49 @@ def operations() -> Iterator[Op]:
         lambda: test_decoding.dense(maps, scores, (512, 683)),
         "3× an eager look-up",
     )
+
+
+def _whole_tokens(plan: ops.MixPlan) -> Iterator[Op]:
+    """In one launch each; and by the ops on patches, with slices and concatenations around them."""
+    one, two = (_random(branches * IMAGES, PATCHES + GROUPS, CHANNELS) for branches in (1, 2))
+
+    def mix(patches: Tensor, _: Tensor) -> Tensor:
+        return ops.patch_mix(patches, plan, impl="triton")
+
+    def restore(patches: Tensor, _: Tensor) -> Tensor:
+        return ops.patch_restore(patches, plan, impl="triton")
+
+    def blend() -> Tensor:
+        original, mixed = two.chunk(2)
+        blended = ops.patch_blend(mixed[:, :PATCHES], original[:, :PATCHES], plan, 0.5, impl="triton")
+        return torch.cat([original, torch.cat([blended, mixed[:, PATCHES:]], dim=1)])
+
+    for name, x, whole, by_patches, eager in (
+        (
+            "mix_tokens",
+            one,
+            lambda: ops.mix_tokens(one, plan, impl="triton"),
+            lambda: mix_tokens_reference(one, plan.source, K, gather=mix),
+            lambda: mix_tokens_reference(one, plan.source, K),
+        ),
+        (
+            "blend_tokens",
+            two,
+            lambda: ops.blend_tokens(two, plan, 0.5, impl="triton"),
+            blend,
+            lambda: blend_tokens_reference(two, plan.source, 0.5),
+        ),
+        (
+            "restore_tokens",
+            two,
+            lambda: ops.restore_tokens(two, plan, impl="triton"),
+            lambda: restore_tokens_reference(two, plan.inverse, K, gather=restore),
+            lambda: restore_tokens_reference(two, plan.inverse, K),
+        ),
+    ):
+        shape = f"{IMAGES}x{PATCHES}+{GROUPS}x{CHANNELS} K={K}"
+        yield Op(name, shape, [x], whole, eager, "85 % of copy bandwidth")
+        yield Op(f"{name}, by ops on patches", shape, [x], by_patches, eager, "")
 
 
 @dataclass(frozen=True)
@@ -209,6 +254,9 @@ LOOPS = {
     "segment_label": ("classes", "BLOCK_CLASSES"),
     "decode": ("GROUPS", None),
     "sample_plan": ("group_size", None),
+    "append_branch_forward": ("group_size", None),
+    "append_branch_backward": ("group_size", None),
+    "blend_tokens": ("group_size", None),
 }
 
 

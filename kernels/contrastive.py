@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import INTERPRET, Config, configuration, on_device
+from .variants import INTERPRET, Config, cdiv, configuration, on_device
 
 # Per architecture for 16-bit operands (tensor cores) and for fp32 ones (IEEE products on the plain units).
 CONFIGS_16 = {
@@ -243,7 +243,7 @@ def _configuration(name: str, rows: Tensor, columns: Tensor, launch: Callable[[C
 
 def _grid(rows: Tensor, columns: Tensor, config: Config) -> tuple[int]:
     blocks = config.blocks
-    return (triton.cdiv(len(rows), blocks["BLOCK_M"]) * triton.cdiv(len(columns), blocks["BLOCK_N"]),)
+    return (cdiv(len(rows), blocks["BLOCK_M"]) * cdiv(len(columns), blocks["BLOCK_N"]),)
 
 
 def _strips(rows: int, bytes_per_row: float, budget: int) -> list[slice]:
@@ -254,7 +254,7 @@ def _strips(rows: int, bytes_per_row: float, budget: int) -> list[slice]:
 
 def _merge(parts: Tensor, lse: Tensor, proceed: bool) -> None:
     columns = parts.shape[1]
-    grid = (triton.cdiv(columns, MERGE_BLOCK["BLOCK_N"]),)
+    grid = (cdiv(columns, MERGE_BLOCK["BLOCK_N"]),)
     _merge_kernel[grid](parts, lse, len(parts), columns, CONTINUE=proceed, **MERGE_BLOCK, num_warps=4)
 
 
@@ -271,8 +271,8 @@ def log_sum_exp_forward(rows: Tensor, columns: Tensor, scale: Tensor, both: bool
     def tiles(config: Config, strip: slice) -> tuple[Tensor, Tensor]:
         """The log-sum-exps of every tile of a strip of rows."""
         part = rows[strip]
-        row_blocks = triton.cdiv(len(part), config.blocks["BLOCK_M"]) if both else 0
-        column_blocks = triton.cdiv(len(columns), config.blocks["BLOCK_N"])
+        row_blocks = cdiv(len(part), config.blocks["BLOCK_M"]) if both else 0
+        column_blocks = cdiv(len(columns), config.blocks["BLOCK_N"])
         row_parts = row_lse.new_empty(column_blocks, len(part))
         column_parts = row_lse.new_empty(row_blocks, len(columns))
         _log_sum_exp_kernel[_grid(part, columns, config)](
@@ -326,7 +326,7 @@ def gradient_backward(
     grad_rows = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
     grad_columns = torch.empty(columns.shape if both else 0, dtype=torch.float32, device=rows.device)
     factor = 4096.0 if rows.dtype == torch.float16 else 1.0  # keeps small weights out of fp16's subnormal numbers
-    width = triton.cdiv(len(columns), 8) * 8  # aligned rows
+    width = cdiv(len(columns), 8) * 8  # aligned rows
     strips = _strips(len(rows), width * rows.element_size(), STRIP_BYTES)
     # The interpreter rounds to bf16 towards zero, a bias that no GPU has.
     buffer = torch.empty(strips[0].stop, width, dtype=torch.float32 if INTERPRET else rows.dtype, device=rows.device)

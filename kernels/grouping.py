@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .philox import gumbel_noise
 from .precision import exp2, operand, reciprocal, rounded, upcast
-from .variants import ARCHITECTURES, INTERPRET, Config, architecture, configuration, on_device
+from .variants import ARCHITECTURES, INTERPRET, Config, architecture, cdiv, configuration, next_power_of_2, on_device
 
 _PER_LOG_2: tl.constexpr = tl.constexpr(1.4426950408889634)
 _ONCE: tl.constexpr = tl.constexpr("evict_first")  # cache policy of what is read once: it leaves room for k
@@ -462,7 +462,7 @@ class _Problem:
 
     @property
     def block_groups(self) -> int:
-        return max(16, triton.next_power_of_2(self.groups))
+        return max(16, next_power_of_2(self.groups))
 
     @property
     def block_patches(self) -> int:
@@ -474,7 +474,7 @@ class _Problem:
             whole = part = 2**13
         else:
             whole, part = 2**14, 2**13
-        block = max(16, triton.next_power_of_2(self.patches))
+        block = max(16, next_power_of_2(self.patches))
         return block if block * self._width <= whole else part // self._width
 
     @property
@@ -484,7 +484,7 @@ class _Problem:
 
     @property
     def tiles(self) -> int:
-        return max(1, triton.cdiv(self.patches, self.block_patches))
+        return max(1, cdiv(self.patches, self.block_patches))
 
     @property
     def constexprs(self) -> dict[str, object]:
@@ -536,7 +536,7 @@ def _aggregate(
     arguments = (winner, weights, x, out, total, problem.patches, scale, eps, *_strides(x))
 
     def launch(config: Config) -> None:
-        grid = (problem.batch, triton.cdiv(problem.channels, config.blocks["BLOCK_CHANNELS"]))
+        grid = (problem.batch, cdiv(problem.channels, config.blocks["BLOCK_CHANNELS"]))
         _aggregate_kernel[grid](*arguments, **problem.constexprs, **config.kwargs)
 
     table = problem.configurations("aggregate")

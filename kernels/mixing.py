@@ -7,12 +7,14 @@ or, where the source is at hand, a scatter without conflicts: no atomics, no sor
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import Config, configuration, on_device
+from .variants import Config, cdiv, configuration, next_power_of_2, on_device
 
 CONFIGS = {80: Config({"BLOCK_ROWS": 16}, num_warps=4)}
 PLAN_BLOCK = 128
@@ -164,11 +166,12 @@ def _sample_plan_kernel(
     _store_member(source_ptr, inverse_ptr, group, first + 3, rank3, patch, group_size, patches)
 
 
+@functools.cache
 def channel_block(channels: int) -> int:
     """The largest power of two up to 128 that divides `channels`, so that no lane is masked; 128 where only small ones
     do (384 -> 128, 100 -> 128)."""
     block = min(channels & -channels, 128)
-    return block if block >= 32 else min(triton.next_power_of_2(channels), 128)
+    return block if block >= 32 else min(next_power_of_2(channels), 128)
 
 
 def with_unit_channel_stride(x: Tensor) -> Tensor:
@@ -184,7 +187,7 @@ def _launch(name: str, kernel, arguments: tuple, like: Tensor) -> None:
         return
 
     def launch(config: Config) -> None:
-        grid = (triton.cdiv(rows, config.blocks["BLOCK_ROWS"]),)
+        grid = (cdiv(rows, config.blocks["BLOCK_ROWS"]),)
         kernel[grid](*arguments, CHANNELS=channels, BLOCK_CHANNELS=channel_block(channels), **config.kwargs)
 
     with on_device(like):
@@ -225,7 +228,7 @@ def blend_backward(grad: Tensor, source: Tensor, alpha: float) -> tuple[Tensor, 
 def sample_plan(seed: Tensor, first_group: int, batch: int, patches: int, group_size: int) -> tuple[Tensor, Tensor]:
     """`source` and `inverse` int32 ``[B, N]`` under the key `seed` (0-d int64, read on the device)."""
     source, inverse = (torch.empty((batch, patches), dtype=torch.int32, device=seed.device) for _ in range(2))
-    programs = batch // group_size * triton.cdiv(group_size, 4) * triton.cdiv(patches, PLAN_BLOCK)
+    programs = batch // group_size * cdiv(group_size, 4) * cdiv(patches, PLAN_BLOCK)
     if programs:
         with on_device(seed):
             _sample_plan_kernel[(programs,)](

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import on_device
+from .variants import cdiv, on_device
 
 BLOCK = 256
 
@@ -45,7 +45,7 @@ def stochastic_depth(seed: Tensor, rates: tuple[float, ...], images: int, branch
     if total:
         thresholds, scales = _tables(rates, seed.device)
         with on_device(seed):
-            _stochastic_depth_kernel[(triton.cdiv(total, BLOCK),)](
+            _stochastic_depth_kernel[(cdiv(total, BLOCK),)](
                 seed, thresholds, scales, out, images, branches, first_image, total, BLOCK=BLOCK, num_warps=4
             )
     return out

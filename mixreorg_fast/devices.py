@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .errors import RankError, UserError
 
@@ -130,6 +131,11 @@ def local_rank() -> int:
 def local_size() -> int:
     """Ranks on this node: torchrun sets LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`, without waiting for a GPU: what lies in pinned memory is copied in its own time."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def set_tf32(on: bool) -> None:

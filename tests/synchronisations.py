@@ -41,6 +41,7 @@ FACTORIES = (
     torch.empty,
     torch.empty_like,
     torch.empty_strided,
+    torch.eye,
     torch.full,
     torch.full_like,
     torch.linspace,
@@ -148,7 +149,7 @@ def _patched(owner: Synchronisations) -> dict[tuple[Any, str], Callable]:
 
     return {
         **{(torch, function.__name__): made(function) for function in (*FACTORIES, *COPYING)},
-        **{(Tensor, name): read(getattr(Tensor, name)) for name in ("tolist", "numpy", "cpu")},
+        **{(Tensor, name): read(getattr(Tensor, name)) for name in ("tolist", "numpy", "cpu", "new_tensor")},
         (Tensor, "to"): moved,
         (Tensor, "pin_memory"): lambda self: owner.pinning(self),
         (F, "one_hot"): one_hot_as_on_gpu,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..devices import upload
 from .dispatch import choose
 
 AttentionImpl = Literal["auto", "xformers", "varlen", "torch", "products"]
@@ -109,10 +110,8 @@ class Packing:
         real = number < len(lengths)  # padding sequences may be longer than what they are packed from
         row = (number.where(real, 0), position.where(real, 0))
         parts = [F.pad(ends, (1, 0)), *row, ends[: len(lengths)] - 1, slots]
-        together = torch.cat(parts)  # one copy, from pinned memory, that the host does not wait for
-        if device.type == "cuda":
-            together = together.pin_memory()
-        starts, *others = together.to(device, non_blocking=True).split([len(part) for part in parts])
+        together = upload(torch.cat(parts), device)  # one copy
+        starts, *others = together.split([len(part) for part in parts])
         return cls(rows, longest, starts.int(), *others, buckets, tuple(sequences))
 
     def pack(self, x: Tensor) -> Tensor:

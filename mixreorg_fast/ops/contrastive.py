@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Impl, autocast, choose, triton_reasons, without_autocast
+from .dispatch import Impl, autocast, choose, falls_back, triton_reasons, without_autocast
 from .registration import kernel
 
 CHUNK_ELEMENTS = 2**24  # logits that the PyTorch path holds at a time
@@ -39,6 +39,7 @@ def contrastive_loss_reference(image: Tensor, text: Tensor, logit_scale: Tensor 
     return 0.5 * (image_to_text + text_to_image)
 
 
+@falls_back
 def contrastive_loss(
     image: Tensor,
     text: Tensor,

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .dispatch import Impl, autocast, choose, triton_reasons, without_autocast
+from .dispatch import Impl, autocast, choose, falls_back, triton_reasons, without_autocast
 from .philox import gumbel, philox, seed_tensor
 from .registration import kernel
 
@@ -68,6 +68,7 @@ def grouping_attention_reference(
     return (weights / total) @ v, soft, used  # [B, G, C] <- [B, G, N] @ [B, N, C]
 
 
+@falls_back
 def grouping_attention(
     q: Tensor,
     k: Tensor,

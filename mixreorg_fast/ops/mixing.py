@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dispatch import Impl, choose, triton_reasons
+from .dispatch import Impl, choose, falls_back, triton_reasons
 from .philox import philox, seed_tensor
 from .registration import kernel
 
@@ -119,6 +119,7 @@ def patch_blend_reference(mixed: Tensor, original: Tensor, source: Tensor, alpha
     return torch.lerp(mixed, patch_mix_reference(original, source), alpha)
 
 
+@falls_back
 def patch_mix(x: Tensor, plan: MixPlan, *, impl: Impl = "auto") -> Tensor:
     """Mix the patches of each group of images: ``out[b, n] = x[plan.source[b, n], n]``.
 
@@ -134,6 +135,7 @@ def patch_mix(x: Tensor, plan: MixPlan, *, impl: Impl = "auto") -> Tensor:
     return _permute("patch_mix", x, plan, plan.source, plan.inverse, impl)
 
 
+@falls_back
 def patch_restore(x: Tensor, plan: MixPlan, *, impl: Impl = "auto") -> Tensor:
     """Put mixed patches back: ``out[b, n] = x[plan.inverse[b, n], n]``, the exact inverse of :func:`patch_mix`.
 
@@ -142,6 +144,7 @@ def patch_restore(x: Tensor, plan: MixPlan, *, impl: Impl = "auto") -> Tensor:
     return _permute("patch_restore", x, plan, plan.inverse, plan.source, impl)
 
 
+@falls_back
 def patch_blend(mixed: Tensor, original: Tensor, plan: MixPlan, alpha: float, *, impl: Impl = "auto") -> Tensor:
     """Progressive mixing in one pass: ``(1 - alpha) * mixed + alpha * patch_mix(original, plan)``.
 

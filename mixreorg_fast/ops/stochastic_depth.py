@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..devices import upload
 from .dispatch import Impl, choose, triton_reasons
 from .philox import philox, seed_tensor
 from .registration import kernel
@@ -53,7 +54,7 @@ def stochastic_depth_reference(
     branch = torch.arange(branches, device=seed.device)[:, None]
     block = torch.arange(len(rates), device=seed.device)[:, None, None]
     bits = torch.stack(philox(seed, image, branch, block, torch.zeros_like(image))[:2]).flatten(2)
-    rates = torch.tensor(rates, dtype=torch.float64, device=seed.device)[:, None]
+    rates = upload(torch.tensor(rates, dtype=torch.float64), seed.device)[:, None]
     return (bits.double() * 2.0**-32 >= rates).float() / (1 - rates).float()
 
 

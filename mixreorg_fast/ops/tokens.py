@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .dispatch import Impl, choose, triton_reasons
+from .dispatch import Impl, choose, falls_back, triton_reasons
 from .mixing import MixPlan, gather, patch_mix_reference
 from .registration import kernel
 
@@ -56,6 +56,7 @@ def _branch_reference(x: Tensor, source: Tensor, group_size: int, groups: Tensor
     return torch.cat([gather(patches, source), groups.expand_as(own)], dim=1)
 
 
+@falls_back
 def mix_tokens(x: Tensor, plan: MixPlan, groups: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
     """Tokens with their mixed branch behind them: patches as :func:`.patch_mix` mixes them, new group tokens.
 
@@ -73,6 +74,7 @@ def mix_tokens(x: Tensor, plan: MixPlan, groups: Tensor | None = None, *, impl: 
     return _append("mix_tokens", x, 1, plan.source, plan.inverse, plan.group_size, groups, True, impl)
 
 
+@falls_back
 def restore_tokens(
     x: Tensor, plan: MixPlan, groups: Tensor | None = None, *, keep_mixed: bool = True, impl: Impl = "auto"
 ) -> Tensor:
@@ -90,6 +92,7 @@ def restore_tokens(
     return _append("restore_tokens", x, 2, plan.inverse, plan.source, plan.group_size, groups, keep_mixed, impl)
 
 
+@falls_back
 def blend_tokens(x: Tensor, plan: MixPlan, alpha: float, *, impl: Impl = "auto") -> Tensor:
     """Progressive mixing: in the mixed branch ``patches = (1 - alpha) * patches + alpha * patch_mix(original)``.
 

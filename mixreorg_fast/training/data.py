@@ -16,14 +16,14 @@ from tqdm import tqdm
 from .. import devices
 from ..config import Config
 from ..data.decoding import Decoder
-from ..data.loader import TrainLoader, shard_sets, training_shards
+from ..data.loader import TrainLoader, reading_threads, shard_sets, training_shards
 from ..data.shards import Bad, ShardSet, expand, open_shard, open_shards
 from ..data.verify import is_ready, too_many_bad, verifying
 from ..errors import UserError
 from ..files import atomic_path
 from .distributed import World, mean_over_ranks, on_main
 
-# Seconds between exchanges while the ranks work on shards: far below the half hour after which collectives give up.
+# Seconds between exchanges while the ranks work on shards, and between steps of the bar.
 SLICE = 5.0
 NETWORK_DISK = 65.0
 
@@ -149,7 +149,7 @@ def _wait_for_files(paths: Sequence[Path], config: Config) -> None:
 
 def _verify(paths: Sequence[Path], config: Config, world: World) -> Iterator[int]:
     """Verify shards one after the other; yields bytes read, often."""
-    decoder = Decoder(world.device, config.data.threads) if paths else None
+    decoder = Decoder(world.device, reading_threads(config.data)) if paths else None
     for path in paths:
         with contextlib.suppress(FileNotFoundError):  # it has vanished meanwhile: its index, if any, keeps its place
             yield from verifying(path, decoder)

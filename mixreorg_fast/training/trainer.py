@@ -32,7 +32,7 @@ from .guard import StepGuard
 from .metrics import MetricsLog
 from .optimisation import deepspeed_config, learning_rate, optimizer, schedule_length
 from .plots import draw_losses
-from .preparation import prepare
+from .preparation import check_inputs, prepare
 from .summary import summary
 from .timing import RankTimes, Stopwatch
 from .watch import StopRequest, Watch
@@ -51,13 +51,13 @@ def train(config: Config, resume: str = "auto", device: str | None = None) -> di
     SIGTERM ends the run at the next step with a checkpoint; what it returns is then empty.
     """
     world = initialise(device)
-    config.micro_batch(world.size)  # refused before anything is made
     if config.train.cuda_graphs and world.device.type != "cuda":
         raise UserError("train.cuda_graphs needs a CUDA GPU")
     if world.device.type == "cuda":
         devices.set_tf32(config.train.tf32)
     if world.is_main:
         print(summary(config, world), flush=True)
+    on_main(world, lambda: _check_inputs(config, resume, world))
     source, state = on_main(world, lambda: _checkpoint_to_resume(config, resume))
     ready_shards(config, world)
     prepared = on_main(world, lambda: prepare(config, resuming=source is not None))
@@ -95,7 +95,7 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         module = MixReorg(config)
-        module.backbone.tokenizer = self.tokenizer
+        module.backbone.tokenizer, module.backbone.inference = self.tokenizer, config.inference
         if source is not None:
             checkpoint.restore_weights(module, source)
         elif config.model.init is not None:
@@ -348,7 +348,7 @@ class Trainer:
         better = mean is not None and (self.best is None or mean > self.best)
         if better:
             self.best = mean
-        if log is not None:
+        if log is not None and figures:
             log.write(self.step, {"validation": figures})
             log.say(f"step {self.step}: " + ", ".join(f"{name} {value:.1f}" for name, value in figures.items()))
             if better:
@@ -370,10 +370,14 @@ class Trainer:
         model = validation.evaluation_model(self.engine.module.backbone, state, self.world)
         scores = validation.score(model, self.config, self.tokenizer, self.world, limit=None)
         if self.world.is_main:
-            write_json(self.run_folder / "eval.json", scores)
-            validation.draw(model, self.config, self.tokenizer, images, self.run_folder)
+            if scores:
+                write_json(self.run_folder / "eval.json", scores)
+            pictures = validation.draw(model, self.config, self.tokenizer, images, self.run_folder)
             for name, value in validation.headline(scores).items():
                 print(f"{name} {value:.2f}", flush=True)
+            if not scores:
+                missing = "the configuration names neither eval.datasets nor data.val_shards"
+                print(f"no scores: {missing}; pictures: {', '.join(pictures)}", flush=True)
             print(f"run folder: {self.run_folder}", flush=True)
         return scores
 
@@ -419,6 +423,10 @@ def _full_disk_in_one_line(run: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise RankError(f"{run} cannot be written: {error.strerror}") from None
+
+
+def _check_inputs(config: Config, resume: str, world: World) -> None:
+    check_inputs(config, resuming=bool(checkpoint.find(config.run_folder, resume)), world_size=world.size)
 
 
 def _checkpoint_to_resume(config: Config, resume: str) -> tuple[Path | None, dict[str, Any]]:

@@ -51,11 +51,15 @@ def test_retuning_takes_the_fastest_candidate_once(monkeypatch, capsys):
     monkeypatch.setattr("triton.testing.do_bench", do_bench)
     monkeypatch.setattr(variants, "INTERPRET", False)
     monkeypatch.setattr(variants, "_winners", {})
-    for off in ("", "0", "false"):
-        monkeypatch.setenv("MIXREORG_RETUNE", off)
-        assert chosen() == table[90]
+    assert chosen() == table[90]
     assert not measured
-    monkeypatch.setenv("MIXREORG_RETUNE", "1")
+    monkeypatch.setattr(variants, "RETUNE", True)
     assert chosen() == chosen() == candidates[1]
     assert measured == [16, 32, 64]
     assert "kernel sm_90 (1, 2): Config(blocks={'BLOCK': 32}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "on"), [("", False), ("0", False), ("false", False), ("1", True), ("True", True)])
+def test_switches_of_the_environment(text, on, monkeypatch):
+    monkeypatch.setenv("MIXREORG_RETUNE", text)
+    assert variants.flag("MIXREORG_RETUNE") is on
