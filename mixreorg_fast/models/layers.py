@@ -18,21 +18,39 @@ from ..ops.attention import Packing
 
 
 def call(function: Callable, *args):
-    """``function(*args)``: how the parts of a model are run where nothing is to be done about it."""
+    """``function(*args)``: how the parts of a model run where they are neither compiled nor recomputed."""
     return function(*args)
 
 
+def _call_static(function: Callable, *args):
+    return function(*args)
+
+
+def _call_dynamic(function: Callable, *args):
+    return function(*args)
+
+
+BACKEND = "inductor"  # of torch.compile
+
+
 @functools.cache
-def compiled_call(cuda_graphs: bool = False) -> Callable:
+def compiled_call(*, dynamic: bool = False, cuda_graphs: bool = False) -> Callable:
     """:func:`call` under torch.compile, whole or not at all; with `cuda_graphs`, replayed from CUDA graphs.
 
     The part is an argument, so that all blocks of one shape share one graph: their weights are its inputs. A graph per
     combination of part, shape and stochastic depth is more than torch.compile allows a function by default.
+
+    Args:
+        dynamic: False: a graph for every shape, for images, whose shapes are few and repeat in every step. True: one
+            graph for every number of rows, for packed captions, of which every batch has another number.
     """
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return torch.compile(call, fullgraph=True, mode="reduce-overhead" if cuda_graphs else None)
+    # A function each: Dynamo remembers the shapes that it met by function, and would mix those of images and captions.
+    function = _call_dynamic if dynamic else _call_static
+    mode = "reduce-overhead" if cuda_graphs else None
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=BACKEND, mode=mode)
 
 
 class Linear(nn.Linear):

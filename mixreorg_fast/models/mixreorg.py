@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -322,12 +323,14 @@ class MixReorg(nn.Module):
             x = self._run(stage.blocks[i], x, self._keep(drops, offset + i, len(x)))
         return x
 
-    def _run(self, function: Callable, *args):
-        """Call, compiled and recomputing activations in backward where the configuration says so."""
+    def _run(self, function: Callable, *args, dynamic: bool = False):
+        """Call, compiled and recomputing activations in backward where the configuration says so; `dynamic`: see
+        :func:`~mixreorg_fast.models.layers.compiled_call`."""
         compiles = self.config.train.compile
         if compiles is None:
             compiles = args[0].is_cuda and self.config.deepspeed.zero_stage < 3
-        run = compiled_call(self.config.train.cuda_graphs) if compiles and self.training else call
+        graphs = self.config.train.cuda_graphs
+        run = compiled_call(dynamic=dynamic, cuda_graphs=graphs) if compiles and self.training else call
         if self.config.train.checkpoint_activations and self.training:
             return checkpoint(run, function, *args, use_reentrant=False, preserve_rng_state=False)
         return run(function, *args)
@@ -359,7 +362,7 @@ class MixReorg(nn.Module):
         if batch.noun_ids is not None:
             rows = torch.cat([rows, batch.noun_ids.flatten(0, 1)])
             lengths += batch.noun_lengths
-        features = self.backbone.text_encoder(rows, self.dtype, lengths, self._run)
+        features = self.backbone.text_encoder(rows, self.dtype, lengths, partial(self._run, dynamic=True))
         if batch.noun_ids is None:
             return {"texts": features}
         texts, nouns = features.split([len(batch.ids), len(features) - len(batch.ids)])

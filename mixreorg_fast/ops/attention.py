@@ -278,8 +278,13 @@ def _xformers_reasons(q: Tensor, packing: Packing | None) -> list[str]:
     return [*(["torch.compile cannot trace it"] if torch.compiler.is_compiling() else []), *_kernel_reasons(q)]
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the question
+def _cpu_has_bf16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _products_reasons(q: Tensor, packing: Packing | None) -> list[str]:
-    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not _cpu_has_bf16()
     return ["this CPU has no instructions for bf16"] if slow else []
 
 
