@@ -8,6 +8,7 @@ model has all blocks of the full one and is narrow: the number of launches does 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -16,16 +17,16 @@ from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
-import torch  # noqa: E402
-from functorch.compile import make_boxed_func  # noqa: E402
-from torch._dynamo.backends.common import aot_autograd  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixreorg_fast.config import parse_config  # noqa: E402
-from mixreorg_fast.models import MixReorg, encoders, layers  # noqa: E402
-from mixreorg_fast.ops import dispatch, registration  # noqa: E402
+from mixreorg_fast.config import parse_config
+from mixreorg_fast.models import MixReorg, encoders, layers
+from mixreorg_fast.ops import dispatch, registration
 
-from .test_train_step import CAPTIONS, VOCABULARY, random_batch  # noqa: E402
+from .test_train_step import CAPTIONS, VOCABULARY, random_batch
 
 NARROW = {
     "image_size": 32,
@@ -114,7 +115,7 @@ class Launches(TorchDispatchMode):
         def compiler(graph: torch.fx.GraphModule, example_inputs: Any) -> Callable:
             return make_boxed_func(self.counting("compiled", graph.forward))
 
-        return aot_autograd(fw_compiler=compiler)
+        return aot_autograd(fw_compiler=compiler, keep_inference_input_mutations=True)
 
 
 @contextlib.contextmanager
@@ -147,7 +148,8 @@ def _as_on_a_gpu(launches: Launches) -> Iterator[None]:
         # What counts is not traced.
         traces = mock.patch.object(registration, "_traces", lambda tensor: torch.compiler.is_compiling())
         stack.enter_context(traces)
-        stack.enter_context(mock.patch.object(layers, "BACKEND", launches.backend()))
+        compiling = functools.partial(torch.compile, backend=launches.backend())
+        stack.enter_context(mock.patch.object(torch, "compile", compiling))
         stack.enter_context(mock.patch.object(GridExecutor, "__call__", launches.counting("triton", execute)))
         yield
 

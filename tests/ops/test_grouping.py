@@ -264,7 +264,7 @@ def test_errors_name_what_is_wrong(device):
         ValueError, match=r"expected q \[B, G, C\] and k, v \[B, N, C\], got \[1, 3, 16\], \[1, 4, 16\]"
     ):
         ops.grouping_attention(q, k[:, :4], v)
-    with pytest.raises(ValueError, match="return_assignment must be none, soft or used, got 'hard'"):
+    with pytest.raises(ValueError, match="return_assignment must be none, soft, used or winner, got 'hard'"):
         ops.grouping_attention(q, k, v, return_assignment="hard")
     with pytest.raises(RuntimeError, match=r"cannot run on float32 \[1, 3, 16\].*several dtypes.*bfloat16"):
         ops.grouping_attention(q, k, v.bfloat16(), impl="triton")
