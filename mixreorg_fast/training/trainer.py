@@ -116,7 +116,11 @@ class Trainer:
         on_main(self.world, open_log)
         with _full_disk_in_one_line(self.run_folder):
             try:
-                with self._loader(self.step) as loader, StopRequest() as stop:
+                with (
+                    _out_of_memory_in_one_line(self.config, self.micro_batch),
+                    self._loader(self.step) as loader,
+                    StopRequest() as stop,
+                ):
                     images = self._loop(loader, log, watch, stop)
             finally:
                 if log is not None:
@@ -396,6 +400,21 @@ def _full_disk_in_one_line(run: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise RankError(f"{run} cannot be written: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _out_of_memory_in_one_line(config: Config, micro_batch: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        settings = config.train
+        choices = [f"train.accumulation={2 * settings.accumulation} with train.grad_cache=true"]
+        if not settings.checkpoint_activations:
+            choices.append("train.checkpoint_activations=true")
+        raise RankError(
+            f"out of memory with {micro_batch} images per rank and micro-step: set {', or '.join(choices)}, or a "
+            f"train.batch below {settings.batch}"
+        ) from error
 
 
 def _checkpoint_to_resume(config: Config, resume: str) -> tuple[Path | None, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The step as torch.compile and CUDA see it: no graph break, few graphs, no waiting for the host."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 from torch._dynamo.backends.registry import lookup_backend
 
 from mixreorg_fast import ops
-from mixreorg_fast.models import Batch, MixReorg
-from mixreorg_fast.models.layers import compiled_call
+from mixreorg_fast.models import Batch, MixReorg, layers
+from mixreorg_fast.models.layers import Projection, compiled_call
 from tests.tiny import fill, random_batch, tiny_config
 
 
@@ -38,7 +39,8 @@ class Graphs:
     def __call__(self, graph, inputs):
         values = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
         shapes = [x.shape if isinstance(x, torch.Tensor) else (x,) for x in values]
-        self.shapes.append([tuple(None if isinstance(n, torch.SymInt) else n for n in shape) for shape in shapes])
+        known = lambda n: n.node.maybe_as_int() if isinstance(n, torch.SymInt) else n  # noqa: E731
+        self.shapes.append([tuple(map(known, shape)) for shape in shapes])
         return self._compile(graph, inputs)
 
     @property
@@ -81,6 +83,22 @@ def test_compiled_parts_change_nothing_and_share_graphs(recompute, graphs, devic
     assert len(graphs.symbolic) == 2
     channels = {shape[-1] for shapes in graphs.symbolic for shape in shapes if None in shape[:-1]}
     assert channels == {plain.config.model.text.width}
+
+
+@torch.no_grad()
+def test_statistics_of_all_ranks_are_in_the_graph_of_a_projection(graphs, monkeypatch):
+    """Two ranks with the same rows, pretended: the sum over ranks is an operation of the graph."""
+    projection = Projection(8, 12, 4)
+    fill(projection)
+    alone, rows = copy.deepcopy(projection), torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    expected = alone(rows, 4)
+    monkeypatch.setattr(layers, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.mul_(2))
+    found = projection(rows, 4, run=compiled_call())
+    assert len(graphs.shapes) == 1
+    torch.testing.assert_close(found, expected)
+    assert projection.norm.num_batches_tracked == 1
+    torch.testing.assert_close(projection.norm.running_mean, alone.norm.running_mean)
 
 
 def test_losses_and_projections_are_one_graph():
