@@ -408,12 +408,14 @@ def _out_of_memory_in_one_line(config: Config, micro_batch: int) -> Iterator[Non
         yield
     except torch.OutOfMemoryError as error:
         settings = config.train
-        choices = [f"train.accumulation={2 * settings.accumulation} with train.grad_cache=true"]
+        groups = micro_batch * settings.accumulation // (config.mixing.group_size if config.model.method == "mixreorg" else 1)
+        splits = [n for n in range(settings.accumulation + 1, groups + 1) if groups % n == 0]
+        choices = [f"train.accumulation={splits[0]} with train.grad_cache=true"] if splits else []
         if not settings.checkpoint_activations:
             choices.append("train.checkpoint_activations=true")
+        choices.append(f"a train.batch below {settings.batch}")
         raise RankError(
-            f"out of memory with {micro_batch} images per rank and micro-step: set {', or '.join(choices)}, or a "
-            f"train.batch below {settings.batch}"
+            f"out of memory with {micro_batch} images per rank and micro-step; set {', or '.join(choices)}"
         ) from error
 
 
