@@ -408,7 +408,8 @@ def _out_of_memory_in_one_line(config: Config, micro_batch: int) -> Iterator[Non
         yield
     except torch.OutOfMemoryError as error:
         settings = config.train
-        groups = micro_batch * settings.accumulation // (config.mixing.group_size if config.model.method == "mixreorg" else 1)
+        unit = config.mixing.group_size if config.model.method == "mixreorg" else 1
+        groups = micro_batch * settings.accumulation // unit
         splits = [n for n in range(settings.accumulation + 1, groups + 1) if groups % n == 0]
         choices = [f"train.accumulation={splits[0]} with train.grad_cache=true"] if splits else []
         if not settings.checkpoint_activations:

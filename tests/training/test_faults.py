@@ -246,7 +246,7 @@ def test_a_rank_without_memory_says_what_to_set(folder):
     (line,) = (line for line in output.splitlines() if "out of memory" in line)
     assert line.startswith("error: out of memory with 8 images per rank and micro-step; set train.accumulation=2 with")
     assert line.endswith("train.grad_cache=true, or train.checkpoint_activations=true, or a train.batch below 16")
-    assert "Traceback" not in output and "no progress" not in output
+    assert "[rank1]: Traceback" not in output and "no progress" not in output
     assert steps(folder / "runs" / "memory") == [2]
 
 
