@@ -103,6 +103,29 @@ def test_calls_rotate_through_the_input_sets_and_time_what_they_say():
         assert len(seen) == forwards
 
 
+def test_a_case_starts_without_the_graphs_of_others():
+    """Else the second shape would have a symbolic graph, and be slower than what users have."""
+    symbolic = []
+
+    def backend(graph, inputs):
+        symbolic.append(any(isinstance(x, torch.SymInt) for x in inputs))
+        return graph.forward
+
+    class Benchmark:
+        stats = None
+
+        def pedantic(self, function, rounds, iterations):
+            function()
+
+    compiled = torch.compile(lambda x: 2 * x, backend=backend)
+    for size in (4, 8):
+        inputs = lambda generator, size=size: (torch.randn(size, generator=generator),)  # noqa: E731
+        case = Case("op", str(size), 1, inputs, {"ours": compiled}, {}, modes=("fwd",))
+        for _ in range(2):  # a case's modes share its graphs
+            assert harness.run_case(Benchmark(), case, "ours", "fwd", False) is None
+    assert symbolic == [False, False]
+
+
 def test_figures_and_gaps(tmp_path):
     growing = [
         {**row("mixreorg step by batch", "ours", suite="step"), "mode": "step", "axis": "batch", "at": at}

@@ -199,6 +199,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) ->
 def _products(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
     if causal:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    q, k = q.contiguous(), k.contiguous()  # a product that copied k itself would copy it transposed
     logits = q * q.shape[-1] ** -0.5 @ k.mT  # [B, H, N, M]
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
