@@ -1,40 +1,69 @@
 # Each target does all its own set-up; `make env` alone builds .venv.
-.PHONY: env train test soak bench lint clean
+.PHONY: env train test soak bench kernels lint clean compiler
 
 PYTHON ?= python3
-VENV   := .venv
-BIN    := $(CURDIR)/$(VENV)/bin
+VENV   ?= .venv
+BIN    := $(abspath $(VENV))/bin
 RUN    := PATH="$(BIN):$$PATH"
-STAMP  := $(VENV)/.installed
-GPU    := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo ,gpu)
 
-$(STAMP): setup.py pyproject.toml constraints.txt
+DRIVER := $(firstword $(subst ., ,$(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null)))
+GPU    := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo ,gpu)
+# CUDA of PyTorch's build: what .venv was built for; else 13, which needs driver 580, or 12, which needs driver 525.
+BUILT  := $(patsubst $(VENV)/.installed-cuda%,%,$(wildcard $(VENV)/.installed-cuda1[23]))
+CUDA   := $(or $(BUILT),$(shell test "$(DRIVER)" -lt 580 2>/dev/null && echo 12 || echo 13))
+STAMP  := $(VENV)/.installed-cuda$(CUDA)
+PINS   := $(if $(filter 12,$(CUDA)),constraints-cuda12.txt,constraints.txt)
+TRAIN  := $(if $(filter 12,$(CUDA)),train-cuda12,train)
+
+# Package names of Debian's python3.x carry its version.
+VERSION = $$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+HEADERS = $(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.isfile(os.path.join(sysconfig.get_path("include", "posix_prefix"), "Python.h")))'
+# $(call apt,packages): whether they could be installed. A fresh container has no lists of packages yet.
+apt = { command -v apt-get >/dev/null && export DEBIAN_FRONTEND=noninteractive && \
+	{ apt-get install -y -q $(1) || { apt-get update -q && apt-get install -y -q $(1); }; }; } >&2
+
+# A GPU needs it in all that is done there, a CPU only where graphs are compiled, in tests and benchmarks.
+$(STAMP): setup.py pyproject.toml $(PINS) constraints-common.txt $(if $(GPU),| compiler)
+	@case "$(CUDA)" in 12|13) ;; *) echo "CUDA=$(CUDA): expected 12 or 13" >&2; exit 2 ;; esac
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed, $(PYTHON) is older; try: make PYTHON=python3.12" >&2; exit 2; }
 	@# Debian ships venv apart; without it, fetch it rather than fail.
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
-		{ command -v apt-get >/dev/null && apt-get install -y -q python3-venv python3-dev gcc g++; } || \
-		{ echo "Python's venv module is missing: install python3-venv" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(call apt,python$(VERSION)-venv) || \
+		{ echo "Python's venv module is missing: install python$(VERSION)-venv" >&2; exit 2; }
+	@# An environment of the other CUDA holds DALI's other distribution, in the same folders.
+	@test -z "$(filter-out $(CUDA),$(BUILT))" || rm -rf $(VENV)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24' 'setuptools>=68' wheel
 	@# torch first and pinned: an open range would take the newest build and gigabytes with it.
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,hf,demo,dev$(GPU)]'
+	$(BIN)/python -m pip install --quiet -c $(PINS) torch==$$(sed -n 's/^torch==//p' $(PINS))
+	@# Without the variable, DeepSpeed's set-up asks for nvcc wherever PyTorch sees a GPU. It builds nothing either way.
+	DS_IGNORE_CUDA_DETECTION=1 $(BIN)/python -m pip install --quiet -c $(PINS) --no-build-isolation \
+		-e '.[$(TRAIN),hf,demo,dev$(GPU)]'
 	@touch $@
 
 env: $(STAMP)
 
+# Triton compiles C against Python.h when it first runs on a GPU, and torch.compile C++ on a CPU.
+compiler:
+	@{ command -v "$${CC:-gcc}" || command -v clang; } >/dev/null && command -v "$${CXX:-g++}" >/dev/null && $(HEADERS) || \
+		$(call apt,gcc g++ python$(VERSION)-dev) && $(HEADERS) || \
+		{ echo "A C compiler or Python.h is missing: install gcc, g++ and python$(VERSION)-dev" >&2; exit 2; }
+
 train: env
 	$(RUN) deepspeed train.py --config configs/zero2.json
 
-test: env
+test: env compiler
 	$(RUN) $(BIN)/python -m pytest
 
 soak: env
 	$(RUN) $(BIN)/python -m pytest tests/soak.py
 
-bench: env
+bench: env compiler
 	$(RUN) $(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+# Compiles every kernel for every supported GPU, without one: none may spill or take more than its GPU has.
+kernels: env
+	$(RUN) mixreorg info --kernels
 
 lint: env
 	$(RUN) ruff check . && $(RUN) ruff format --check .

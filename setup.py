@@ -1,4 +1,4 @@
-"""Package set-up. Ranges are wide; constraints.txt pins what was tested together."""
+"""Package set-up. Ranges are wide; constraints.txt (constraints-cuda12.txt) pins what was tested together."""
 
 import re
 from pathlib import Path
@@ -8,11 +8,14 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "mixreorg_fast/__init__.py").read_text()).group(1)
 
+# DeepSpeed, what a run logs and draws. (log.wandb asks for wandb besides.)
+TRAIN = ["deepspeed>=0.16", "tensorboard>=2.14", "einops>=0.8", "matplotlib>=3.8"]
 EXTRAS = {
-    # Training: DeepSpeed, DALI's decoding, what a run logs and draws. (log.wandb asks for wandb besides.)
-    "train": ["deepspeed>=0.16", "nvidia-dali-cuda130>=2.0", "tensorboard>=2.14", "einops>=0.8", "matplotlib>=3.8"],
-    # Fused kernels and attention on NVIDIA GPUs.
-    "gpu": ["triton>=3.6", "xformers>=0.0.35"],
+    # Training. DALI, which decodes, has a distribution per CUDA: CUDA 12 is for drivers older than 580.
+    "train": [*TRAIN, "nvidia-dali-cuda130>=2.0"],
+    "train-cuda12": [*TRAIN, "nvidia-dali-cuda120>=2.0"],
+    # Fused kernels on NVIDIA GPUs.
+    "gpu": ["triton>=3.6"],
     # Building shards from Parquet files.
     "parquet": ["pyarrow>=15.0"],
     # Checking against, and exporting to, Hugging Face's GroupViT.

@@ -4,13 +4,15 @@
 # tests: native kernels and whatever else is skipped without a GPU. memcheck: the kernels' small shapes under NVIDIA's
 # compute-sanitizer. train: 100 steps, plainly, in CUDA graphs and with kept micro-steps. step, rest: the benchmarks,
 # most interesting first. study: blocks of configs/study.json (main).
+# Further arguments: pytest's; settings such as train.steps=10 for train, which overrule those below.
 # Where $OUT names a folder, results files, tables and pictures are copied there after each part, failed or not.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 part=${1:?which part: tests, memcheck, train, step, rest or study}
 shift
-python=${PYTHON:-python3}
-failed=0
+python=${PYTHON:-.venv/bin/python}
+[ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python3
+failed=0 # exit code of the last command that failed
 
 keep() {
   [ -n "${OUT:-}" ] || return 0
@@ -21,15 +23,16 @@ trap keep EXIT
 
 go() {
   echo "+ $*"
-  local start=$SECONDS
-  "$@" || failed=$?
-  echo "= $((SECONDS - start)) s, exit code $failed"
+  local start=$SECONDS code=0
+  "$@" || code=$?
+  [ "$code" -eq 0 ] || failed=$code
+  echo "= $((SECONDS - start)) s, exit code $code"
 }
 
 train() { # name, settings
-  local name=$1 settings=()
+  local name=$1 settings=() setting
   shift
-  for setting in "$@" train.steps=100 train.batch=256 train.precision=bf16 eval.every=0; do settings+=(--set "$setting"); done
+  for setting in train.steps=100 train.batch=256 train.precision=bf16 eval.every=0 "$@"; do settings+=(--set "$setting"); done
   go "$python" train.py --config configs/zero2.json --resume never --set "name=on_gpu_$name" "${settings[@]}"
 }
 

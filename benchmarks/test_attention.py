@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixreorg_fast import ops
-from mixreorg_fast.ops.attention import XFORMERS_INSTALLED, Packing
+from mixreorg_fast.ops.attention import Packing, xformers_problems
 
 from .harness import CPU_BF16, DEVICE, DTYPE, ON_GPU, Case, Work, matrix
 
@@ -52,7 +52,7 @@ def names(*on_gpu: str) -> list[str]:
     """Implementations: on a GPU these besides PyTorch's."""
     if not ON_GPU:
         return ["torch", "products"]
-    return ["torch", *(name for name in on_gpu if name != "xformers" or XFORMERS_INSTALLED)]
+    return ["torch", *(name for name in on_gpu if name != "xformers" or not xformers_problems())]
 
 
 def dense_case(images: int, tokens: int, heads: int, dtype: torch.dtype = DTYPE) -> Case:

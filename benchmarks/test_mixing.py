@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from mixreorg_fast import ops
 from mixreorg_fast.ops.mixing import MixPlan, patch_blend_reference, patch_mix_reference
+from mixreorg_fast.ops.tokens import blend_tokens_reference, mix_tokens_reference, restore_tokens_reference
 
 from .harness import DEVICE, DTYPE, ON_GPU, Case, Work, matrix
 
@@ -60,6 +63,41 @@ def blend_case(batch: int, patches: int, groups: int, channels: int) -> Case:
     )
 
 
-@matrix([make(*shape) for shape in SHAPES for make in (mix_case, blend_case)])
+def tokens_case(op: str, batch: int, patches: int, groups: int, channels: int) -> Case:
+    """Whole tokens, group tokens included."""
+    branches, made, eager = {
+        "mix_tokens": (1, 2, lambda x, plan: mix_tokens_reference(x, plan.source, GROUP_SIZE)),
+        "blend_tokens": (2, 2, lambda x, plan: blend_tokens_reference(x, plan.source, 0.5)),
+        "restore_tokens": (2, 3, lambda x, plan: restore_tokens_reference(x, plan.inverse, GROUP_SIZE)),
+    }[op]
+    settings = (0.5,) if op == "blend_tokens" else ()
+
+    def inputs(generator: torch.Generator) -> tuple:
+        plan = MixPlan.sample(batch, patches, GROUP_SIZE, generator=generator)
+        size = (branches * batch, patches + groups, channels)
+        return torch.randn(size, device=DEVICE, dtype=DTYPE, generator=generator).requires_grad_(), plan
+
+    once = (branches + made) * batch * (patches + groups) * channels * DTYPE.itemsize
+    return Case(
+        op=op,
+        shape=f"{batch}x{patches}+{groups}x{channels} K={GROUP_SIZE}",
+        batch=batch,
+        inputs=inputs,
+        implementations={
+            "eager": eager,
+            "triton": lambda x, plan: getattr(ops, op)(x, plan, *settings, impl="triton"),
+        },
+        work={"fwd": Work(once), "bwd": Work(once), "fwd+bwd": Work(2 * once)},
+    )
+
+
+CASES = [
+    mix_case,
+    blend_case,
+    *(functools.partial(tokens_case, op) for op in ("mix_tokens", "blend_tokens", "restore_tokens")),
+]
+
+
+@matrix([make(*shape) for shape in SHAPES for make in CASES])
 def test_mixing(measure, case, implementation, mode, graph):
     measure(case, implementation, mode, graph)

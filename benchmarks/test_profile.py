@@ -34,7 +34,7 @@ OTHER = "host and other"
 # The first whose pattern is found in the name of a kernel or of a PyTorch operation.
 FAMILIES = {
     "fused ops": r"mixreorg::|_(gather|blend|sample_plan|grouping|aggregate|mixed_segmentation|log_sum_exp|merge"
-    r"|weights|segment_label|decode)\w*_kernel",
+    r"|weights|segment_label|decode|append_branch|stochastic_depth)\w*_kernel",
     "attention": r"flash|fmha|attention",
     "matrix products": r"gemm|cutlass|nvjet|cublas|wgmma|xmma|::(addmm|mm|bmm|baddbmm)$|_linear_pointwise|convolution",
     "normalisation": r"(layer|batch)_?norm",

@@ -29,7 +29,7 @@ from mixreorg_fast.config import Config, parse_config
 from mixreorg_fast.models import Batch, MixReorg
 from mixreorg_fast.models.convert import save_huggingface
 from mixreorg_fast.models.encoders import TextEncoder
-from mixreorg_fast.ops.mixing import patch_blend_reference, patch_mix_reference
+from mixreorg_fast.ops.tokens import blend_tokens_reference, mix_tokens_reference, restore_tokens_reference
 from mixreorg_fast.training.optimisation import optimizer
 
 from . import harness, test_contrastive, test_grouping_attention, test_mixed_segmentation
@@ -161,7 +161,8 @@ def random_plan(images: int, patches: int, group_size: int, *, device: torch.dev
 def random_drops(model: MixReorg, batch: Batch) -> Tensor | None:
     if not any(model.drop_rates):
         return None
-    return torch.rand(2, len(model.drop_rates), 3, len(batch.images), device=batch.images.device)
+    rates = torch.tensor(model.drop_rates, device=batch.images.device)[:, None]
+    return (torch.rand(2, len(rates), 3 * len(batch.images), device=rates.device) >= rates).float() / (1 - rates)
 
 
 @contextlib.contextmanager
@@ -172,9 +173,11 @@ def reference(same_draws: bool = False) -> Iterator[None]:
     eager = {
         "attention": plain_attention,
         "linear": F.linear,
-        "patch_mix": lambda x, plan: patch_mix_reference(x, plan.source),
-        "patch_restore": lambda x, plan: patch_mix_reference(x, plan.inverse),
-        "patch_blend": lambda mixed, original, plan, alpha: patch_blend_reference(mixed, original, plan.source, alpha),
+        "mix_tokens": lambda x, plan, groups: mix_tokens_reference(x, plan.source, plan.group_size, groups),
+        "restore_tokens": lambda x, plan, groups, *, keep_mixed: restore_tokens_reference(
+            x, plan.inverse, plan.group_size, groups, keep_mixed
+        ),
+        "blend_tokens": lambda x, plan, alpha: blend_tokens_reference(x, plan.source, alpha),
         "grouping_attention": lambda q, k, v, *, seed, return_assignment, **_: test_grouping_attention.eager(
             q, k, v, seed, return_assignment
         ),

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import INTERPRET, Config, KernelVariant, configuration, on_device
+from .variants import INTERPRET, Config, cdiv, configuration, on_device
 
 # Per architecture for 16-bit operands (tensor cores) and for fp32 ones (IEEE products on the plain units).
 CONFIGS_16 = {
@@ -243,7 +243,7 @@ def _configuration(name: str, rows: Tensor, columns: Tensor, launch: Callable[[C
 
 def _grid(rows: Tensor, columns: Tensor, config: Config) -> tuple[int]:
     blocks = config.blocks
-    return (triton.cdiv(len(rows), blocks["BLOCK_M"]) * triton.cdiv(len(columns), blocks["BLOCK_N"]),)
+    return (cdiv(len(rows), blocks["BLOCK_M"]) * cdiv(len(columns), blocks["BLOCK_N"]),)
 
 
 def _strips(rows: int, bytes_per_row: float, budget: int) -> list[slice]:
@@ -254,7 +254,7 @@ def _strips(rows: int, bytes_per_row: float, budget: int) -> list[slice]:
 
 def _merge(parts: Tensor, lse: Tensor, proceed: bool) -> None:
     columns = parts.shape[1]
-    grid = (triton.cdiv(columns, MERGE_BLOCK["BLOCK_N"]),)
+    grid = (cdiv(columns, MERGE_BLOCK["BLOCK_N"]),)
     _merge_kernel[grid](parts, lse, len(parts), columns, CONTINUE=proceed, **MERGE_BLOCK, num_warps=4)
 
 
@@ -271,8 +271,8 @@ def log_sum_exp_forward(rows: Tensor, columns: Tensor, scale: Tensor, both: bool
     def tiles(config: Config, strip: slice) -> tuple[Tensor, Tensor]:
         """The log-sum-exps of every tile of a strip of rows."""
         part = rows[strip]
-        row_blocks = triton.cdiv(len(part), config.blocks["BLOCK_M"]) if both else 0
-        column_blocks = triton.cdiv(len(columns), config.blocks["BLOCK_N"])
+        row_blocks = cdiv(len(part), config.blocks["BLOCK_M"]) if both else 0
+        column_blocks = cdiv(len(columns), config.blocks["BLOCK_N"])
         row_parts = row_lse.new_empty(column_blocks, len(part))
         column_parts = row_lse.new_empty(row_blocks, len(columns))
         _log_sum_exp_kernel[_grid(part, columns, config)](
@@ -326,7 +326,7 @@ def gradient_backward(
     grad_rows = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
     grad_columns = torch.empty(columns.shape if both else 0, dtype=torch.float32, device=rows.device)
     factor = 4096.0 if rows.dtype == torch.float16 else 1.0  # keeps small weights out of fp16's subnormal numbers
-    width = triton.cdiv(len(columns), 8) * 8  # aligned rows
+    width = cdiv(len(columns), 8) * 8  # aligned rows
     strips = _strips(len(rows), width * rows.element_size(), STRIP_BYTES)
     # The interpreter rounds to bf16 towards zero, a bias that no GPU has.
     buffer = torch.empty(strips[0].stop, width, dtype=torch.float32 if INTERPRET else rows.dtype, device=rows.device)
@@ -379,33 +379,3 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
             torch.mm(a, b, out_dtype=torch.float32, out=out)
     else:
         torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)
-
-
-def signatures(architecture: int) -> list[KernelVariant]:
-    """The variants at the model's width (D = 256)."""
-    variants = []
-    for dtype, table in (("bf16", CONFIGS_16), ("fp32", CONFIGS_32)):
-        config, tensor = table[architecture], f"*{dtype}:16"
-        features = {"rows_ptr": tensor, "columns_ptr": tensor, "scale_ptr": "*fp32:16"}
-        sizes = dict.fromkeys(("rows", "columns", "row_stride", "column_stride"), "i32:16")
-        lse = dict.fromkeys(("row_lse_ptr", "column_lse_ptr"), "*fp32:16")
-        parts = dict.fromkeys(("row_parts_ptr", "column_parts_ptr"), "*fp32:16")
-        constexprs = {"D": 256, **_constexprs(getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[dtype]))}
-        prompts = {"row_prompts": 1, "column_prompts": 1}
-        shifts = dict.fromkeys(("row_shift", "column_shift", "positive"), "fp32")
-        strip = {**sizes, "weights_stride": "i32:16", "first_row": "i32:16", **shifts}
-        for name, kernel, signature, extra in (
-            ("log_sum_exp", _log_sum_exp_kernel, {**features, **parts, **sizes}, {"BOTH": True}),
-            (
-                "weights",
-                _weights_kernel,
-                {**features, **lse, "weights_ptr": tensor, **strip},
-                prompts,
-            ),
-        ):
-            values = {**constexprs, **extra, **config.blocks}
-            name = f"contrastive.{name}[{dtype}, D=256]"
-            variants.append(KernelVariant(name, kernel, signature, values, config.num_warps, config.num_stages))
-    merge = {"parts_ptr": "*fp32:16", "lse_ptr": "*fp32:16", "parts": "i32:16", "columns": "i32:16"}
-    variants.append(KernelVariant("contrastive.merge", _merge_kernel, merge, {"CONTINUE": True, **MERGE_BLOCK}, 4, 3))
-    return variants

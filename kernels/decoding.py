@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import Config, KernelVariant, configuration, on_device
+from .variants import Config, cdiv, configuration, on_device
 
 MAX_ROWS = 16  # pixel rows in a block: registers hold a best value and a label for each
 CONFIGS = {
@@ -151,7 +151,7 @@ def decode_forward(assignment: Tensor, scores: Tensor, height: int, width: int, 
     block_y = _row_block(map_height, height)
 
     def launch(config: Config) -> None:
-        blocks = triton.cdiv(width, config.blocks["BLOCK_X"]) * triton.cdiv(height, block_y)
+        blocks = cdiv(width, config.blocks["BLOCK_X"]) * cdiv(height, block_y)
         _decode_kernel[(batch * blocks,)](
             assignment,
             labels,
@@ -183,33 +183,3 @@ def decode_forward(assignment: Tensor, scores: Tensor, height: int, width: int, 
         shape = (tuple(assignment.shape), height, width)
         launch(configuration("decode_forward", CONFIGS, device, shape, CANDIDATES, launch))
     return out
-
-
-def signatures(architecture: int) -> list[KernelVariant]:
-    """The variants at the model's sizes: 8 segments, 448 px to a photo, 150 classes."""
-    config = CONFIGS[architecture]
-    sizes = {name: "i32" for name in ("map_height", "map_width", "height", "width")}
-    strides = {"stride_image": "i32:16", "stride_group": "i32", "stride_y": "i32"}
-    labels = {
-        "scores_ptr": "*fp32:16",
-        "threshold_ptr": "*fp32:16",
-        "labels_ptr": "*i32:16",
-        **{name: "i32" for name in ("groups", "classes", "stride_image", "stride_group")},
-    }
-    variants = [
-        KernelVariant(
-            "decoding.segment_label[fp32]",
-            _segment_label_kernel,
-            labels,
-            {"stride_class": 1, "BACKGROUND": True, "BLOCK_CLASSES": CLASS_BLOCK},
-            num_warps=1,
-            num_stages=3,
-        )
-    ]
-    for groups in (8, 64):
-        decode = {"maps_ptr": "*fp32:16", "labels_ptr": "*i32:16", "out_ptr": "*i64:16", **sizes}
-        decode |= {"scale_y": "fp32", "scale_x": "fp32", **strides}
-        constexprs = {"stride_x": 1, "GROUPS": groups, "BLOCK_Y": MAX_ROWS, **config.blocks}
-        name = f"decoding.decode[fp32, G={groups}]"
-        variants.append(KernelVariant(name, _decode_kernel, decode, constexprs, config.num_warps, config.num_stages))
-    return variants

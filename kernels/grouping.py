@@ -16,38 +16,52 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.jit import JITFunction
 
 from .philox import gumbel_noise
-from .variants import INTERPRET, Config, KernelVariant, configuration, on_device
+from .precision import exp2, operand, reciprocal, rounded, upcast
+from .variants import ARCHITECTURES, INTERPRET, Config, architecture, cdiv, configuration, next_power_of_2, on_device
+
+_PER_LOG_2: tl.constexpr = tl.constexpr(1.4426950408889634)
+_ONCE: tl.constexpr = tl.constexpr("evict_first")  # cache policy of what is read once: it leaves room for k
 
 
-def _on(*architectures: int, channels: int, warps: int, stages: int = 3) -> dict[int, Config]:
-    return dict.fromkeys(architectures, Config({"BLOCK_CHANNELS": channels}, num_warps=warps, num_stages=stages))
+def _on(*architectures: int, channels: int, warps: int, stages: int = 2) -> dict[int, Config]:
+    config = Config({"BLOCK_CHANNELS": channels}, num_warps=warps, num_stages=stages)
+    return dict.fromkeys(architectures or ARCHITECTURES, config)
 
 
-# By kernel and element size, then by the tile's elements at most, then by architecture.
+# By kernel and element size, then by the tile's elements at most, then by architecture. docs/kernels.md says why.
 CONFIGS = {
     ("forward", 2): {
-        2**12: _on(80, 90, 100, channels=64, warps=4),
-        2**13: _on(80, 90, 100, channels=64, warps=8),
-        2**14: _on(80, 90, 100, channels=64, warps=16),
+        2**12: _on(channels=64, warps=4),
+        2**13: _on(channels=64, warps=8),
+        2**14: {
+            **_on(80, 86, 89, channels=64, warps=16),
+            **_on(90, channels=128, warps=16),
+            **_on(120, channels=32, warps=16),
+        },
     },
     ("backward", 2): {
-        2**12: _on(80, 90, 100, channels=64, warps=4),
-        2**13: _on(80, 90, 100, channels=64, warps=8),
-        2**14: {**_on(80, 100, channels=32, warps=8), **_on(90, channels=64, warps=8)},
+        2**12: _on(channels=64, warps=4),
+        2**13: {**_on(channels=32, warps=8), **_on(90, 100, channels=64, warps=8)},
+        2**14: {
+            **_on(80, 86, 89, 120, channels=32, warps=8),
+            **_on(90, channels=64, warps=8, stages=3),
+        },
     },
     ("backward with map", 2): {
-        2**12: _on(80, 90, 100, channels=64, warps=4),
-        2**13: {**_on(80, 100, channels=32, warps=8), **_on(90, channels=64, warps=8, stages=2)},
-        2**14: _on(80, 90, 100, channels=32, warps=8),
+        2**12: _on(channels=64, warps=4),
+        2**13: {**_on(channels=32, warps=8), **_on(90, 100, channels=64, warps=8)},
+        2**14: {
+            **_on(86, 89, 120, channels=32, warps=8),
+            **_on(80, 90, channels=32, warps=8, stages=3),
+        },
     },
-    ("aggregate", 2): {2**13: _on(80, 90, 100, channels=64, warps=8)},
-    ("forward", 4): {2**12: _on(80, 90, 100, channels=32, warps=8, stages=2)},
-    ("backward", 4): {2**12: _on(80, 90, 100, channels=32, warps=8, stages=2)},
-    ("backward with map", 4): {2**12: _on(80, 90, 100, channels=32, warps=8, stages=2)},
-    ("aggregate", 4): {2**12: _on(80, 90, 100, channels=32, warps=8)},
+    ("aggregate", 2): {2**13: {**_on(channels=32, warps=8), **_on(90, 100, channels=64, warps=8)}},
+    ("forward", 4): {2**12: _on(channels=32, warps=8)},
+    ("backward", 4): {2**12: _on(channels=32, warps=8)},
+    ("backward with map", 4): {2**12: _on(channels=32, warps=8)},
+    ("aggregate", 4): {2**12: _on(channels=32, warps=8)},
 }
 CANDIDATES = [
     Config({"BLOCK_CHANNELS": channels}, num_warps=warps, num_stages=stages)
@@ -75,17 +89,34 @@ def _tile(row, row_exists, first, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.con
 
 
 @triton.jit
-def _load(base, row, row_exists, first, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, UPCAST: tl.constexpr):
+def _load(base, row, row_exists, first, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, EVICT: tl.constexpr = ""):
     """A tile of rows that start at ``base + row``; what does not exist is 0."""
     offset, mask = _tile(row, row_exists, first, CHANNELS, BLOCK_CHANNELS)
-    x = tl.load(base + offset, mask=mask, other=0.0)
-    return x.to(tl.float32) if UPCAST else x
+    return upcast(tl.load(base + offset, mask=mask, other=0.0, eviction_policy=EVICT))
 
 
 @triton.jit
 def _store(base, row, row_exists, first, x, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
     offset, mask = _tile(row, row_exists, first, CHANNELS, BLOCK_CHANNELS)
-    tl.store(base + offset, x.to(base.dtype.element_ty), mask=mask)
+    tl.store(base + offset, rounded(x, base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _prefetch(base, row, row_exists, BYTES: tl.constexpr):
+    """The L2 cache fetches whole rows of so many bytes, which are read later."""
+    tl.inline_asm_elementwise(
+        """{
+            .reg .pred exists;
+            setp.ne.s32 exists, $2, 0;
+            @exists cp.async.bulk.prefetch.L2.global [$1], $3;
+            mov.b32 $0, 0;
+        }""",
+        "=r,l,r,r",
+        [(base + row).to(tl.int64), row_exists.to(tl.int32), BYTES],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -98,7 +129,7 @@ def _load_map(base, patch, group, patches, GROUPS: tl.constexpr):
 @triton.jit
 def _store_map(base, patch, group, x, patches, GROUPS: tl.constexpr):
     mask = (patch < patches)[:, None] & (group < GROUPS)[None, :]
-    tl.store(base + (group[None, :] * patches + patch[:, None]), x.to(base.dtype.element_ty), mask=mask)
+    tl.store(base + (group[None, :] * patches + patch[:, None]), rounded(x, base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -112,21 +143,21 @@ def _inner_products(
     group_exists,
     CHANNELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    EVICT: tl.constexpr = "",
 ):
-    """fp32 ``[P, G] <- products + [P, C] @ [C, G]``, each row read once."""
+    """fp32 ``[P, G] <- products + [P, C] @ [C, G]``, each row read once; EVICT: the cache policy of the patches."""
     for first in range(0, CHANNELS, BLOCK_CHANNELS):
-        x = _load(patch_base, patch_row, patch_exists, first, CHANNELS, BLOCK_CHANNELS, UPCAST)
-        y = _load(group_base, group_row, group_exists, first, CHANNELS, BLOCK_CHANNELS, UPCAST)
+        x = _load(patch_base, patch_row, patch_exists, first, CHANNELS, BLOCK_CHANNELS, EVICT)
+        y = _load(group_base, group_row, group_exists, first, CHANNELS, BLOCK_CHANNELS)
         products = tl.dot(x, tl.trans(y), products, input_precision="ieee")
     return products
 
 
 @triton.jit
 def _weighted_sums(weights, x):
-    """fp32 ``[G, C] <- [P, G], [P, C]``. The weights stand second: that operand of a product is read from shared
-    memory, while a first one that comes from registers would be spread over them, a copy per warp."""
-    return tl.trans(tl.dot(tl.trans(x), weights.to(x.dtype), input_precision="ieee"))
+    """fp32 ``[G, C] <- [P, G], [P, C]``, of operands. The weights stand second: that operand of a product is read from
+    shared memory, while a first one that comes from registers would be spread over them, a copy per warp."""
+    return tl.trans(tl.dot(tl.trans(x), weights, input_precision="ieee"))
 
 
 @triton.jit
@@ -139,9 +170,9 @@ def _mask_groups(logits, group, GROUPS: tl.constexpr):
 
 @triton.jit
 def _softmax(logits):
-    """Over the groups; columns that are no groups hold -inf."""
-    weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-    return weights / tl.sum(weights, axis=1)[:, None]
+    """Over the groups, of logits in units of log(2); columns that are no groups hold -inf."""
+    weights = exp2(logits - tl.max(logits, axis=1)[:, None])
+    return weights * reciprocal(tl.sum(weights, axis=1))[:, None]
 
 
 @triton.jit
@@ -187,11 +218,12 @@ def _grouping_forward_kernel(
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     ONE_TILE: tl.constexpr,
-    UPCAST: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """Assign one tile of patches, and where that is the whole image, aggregate it too.
 
     Pointers may be None: seed_ptr (no noise), winner_ptr (soft assignment), soft_ptr and used_ptr (maps not wanted).
+    PREFETCH is the size in bytes of the rows of v that L2 fetches while the noise is drawn, or 0.
     """
     image = tl.program_id(0).to(tl.int64)
     patch = tl.program_id(1) * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
@@ -201,17 +233,18 @@ def _grouping_forward_kernel(
     q_ptr += image * q_stride_image
     k_ptr += image * k_stride_image
     v_ptr += image * v_stride_image
-    q_row, k_row = group * q_stride_group, patch * k_stride_patch
+    q_row, k_row, v_row = group * q_stride_group, patch * k_stride_patch, patch * v_stride_patch
     map_start = image * GROUPS * patches
 
     zero = tl.zeros((BLOCK_PATCHES, BLOCK_GROUPS), tl.float32)
-    logits = scale * _inner_products(
-        zero, k_ptr, k_row, patch_exists, q_ptr, q_row, group_exists, CHANNELS, BLOCK_CHANNELS, UPCAST
-    )
+    logits = _inner_products(zero, k_ptr, k_row, patch_exists, q_ptr, q_row, group_exists, CHANNELS, BLOCK_CHANNELS)
+    if PREFETCH:
+        _prefetch(v_ptr, v_row, patch_exists, PREFETCH)
+    logits *= scale * inverse_tau * _PER_LOG_2
     noisy = logits
     if seed_ptr is not None:
-        noisy += gumbel_noise(tl.load(seed_ptr), first_image + image, patch, BLOCK_GROUPS // 4)
-    noisy = _mask_groups(noisy * inverse_tau, group, GROUPS)
+        noisy += gumbel_noise(tl.load(seed_ptr), first_image + image, patch, inverse_tau, BLOCK_GROUPS // 4)
+    noisy = _mask_groups(noisy, group, GROUPS)
     if winner_ptr is not None:
         winner = _winners(noisy, group)
         tl.store(winner_ptr + image * patches + patch, winner.to(tl.uint8), mask=patch_exists)
@@ -220,16 +253,18 @@ def _grouping_forward_kernel(
         used = tl.where(patch_exists[:, None], _softmax(noisy), 0.0)
         total = tl.sum(used, axis=0)
     if soft_ptr is not None:
-        soft = _softmax(_mask_groups(logits * inverse_tau, group, GROUPS))
+        soft = _softmax(_mask_groups(logits, group, GROUPS))
         _store_map(soft_ptr + map_start, patch, group, soft, patches, GROUPS)
     if used_ptr is not None:
         _store_map(used_ptr + map_start, patch, group, used, patches, GROUPS)
     if ONE_TILE:
         tl.store(total_ptr + image * GROUPS + group, total, mask=group_exists)
         out_ptr += image * GROUPS * CHANNELS
+        weights = operand(used, v_ptr.dtype.element_ty)
+        inverse_total = reciprocal(total + eps)
         for first in range(0, CHANNELS, BLOCK_CHANNELS):
-            v = _load(v_ptr, patch * v_stride_patch, patch_exists, first, CHANNELS, BLOCK_CHANNELS, UPCAST)
-            out = _weighted_sums(used, v) / (total + eps)[:, None]
+            v = _load(v_ptr, v_row, patch_exists, first, CHANNELS, BLOCK_CHANNELS, _ONCE)
+            out = _weighted_sums(weights, v) * inverse_total[:, None]
             _store(out_ptr, group * CHANNELS, group_exists, first, out, CHANNELS, BLOCK_CHANNELS)
 
 
@@ -250,7 +285,6 @@ def _aggregate_kernel(
     BLOCK_PATCHES: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """``out[b, g] = factor[b, g] * sum over patches of map[b, g, n] * x[b, n]`` for images of several tiles.
 
@@ -267,7 +301,7 @@ def _aggregate_kernel(
     for first_patch in range(0, patches, BLOCK_PATCHES):
         patch = first_patch + tl.arange(0, BLOCK_PATCHES)
         patch_exists = patch < patches
-        x = _load(x_ptr, patch * x_stride_patch, patch_exists, first, CHANNELS, BLOCK_CHANNELS, UPCAST)
+        x = _load(x_ptr, patch * x_stride_patch, patch_exists, first, CHANNELS, BLOCK_CHANNELS)
         if winner_ptr is not None:
             winner = tl.load(winner_ptr + image * patches + patch, mask=patch_exists, other=0).to(tl.int32)
             weights, total = _one_hot(tl.where(patch_exists, winner, -1), group)
@@ -275,11 +309,11 @@ def _aggregate_kernel(
             weights = _load_map(map_ptr + image * GROUPS * patches, patch, group, patches, GROUPS)
             total = tl.sum(weights.to(tl.float32), axis=0)
         totals += total
-        out += _weighted_sums(weights, x)
+        out += _weighted_sums(operand(weights, x_ptr.dtype.element_ty), x)
     if total_ptr is not None:
         # every program of the image writes the same numbers
         tl.store(total_ptr + image * GROUPS + group, totals, mask=group_exists)
-        out = out / (totals + eps)[:, None]
+        out = out * reciprocal(totals + eps)[:, None]
     else:
         out = out * scale
     out_ptr += image * GROUPS * CHANNELS
@@ -321,12 +355,13 @@ def _grouping_backward_kernel(
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     ONE_TILE: tl.constexpr,
-    UPCAST: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """Gradients of one tile of patches; that of q too where the tile is the whole image, else of the logits.
 
     Pointers may be None: seed_ptr, winner_ptr (soft assignment), grad_soft_ptr and grad_used_ptr (no such gradient);
     with one tile grad_logits_ptr, with several grad_q_ptr; out_ptr if there is one tile and no grad_used.
+    PREFETCH is the size in bytes of the rows of v and grad_out that L2 fetches while the noise is drawn, or 0.
     """
     image = tl.program_id(0).to(tl.int64)
     patch = tl.program_id(1) * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
@@ -344,23 +379,25 @@ def _grouping_backward_kernel(
     map_start = image * GROUPS * patches
 
     zero = tl.zeros((BLOCK_PATCHES, BLOCK_GROUPS), tl.float32)
-    logits = scale * _inner_products(
-        zero, k_ptr, k_row, patch_exists, q_ptr, q_row, group_exists, CHANNELS, BLOCK_CHANNELS, UPCAST
-    )
+    logits = _inner_products(zero, k_ptr, k_row, patch_exists, q_ptr, q_row, group_exists, CHANNELS, BLOCK_CHANNELS)
+    if PREFETCH:
+        _prefetch(grad_out_ptr, grad_row, group_exists, PREFETCH)
+        _prefetch(v_ptr, v_row, patch_exists, PREFETCH)
+    logits *= scale * inverse_tau * _PER_LOG_2
     if grad_soft_ptr is not None:
-        soft = _softmax(_mask_groups(logits * inverse_tau, group, GROUPS))
+        soft = _softmax(_mask_groups(logits, group, GROUPS))
     if seed_ptr is not None:
-        logits += gumbel_noise(tl.load(seed_ptr), first_image + image, patch, BLOCK_GROUPS // 4)
-    probability = _softmax(_mask_groups(logits * inverse_tau, group, GROUPS))
+        logits += gumbel_noise(tl.load(seed_ptr), first_image + image, patch, inverse_tau, BLOCK_GROUPS // 4)
+    probability = _softmax(_mask_groups(logits, group, GROUPS))
 
     # The gradient of the assignment: of the weighted mean (the total's share is -mean), and its own
     total = tl.load(total_ptr + image * GROUPS + group, mask=group_exists, other=1.0) + eps
-    inverse_total = 1.0 / total
+    inverse_total = reciprocal(total)
     products = zero
     if grad_used_ptr is not None:
         products = _load_map(grad_used_ptr + map_start, patch, group, patches, GROUPS) * total[None, :]
     products = _inner_products(
-        products, v_ptr, v_row, patch_exists, grad_out_ptr, grad_row, group_exists, CHANNELS, BLOCK_CHANNELS, UPCAST
+        products, v_ptr, v_row, patch_exists, grad_out_ptr, grad_row, group_exists, CHANNELS, BLOCK_CHANNELS, _ONCE
     )
     if winner_ptr is not None:
         winner = tl.load(winner_ptr + image * patches + patch, mask=patch_exists, other=0).to(tl.int32)
@@ -368,42 +405,43 @@ def _grouping_backward_kernel(
         out_ptr += image * GROUPS * CHANNELS
         mean = tl.zeros((BLOCK_GROUPS,), tl.float32)
         for first in range(0, CHANNELS, BLOCK_CHANNELS):
-            grad = _load(grad_out_ptr, grad_row, group_exists, first, CHANNELS, BLOCK_CHANNELS, True)
-            out = _load(out_ptr, group * CHANNELS, group_exists, first, CHANNELS, BLOCK_CHANNELS, True)
+            grad = _load(grad_out_ptr, grad_row, group_exists, first, CHANNELS, BLOCK_CHANNELS).to(tl.float32)
+            out = _load(out_ptr, group * CHANNELS, group_exists, first, CHANNELS, BLOCK_CHANNELS).to(tl.float32)
             mean += tl.sum(grad * out, axis=1)
     elif winner_ptr is not None:
         mean = tl.sum(tl.where(winner[:, None] == group[None, :], products, 0.0), axis=0) * inverse_total
     else:
         mean = tl.sum(probability * products, axis=0) * inverse_total
-    grad_used = (products - mean[None, :]) * inverse_total[None, :]
-
-    # straight through to the softmax
+    # straight through to the softmax, with 1 / tau of its argument
+    factor = inverse_total * inverse_tau
+    grad_used = products * factor[None, :] - (mean * factor)[None, :]
     grad_logits = probability * (grad_used - tl.sum(probability * grad_used, axis=1)[:, None])
     if grad_soft_ptr is not None:
-        grad_soft = _load_map(grad_soft_ptr + map_start, patch, group, patches, GROUPS)
+        grad_soft = inverse_tau * _load_map(grad_soft_ptr + map_start, patch, group, patches, GROUPS)
         grad_logits += soft * (grad_soft - tl.sum(soft * grad_soft, axis=1)[:, None])
-    dtype = tl.float32 if UPCAST else k_ptr.dtype.element_ty
-    grad_logits = (grad_logits * inverse_tau).to(dtype)
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
+    grad_logits = operand(grad_logits, dtype)
     for first in range(0, CHANNELS, BLOCK_CHANNELS):
-        q = _load(q_ptr, q_row, group_exists, first, CHANNELS, BLOCK_CHANNELS, UPCAST)
+        q = _load(q_ptr, q_row, group_exists, first, CHANNELS, BLOCK_CHANNELS)
         grad_k = tl.dot(grad_logits, q, input_precision="ieee") * scale
         _store(grad_k_ptr, patch * CHANNELS, patch_exists, first, grad_k, CHANNELS, BLOCK_CHANNELS)
         if ONE_TILE:
-            k = _load(k_ptr, k_row, patch_exists, first, CHANNELS, BLOCK_CHANNELS, UPCAST)
+            k = _load(k_ptr, k_row, patch_exists, first, CHANNELS, BLOCK_CHANNELS)
             grad_q = _weighted_sums(grad_logits, k) * scale
             grad_q_row = image * GROUPS * CHANNELS
             _store(grad_q_ptr + grad_q_row, group * CHANNELS, group_exists, first, grad_q, CHANNELS, BLOCK_CHANNELS)
     if winner_ptr is not None:
         # A row of the one-hot picks a row of grad_out exactly; its total divides in fp32 behind the product. The added
         # 0 has the compiler build the one-hot in the registers where the product wants it.
-        weights = (winner[:, None] == group[None, :]).to(dtype) + (grad_logits - grad_logits)
-        winner_total = tl.load(total_ptr + image * GROUPS + winner, mask=patch_exists, other=1.0)
-        row_factor = 1.0 / (winner_total + eps)
+        weights = (winner[:, None] == group[None, :]).to(grad_logits.dtype) + (grad_logits - grad_logits)
+        # the winner of a patch with a NaN is no group
+        winner_total = tl.load(total_ptr + image * GROUPS + winner, mask=winner < GROUPS, other=float("nan"))
+        row_factor = reciprocal(winner_total + eps)
     else:
-        weights = (probability * inverse_total[None, :]).to(dtype)
+        weights = operand(probability * inverse_total[None, :], dtype)
         row_factor = tl.full((BLOCK_PATCHES,), 1.0, tl.float32)
     for first in range(0, CHANNELS, BLOCK_CHANNELS):
-        grad = _load(grad_out_ptr, grad_row, group_exists, first, CHANNELS, BLOCK_CHANNELS, UPCAST)
+        grad = _load(grad_out_ptr, grad_row, group_exists, first, CHANNELS, BLOCK_CHANNELS)
         grad_v = tl.dot(weights, grad, input_precision="ieee") * row_factor[:, None]
         _store(grad_v_ptr, patch * CHANNELS, patch_exists, first, grad_v, CHANNELS, BLOCK_CHANNELS)
     if not ONE_TILE:
@@ -419,18 +457,20 @@ class _Problem:
     patches: int
     channels: int
     itemsize: int
-    soft_map: bool = False
+    architecture: int
+    with_soft: bool = False  # a soft map or assignment, which takes registers of its own
 
     @property
     def block_groups(self) -> int:
-        return max(16, triton.next_power_of_2(self.groups))
+        return max(16, next_power_of_2(self.groups))
 
     @property
     def block_patches(self) -> int:
         """The whole image if a program's registers hold it, as they do the model's at 224 px in 16 bits."""
         whole, part = (2**14, 2**13) if self.itemsize == 2 else (2**12, 2**12)
-        most = part if self.soft_map else whole  # the softmax without noise takes registers of its own
-        block = max(16, triton.next_power_of_2(self.patches))
+        # On sm_100 products pass through tensor memory, and the whole image spills.
+        most = part if self.with_soft or self.block_groups > 64 or self.architecture // 10 == 10 else whole
+        block = max(16, next_power_of_2(self.patches))
         return block if block * self._width <= most else part // self._width
 
     @property
@@ -440,7 +480,7 @@ class _Problem:
 
     @property
     def tiles(self) -> int:
-        return max(1, triton.cdiv(self.patches, self.block_patches))
+        return max(1, cdiv(self.patches, self.block_patches))
 
     @property
     def constexprs(self) -> dict[str, object]:
@@ -449,7 +489,6 @@ class _Problem:
             "CHANNELS": self.channels,
             "BLOCK_PATCHES": self.block_patches,
             "BLOCK_GROUPS": self.block_groups,
-            "UPCAST": INTERPRET,
         }
 
     def configurations(self, kernel: str) -> dict[int, Config]:
@@ -466,6 +505,14 @@ def _rows_together(x: Tensor) -> Tensor:
     if (x.stride(2) == 1 or channels == 1) and (rows - 1) * x.stride(1) + channels <= 2**31:
         return x
     return x.contiguous()
+
+
+def _prefetch_bytes(*tensors: Tensor) -> int:
+    """The size of a row, where the device can prefetch whole ones: from sm_90 on, at multiples of 16 bytes."""
+    row = tensors[0].shape[2] * tensors[0].element_size()
+    offsets = [x.data_ptr() for x in tensors] + [x.stride(axis) * x.element_size() for x in tensors for axis in (0, 1)]
+    able = not INTERPRET and architecture(tensors[0].device) >= 90
+    return row if able and not any(offset % 16 for offset in (row, *offsets)) else 0
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
@@ -485,7 +532,7 @@ def _aggregate(
     arguments = (winner, weights, x, out, total, problem.patches, scale, eps, *_strides(x))
 
     def launch(config: Config) -> None:
-        grid = (problem.batch, triton.cdiv(problem.channels, config.blocks["BLOCK_CHANNELS"]))
+        grid = (problem.batch, cdiv(problem.channels, config.blocks["BLOCK_CHANNELS"]))
         _aggregate_kernel[grid](*arguments, **problem.constexprs, **config.kwargs)
 
     table = problem.configurations("aggregate")
@@ -511,7 +558,8 @@ def grouping_forward(
     """
     q, k, v = _rows_together(q), _rows_together(k), _rows_together(v)
     (batch, groups, channels), patches, device = q.shape, k.shape[1], q.device
-    problem = _Problem(batch, groups, patches, channels, q.element_size(), return_assignment == "soft")
+    with_soft = return_assignment == "soft" or not hard
+    problem = _Problem(batch, groups, patches, channels, q.element_size(), architecture(device), with_soft)
     one_tile = problem.tiles == 1
     out = torch.empty(q.shape, dtype=v.dtype, device=device)
     total = torch.empty((batch, groups), dtype=torch.float32, device=device)
@@ -529,7 +577,7 @@ def grouping_forward(
 
     def launch(config: Config) -> None:
         _grouping_forward_kernel[batch, problem.tiles](
-            *arguments, **problem.constexprs, ONE_TILE=one_tile, **config.kwargs
+            *arguments, **problem.constexprs, ONE_TILE=one_tile, PREFETCH=_prefetch_bytes(v) * one_tile, **config.kwargs
         )
 
     with on_device(q):
@@ -561,8 +609,8 @@ def grouping_backward(
     """Gradients of `q`, `k` and `v`, from what :func:`grouping_forward` took and gave."""
     q, k, v, grad_out = (_rows_together(x) for x in (q, k, v, grad_out))
     (batch, groups, channels), patches, device = q.shape, k.shape[1], q.device
-    with_soft = grad_assignment is not None and return_assignment == "soft"
-    problem = _Problem(batch, groups, patches, channels, q.element_size(), with_soft)
+    with_soft = (grad_assignment is not None and return_assignment == "soft") or not hard
+    problem = _Problem(batch, groups, patches, channels, q.element_size(), architecture(device), with_soft)
     one_tile = problem.tiles == 1
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
     if grad_q.numel() == 0:
@@ -578,7 +626,7 @@ def grouping_backward(
 
     def launch(config: Config) -> None:
         _grouping_backward_kernel[batch, problem.tiles](
-            *arguments, **problem.constexprs, ONE_TILE=one_tile, **config.kwargs
+            *arguments, **problem.constexprs, ONE_TILE=one_tile, PREFETCH=_prefetch_bytes(v, grad_out), **config.kwargs
         )
 
     with on_device(q):
@@ -588,48 +636,3 @@ def grouping_backward(
         if not one_tile:
             _aggregate(problem, None, grad_logits, k, grad_q, None, scale, eps)
     return grad_q, grad_k, grad_v
-
-
-def signatures(architecture: int) -> list[KernelVariant]:
-    """The variants at the model's shapes: both groupings at 224 px and the first at 448 px, C = 384, as training
-    (with noise, with and without the assignment) and evaluation (soft maps, no noise, no backward) launch them."""
-    numbers = {"first_image": "i64", "patches": "i32", "scale": "fp32", "inverse_tau": "fp32", "eps": "fp32"}
-    maps = dict.fromkeys(("soft_ptr", "used_ptr", "grad_soft_ptr", "grad_used_ptr", "total_ptr"), "*fp32:16")
-    types = {**numbers, **maps, "seed_ptr": "*i64:16", "winner_ptr": "*u8:16"}
-    variants = []
-
-    def add(table: str, kernel: JITFunction, what: str, problem: _Problem, **constexprs: object) -> None:
-        name = kernel.__name__.strip("_").removesuffix("_kernel")
-        config = problem.configurations(table)[architecture]
-        constexprs = {**problem.constexprs, "UPCAST": False, **constexprs, **config.blocks}
-        tensor = "*bf16:16" if problem.itemsize == 2 else "*fp32:16"
-        signature = {
-            argument: types.get(argument, "i32:16" if "stride" in argument else tensor)
-            for argument in kernel.arg_names
-            if argument not in constexprs
-        }
-        shape = f"{tensor[1:5]}, G={problem.groups}, N={problem.patches}, C={problem.channels}"
-        name = f"grouping.{name}[{what}, {shape}]"
-        variants.append(KernelVariant(name, kernel, signature, constexprs, config.num_warps, config.num_stages))
-
-    for groups, patches, itemsize in ((64, 196, 2), (8, 64, 2), (64, 784, 2), (64, 196, 4)):
-        for what, map_name in (("train", None), ("train, used map", "used"), ("eval, soft map", "soft")):
-            problem = _Problem(1024, groups, patches, 384, itemsize, map_name == "soft")
-            one_tile = problem.tiles == 1
-            absent = {f"{name}_ptr": None for name in ("soft", "used") if name != map_name}
-            if map_name == "soft":
-                absent["seed_ptr"] = None
-            add("forward", _grouping_forward_kernel, what, problem, ONE_TILE=one_tile, **absent)
-            if not one_tile and map_name != "used":
-                add("aggregate", _aggregate_kernel, f"{what}, output", problem, map_ptr=None)
-            if map_name == "soft":
-                continue
-            absent = {f"grad_{name}_ptr": None for name in ("soft", "used") if name != map_name}
-            absent["grad_logits_ptr" if one_tile else "grad_q_ptr"] = None
-            if one_tile and map_name is None:
-                absent["out_ptr"] = None
-            table = "backward" if map_name is None else "backward with map"
-            add(table, _grouping_backward_kernel, what, problem, ONE_TILE=one_tile, **absent)
-            if not one_tile and map_name is None:
-                add("aggregate", _aggregate_kernel, "train, gradient of q", problem, winner_ptr=None, total_ptr=None)
-    return variants

@@ -7,18 +7,16 @@ or, where the source is at hand, a scatter without conflicts: no atomics, no sor
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import Config, KernelVariant, configuration, on_device
+from .variants import Config, cdiv, configuration, next_power_of_2, on_device
 
-CONFIGS = {
-    80: Config({"BLOCK_ROWS": 16}, num_warps=4),
-    90: Config({"BLOCK_ROWS": 16}, num_warps=4),
-    100: Config({"BLOCK_ROWS": 16}, num_warps=4),
-}
+CONFIGS = {80: Config({"BLOCK_ROWS": 16}, num_warps=4)}
 PLAN_BLOCK = 128
 CANDIDATES = [Config({"BLOCK_ROWS": rows}, num_warps=warps) for rows in (4, 8, 16, 32, 64) for warps in (2, 4, 8)]
 
@@ -168,14 +166,15 @@ def _sample_plan_kernel(
     _store_member(source_ptr, inverse_ptr, group, first + 3, rank3, patch, group_size, patches)
 
 
-def _channel_block(channels: int) -> int:
+@functools.cache
+def channel_block(channels: int) -> int:
     """The largest power of two up to 128 that divides `channels`, so that no lane is masked; 128 where only small ones
     do (384 -> 128, 100 -> 128)."""
     block = min(channels & -channels, 128)
-    return block if block >= 32 else min(triton.next_power_of_2(channels), 128)
+    return block if block >= 32 else min(next_power_of_2(channels), 128)
 
 
-def _with_unit_channel_stride(x: Tensor) -> Tensor:
+def with_unit_channel_stride(x: Tensor) -> Tensor:
     """Views into a wider tensor are read where they lie; only channels that lie apart are worth a copy."""
     return x if x.stride(2) == 1 else x.contiguous()
 
@@ -188,8 +187,8 @@ def _launch(name: str, kernel, arguments: tuple, like: Tensor) -> None:
         return
 
     def launch(config: Config) -> None:
-        grid = (triton.cdiv(rows, config.blocks["BLOCK_ROWS"]),)
-        kernel[grid](*arguments, CHANNELS=channels, BLOCK_CHANNELS=_channel_block(channels), **config.kwargs)
+        grid = (cdiv(rows, config.blocks["BLOCK_ROWS"]),)
+        kernel[grid](*arguments, CHANNELS=channels, BLOCK_CHANNELS=channel_block(channels), **config.kwargs)
 
     with on_device(like):
         launch(configuration(name, CONFIGS, like.device, (tuple(like.shape), like.dtype), CANDIDATES, launch))
@@ -197,7 +196,7 @@ def _launch(name: str, kernel, arguments: tuple, like: Tensor) -> None:
 
 def gather_forward(x: Tensor, source: Tensor) -> Tensor:
     """``out[b, n] = x[source[b, n], n]`` for ``x [B, N, C]``, int32 ``source [B, N]``."""
-    x = _with_unit_channel_stride(x)
+    x = with_unit_channel_stride(x)
     batch, patches, _ = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     arguments = (x, source.contiguous(), out, batch * patches, patches, x.stride(0), x.stride(1))
@@ -207,7 +206,7 @@ def gather_forward(x: Tensor, source: Tensor) -> Tensor:
 
 def blend_forward(mixed: Tensor, original: Tensor, source: Tensor, alpha: float) -> Tensor:
     """``(1 - alpha) * mixed + alpha * original[source, n]``: each tensor read once, one written."""
-    mixed, original = _with_unit_channel_stride(mixed), _with_unit_channel_stride(original)
+    mixed, original = with_unit_channel_stride(mixed), with_unit_channel_stride(original)
     batch, patches, _ = mixed.shape
     out = torch.empty(mixed.shape, dtype=mixed.dtype, device=mixed.device)
     strides = (mixed.stride(0), mixed.stride(1), original.stride(0), original.stride(1))
@@ -218,7 +217,7 @@ def blend_forward(mixed: Tensor, original: Tensor, source: Tensor, alpha: float)
 
 def blend_backward(grad: Tensor, source: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Gradients of `mixed` and of `original`: `grad` read once, both written. `source` must be a bijection."""
-    grad = _with_unit_channel_stride(grad)
+    grad = with_unit_channel_stride(grad)
     batch, patches, _ = grad.shape
     grad_mixed, grad_original = (torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) for _ in range(2))
     arguments = (grad, source.contiguous(), grad_mixed, grad_original, alpha, batch * patches, patches)
@@ -229,51 +228,10 @@ def blend_backward(grad: Tensor, source: Tensor, alpha: float) -> tuple[Tensor, 
 def sample_plan(seed: Tensor, first_group: int, batch: int, patches: int, group_size: int) -> tuple[Tensor, Tensor]:
     """`source` and `inverse` int32 ``[B, N]`` under the key `seed` (0-d int64, read on the device)."""
     source, inverse = (torch.empty((batch, patches), dtype=torch.int32, device=seed.device) for _ in range(2))
-    programs = batch // group_size * triton.cdiv(group_size, 4) * triton.cdiv(patches, PLAN_BLOCK)
+    programs = batch // group_size * cdiv(group_size, 4) * cdiv(patches, PLAN_BLOCK)
     if programs:
         with on_device(seed):
             _sample_plan_kernel[(programs,)](
                 seed, source, inverse, first_group, group_size, patches, BLOCK_PATCHES=PLAN_BLOCK, num_warps=4
             )
     return source, inverse
-
-
-def signatures(architecture: int) -> list[KernelVariant]:
-    """The variants at the model's width (C = 384)."""
-    config = CONFIGS[architecture]
-    constexprs = {"CHANNELS": 384, "BLOCK_CHANNELS": _channel_block(384), **config.blocks}
-    sizes, plan = {"rows": "i32:16", "patches": "i32"}, {"source_ptr": "*i32:16"}
-    variants = []
-    for dtype in ("bf16", "fp32"):
-        tensor = f"*{dtype}:16"
-        strides = ("stride_image", "stride_patch")
-        gather = {"x_ptr": tensor, **plan, "out_ptr": tensor, **sizes, **dict.fromkeys(strides, "i32:16")}
-        blend = {
-            **dict.fromkeys(("mixed_ptr", "original_ptr"), tensor),
-            **plan,
-            "out_ptr": tensor,
-            "alpha": "fp32",
-            **sizes,
-            **{f"{name}_{stride}": "i32:16" for name in ("mixed", "original") for stride in strides},
-        }
-        backward = {
-            "grad_ptr": tensor,
-            **plan,
-            **dict.fromkeys(("grad_mixed_ptr", "grad_original_ptr"), tensor),
-            "alpha": "fp32",
-            **sizes,
-            **dict.fromkeys(strides, "i32:16"),
-        }
-        for kernel, signature in (
-            (_gather_forward_kernel, gather),
-            (_blend_forward_kernel, blend),
-            (_blend_backward_kernel, backward),
-        ):
-            name = f"mixing.{kernel.__name__.strip('_').removesuffix('_kernel')}[{dtype}, C=384]"
-            variants.append(KernelVariant(name, kernel, signature, constexprs, config.num_warps, config.num_stages))
-    plan = {"seed_ptr": "*i64:16", **dict.fromkeys(("source_ptr", "inverse_ptr"), "*i32:16")}
-    plan |= {"first_group": "i64", "group_size": "i32", "patches": "i32"}
-    variants.append(
-        KernelVariant("mixing.sample_plan", _sample_plan_kernel, plan, {"BLOCK_PATCHES": PLAN_BLOCK}, 4, num_stages=3)
-    )
-    return variants

@@ -4,44 +4,75 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
+from .precision import log2
 from .variants import INTERPRET
 
 _INTERPRET: tl.constexpr = tl.constexpr(INTERPRET)
 
 
 @triton.jit
-def _log(x):
-    """The hardware's logarithm: to 2**-22 of the result or absolutely, whichever is more."""
-    return tl.log(x) if _INTERPRET else libdevice.fast_logf(x)
+def _minus_log2(uniform):
+    """``-log2(uniform)`` to a relative 1.3e-6.
 
-
-@triton.jit
-def _minus_log(uniform):
-    """``-log(uniform)`` to a relative 1e-6: near 1, where the hardware's logarithm has only absolute accuracy and the
-    largest noise comes from, by its series."""
+    The largest noise comes from numbers near 1, where the hardware's logarithm has only absolute accuracy. There a
+    minimax polynomial (relative error 1.4e-8) takes over.
+    """
     rest = 1.0 - uniform  # exact
-    series = 1 / 7 + rest * (1 / 8)
-    for denominator in tl.static_range(6, 0, -1):
-        series = 1.0 / denominator + rest * series
-    return tl.where(rest < 0.125, rest * series, -_log(uniform))
+    series = 0.35014464 + rest * 0.37924017
+    series = 0.4813824 + rest * series
+    series = 0.72133983 + rest * series
+    series = 1.44269506 + rest * series
+    return tl.where(rest < 0.125, rest * series, -log2(uniform))
 
 
 @triton.jit
-def gumbel_noise(seed, image, patch, QUADS: tl.constexpr):
-    """Standard Gumbel noise fp32 ``[P, 4 * QUADS]`` for patches ``patch [P]`` (int32) of `image` (int64).
+def _wide_product(a, b):
+    """Low and high half of the product of two uint32 numbers, of one multiplication."""
+    if _INTERPRET:
+        return a * b, tl.umulhi(a, b)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 product; mul.wide.u32 product, $2, $3; mov.b64 {$0, $1}, product; }",
+            "=r,=r,r,r",
+            [a, b],
+            dtype=(tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def _philox(seed, c0, c1, c2, c3):
+    """Philox4x32-10: four uint32 numbers for each counter. Triton's own takes two multiplications for each product."""
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        low0, high0 = _wide_product(c0, tl.full((), 0xD2511F53, tl.uint32))
+        low2, high2 = _wide_product(c2, tl.full((), 0xCD9E8D57, tl.uint32))
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def gumbel_noise(seed, image, patch, scale, QUADS: tl.constexpr):
+    """Gumbel noise times `scale`, fp32 ``[P, 4 * QUADS]``, for patches ``patch [P]`` (int32) of `image` (int64).
+
+    It is in units of log(2), and a constant apart from standard noise, which no softmax and no arg-max sees: that saves
+    two factors per number.
 
     One Philox call under the key `seed` (int64) and the counter (patch, quad, image's low and high half) gives the
     noise of four consecutive groups, one from each of its four numbers. Column ``lane * QUADS + quad`` belongs to
     group ``4 * quad + lane``: every number's columns lie together, so that in the layout of a matrix product's result
     a thread needs all four numbers of the calls that it makes.
     """
-    quad = tl.arange(0, QUADS)[None, :]
-    low, high = image.to(tl.int32), (image >> 32).to(tl.int32)
-    lane0, lane1, lane2, lane3 = tl.philox(seed, patch[:, None], quad, low, high)
+    # as wide as the results: else the first rounds get another layout, and a conversion after them
+    row = tl.broadcast_to(patch.to(tl.uint32)[:, None], (patch.shape[0], QUADS))
+    quad = tl.broadcast_to(tl.arange(0, QUADS).to(tl.uint32)[None, :], (patch.shape[0], QUADS))
+    lane0, lane1, lane2, lane3 = _philox(seed, row, quad, image.to(tl.uint32), (image >> 32).to(tl.uint32))
     bits = tl.join(tl.join(lane0, lane1), tl.join(lane2, lane3))  # [P, QUADS, lane % 2, lane // 2]
     bits = tl.reshape(tl.permute(bits, (0, 3, 2, 1)), (patch.shape[0], 4 * QUADS))
     # The middle of one of 2**23 cells: exact in fp32, never 0 or 1, so the noise is finite.
-    uniform = ((bits >> 9).to(tl.float32) + 0.5) * 2.0**-23
-    return -_log(_minus_log(uniform))
+    uniform = (bits >> 9).to(tl.float32) * 2.0**-23 + 2.0**-24
+    return -scale * log2(_minus_log2(uniform))

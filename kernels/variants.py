@@ -1,4 +1,4 @@
-"""What every kernel family shares: launch configurations, and the list of variants that are checked offline.
+"""What every kernel family shares: where kernels run, and their launch configurations.
 
 A family keeps one small table of configurations per architecture. They are fixed and checked in; with
 ``MIXREORG_RETUNE=1`` a launcher times its candidates once per shape instead and prints the winner, to be pasted into
@@ -8,6 +8,7 @@ the table.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -16,7 +17,8 @@ from typing import Any
 
 import torch
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # compute capabilities that configurations are checked for
+offline_architecture: int | None = None  # what launches on meta tensors are compiled for, set by offline.offline
 
 
 @dataclass(frozen=True)
@@ -32,42 +34,57 @@ class Config:
         return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-@dataclass(frozen=True)
-class KernelVariant:
-    """One kernel as it is compiled for one configuration at one of the model's shapes.
-
-    `signature` gives the type of every argument that is no constexpr, in Triton's notation for ahead-of-time
-    compilation: ``"*bf16"``, ``"i32"``, ``"fp32"``; ``":16"`` behind it says divisible by 16, as the launcher finds
-    at run time for aligned pointers and strides. `constexprs` holds the others, and arguments specialised to a value.
-    """
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, object]
-    num_warps: int
-    num_stages: int
-
-
 def flag(name: str) -> bool:
     """An environment switch: on for 1, true, yes, on."""
     return os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
 
 
 INTERPRET = flag("TRITON_INTERPRET")  # Triton runs kernels on the CPU, operation by operation
+RETUNE = flag("MIXREORG_RETUNE")
 
 
 def architecture(device: torch.device) -> int:
-    """The newest of ARCHITECTURES that is not newer than `device` (80 for older ones); 90 under the interpreter."""
-    if device.type != "cuda":
-        return 90
+    """The compute capability of `device` as one number; 90 under the interpreter."""
+    return _capability(device) if device.type == "cuda" else offline_architecture or 90
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
-    return max((known for known in ARCHITECTURES if known <= 10 * major + minor), default=ARCHITECTURES[0])
+    return 10 * major + minor
+
+
+def launches_on(device: torch.device) -> bool:
+    """Whether kernels take tensors of `device`: CUDA; the CPU under the interpreter; meta while compiling offline."""
+    interpreted = INTERPRET and device.type == "cpu"
+    return device.type == "cuda" or interpreted or (offline_architecture is not None and device.type == "meta")
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return _HERE
+
+
+_HERE = contextlib.nullcontext()
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    """Quotient, rounded up; on the host ``triton.cdiv`` takes 2 µs, and so does ``triton.next_power_of_2``."""
+    return -(-numerator // denominator)
+
+
+def next_power_of_2(number: int) -> int:
+    """The least power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+def _nearest(table: Mapping[int, Config], capability: int) -> Config:
+    """The entry of the newest architecture that is not newer than `capability`."""
+    if capability in table:
+        return table[capability]
+    return table[max((known for known in table if known <= capability), default=min(table))]
 
 
 _winners: dict[Hashable, Config] = {}
@@ -86,8 +103,8 @@ def configuration(
     `launch` runs the kernel with a configuration; it must be free of side effects other than its own output. A
     candidate that the device has no resources for is passed over.
     """
-    if launch is None or INTERPRET or not flag("MIXREORG_RETUNE"):
-        return table[architecture(device)]
+    if launch is None or INTERPRET or not RETUNE:
+        return _nearest(table, architecture(device))
     key = (name, architecture(device), shape)
     if key not in _winners:
         import triton

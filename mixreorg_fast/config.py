@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from .errors import UserError, nearest
+from .names import TEMPLATES, parse_templates
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -213,7 +214,12 @@ class DataConfig(Section):
     verify: bool = Field(True, description="decode shards that are not verified yet before training reads them")
     max_bad: Fraction = Field(0.01, description="share of unusable samples that stops the run")
     nouns: NonNegative = Field(3, description="noun prompts per caption when loss.multi_label is on")
-    threads: Positive = 4
+    threads: Positive | None = Field(
+        None, description="threads of a rank that read and decode; null: its share of the node's cores, at most 16"
+    )
+    hw_decoder_load: Fraction | None = Field(
+        None, description="share of the JPEGs for a GPU's JPEG hardware; null: DALI's own (0.65)"
+    )
     prefetch: Positive = 2
     augment: AugmentConfig = AugmentConfig()
     scenes: ScenesConfig = ScenesConfig()
@@ -236,6 +242,7 @@ class TrainConfig(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     clip: Annotated[float, Field(ge=0.0)] = Field(5.0, description="gradient norm limit, 0 = off")
     precision: Literal["bf16", "fp32"] = "bf16"
+    tf32: bool = Field(False, description="fp32 matrix products and convolutions of a GPU in TF32")
     checkpoint_activations: bool = False
     compile: bool | None = Field(
         None, description="torch.compile of the blocks; null: on a GPU, but for ZeRO-3, which gathers weights in hooks"
@@ -248,11 +255,15 @@ class TrainConfig(Section):
         100.0, description="skip a step whose gradient norm is so many times the running mean's; 0 = only NaN and inf"
     )
     max_skipped: Positive = Field(3, description="skipped steps in a row that stop the run")
-    # Collectives give up by themselves after half an hour, without a name.
-    timeout: Annotated[float, Field(gt=0.0, le=1500.0)] = Field(600.0, description="seconds a rank may hang in a step")
+    # Half of what collectives wait (training/distributed.py), which give up without a name.
+    timeout: Annotated[float, Field(gt=0.0, le=43_200.0)] = Field(
+        600.0, description="seconds a rank may hang in a step; compiling is not counted"
+    )
 
     @model_validator(mode="after")
-    def _graphs_are_of_compiled_blocks(self) -> TrainConfig:
+    def _fits_together(self) -> TrainConfig:
+        if self.tf32 and self.precision != "fp32":
+            raise ValueError(f"tf32 needs precision fp32, got {self.precision}")
         if self.cuda_graphs and self.compile is False:
             raise ValueError("cuda_graphs needs compile null or true")
         if self.cuda_graphs and self.checkpoint_activations:
@@ -268,36 +279,62 @@ class LogConfig(Section):
     )
 
 
+class InferenceConfig(Section):
+    """How photos are seen and named: part of a run's ``eval`` section, and the ``inference`` section of model.json."""
+
+    short_side: Positive = Field(448, description="pixels at which the network sees a photo")
+    mode: Literal["whole", "sliding"] = Field("whole", description="a photo at once, or through windows")
+    window: Positive = Field(448, description="pixels, of mode sliding")
+    stride: Positive = Field(224, description="pixels between windows")
+    decoding: Literal["groupvit", "direct"] = Field("groupvit", description="of segments to labels, in evaluation")
+    background_threshold: Fraction | None = Field(
+        None, description="segments that score less are background; null: the data set's usual one, if it has any"
+    )
+    templates: tuple[str, ...] = Field(TEMPLATES["default"], description="prompts, {} for the class name")
+
+    @field_validator("templates", mode="before")
+    @classmethod
+    def _read_templates(cls, value: Any) -> Any:
+        try:
+            return parse_templates(value)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _windows_touch(self) -> InferenceConfig:
+        if self.stride > self.window:
+            raise ValueError(
+                f"stride {self.stride} leaves gaps between windows of {self.window} (at most {self.window})"
+            )
+        return self
+
+    def with_options(self, **options: Any) -> InferenceConfig:
+        """These settings alone, overruled by those of `options` that are not None.
+
+        Raises:
+            UserError: an unknown option, or a value that does not fit.
+        """
+        own = {name: getattr(self, name) for name in InferenceConfig.model_fields}
+        given = {name: value for name, value in options.items() if value is not None}
+        try:
+            return InferenceConfig.model_validate(own | given)
+        except ValidationError as error:
+            raise UserError(describe(error, InferenceConfig)) from None
+
+
 class EvalDatasetConfig(Section):
     name: str
     dataset: str = Field("plain", description="folder layout, as in `mixreorg evaluate --dataset`")
     root: str
     split: str = "val"
-    background_threshold: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
-        None, description="null: the data set's usual one"
-    )
+    background_threshold: Fraction | None = Field(None, description="overrules eval.background_threshold")
     limit: Positive | None = Field(None, description="score only this many images")
 
 
-class EvalConfig(Section):
+class EvalConfig(InferenceConfig):
     datasets: list[EvalDatasetConfig] = Field([], description="empty with embedded data: the held-out scenes")
     every: NonNegative = Field(0, description="validate each so many steps, 0 = only at the end")
     every_images: Positive = Field(100, description="images per data set in a validation during training")
-    short_side: Positive = 448
-    mode: Literal["whole", "sliding"] = "whole"
-    window: Positive = 448
-    stride: Positive = 224
-    decoding: Literal["groupvit", "direct"] = "groupvit"
-    templates: list[str] = ["a photo of a {}."]
-
-    @model_validator(mode="after")
-    def _templates_hold_a_place(self) -> EvalConfig:
-        for template in self.templates:
-            if "{}" not in template:
-                raise ValueError(f"template '{template}' has no {{}} for the class name")
-        if not self.templates:
-            raise ValueError("templates is empty; the usual one is 'a photo of a {}.'")
-        return self
 
 
 class CheckpointConfig(Section):
@@ -367,20 +404,40 @@ class Config(Section):
             raise ValueError("train.cuda_graphs needs weights that stay: deepspeed.zero_stage 0, 1 or 2, not 3")
         return self
 
+    @property
+    def inference(self) -> InferenceConfig:
+        """What goes with the weights: the settings of evaluation, with the threshold that all its data sets share."""
+        thresholds = {dataset.background_threshold for dataset in self.eval.datasets}
+        return self.eval.with_options(background_threshold=thresholds.pop() if len(thresholds) == 1 else None)
+
+    def compiles(self, device_type: str) -> bool:
+        """Whether training compiles its blocks on such a device."""
+        if self.train.compile is None:
+            return device_type == "cuda" and self.deepspeed.zero_stage < 3
+        return self.train.compile
+
+    @property
+    def group_size(self) -> int:
+        """Images whose patches are mixed with one another; 1 without mixing."""
+        return self.mixing.group_size if self.model.method == "mixreorg" else 1
+
+    def batch_unit(self, world_size: int) -> int:
+        """What `train.batch` has to be a multiple of: ranks x micro-steps x mixing group."""
+        return world_size * self.train.accumulation * self.group_size
+
     def micro_batch(self, world_size: int) -> int:
         """Images per rank and micro-step.
 
         Raises:
             UserError: `train.batch` does not split evenly over ranks, micro-steps and mixing groups.
         """
-        group = self.mixing.group_size if self.model.method == "mixreorg" else 1
-        unit = world_size * self.train.accumulation * group
+        unit = self.batch_unit(world_size)
         if self.train.batch % unit:
             low = self.train.batch // unit * unit
             choices = f"{low} or {low + unit}" if low else str(unit)
             raise UserError(
-                f"train.batch {self.train.batch} is no multiple of {unit} = {world_size} ranks x "
-                f"train.accumulation {self.train.accumulation} x mixing.group_size {group} (nearest: {choices})"
+                f"train.batch {self.train.batch} is no multiple of {unit} = {world_size} ranks x train.accumulation "
+                f"{self.train.accumulation} x mixing.group_size {self.group_size} (nearest: {choices})"
             )
         return self.train.batch // (world_size * self.train.accumulation)
 
@@ -428,7 +485,8 @@ def describe(error: ValidationError, schema: type[BaseModel]) -> str:
         message = str(first["ctx"]["error"])
         return f"{key}: {message}" if key else message
     message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{key}: {message}, got {json.dumps(first['input'], default=str)}"
+    message = f"{message}, got {json.dumps(first['input'], default=str)}"
+    return f"{key}: {message}" if key else message
 
 
 def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:

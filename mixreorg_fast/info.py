@@ -18,8 +18,10 @@ from typing import Any
 import torch
 
 from . import __version__, ops
+from .devices import cuda_available, cuda_problem, driver
 from .errors import UserError
 from .kernels.variants import ARCHITECTURES
+from .ops.attention import xformers_problems
 from .ops.dispatch import TRITON_INSTALLED, CannotRun, UnknownImplementation
 
 # What is asked about -> the module that must be importable, and the distributions that bring it, any of them.
@@ -45,24 +47,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     rows = [("mixreorg_fast", __version__), ("Python", platform.python_version()), ("torch", torch.__version__)]
     rows += [("CUDA", cuda()), *((name, library(*where)) for name, where in LIBRARIES.items())]
+    xformers_problems()  # found by importing it, which must not happen among the fake tensors below
     print(table(rows))
     print("\nops on " + ("CUDA" if torch.cuda.is_available() else "the CPU"))
     print(table([(op, name, reasons) for op, name, reasons in implementations()]))
     if args.kernels:
-        columns = ("kernel", "sm", "warps", "registers", "spilled bytes", "shared bytes")
-        print("\n" + table([columns, *(tuple(map(str, row.values())) for row in kernel_resources())]))
+        rows = kernel_resources()
+        columns = ("kernel", "architecture", "num_warps", "registers", "spill_bytes", "shared_bytes", "fits", "call")
+        print("\n" + table([columns, *([str(row[name]) for name in columns] for row in rows)]))
+        greedy = sum(bool(row["spill_bytes"]) or not row["fits"] for row in rows)
+        print(f"\n{greedy} of {len(rows)} variants spill registers or take more shared memory than their GPU has")
+        return int(greedy > 0)
     return 0
 
 
 def cuda() -> str:
     """The GPUs, or why there are none."""
-    if not torch.cuda.is_available():
+    if not cuda_available():
+        if (problem := cuda_problem()) is not None:
+            return f"no: {problem}"
         if torch.version.cuda is None:
             return "no: this PyTorch is built without CUDA"
         return f"no: PyTorch is built for CUDA {torch.version.cuda}, but there is no usable device"
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     names = ", ".join(f"{device.name} (sm_{device.major}{device.minor})" for device in devices)
-    return f"{torch.version.cuda}, {names}"
+    return ", ".join([torch.version.cuda, *filter(None, [str(driver() or "")]), names])
 
 
 def library(module: str, distributions: Sequence[str]) -> str:
@@ -117,6 +126,10 @@ def _calls(device: torch.device) -> dict[str, Callable[[str], Any]]:
         "patch_mix": lambda impl: ops.patch_mix(x, plan, impl=impl),
         "patch_restore": lambda impl: ops.patch_restore(x, plan, impl=impl),
         "patch_blend": lambda impl: ops.patch_blend(x, x, plan, 0.5, impl=impl),
+        "mix_tokens": lambda impl: ops.mix_tokens(x, plan, impl=impl),
+        "restore_tokens": lambda impl: ops.restore_tokens(x.repeat(2, 1, 1), plan, impl=impl),
+        "blend_tokens": lambda impl: ops.blend_tokens(x.repeat(2, 1, 1), plan, 0.5, impl=impl),
+        "stochastic_depth": lambda impl: ops.stochastic_depth(1, [0.1], 4, device=device, impl=impl),
         "grouping_attention": lambda impl: ops.grouping_attention(q, x, x, impl=impl),
         "mixed_segmentation_loss": lambda impl: ops.mixed_segmentation_loss(
             first, second, q, texts, plan, 1.0, impl=impl
@@ -128,8 +141,9 @@ def _calls(device: torch.device) -> dict[str, Callable[[str], Any]]:
     }
 
 
-def kernel_resources(architectures: Sequence[int] = ARCHITECTURES) -> list[dict[str, Any]]:
-    """Registers, spills and shared memory of every checked-in kernel variant, one compiling process per architecture.
+def kernel_resources(architectures: Sequence[int] = ARCHITECTURES, only: str = "") -> list[dict[str, Any]]:
+    """What every kernel takes, as :mod:`.resources` finds it for the calls whose name holds `only`, in processes that
+    compile for an architecture each.
 
     Raises:
         UserError: Triton is not installed.
@@ -141,13 +155,13 @@ def kernel_resources(architectures: Sequence[int] = ARCHITECTURES) -> list[dict[
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
 
     def compile_for(architecture: int) -> list[dict[str, Any]]:
-        command = [sys.executable, "-m", "mixreorg_fast.kernels.report", "--architectures", str(architecture)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        command = [sys.executable, "-m", "mixreorg_fast.resources", "--architectures", str(architecture)]
+        result = subprocess.run([*command, "--only", only], env=environment, capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
         return [json.loads(line) for line in result.stdout.splitlines()]
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return [row for rows in pool.map(compile_for, architectures) for row in rows]
 
 

@@ -1,8 +1,13 @@
-"""Without a GPU, Triton kernels run under its interpreter: chosen here, before anything imports Triton."""
+"""The machine that tests see: nothing of it may decide whether they pass.
+
+Without a GPU, Triton kernels run under its interpreter: chosen here, before anything imports Triton.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +17,10 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
+# What chooses a device by itself takes the CPU, also in the ranks and commands that tests start: there may be fewer
+# GPUs than ranks. A test computes on a GPU by the fixture `device` or the marker `gpu`.
+os.environ["DS_ACCELERATOR"] = "cpu"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if HAS_GPU:
@@ -20,6 +29,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests run in an empty folder, so that none finds the data or the runs of this checkout."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("empty"))
+    yield
+    os.chdir(before)
 
 
 @pytest.fixture

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -215,3 +219,14 @@ def test_losses_of_all_implementations_agree(monkeypatch):
         assert first[0] == pytest.approx(second[0], rel=3e-5)  # of five digits
         assert first == pytest.approx(second, rel=1e-3)  # Adam's first steps divide rounding by rounding
         assert len(set(first)) == 3
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_host_time_is_measured_without_a_gpu():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.host_time", "--only", "blend_tokens"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    row = json.loads(result.stdout)
+    assert row.pop("op") == "blend_tokens"
+    assert all(0 < value < 1e5 for value in row.values()) and len(row) == 4

@@ -112,11 +112,21 @@ def _erased(numbers: np.ndarray, probability: float) -> tuple[np.ndarray, np.nda
 
 
 def training_graph(
-    config: AugmentConfig, size: int, *, device: torch.device, batch: int, threads: int, depth: int
+    config: AugmentConfig,
+    size: int,
+    *,
+    device: torch.device,
+    batch: int,
+    threads: int,
+    depth: int,
+    hw_decoder_load: float | None = None,
 ) -> Any:
     """The built DALI pipeline from encoded photos and drawn parameters to fp32 ``[3, size, size]``.
 
     Its inputs are ``encoded`` and the keys of :func:`draw`. Only the crop is decoded.
+
+    Args:
+        hw_decoder_load: share of the JPEGs that a GPU's JPEG hardware decodes, where it has some; None: DALI's own.
     """
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.auto_aug.core import select, signed_bin
@@ -128,11 +138,10 @@ def training_graph(
     def graph() -> Any:
         images = fn.decoders.image_slice(
             source("encoded", types.UINT8, 1),
-            device="mixed" if device.type == "cuda" else "cpu",
             rel_start=source("start", types.FLOAT, 1),
             rel_shape=source("extent", types.FLOAT, 1),
             axes=(0, 1),
-            output_type=types.RGB,
+            **_decoder(device, hw_decoder_load),
         )
         images = fn.resize(images, size=(size, size), interp_type=types.INTERP_CUBIC, antialias=True)
         images = fn.flip(images, horizontal=source("flip", types.INT32, 0))
@@ -172,18 +181,30 @@ def training_graph(
     return _built(graph, device=device, batch=batch, threads=threads, depth=depth)
 
 
-def validation_graph(size: int, *, device: torch.device, batch: int, threads: int) -> Any:
+def validation_graph(
+    size: int, *, device: torch.device, batch: int, threads: int, hw_decoder_load: float | None = None
+) -> Any:
     """As :func:`training_graph` with the one input ``encoded``: short side to `size`, the middle square."""
     from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def
     def graph() -> Any:
         images = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-        images = fn.decoders.image(images, device="mixed" if device.type == "cuda" else "cpu", output_type=types.RGB)
+        images = fn.decoders.image(images, **_decoder(device, hw_decoder_load))
         images = fn.resize(images, resize_shorter=size, interp_type=types.INTERP_CUBIC, antialias=True)
         return _normalised(images, crop=(size, size))
 
     return _built(graph, device=device, batch=batch, threads=threads, depth=1)
+
+
+def _decoder(device: torch.device, hw_decoder_load: float | None) -> dict[str, Any]:
+    """Arguments of DALI's decoders. By default a GPU's interpolates colours more coarsely than a CPU's."""
+    from nvidia.dali import types
+
+    arguments = {"output_type": types.RGB, "jpeg_fancy_upsampling": True}
+    if hw_decoder_load is not None:
+        arguments["hw_decoder_load"] = hw_decoder_load
+    return {"device": "mixed" if device.type == "cuda" else "cpu", **arguments}
 
 
 def _normalised(images: Any, **crop: Any) -> Any:

@@ -38,7 +38,8 @@ class Built:
 
     shards: list[Path]
     samples: int
-    skipped: list[Bad]  # also in ``<name>.skipped.tsv`` beside the shards
+    skipped: list[Bad]
+    skipped_list: Path  # holds them, if there are any
 
     @property
     def reasons(self) -> list[tuple[str, int]]:
@@ -66,6 +67,7 @@ def build(
     out: str,
     *,
     split: str | None = None,
+    images: str | Path | None = None,
     nouns: str | Path | None = None,
     image_column: str | None = None,
     caption_column: str | None = None,
@@ -74,7 +76,10 @@ def build(
     workers: int = 1,
     progress: bool = True,
 ) -> Built:
-    """Shards of a folder with ``captions.tsv``, of Parquet files, or of img2dataset's output (``sources.py``).
+    """Shards of photos beside text files or in a table, of Parquet files, or of img2dataset's output.
+
+    What gives no sample is left out and listed. `split`, `images` and the columns are those of
+    :func:`~.sources.open_source`.
 
     Args:
         out: such as ``train-{000000..}.tar``; the braces give the first number and its digits.
@@ -97,12 +102,13 @@ def build(
                 f"add --overwrite to replace them, or choose another --out"
             )
         columns = {"image_column": image_column, "caption_column": caption_column}
-        source = open_source(path, split=split, workers=workers, **columns)
+        source = open_source(path, split=split, images=images, workers=workers, **columns)
         arguments = {
             "source": os.path.abspath(path),
             "files": _state_of(source.files()),
             "samples": len(source),
             "split": split,
+            "images": None if images is None else os.path.abspath(images),
             "nouns": None if found is None else hashlib.sha256("\n".join(found).encode()).hexdigest(),
             **columns,
             "samples_per_shard": samples_per_shard,
@@ -117,9 +123,9 @@ def build(
         skipped = [*source.left_out, *(Bad(*bad) for report in reports for bad in report["skipped"])]
         if not samples:
             target.discard()
-            raise UserError(f"{path}: none of {len(source)} samples can be used: {skipped[0].reason} (and so on)")
+            raise UserError(f"{path}: none of {len(skipped)} samples can be used: {skipped[0].reason} (and so on)")
         shards = target.publish(arguments, [report["samples"] for report in reports], skipped)
-        return Built(shards, samples, skipped)
+        return Built(shards, samples, skipped, target.skipped_list)
 
 
 def _write_all(
@@ -197,6 +203,10 @@ class _Target:
     def hidden(self) -> Path:
         return self.folder / f".{self.name}.building"
 
+    @property
+    def skipped_list(self) -> Path:
+        return self.folder / f"{self.name}.skipped.tsv"
+
     def shard(self, number: int) -> Path:
         return self.folder / f"{self.before}{self.first + number:0{self.digits}d}{self.after}"
 
@@ -258,11 +268,10 @@ class _Target:
         for old in set(self.existing()) - set(shards):
             _forget(old)
             old.unlink()
-        listed = self.folder / f"{self.name}.skipped.tsv"
-        listed.unlink(missing_ok=True)
+        self.skipped_list.unlink(missing_ok=True)
         if skipped:
             text = "".join(f"{bad}\n" for bad in skipped)
-            write_atomically(listed, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            write_atomically(self.skipped_list, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         self.discard()
         return shards
 

@@ -18,18 +18,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     action = actions.add_parser(
         "build",
-        help="write shards from a folder of photos, Parquet files or img2dataset's output",
+        help="write shards from photos and captions, Parquet files or img2dataset's output",
         description="Write shards. A build that was interrupted goes on when the same command is given again.",
     )
     action.add_argument(
         "source",
-        help="a folder with captions.tsv (photo TAB caption) and images/; a .parquet file or a folder of some; "
-        "or the output folder of img2dataset (webdataset)",
+        help="a folder of photos with NAME.txt beside NAME.jpg; a CSV of photos and captions, or a folder with "
+        "captions.csv or captions.tsv; a .parquet file or a folder of some; or img2dataset's output (webdataset)",
     )
     action.add_argument("--out", required=True, metavar="PATTERN", help="such as 'data/mine/train-{000000..}.tar'")
     action.add_argument("--split", metavar="NAME", help="only the photos that splits/NAME.txt lists, or NAME-*.parquet")
-    action.add_argument("--image-column", metavar="NAME", help="of Parquet; default: image, image.bytes, jpg, bytes, …")
-    action.add_argument("--caption-column", metavar="NAME", help="of Parquet; default: caption, text, TEXT, …")
+    action.add_argument("--images", metavar="FOLDER", help="photos that a CSV names; default: its folder, or images/")
+    action.add_argument("--image-column", metavar="NAME", help="default: image, filepath, …; Parquet's: image, jpg, …")
+    action.add_argument("--caption-column", metavar="NAME", help="default: caption, text, title, …")
     action.add_argument("--nouns", metavar="FILE", help="words and phrases, one per line, to find in the captions")
     action.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="default: %(default)s")
     action.add_argument("--overwrite", action="store_true", help="replace the shards of PATTERN")
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     action.add_argument("pattern", nargs="+", help="shards: brace or glob patterns")
     action.add_argument("--workers", type=int, default=cores, metavar="N", help="processes; default: all cores")
+    action.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPUs, or the CPU of a machine without")
 
     defaults = ScenesConfig()
     action = actions.add_parser(
@@ -69,6 +71,7 @@ def _build(args: argparse.Namespace) -> int:
         args.source,
         args.out,
         split=args.split,
+        images=args.images,
         nouns=args.nouns,
         image_column=args.image_column,
         caption_column=args.caption_column,
@@ -81,16 +84,17 @@ def _build(args: argparse.Namespace) -> int:
     print(f"wrote {built.samples} samples to {names}")
     for reason, count in built.reasons:
         print(f"skipped {count}: {reason}")
+    if built.skipped:
+        print(f"what was skipped, with reasons: {built.skipped_list}")
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
     _at_least_one(args, "workers")
     good = bad = 0
-    for shard in verify(args.pattern, workers=args.workers):
-        found = shard.bad
-        good, bad = good + len(shard.samples), bad + len(found)
-        for entry in found:
+    for shard in verify(args.pattern, workers=args.workers, device=args.device):
+        good, bad = good + len(shard.samples), bad + shard.broken
+        for entry in shard.bad:
             print(f"{entry}".replace("\t\t", ": ").replace("\t", ": "))
     print(f"{good} samples are sound" + (f", {bad} broken (left out of the index)" if bad else ""))
     return 2 if not good else 1 if bad else 0

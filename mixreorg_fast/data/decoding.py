@@ -96,13 +96,19 @@ def feed(pipeline: Any, inputs: dict[str, Any]) -> None:
 
 
 def take(pipeline: Any, device: torch.device) -> Tensor:
-    """The oldest batch in flight, copied out of DALI's buffers, fp32 ``[B, 3, S, S]``."""
-    if device.type == "cuda":
-        (output,) = pipeline.share_outputs(cuda_stream=torch.cuda.current_stream(device))
-    else:
-        (output,) = pipeline.share_outputs()
+    """The oldest batch in flight, copied out of DALI's buffers, fp32 ``[B, 3, S, S]``.
+
+    On a GPU the copy is in the order of the current stream. DALI binds its outputs to that stream, so their memory is
+    used again only after the copy. DALI's memory is not lent to PyTorch by DLPack: DALI calls cudaDeviceSynchronize
+    before it frees what was lent, in a thread of its own, and that breaks a CUDA graph which is being captured.
+    """
+    from nvidia.dali.plugin.pytorch import feed_ndarray
+
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    (output,) = pipeline.share_outputs(cuda_stream=stream)
     try:
-        return torch.from_dlpack(output.as_tensor()).clone()
+        batch = output.as_tensor()
+        return feed_ndarray(batch, torch.empty(batch.shape(), device=device), cuda_stream=stream)
     finally:
         pipeline.release_outputs()
 

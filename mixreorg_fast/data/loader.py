@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import devices
 from ..config import Config, DataConfig
 from ..errors import UserError
 from .augment import draw, training_graph, validation_graph
@@ -44,6 +45,7 @@ from .tokenizer import Tokenizer
 
 log = logging.getLogger("mixreorg_fast")
 
+MOST_THREADS = 16  # what a GPU's decoder leaves to the CPU does not keep more busy
 NOUN_PROMPT = "a photo of a {}."
 
 
@@ -80,6 +82,13 @@ def shard_sets(data: DataConfig) -> list[tuple[str | list[str], float]]:
     if isinstance(data.shards, str) or not data.shards or isinstance(data.shards[0], str):
         return [(data.shards, 1.0)]
     return [(part.pattern, part.weight) for part in data.shards]
+
+
+def reading_threads(data: DataConfig) -> int:
+    """Threads of a rank that read and decode: ``data.threads``, else its share of the node's cores, at most
+    MOST_THREADS; never more than there are cores."""
+    cores = len(os.sched_getaffinity(0))
+    return min(data.threads, cores) if data.threads else max(1, min(cores // devices.local_size(), MOST_THREADS))
 
 
 def training_shards(config: Config, *, warn: bool = True) -> ShardSet:
@@ -165,7 +174,7 @@ class TrainLoader:
         self._step = micro_batch * world_size
         self._next = start + rank * micro_batch
         self._device = _device(device)
-        self._threads = min(config.data.threads, os.cpu_count() or 1)
+        self._threads = reading_threads(config.data)
         sets = _opened(config, warn=False)
         self._order = training_order(config, sets)
         shards = ShardSet([shard for part in sets for shard in part.shards])
@@ -244,6 +253,7 @@ class TrainLoader:
             batch=self._micro_batch,
             threads=self._threads,
             depth=depth,
+            hw_decoder_load=self._config.data.hw_decoder_load,
         )
         pending = deque(self._request() for _ in range(depth))
         for request in pending:
@@ -290,7 +300,9 @@ class TrainLoader:
         chosen = uniforms(self._config.seed, Purpose.CAPTION, request.position, count, 1)[:, 0]
         texts = [s.captions[int(u * len(s.captions))] for s, u in zip(request.samples, chosen, strict=True)]
         ids, lengths = self._tokenizer.encode(texts, context)
-        batch = Batch(images, _to(ids, self._device), lengths, request.position, [s.key for s in request.samples])
+        batch = Batch(
+            images, devices.upload(ids, self._device), lengths, request.position, [s.key for s in request.samples]
+        )
         if self._config.loss.multi_label:
             width = self._config.data.nouns
             numbers = uniforms(self._config.seed, Purpose.NOUNS, request.position, count, max(1, width))
@@ -300,7 +312,7 @@ class TrainLoader:
                 for prompt in _noun_prompts(sample.nouns, text, row[:width])
             ]
             ids, batch.noun_lengths = self._tokenizer.encode(prompts, context)
-            batch.noun_ids = _to(ids.reshape(count, width, context), self._device)
+            batch.noun_ids = devices.upload(ids.reshape(count, width, context), self._device)
         return batch
 
     def _put(self, item: tuple[Batch, torch.cuda.Event | None] | BaseException) -> None:
@@ -337,11 +349,15 @@ class ValidationLoader:
         self._context = config.model.text.context
         self._micro_batch = micro_batch
         self._device = _device(device)
-        threads = min(config.data.threads, os.cpu_count() or 1)
+        threads = reading_threads(config.data)
         self._photos = _Photos(shards, threads, self._device)
         self._numbers = np.arange(rank, len(shards), world_size)
         self._pipeline = validation_graph(
-            config.model.image_size, device=self._device, batch=micro_batch, threads=threads
+            config.model.image_size,
+            device=self._device,
+            batch=micro_batch,
+            threads=threads,
+            hw_decoder_load=config.data.hw_decoder_load,
         )
 
     def __len__(self) -> int:
@@ -370,7 +386,7 @@ class ValidationLoader:
             except RuntimeError as error:
                 self._photos.find_bad(found, encoded, error)
         ids, lengths = self._tokenizer.encode([s.captions[0] for s in samples], self._context)
-        return Batch(images, _to(ids, self._device), lengths, found[0], [s.key for s in samples])
+        return Batch(images, devices.upload(ids, self._device), lengths, found[0], [s.key for s in samples])
 
 
 class _Photos:
@@ -486,15 +502,11 @@ def _noun_prompts(nouns: list[str], caption: str, numbers: np.ndarray) -> list[s
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    """`device` with its number if it is a GPU; None: the current GPU where there is one."""
-    found = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    """`device` with its number if it is a GPU; None: as :func:`~mixreorg_fast.devices.choose`."""
+    found = devices.choose() if device is None else torch.device(device)
     if found.type == "cuda" and found.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu") if found.type == "cpu" else found  # the CPU has no number here
-
-
-def _to(ids: Tensor, device: torch.device) -> Tensor:
-    return ids if device.type == "cpu" else ids.pin_memory().to(device, non_blocking=True)
 
 
 def _side_stream(device: torch.device) -> contextlib.AbstractContextManager:

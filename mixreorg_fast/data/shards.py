@@ -28,11 +28,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UserError, nearest
+from .tar import Members, NotTar
 
 log = logging.getLogger("mixreorg_fast")
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-INDEX_FORMAT = 2
+INDEX_FORMAT = 3
 # A member larger than this is no photo; reading it would only cost memory.
 LARGEST_MEMBER = 256 << 20
 # Pixels. A larger photo is refused: decoded, it would take over half a gigabyte (Pillow draws the same line).
@@ -46,6 +47,7 @@ RECIPES = {
         "mixreorg shards build ../shared/data/flickr8k --out 'data/flickr8k/train-{000000..}.tar' --split train "
         "(and once more with val in place of train)"
     ),
+    "data/own": "mixreorg shards build FOLDER --out 'data/own/train-{000000..}.tar'",
     "data/voc2012_subset": 'ln -s "$(realpath ../shared/data/voc2012_subset)" data/voc2012_subset',
     "data/camvid": 'ln -s "$(realpath ../shared/data/camvid)" data/camvid',
     "data/scenes": "mixreorg shards scenes --out data/scenes",
@@ -53,7 +55,7 @@ RECIPES = {
 
 
 class Bad(NamedTuple):
-    """Something of a shard that cannot be used; an empty key stands for the shard itself or for its lost end."""
+    """Something of a shard that cannot be used; an empty key stands for the shard itself or for a part of it."""
 
     shard: str
     key: str
@@ -62,6 +64,14 @@ class Bad(NamedTuple):
     def __str__(self) -> str:
         """``shard TAB key TAB reason`` on one line, whatever bytes a key is made of."""
         return "\t".join("".join(c if c.isprintable() else "\ufffd" for c in part) for part in self)
+
+
+class LeftOut(NamedTuple):
+    """What an index leaves out of a shard; the key is empty where whole parts of the tar are missing."""
+
+    key: str
+    reason: str
+    samples: int = 1  # an estimate where the key is empty
 
 
 @dataclass(frozen=True)
@@ -81,8 +91,8 @@ class Shard:
     path: Path
     samples: np.ndarray
     verified: bool  # every photo was decoded when the index was made
-    broken: int = 0  # samples that the index leaves out
-    problem: str | None = None  # why its end, or all of it, is missing
+    broken: int = 0  # samples that the index leaves out, estimated by their bytes where parts of the tar are missing
+    problem: str | None = None  # why parts of the tar, or all of it, are missing
     gone: bool = False  # the tar has vanished since it was indexed
 
     @property
@@ -94,7 +104,7 @@ class Shard:
                 lines = place.read_text(encoding="utf-8").splitlines()
                 listed = [Bad(str(self.path), *line.split("\t", 1)) for line in lines if "\t" in line]
                 break
-        return listed + ([Bad(str(self.path), "", self.problem)] if self.problem else [])
+        return listed or ([Bad(str(self.path), "", self.problem)] if self.problem else [])
 
 
 def how_to_make(path: str | Path) -> str:
@@ -173,7 +183,7 @@ def open_shards(patterns: str | Sequence[str], *, warn: bool = True) -> ShardSet
 def open_shard(path: Path) -> Shard:
     """A shard with its cached index, which is made where it is missing or older than the tar.
 
-    A tar that is cut short has the samples before the cut, one that is no tar has none; ``problem`` says why.
+    A damaged tar has the samples that can be read, one that is no tar has none; ``problem`` says why.
 
     Raises:
         UserError: there is neither the tar nor an index of it.
@@ -182,11 +192,7 @@ def open_shard(path: Path) -> Shard:
     if shard is not None:
         return shard
     status = os.stat(path)
-    try:
-        samples, broken, problem = scan(path)
-    except UserError as error:
-        samples, broken, problem = [], [], str(error).removeprefix(f"{path}: ")
-    return write_index(path, status, samples, broken, verified=False, problem=problem)
+    return write_index(path, status, *scan(path), verified=False)
 
 
 def indexed(path: Path) -> Shard | None:
@@ -231,17 +237,18 @@ class ShardSet:
 
     @property
     def lost(self) -> int:
-        """Samples that the indexes leave out: those listed, and for a tar without its end, or one that is none, what
-        it lacks to the mean of the others (one at least)."""
+        """Samples that the indexes leave out. A tar of which parts are missing has lost what it lacks to the mean of
+        the others, or what its index says if that is more."""
         whole = [len(shard.samples) for shard in self.shards if not shard.problem]
         mean = round(sum(whole) / len(whole)) if whole else 0
-        ends = sum(max(1, mean - len(shard.samples)) for shard in self.shards if shard.problem)
-        return sum(shard.broken for shard in self.shards) + ends
+        return sum(
+            max(shard.broken, mean - len(shard.samples)) if shard.problem else shard.broken for shard in self.shards
+        )
 
     @property
     def bad(self) -> list[Bad]:
         """What the indexes leave out."""
-        return [bad for shard in self.shards if shard.broken or shard.problem for bad in shard.bad]
+        return [bad for shard in self.shards if shard.broken for bad in shard.bad]
 
     def open_for(self, samples: np.ndarray) -> None:
         """Open the files that hold these samples, and close the ones unused for longest.
@@ -295,42 +302,40 @@ class ShardSet:
         return shard, self.shards[shard].samples[number - start]
 
 
-def scan(path: Path) -> tuple[list[dict], list[tuple[str, str]], str | None]:
-    """Samples of a tar from its headers: a dictionary of index fields each; (key, reason) of those that lack
-    something; and what is wrong with the tar's end.
-
-    Raises:
-        UserError: the file is empty, compressed, or no tar at all.
-    """
-    if not os.path.getsize(path):
-        raise UserError(f"{path}: empty file; expected a tar of images and captions")
+def scan(path: Path) -> tuple[list[dict], list[LeftOut]]:
+    """Samples of a tar from its headers, a dictionary of index fields each; and what lacks something or is lost."""
     samples: list[dict] = []
-    broken: list[tuple[str, str]] = []
+    left_out: list[LeftOut] = []
+    if not os.path.getsize(path):
+        return samples, [LeftOut("", "empty file; expected a tar of images and captions")]
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:2] == b"\x1f\x8b":
-            raise UserError(f"{path}: compressed tar; shards are read in place, so expand it first with gunzip")
-        members = _Members(data)
+            reason = "compressed tar; shards are read in place, so expand it first with gunzip"
+            return samples, [LeftOut("", reason)]
+        members = Members(data)
         try:
             keyed = ((*_split_name(name), offset, size) for name, offset, size in members)
             for key, group in itertools.groupby(keyed, key=lambda member: member[0]):
                 sample = _group(key, {extension: (offset, size) for _, extension, offset, size in group})
                 if isinstance(sample, str):
-                    broken.append((key.decode(errors="replace"), sample))
+                    left_out.append(LeftOut(key.decode(errors="replace"), sample))
                 elif sample is not None:
                     samples.append(sample)
-        except _NotTar:
-            raise UserError(f"{path}: not a tar file; expected a tar of images and captions") from None
-    return samples, broken, members.problem
+        except NotTar:
+            return [], [LeftOut("", "not a tar file; expected a tar of images and captions")]
+        readable = len(data) - sum(lost.size for lost in members.lost)
+    for lost in members.lost:
+        left_out.append(LeftOut("", lost.reason, max(1, round(lost.size * len(samples) / max(readable, 1)))))
+    return samples, left_out
 
 
 def write_index(
     path: Path,
     status: os.stat_result,
     samples: list[dict],
-    broken: Sequence[tuple[str, str]],
+    left_out: Sequence[LeftOut],
     *,
     verified: bool,
-    problem: str | None,
 ) -> Shard:
     """Store an index atomically beside the shard, else in the cache folder, and a list of what it leaves out
     (``SHARD.broken.tsv``, key TAB reason).
@@ -340,6 +345,8 @@ def write_index(
     array = np.zeros(len(samples), dtype=_record_type(max((len(s["key"]) for s in samples), default=1)))
     for name in array.dtype.names:
         array[name] = [sample[name] for sample in samples]
+    broken = sum(entry.samples for entry in left_out)
+    problem = "; ".join(entry.reason for entry in left_out if not entry.key) or None
     header = {
         "format": INDEX_FORMAT,
         "size": status.st_size,
@@ -347,12 +354,12 @@ def write_index(
         "count": len(array),
         "key_bytes": array.dtype["key"].itemsize,
         "verified": verified,
-        "broken": len(broken),
+        "broken": broken,
         "problem": problem,
     }
     line = json.dumps(header).encode()
     line += b" " * (-(len(line) + 1) % 64) + b"\n"  # records start aligned
-    listed = "".join(f"{Bad('', key, reason)}\n".removeprefix("\t") for key, reason in broken)
+    listed = "".join(f"{Bad('', key, reason)}\n".removeprefix("\t") for key, reason, _ in left_out)
     for place, report in zip(index_places(path), report_places(path), strict=True):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -361,10 +368,10 @@ def write_index(
             else:
                 report.unlink(missing_ok=True)
             write_atomically(place, lambda temporary: temporary.write_bytes(line + array.tobytes()))
-            return Shard(Path(path), _load_index(place, status)[0], verified, len(broken), problem)
+            return Shard(Path(path), _load_index(place, status)[0], verified, broken, problem)
         except OSError:
             continue  # nowhere at all: this process indexes again next time
-    return Shard(Path(path), array, verified, len(broken), problem)
+    return Shard(Path(path), array, verified, broken, problem)
 
 
 def report_places(path: Path) -> tuple[Path, Path]:
@@ -489,87 +496,6 @@ def _nouns(text: bytes) -> list[str]:
     if not isinstance(nouns, list):
         return []
     return [noun for noun in nouns if isinstance(noun, str) and len(noun) <= LONGEST_CAPTION]
-
-
-class _NotTar(Exception):
-    """The first header is none."""
-
-
-class _Members:
-    """Iterates over a tar's regular files as (name, offset, size), from its headers alone.
-
-    The standard library's reader takes ten times as long, which counts with ten million members. Plain, GNU and
-    POSIX (pax) headers are understood. `problem` says afterwards what was wrong with the end of the tar.
-    """
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data = data
-        self.problem: str | None = None
-
-    def __iter__(self) -> Iterator[tuple[bytes, int, int]]:
-        data, end, at = self.data, len(self.data), 0
-        long_name: bytes | None = None
-        long_size: int | None = None
-        while at + 512 <= end:
-            header = data[at : at + 512]
-            if not header.strip(b"\0"):
-                return
-            if sum(header[:148]) + sum(header[156:]) + 8 * 32 != _octal(header[148:156]):
-                if at == 0:
-                    raise _NotTar
-                self.problem = f"damaged at byte {at}"
-                return
-            size = _octal(header[124:136]) if long_size is None else long_size
-            kind, content = header[156:157], at + 512
-            if size < 0 or content + size > end:
-                self.problem = "cut short"
-                return
-            at = content + -(-size // 512) * 512
-            if kind == b"L":  # GNU: the next member's name
-                long_name = data[content : content + min(size, 65536)].rstrip(b"\0")
-                continue
-            if kind == b"x":  # pax: the next member's attributes
-                fields = _pax(data[content : content + min(size, 1 << 20)])
-                long_name = fields.get(b"path", long_name)
-                long_size = int(fields[b"size"]) if fields.get(b"size", b"").isdigit() else None
-                continue
-            if kind in b"0\0":
-                yield long_name or _name(header), content, size
-            if kind not in b"gK":  # those two describe others, and leave the next member's name alone
-                long_name = long_size = None
-        if at == 0:
-            raise _NotTar
-        self.problem = "cut short"
-
-
-def _octal(field: bytes) -> int:
-    """A number of a tar header: octal digits, or big-endian binary behind a 0x80 byte; -1 where it is neither."""
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    text = field.strip(b" \0")
-    try:
-        return int(text, 8) if text else 0
-    except ValueError:
-        return -1
-
-
-def _name(header: bytes) -> bytes:
-    name = header[:100].rstrip(b"\0")
-    prefix = header[345:500].rstrip(b"\0") if header[257:263] == b"ustar\0" else b""
-    return prefix + b"/" + name if prefix else name
-
-
-def _pax(data: bytes) -> dict[bytes, bytes]:
-    """Records ``LENGTH KEY=VALUE\\n`` of a pax header; stops at the first that is none."""
-    fields: dict[bytes, bytes] = {}
-    while data:
-        digits, space, _ = data.partition(b" ")
-        if not space or not digits.isdigit() or int(digits) <= len(digits) + 1:
-            break
-        key, _, value = data[len(digits) + 1 : int(digits) - 1].partition(b"=")
-        fields[key] = value
-        data = data[int(digits) :]
-    return fields
 
 
 def _split(pattern: str) -> list[str]:

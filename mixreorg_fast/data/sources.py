@@ -1,4 +1,4 @@
-"""What shards are built from: a folder of photos with captions.tsv, Parquet files, or what img2dataset left.
+"""What shards are built from: photo files with captions (``photos.py``), Parquet files, or what img2dataset left.
 
 A source is a sized, sliceable iterable of samples: slices go to processes of their own, so they hold places rather than
 photos. Iterating yields a :class:`Pair`, or a :class:`~.shards.Bad` in place of a sample that is of no use.
@@ -13,32 +13,21 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..errors import UserError, nearest
+from . import photos
+from .pairs import CAPTION_COLUMNS, Pair, checked, find_column
 from .processes import pool
-from .shards import IMAGE_EXTENSIONS, LARGEST_MEMBER, Bad, captions_of, scan
+from .shards import Bad, scan
 
 IMAGE_COLUMNS = ("image", "image.bytes", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
-CAPTION_COLUMNS = ("caption", "captions", "text", "TEXT", "CAPTION", "txt")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A sample to be written: an encoded photo with its captions and, optionally, further fields."""
-
-    key: str
-    image: bytes
-    extension: str
-    captions: Sequence[str]
-    fields: dict | None = None  # the sample's .json
 
 
 class Source(Protocol):
     """Samples 0 … ``len(source) - 1``; ``source[first:last]`` is a source too."""
 
-    kind: str
-    left_out: tuple[Bad, ...]  # what is no sample of it, for want of being whole
+    left_out: tuple[Bad, ...]  # what gives no sample, found when the source was opened
 
     def __len__(self) -> int: ...
 
@@ -55,19 +44,18 @@ def open_source(
     path: str | Path,
     *,
     split: str | None = None,
+    images: str | Path | None = None,
     image_column: str | None = None,
     caption_column: str | None = None,
     workers: int = 1,
 ) -> Source:
-    """The source at `path`, its kind told by what lies there.
-
-    A file ``*.parquet`` is one, and so is a folder with some; a folder with tars is img2dataset's output; one with
-    captions.tsv holds photos.
+    """The source at `path`, its kind told by what lies there (see docs/data.md).
 
     Args:
-        split: of a folder of photos, only those that ``splits/<split>.txt`` lists; of a folder of Parquet files, those
+        split: of photos in a table, only those that ``splits/<split>.txt`` lists; of a folder of Parquet files, those
             that are called ``<split>-*.parquet`` or lie in a folder of that name.
-        image_column, caption_column: of Parquet files; None: the usual names are tried.
+        images: the folder of the photos that a table names; None: the table's, or ``images`` in it.
+        image_column, caption_column: of a table or Parquet files; None: the usual names are tried.
         workers: processes that look through img2dataset's tars.
 
     Raises:
@@ -75,135 +63,53 @@ def open_source(
     """
     path = Path(path).expanduser()
     kind = _kind(path)
-    if split is not None and kind == "img2dataset":
-        raise UserError(f"--split {split}: not for {path}, {_KINDS[kind]}, which has none")
-    if (image_column or caption_column) and kind != "parquet":
-        raise UserError(f"--image-column and --caption-column: only for Parquet files; {path} is {_KINDS[kind]}")
-    if kind == "folder":
-        return Folder.open(path, split)
-    if kind == "parquet":
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    options = {"split": split, "images": images, **columns}
+    for name, value in options.items():
+        if value is not None and name not in kind.options:
+            raise UserError(f"--{name.replace('_', '-')} {value}: not for {path}, which is {kind.description}")
+    if kind is TABLE:
+        return photos.listed(photos.table_of(path), split=split, images=images, **columns)
+    if kind is TEXTS:
+        return photos.beside_texts(path)
+    if kind is PARQUET:
         return Parquet.open(path, split, image_column, caption_column)
     return Img2dataset.open(path, workers)
 
 
-_KINDS = {
-    "folder": "a folder with captions.tsv",
-    "parquet": "Parquet",
-    "img2dataset": "a folder of tars (img2dataset's)",
-}
+class Kind(NamedTuple):
+    """A kind of source, and the options of :func:`open_source` that it has."""
+
+    description: str
+    options: tuple[str, ...] = ()
 
 
-def _kind(path: Path) -> str:
-    if path.is_file() and path.suffix == ".parquet":
-        return "parquet"
-    if path.is_dir():
-        if (path / "captions.tsv").is_file():
-            return "folder"
-        # img2dataset writes a table beside each of its tars, so tars come first.
-        if any(path.glob("*.tar")):
-            return "img2dataset"
-        if any(path.rglob("*.parquet")):
-            return "parquet"
-    elif not path.exists():
+TABLE = Kind("a table of photos", ("split", "images", "image_column", "caption_column"))
+TEXTS = Kind("a folder of photos and text files")
+TARS = Kind("a folder of tars (img2dataset's)")
+PARQUET = Kind("Parquet", ("split", "image_column", "caption_column"))
+
+
+def _kind(path: Path) -> Kind:
+    if not path.exists():
         siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"no {path}{nearest(str(path), siblings) if siblings else ''}")
+    if photos.table_of(path) is not None:
+        return TABLE
+    if path.suffix == ".parquet" and path.is_file():
+        return PARQUET
+    if path.is_dir():
+        # img2dataset writes a table beside each of its tars, so tars come first.
+        if any(path.glob("*.tar")):
+            return TARS
+        if photos.has_pair(path):
+            return TEXTS
+        if any(path.rglob("*.parquet")):
+            return PARQUET
     raise UserError(
-        f"{path}: nothing to build shards from; expected a folder with captions.tsv (photo TAB caption), "
-        f"Parquet files with photos and captions, or img2dataset's output (--output_format webdataset)"
+        f"{path}: nothing to build shards from; expected photos with a NAME.txt beside each NAME.jpg, a CSV (or a "
+        f"folder with {' or '.join(photos.TABLES)}), Parquet files, or img2dataset's output (webdataset)"
     )
-
-
-# ---------------------------------------------------------------------- photos in a folder
-
-
-@dataclass(frozen=True)
-class Folder:
-    """Photos and ``captions.tsv``: one sample per photo with all its captions, in the order of the file."""
-
-    root: Path
-    items: tuple[tuple[str, tuple[str, ...]], ...]  # photo, captions
-    kind = "folder"
-    left_out = ()
-
-    @classmethod
-    def open(cls, root: Path, split: str | None) -> Folder:
-        captions = read_captions(root)
-        if split is not None:
-            stems = _read_split(root, split)
-            captions = {name: texts for name, texts in captions.items() if Path(name).stem in stems}
-        if not captions:
-            raise UserError(
-                f"{root}: no photo of split '{split}' has a caption; its lines should be stems of captions.tsv"
-            )
-        source = cls(root, tuple((name, tuple(texts)) for name, texts in captions.items()))
-        for name, _ in source.items:  # a typing error is better told now than after hours
-            photo = source._photo(name)
-            if photo.suffix[1:].lower() not in IMAGE_EXTENSIONS:
-                raise UserError(f"{photo}: photos must be {', '.join('.' + e for e in IMAGE_EXTENSIONS)}")
-            if not photo.is_file():
-                raise UserError(f"{root / 'captions.tsv'} names {name}, but there is no readable {photo}")
-        return source
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, part: slice) -> Folder:
-        return replace(self, items=self.items[part])
-
-    def __iter__(self) -> Iterator[Pair | Bad]:
-        for name, texts in self.items:
-            photo = self._photo(name)
-            try:
-                image = photo.read_bytes()
-            except OSError:
-                raise UserError(f"{self.root / 'captions.tsv'} names {name}, but {photo} cannot be read") from None
-            # A dot in a key would end it early.
-            key = Path(name).with_suffix("").as_posix().replace(".", "_")
-            yield Pair(key, image, photo.suffix[1:].lower(), texts)
-
-    def files(self) -> list[Path]:
-        return [self.root / "captions.tsv"]
-
-    def _photo(self, name: str) -> Path:
-        images = self.root / "images"
-        return (images if images.is_dir() else self.root) / name
-
-
-def read_captions(folder: Path) -> dict[str, list[str]]:
-    """``captions.tsv`` as photo -> captions, in the order of the file.
-
-    Raises:
-        UserError: the file is missing, or a line is not ``photo TAB caption``.
-    """
-    path = Path(folder) / "captions.tsv"
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"no {path}; expected lines of photo TAB caption") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text: {error}") from None
-    captions: dict[str, list[str]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        name, tab, caption = line.rstrip("\r").partition("\t")
-        if not tab or not name.strip() or not caption.strip():
-            raise UserError(f"{path}: line {number}: expected photo TAB caption, got '{line[:60]}'")
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            raise UserError(f"{path}: line {number}: '{name}' leads out of the folder of photos")
-        captions.setdefault(name.strip(), []).append(caption.strip())
-    if not captions:
-        raise UserError(f"{path}: empty; expected lines of photo TAB caption")
-    return captions
-
-
-def _read_split(folder: Path, split: str) -> set[str]:
-    path = folder / "splits" / f"{split}.txt"
-    try:
-        return {line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
-    except OSError:
-        splits = [p.stem for p in sorted((folder / "splits").glob("*.txt"))]
-        raise UserError(f"no split file {path}{nearest(split, splits)}") from None
 
 
 # ---------------------------------------------------------------------- tables and tars: places in files
@@ -236,7 +142,6 @@ class Parquet:
     image: str
     caption: str
     root: Path
-    kind = "parquet"
     left_out = ()
 
     @classmethod
@@ -257,8 +162,8 @@ class Parquet:
                 columns = _columns(table.schema_arrow)
             except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
                 raise UserError(f"{file}: not a readable Parquet file: {error}") from None
-            image = _column(file, "image", image, IMAGE_COLUMNS, columns)
-            caption = _column(file, "caption", caption, CAPTION_COLUMNS, columns)
+            image = find_column(file, "image", image, IMAGE_COLUMNS, columns)
+            caption = find_column(file, "caption", caption, CAPTION_COLUMNS, columns)
         return cls(tuple(stretches), image, caption, path if path.is_dir() else path.parent)
 
     def __len__(self) -> int:
@@ -271,7 +176,7 @@ class Parquet:
         for path, first, last in self.stretches:
             stem = path.relative_to(self.root).with_suffix("").as_posix().replace(".", "_")
             for row, image, caption in self._rows(path, first, last):
-                yield _checked(f"{stem}-{row:08d}", image, caption, path)
+                yield _row_sample(path, f"{stem}-{row:08d}", image, caption)
 
     def files(self) -> list[Path]:
         return [path for path, _, _ in self.stretches]
@@ -311,17 +216,6 @@ def _columns(schema: Any) -> list[str]:
     return names
 
 
-def _column(file: Path, what: str, asked: str | None, usual: Sequence[str], there: list[str]) -> str:
-    if asked is not None:
-        if asked not in there:
-            raise UserError(f"{file}: no column '{asked}'{nearest(asked, there)}")
-        return asked
-    for name in usual:
-        if name in there:
-            return name
-    raise UserError(f"{file}: which column is the {what}? name it with --{what}-column (there are: {', '.join(there)})")
-
-
 def _top(name: str, columns: Sequence[str]) -> str:
     return name if name in columns else name.rpartition(".")[0]
 
@@ -333,8 +227,7 @@ def _values(batch: Any, name: str) -> Any:
     return column if top == name else column.field(name.rpartition(".")[2])
 
 
-def _checked(key: str, image: Any, caption: Any, path: Path) -> Pair | Bad:
-    """A row's sample, or what is wrong with it."""
+def _row_sample(path: Path, key: str, image: Any, caption: Any) -> Pair | Bad:
     captions = [text for text in (caption if isinstance(caption, list) else [caption]) if isinstance(text, str)]
     if isinstance(image, dict):  # Hugging Face's images
         named, image = image.get("path"), image.get("bytes")
@@ -342,25 +235,8 @@ def _checked(key: str, image: Any, caption: Any, path: Path) -> Pair | Bad:
             return Bad(str(path), key, "the table holds the path of a photo, not the photo")
     if not isinstance(image, bytes) or not image:
         return Bad(str(path), key, "no image")
-    extension = image_extension(image)
-    if extension is None:
-        return Bad(str(path), key, "not a JPEG, PNG or WebP image")
-    if len(image) > LARGEST_MEMBER:
-        return Bad(str(path), key, f"{len(image)} bytes, more than {LARGEST_MEMBER}")
-    try:
-        captions = captions_of("\n".join(" ".join(text.split()) for text in captions).encode(errors="replace"))
-    except ValueError as error:
-        return Bad(str(path), key, str(error))
-    return Pair(key, image, extension, captions)
-
-
-def image_extension(image: bytes) -> str | None:
-    """``jpg``, ``png`` or ``webp`` by a photo's first bytes, None for anything else."""
-    if image[:3] == b"\xff\xd8\xff":
-        return "jpg"
-    if image[:8] == b"\x89PNG\r\n\x1a\n":
-        return "png"
-    return "webp" if image[:4] == b"RIFF" and image[8:12] == b"WEBP" else None
+    text = "\n".join(" ".join(text.split()) for text in captions)
+    return checked(path, key, image, text.encode(errors="replace"))
 
 
 @dataclass(frozen=True)
@@ -369,7 +245,6 @@ class Img2dataset:
 
     stretches: tuple[Stretch, ...]
     left_out: tuple[Bad, ...] = ()  # tars that img2dataset was interrupted in
-    kind = "img2dataset"
 
     @classmethod
     def open(cls, root: Path, workers: int) -> Img2dataset:
@@ -411,15 +286,9 @@ def _tar_entries(tar: Path) -> list[dict | Bad]:
 
 @functools.lru_cache(maxsize=2)  # slices of a tar follow one another
 def _scanned(tar: Path, size: int, mtime_ns: int) -> list[dict | Bad]:
-    """The samples of a tar in order, what it lacks after them, and what is wrong with its end."""
-    try:
-        samples, broken, problem = scan(tar)
-    except UserError as error:
-        return [Bad(str(tar), "", str(error).removeprefix(f"{tar}: "))]
-    entries: list[dict | Bad] = [*samples, *(Bad(str(tar), key, reason) for key, reason in broken)]
-    if problem:
-        entries.append(Bad(str(tar), "", problem))
-    return entries
+    """The samples of a tar in order, and after them what it lacks."""
+    samples, left_out = scan(tar)
+    return [*samples, *(Bad(str(tar), key, reason) for key, reason, _ in left_out)]
 
 
 def _tar_size(tar: Path) -> int:
@@ -439,14 +308,7 @@ def _tar_sample(tar: Path, file: int, entry: dict) -> Pair | Bad:
     status = about.get("status", "success") if isinstance(about, dict) else "success"
     if status != "success":
         return Bad(str(tar), key, f"status {status}")
-    image = member("image")
-    extension = image_extension(image)
-    if extension is None:
-        return Bad(str(tar), key, "not a JPEG, PNG or WebP image")
-    try:
-        return Pair(key, image, extension, captions_of(member("text")))
-    except ValueError as error:
-        return Bad(str(tar), key, str(error))
+    return checked(tar, key, member("image"), member("text"))
 
 
 # ---------------------------------------------------------------------- nouns

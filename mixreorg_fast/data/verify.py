@@ -8,41 +8,49 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..errors import UserError
+from .. import devices
 from .decoding import BATCH, Decoder
 from .processes import advance, pool
-from .shards import Shard, captions_of, expand, indexed, open_shard, scan, write_index
+from .shards import LeftOut, Shard, captions_of, expand, indexed, open_shard, scan, write_index
 
 
-def verify(patterns: str | Sequence[str], *, workers: int = 1, progress: bool = True) -> Iterator[Shard]:
+def verify(
+    patterns: str | Sequence[str], *, workers: int = 1, progress: bool = True, device: str | None = None
+) -> Iterator[Shard]:
     """Verify shards whether they were verified before or not, in `workers` processes (four a GPU at most).
+
+    Args:
+        device: "cpu" or "cuda", whose decoder to use; None: as training chooses.
 
     Yields:
         the shards in order, as they are indexed now.
 
     Raises:
-        UserError: as :func:`~mixreorg_fast.data.shards.expand`; DALI is not installed.
+        UserError: as :func:`~mixreorg_fast.data.shards.expand` and :func:`~mixreorg_fast.devices.choose`; DALI is
+            not installed.
     """
+    kind = devices.choose(device).type
     paths = [path for path in expand(patterns) if path.is_file()]
-    if torch.cuda.is_available():  # each process has a context of its own there
+    if kind == "cuda":  # each process has a context of its own there
         workers = min(workers, 4 * torch.cuda.device_count())
     total = sum(path.stat().st_size for path in paths)
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not progress) as bar,
         pool(min(workers, len(paths)), bar) as run,
     ):
-        yield from run(verify_shard, paths)
+        yield from run(partial(verify_shard, kind=kind), paths)
 
 
-def verify_shard(path: Path, decoder: Decoder | None = None) -> Shard:
-    """Verify one shard; returns it as it is indexed now."""
-    for read in verifying(path, decoder or _own_decoder()):
+def verify_shard(path: Path, kind: str = "cpu") -> Shard:
+    """Verify one shard with this process's decoder on a `kind` of device; returns it as it is indexed now."""
+    for read in verifying(path, _own_decoder(kind)):
         advance(read)
     return open_shard(path)
 
@@ -54,10 +62,7 @@ def verifying(path: Path, decoder: Decoder) -> Iterator[int]:
         bytes of the tar that have been read since the last time.
     """
     status = os.stat(path)
-    try:
-        samples, broken, problem = scan(path)
-    except UserError as error:  # no tar at all
-        samples, broken, problem = [], [], str(error).removeprefix(f"{path}: ")
+    samples, left_out = scan(path)
     sound: list[dict] = []
     done = 0
     with open(path, "rb") as file:
@@ -68,11 +73,11 @@ def verifying(path: Path, decoder: Decoder) -> Iterator[int]:
                 if reason is None:
                     sound.append(sample)
                 else:
-                    broken.append((sample["key"].decode(errors="replace"), reason))
+                    left_out.append(LeftOut(sample["key"].decode(errors="replace"), reason))
             at = batch[-1]["start"] + batch[-1]["span"]
             yield max(0, at - done)
             done = max(done, at)
-    write_index(path, status, sound, broken, verified=True, problem=problem)
+    write_index(path, status, sound, left_out, verified=True)
     yield max(0, status.st_size - done)
 
 
@@ -109,13 +114,8 @@ def _problems(file: int, samples: list[dict], decoder: Decoder) -> list[str | No
     return reasons
 
 
-_decoder: Decoder | None = None
-
-
-def _own_decoder() -> Decoder:
-    """This process's decoder: building one takes longer than a small shard."""
-    global _decoder
-    if _decoder is None:
-        gpus = torch.cuda.device_count()
-        _decoder = Decoder(torch.device("cuda", os.getpid() % gpus) if gpus else torch.device("cpu"), 1)
-    return _decoder
+@cache
+def _own_decoder(kind: str) -> Decoder:
+    """This process's decoder on a kind of device: building one takes longer than a small shard."""
+    index = os.getpid() % torch.cuda.device_count() if kind == "cuda" else None
+    return Decoder(torch.device(kind, index), 1)

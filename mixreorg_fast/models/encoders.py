@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig, TextConfig
-from ..ops.attention import Packing
+from ..ops.attention import BUCKETED, Packing
 from .layers import Block, GroupingBlock, LayerNorm, LearnedTokens, Linear, PatchEmbed, TokenMixer, call, quick_gelu
 
 
@@ -166,7 +166,7 @@ class TextEncoder(nn.Module):
             raise ValueError(
                 f"lengths of {len(lengths)} captions up to {max(lengths)} do not fit ids {list(ids.shape)}"
             )
-        packing = Packing.of(lengths, ids.device, bucket=ids.is_cuda)
+        packing = Packing.of(lengths, ids.device, bucket=ids.device.type in BUCKETED)
         x = self.token_embedding(packing.pack(ids)) + self.position_embedding(packing.position)
         x = x.to(dtype)  # [1, S, C]
         for block in self.blocks:

@@ -17,8 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..config import Config
-from ..ops.mixed_segmentation import mixed_segmentation_logits
-from ..ops.philox import philox
 from .encoders import Stage
 from .groupvit import GroupViT
 from .layers import LearnedTokens, Projection, call, compiled_call, gather_rows
@@ -175,7 +173,7 @@ class MixReorg(nn.Module):
 
     def losses(self, features: Features, progress: float = 1.0) -> dict[str, Tensor]:
         """What :meth:`forward` returns, of the features of a whole batch; `progress`: of config.schedule."""
-        loss, mixing, tensors = self.config.loss, self.config.mixing, features.tensors
+        loss, tensors = self.config.loss, features.tensors
         images = len(tensors["images"])
         texts, nouns = self._text_embeddings(tensors)
         multiplier = self.backbone.logit_multiplier()
@@ -198,15 +196,18 @@ class MixReorg(nn.Module):
             mixed_embeddings = embeddings[-images * second.shape[1] :].unflatten(0, (images, -1))
             negatives = loss.mixed_negatives
             named, first_text = gather_rows(texts) if negatives == "batch" else (texts, 0)
-            out["loss_mixed"] = ops.mixed_segmentation_loss(
-                first, second, mixed_embeddings, named, plan, multiplier, negatives=negatives, first_text=first_text
+            out["loss_mixed"], out["mixed_accuracy"] = ops.mixed_segmentation_loss(
+                first,
+                second,
+                mixed_embeddings,
+                named,
+                plan,
+                multiplier,
+                negatives=negatives,
+                first_text=first_text,
+                return_accuracy=True,
             )
             total = total + loss.mixed * self.config.schedule.mixed(progress) * out["loss_mixed"]
-            with torch.no_grad():
-                logits = mixed_segmentation_logits(
-                    first, second, mixed_embeddings, texts, mixing.group_size, multiplier
-                )
-                out["mixed_accuracy"] = (logits.argmax(-1) == plan.labels).float().mean()
         if nouns is not None:
             out["loss_multi_label"] = ops.contrastive_loss(embeddings[:images], nouns, multiplier, exchange=exchange)
             total = total + loss.multi_label * out["loss_multi_label"]
@@ -236,31 +237,22 @@ class MixReorg(nn.Module):
         x = self._run_blocks(drops, stage, x, 0, 0, context)
 
         # Contextual mixing: patches that already know their image are mixed across the images of a group.
-        patches, groups = stage.split(x)
-        mixed = torch.cat([ops.patch_mix(patches, plan), self._branch_groups(groups, plan, _MIXED)], dim=1)
-        x = torch.cat([x, mixed])  # [2B, N + G, C]
+        x = ops.mix_tokens(x, plan, self._branch_groups(x.dtype, _MIXED))  # [2B, N + G, C]
         last = len(stage.blocks) - 1
         for i in range(context, last + 1):
             x = self._run_blocks(drops, stage, x, 0, i, i + 1)
             if i < last and alpha > 0:  # progressive mixing
-                (original, mixed), (patches, groups) = x.chunk(2), stage.split(x)
-                blended = ops.patch_blend(*reversed(patches.chunk(2)), plan, alpha)
-                x = torch.cat([original, torch.cat([blended, groups.chunk(2)[1]], dim=1)])
+                x = ops.blend_tokens(x, plan, alpha)
 
         if _RESTORED not in self.branches:
             return x
         # Restoration: mixed patches go back to the images they came from.
-        original, mixed = x.chunk(2)
-        patches, groups = stage.split(mixed)
-        restored = torch.cat([ops.patch_restore(patches, plan), self._branch_groups(groups, plan, _RESTORED)], dim=1)
-        return torch.cat([x if _MIXED in self.branches else original, restored])
+        groups = self._branch_groups(x.dtype, _RESTORED)
+        return ops.restore_tokens(x, plan, groups, keep_mixed=_MIXED in self.branches)
 
-    def _branch_groups(self, groups: Tensor, plan: ops.MixPlan, branch: int) -> Tensor:
-        """Group tokens ``[B, G, C]`` of a branch: the mixing group's mean of the branch before, or learned ones."""
-        if self.branch_tokens is not None:
-            return self.branch_tokens[branch - 1](groups.dtype).expand_as(groups)
-        by_group = groups.unflatten(0, (-1, plan.group_size))  # [B / K, K, G, C]
-        return by_group.float().mean(1, keepdim=True).to(groups.dtype).expand_as(by_group).flatten(0, 1)
+    def _branch_groups(self, dtype: torch.dtype, branch: int) -> Tensor | None:
+        """Learned group tokens ``[1, G, C]`` of a branch; None: the mixing group's mean of the branch before."""
+        return None if self.branch_tokens is None else self.branch_tokens[branch - 1](dtype)
 
     def _group(
         self, batch: Batch, x: Tensor, drops: Tensor | None
@@ -335,29 +327,28 @@ class MixReorg(nn.Module):
         What follows the features runs without CUDA graphs: it holds collectives, and leaves gradients in cached
         features, which the next replay would overwrite.
         """
-        compiles = self.config.train.compile
-        if compiles is None:
-            compiles = self.backbone.device.type == "cuda" and self.config.deepspeed.zero_stage < 3
-        return compiled_call(dynamic=dynamic, cuda_graphs=cuda_graphs) if compiles and self.training else call
+        compiles = self.training and self.config.compiles(self.backbone.device.type)
+        return compiled_call(dynamic=dynamic, cuda_graphs=cuda_graphs) if compiles else call
 
     def _drops(self, batch: Batch) -> Tensor | None:
-        """The random numbers of stochastic depth, uniform in [0, 1): fp64 ``[2, blocks, branches, B]``, both residuals
-        of every block in one draw. None where nothing is dropped."""
+        """Stochastic depth of both residuals of every block, fp32 ``[2, blocks, branches * B]``. None where nothing is
+        dropped."""
         if not self.training or not any(self.drop_rates):
             return None
-        image = torch.arange(len(batch.images), device=batch.images.device) + batch.first_image
-        branch = torch.arange(3, device=image.device)[:, None]
-        block = torch.arange(len(self.drop_rates), device=image.device)[:, None, None]
-        bits = philox(batch.seed + _DROP_PATH, image, branch, block, torch.zeros_like(image))[:2]
-        return torch.stack(bits).double() * 2.0**-32
+        return ops.stochastic_depth(
+            batch.seed + _DROP_PATH,
+            self.drop_rates,
+            len(batch.images),
+            branches=3,
+            first_image=batch.first_image,
+            device=batch.images.device,
+        )
 
     def _keep(self, drops: Tensor | None, block: int, rows: int) -> tuple[Tensor | None, Tensor | None]:
-        """Stochastic depth of both residuals of a block: per row 0, or 1 / (its probability of being kept)."""
-        rate = self.drop_rates[block]
-        if drops is None or not rate:
+        """What to multiply both residuals of a block by, per row."""
+        if drops is None or not self.drop_rates[block]:
             return None, None
-        kept = drops[:, block].flatten(1)[:, :rows] >= rate
-        return (kept.float() / (1 - rate)).unbind()
+        return drops[:, block, :rows].unbind()
 
     # ------------------------------------------------------------------ texts
 

@@ -11,16 +11,22 @@ from .grouping import grouping_attention
 from .linear import linear
 from .mixed_segmentation import mixed_segmentation_loss
 from .mixing import MixPlan, patch_blend, patch_mix, patch_restore
+from .stochastic_depth import stochastic_depth
+from .tokens import blend_tokens, mix_tokens, restore_tokens
 
 __all__ = [
     "MixPlan",
     "attention",
+    "blend_tokens",
     "contrastive_loss",
     "decode_segments",
     "grouping_attention",
     "linear",
+    "mix_tokens",
     "mixed_segmentation_loss",
     "patch_blend",
     "patch_mix",
     "patch_restore",
+    "restore_tokens",
+    "stochastic_depth",
 ]

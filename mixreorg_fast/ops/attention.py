@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..devices import upload
 from .dispatch import choose
 
 AttentionImpl = Literal["auto", "xformers", "varlen", "torch", "products"]
@@ -35,20 +37,24 @@ MEASURED: dict[tuple[str, str, torch.dtype], tuple[str, ...]] = {
 BUCKET_WIDTH = {"cpu": 8}
 UNMEASURED_WIDTH = 32
 
+# Devices whose text encoder pads its rows, so that shapes repeat from step to step: a GPU's memory, compiled graphs and
+# CUDA graphs are kept by shape.
+BUCKETED = {"cuda"}
+
 
 @dataclass(frozen=True)
 class Packing:
     """How sequences of different lengths lie end to end in ``[1, S, ...]``; made once, used by every layer.
 
     S is at least the sum of the lengths. The rows beyond it are padding, cut into sequences of their own: they are
-    computed like all others and seen by none.
+    computed like all others and seen by none. What they hold is a copy of the first sequence's first row.
     """
 
     rows: int  # S
     longest: int  # no sequence is longer; a multiple of 8 where S is padded, so that it repeats
     starts: Tensor  # int32 [sequences + 1], first row of each sequence, padding included; ends with S
     sequence: Tensor  # int64 [S], which sequence a row belongs to (padding: 0)
-    position: Tensor  # int64 [S], its place in it
+    position: Tensor  # int64 [S], its place in it (padding: 0)
     last: Tensor  # int64 [len(lengths)], last row of each sequence
     slots: Tensor  # int64 [S], place of each row once sequences are padded to their bucket's width
     buckets: tuple[tuple[int, int], ...]  # (sequences, width) of each bucket
@@ -101,11 +107,11 @@ class Packing:
         widths, counts = width.unique(return_counts=True)
         buckets = tuple((n, w) for n, w in zip(counts.tolist(), widths.tolist(), strict=True) if w)
 
-        parts = [F.pad(ends, (1, 0)), number.where(number < len(lengths), 0), position, ends[: len(lengths)] - 1, slots]
-        together = torch.cat(parts)  # one copy, from pinned memory, that the host does not wait for
-        if device.type == "cuda":
-            together = together.pin_memory()
-        starts, *others = together.to(device, non_blocking=True).split([len(part) for part in parts])
+        real = number < len(lengths)  # padding sequences may be longer than what they are packed from
+        row = (number.where(real, 0), position.where(real, 0))
+        parts = [F.pad(ends, (1, 0)), *row, ends[: len(lengths)] - 1, slots]
+        together = upload(torch.cat(parts), device)  # one copy
+        starts, *others = together.split([len(part) for part in parts])
         return cls(rows, longest, starts.int(), *others, buckets, tuple(sequences))
 
     def pack(self, x: Tensor) -> Tensor:
@@ -150,11 +156,19 @@ def attention(
         packing = Packing.of(lengths, q.device, rows=q.shape[1])
     elif packing is not None:
         _check_packed(q, k, packing.rows)
+    return _IMPLEMENTATIONS[chosen(q, packing, impl)][1](q, k, v, causal, packing)
+
+
+def chosen(q: Tensor, packing: Packing | None = None, impl: AttentionImpl = "auto") -> str:
+    """The implementation that :func:`attention` takes on queries like `q`; keys and values change nothing.
+
+    Raises:
+        RuntimeError: `impl` cannot run here.
+    """
     form = "dense" if packing is None else "packed"
     order = MEASURED.get((q.device.type, form, q.dtype), UNMEASURED)
     reasons = {name: partial(_IMPLEMENTATIONS[name][0], q, packing) for name in order}
-    name = choose("attention", impl, reasons, (q, k, v))
-    return _IMPLEMENTATIONS[name][1](q, k, v, causal, packing)
+    return choose("attention", impl, reasons, (q,))
 
 
 def _check_packed(q: Tensor, k: Tensor, rows: int) -> None:
@@ -276,7 +290,30 @@ def _varlen_reasons(q: Tensor, packing: Packing | None) -> list[str]:
 def _xformers_reasons(q: Tensor, packing: Packing | None) -> list[str]:
     if not XFORMERS_INSTALLED:
         return ["xformers is not installed"]
-    return [*(["torch.compile cannot trace it"] if torch.compiler.is_compiling() else []), *_kernel_reasons(q)]
+    if torch.compiler.is_compiling():
+        return ["torch.compile cannot trace it"]
+    return [*xformers_problems(), *_kernel_reasons(q)]
+
+
+@cache
+def xformers_problems() -> list[str]:
+    """Why xformers does not load: it is imported to find out, its warning of many lines kept back."""
+    log = logging.getLogger("xformers")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        from xformers import _cpp_lib
+        from xformers.ops import fmha  # noqa: F401
+
+        # Without its extension it may still call PyTorch's own kernels, which "varlen" and "torch" reach without it.
+        error = _cpp_lib._cpp_library_load_exception
+    except Exception as failure:  # of a build for another PyTorch, anything
+        error = failure
+    finally:
+        log.setLevel(level)
+    while error is not None and error.__cause__ is not None:
+        error = error.__cause__  # the loader's own words, such as "libcudart.so.12: cannot open shared object file"
+    return [] if error is None else [f"xformers does not load: {str(error).strip().partition(chr(10))[0]}"]
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace the question

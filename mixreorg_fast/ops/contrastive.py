@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Impl, autocast, choose, triton_reasons
+from .dispatch import Impl, autocast, choose, falls_back, triton_reasons, without_autocast
 from .registration import kernel
 
 CHUNK_ELEMENTS = 2**24  # logits that the PyTorch path holds at a time
@@ -39,6 +39,7 @@ def contrastive_loss_reference(image: Tensor, text: Tensor, logit_scale: Tensor 
     return 0.5 * (image_to_text + text_to_image)
 
 
+@falls_back
 def contrastive_loss(
     image: Tensor,
     text: Tensor,
@@ -96,7 +97,7 @@ def contrastive_loss(
         world, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
     if exchange == "ring" and world > 1:
         return _RingLoss.apply(image, texts, scale, prompts, Ring(process_group), kernels)
-    with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(image):
         positives = _positives(image, texts, scale)
         if world == 1:
             all_images = all_texts = None  # its own
@@ -170,7 +171,7 @@ class _Loss(torch.autograd.Function):
         need_image, need_text, need_scale = ctx.needs_input_grad[:3]
         grad_image = grad_text = grad_scale = None
         factor = grad * (ctx.world / (2 * samples))
-        with torch.autocast(image.device.type, enabled=False):
+        with without_autocast(image):
             if need_image or need_scale:
                 both = need_text and ctx.world == 1  # then one sweep over the logits gives both
                 columns = texts if all_texts is None else all_texts
@@ -275,7 +276,7 @@ def ring_gradient(
 class _RingLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, texts, scale, prompts, ring, kernels):
-        with torch.autocast(image.device.type, enabled=False):
+        with without_autocast(image):
             image_lse, text_lse = ring_log_sum_exp(image, texts, scale, ring, kernels)
             own = (0.5 * (image_lse + text_lse.view(-1, prompts).mean(1)) - _positives(image, texts, scale)).mean()
             ctx.save_for_backward(image, texts, scale, image_lse, text_lse)
@@ -287,7 +288,7 @@ class _RingLoss(torch.autograd.Function):
     def backward(ctx, grad):
         image, texts, scale, image_lse, text_lse = ctx.saved_tensors
         need_image, need_text, need_scale = ctx.needs_input_grad[:3]
-        with torch.autocast(image.device.type, enabled=False):
+        with without_autocast(image):
             grad_image, grad_text = ring_gradient(
                 image, texts, image_lse, text_lse, scale, ctx.prompts, ctx.ring, ctx.kernels, need_image
             )

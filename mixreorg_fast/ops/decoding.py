@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Impl, choose, triton_reasons
+from .dispatch import Impl, choose, falls_back, triton_reasons
 from .registration import kernel
 
 
@@ -27,6 +27,7 @@ def decode_segments_reference(
     return label.gather(1, segment.flatten(1)).view_as(segment)
 
 
+@falls_back
 def decode_segments(
     assignment: Tensor,
     scores: Tensor,

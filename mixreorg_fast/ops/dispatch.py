@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+import logging
+import sys
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..kernels.variants import INTERPRET
+from ..kernels import variants
+
+log = logging.getLogger("mixreorg_fast")
 
 Impl = Literal["auto", "triton", "torch"]
 
@@ -38,15 +44,19 @@ class CannotRun(RuntimeError):
 
 def triton_reasons(*tensors: Tensor) -> list[str]:
     """Why a Triton kernel cannot take these tensors; integer tensors are only asked for their device."""
+    device = tensors[0].device
+    fits = (x.device == device and (x.dtype in FLOATS or not x.is_floating_point()) for x in tensors)
+    if TRITON_INSTALLED and variants.launches_on(device) and variants.architecture(device) >= 80 and all(fits):
+        return []  # no text is made where there is nothing to say
     if not TRITON_INSTALLED:
         return ["Triton is not installed"]
     reasons = []
     devices = sorted({str(tensor.device) for tensor in tensors})
     if len(devices) > 1:
         reasons.append(f"tensors on several devices ({', '.join(devices)})")
-    elif not tensors[0].is_cuda and not (INTERPRET and tensors[0].device.type == "cpu"):
+    elif not variants.launches_on(device):
         reasons.append(f"tensors on {devices[0]}, Triton needs CUDA")
-    elif tensors[0].is_cuda and torch.cuda.get_device_properties(tensors[0].device).major < 8:
+    elif variants.architecture(device) < 80:
         reasons.append("compute capability below 8.0")
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors if tensor.is_floating_point()):
         if dtype not in FLOATS:
@@ -82,11 +92,67 @@ def choose(op: str, impl: str, reasons: Mapping[str, Callable[[], list[str]]], i
 
 def _passed_over(op: str, inputs: Sequence[Tensor]) -> list[str]:
     """Why "auto" passes the kernel by, whether or not it could run."""
-    if not all(tensor.is_cuda for tensor in inputs):
+    if not all(_on_gpu(tensor) for tensor in inputs):
         return ["tensors not on CUDA"]
+    if (op, inputs[0].device) in _without_resources:
+        return [_without_resources[op, inputs[0].device]]
     if op in PYTORCH_WINS and PYTORCH_WINS[op](*inputs):
         return ["measured slower than PyTorch on such inputs"]
     return []
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda or tensor.is_meta  # meta: while compiling offline
+
+
+_without_resources: dict[tuple[str, torch.device], str] = {}  # kernels that "auto" passes by, and why
+_tried: set[Hashable] = set()  # kernels whose backward has run
+
+
+def falls_back(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a public op: where a launch wants more than a device has, "auto" takes the next implementation.
+
+    That can happen on models of GPUs and for shapes that no configuration is checked for; Triton raises before it
+    launches. Backward can no longer choose, so its kernels are tried right after the first forward of each shape.
+    """
+    name = op.__qualname__
+
+    @functools.wraps(op)
+    def call(*inputs: Any, impl: str = "auto", **settings: Any) -> Any:
+        try:
+            out = op(*inputs, impl=impl, **settings)
+            if impl == "auto" and not torch.compiler.is_compiling():
+                _try_backward(name, out, inputs)
+            return out
+        except Exception as error:
+            if not _is_out_of_resources(error):
+                raise
+            tensors = [x for x in (*inputs, *settings.values()) if isinstance(x, Tensor)]
+            if impl != "auto":
+                raise CannotRun(f"{name}: impl='{impl}' cannot run on {describe(tensors)}", [str(error)]) from error
+            device = tensors[0].device
+            _without_resources[name, device] = str(error)
+            log.warning("%s: the kernel cannot run on %s, PyTorch takes over: %s", name, device, error)
+        return op(*inputs, impl=impl, **settings)
+
+    return call
+
+
+def _try_backward(name: str, out: Any, inputs: Sequence[Any]) -> None:
+    outputs = [x for x in (out if isinstance(out, tuple) else (out,)) if type(x) is Tensor and x.requires_grad]
+    if not outputs or not _on_gpu(outputs[0]) or variants.offline_architecture is not None:
+        return
+    key = (name, outputs[0].device, outputs[0].dtype, outputs[0].shape[1:])
+    if key in _tried or torch._C._autograd._top_saved_tensors_default_hooks(True):  # those of checkpointing recompute
+        return
+    _tried.add(key)
+    leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    torch.autograd.grad(outputs, leaves, [torch.zeros_like(x) for x in outputs], retain_graph=True, allow_unused=True)
+
+
+def _is_out_of_resources(error: Exception) -> bool:
+    triton = sys.modules.get("triton")
+    return triton is not None and isinstance(error, triton.runtime.errors.OutOfResources)
 
 
 def describe(inputs: Sequence[Tensor]) -> str:
@@ -100,8 +166,17 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
     For ops that are matrix products at heart. Ops that only move data keep their inputs' dtype.
     """
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not _autocasts(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast switched off on the device of `tensor`; entering costs nothing where it is off already."""
+    return torch.autocast(tensor.device.type, enabled=False) if _autocasts(tensor) else contextlib.nullcontext()
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    device = tensor.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)  # which does not know meta tensors

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .dispatch import Impl, autocast, choose, triton_reasons
+from .dispatch import Impl, autocast, choose, falls_back, triton_reasons, without_autocast
 from .philox import gumbel, philox, seed_tensor
 from .registration import kernel
 
@@ -41,12 +41,19 @@ def grouping_attention_reference(
     tau: float = 1.0,
     eps: float = 1.0,
     upcast: torch.dtype | None = None,
+    operands: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, soft and used assignment by the definition, computed and returned in `upcast` (default: fp32, or the
-    inputs' dtype if that is wider)."""
+    inputs' dtype if that is wider).
+
+    With `operands` it rounds to that dtype what the kernels multiply with 16-bit inputs: the assignment, and the
+    gradient of the logits.
+    """
     upcast = torch.promote_types(q.dtype, torch.float32) if upcast is None else upcast
     q, k, v = q.to(upcast), k.to(upcast), v.to(upcast)
     logits = (q @ k.mT) * scale  # [B, G, N] <- [B, G, C] @ [B, C, N]
+    if operands is not None and logits.requires_grad:
+        logits.register_hook(lambda gradient: gradient.to(operands).to(upcast))
     soft = torch.softmax(logits / tau, dim=1)
     if seed is None:
         used = soft
@@ -56,10 +63,12 @@ def grouping_attention_reference(
     if hard:
         one_hot = torch.zeros_like(used).scatter_(1, used.argmax(dim=1, keepdim=True), 1.0)
         used = one_hot + (used - used.detach())  # straight-through; the added difference is exactly 0
-    weights = used / (used.sum(dim=2, keepdim=True) + eps)
-    return weights @ v, soft, used  # [B, G, C] <- [B, G, N] @ [B, N, C]
+    total = used.sum(dim=2, keepdim=True) + eps
+    weights = used if operands is None else used + (used.to(operands).to(upcast) - used).detach()
+    return (weights / total) @ v, soft, used  # [B, G, C] <- [B, G, N] @ [B, N, C]
 
 
+@falls_back
 def grouping_attention(
     q: Tensor,
     k: Tensor,
@@ -118,7 +127,7 @@ def grouping_attention(
         if return_assignment == "winner":
             assignment = winner.long() if hard else assignment.argmax(dim=1)
     else:
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             out, soft, used = grouping_attention_reference(
                 q, k, v, scale=scale, hard=hard, seed=seed, first_image=first_image, tau=tau, eps=eps
             )

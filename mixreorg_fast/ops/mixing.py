@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dispatch import Impl, choose, triton_reasons
+from .dispatch import Impl, choose, falls_back, triton_reasons
 from .philox import philox, seed_tensor
 from .registration import kernel
 
@@ -109,11 +109,17 @@ def patch_mix_reference(x: Tensor, source: Tensor) -> Tensor:
     return x[source.long(), torch.arange(x.shape[1], device=x.device)]
 
 
+def gather(x: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
+    """:func:`patch_mix_reference` whose gradient is a gather by `inverse`."""
+    return _Gather.apply(x, source, inverse)
+
+
 def patch_blend_reference(mixed: Tensor, original: Tensor, source: Tensor, alpha: float) -> Tensor:
     """``(1 - alpha) * mixed + alpha * original[source, n]``, in the dtype of `mixed`."""
     return torch.lerp(mixed, patch_mix_reference(original, source), alpha)
 
 
+@falls_back
 def patch_mix(x: Tensor, plan: MixPlan, *, impl: Impl = "auto") -> Tensor:
     """Mix the patches of each group of images: ``out[b, n] = x[plan.source[b, n], n]``.
 
@@ -126,17 +132,19 @@ def patch_mix(x: Tensor, plan: MixPlan, *, impl: Impl = "auto") -> Tensor:
     Raises:
         ValueError: a plan for other sizes. RuntimeError: `impl` cannot run here.
     """
-    return _gather("patch_mix", x, plan, plan.source, plan.inverse, impl)
+    return _permute("patch_mix", x, plan, plan.source, plan.inverse, impl)
 
 
+@falls_back
 def patch_restore(x: Tensor, plan: MixPlan, *, impl: Impl = "auto") -> Tensor:
     """Put mixed patches back: ``out[b, n] = x[plan.inverse[b, n], n]``, the exact inverse of :func:`patch_mix`.
 
     Same arguments, same guarantees.
     """
-    return _gather("patch_restore", x, plan, plan.inverse, plan.source, impl)
+    return _permute("patch_restore", x, plan, plan.inverse, plan.source, impl)
 
 
+@falls_back
 def patch_blend(mixed: Tensor, original: Tensor, plan: MixPlan, alpha: float, *, impl: Impl = "auto") -> Tensor:
     """Progressive mixing in one pass: ``(1 - alpha) * mixed + alpha * patch_mix(original, plan)``.
 
@@ -156,15 +164,15 @@ def patch_blend(mixed: Tensor, original: Tensor, plan: MixPlan, alpha: float, *,
     inputs = (mixed, original, plan.source)
     if choose("patch_blend", impl, {"triton": lambda: triton_reasons(*inputs), "torch": list}, inputs) == "triton":
         return _patch_blend(mixed, original, plan.source, alpha)
-    return torch.lerp(mixed, _Gather.apply(original, plan.source, plan.inverse), alpha)
+    return torch.lerp(mixed, gather(original, plan.source, plan.inverse), alpha)
 
 
-def _gather(op: str, x: Tensor, plan: MixPlan, source: Tensor, inverse: Tensor, impl: Impl) -> Tensor:
+def _permute(op: str, x: Tensor, plan: MixPlan, source: Tensor, inverse: Tensor, impl: Impl) -> Tensor:
     _check(op, x, plan)
     inputs = (x, source)
     if choose(op, impl, {"triton": lambda: triton_reasons(*inputs), "torch": list}, inputs) == "triton":
         return _patch_gather(x, source, inverse)
-    return _Gather.apply(x, source, inverse)
+    return gather(x, source, inverse)
 
 
 def _check_groups(batch: int, group_size: int) -> None:

@@ -18,7 +18,19 @@ def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     """`seed` as a 0-d int64 tensor on `device`, as kernels read it; an int's 64 bits, without synchronising."""
     if isinstance(seed, Tensor):
         return seed.to(device, torch.int64).reshape(())
-    return torch.full((), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+    if not -(2**63) <= seed < 2**63:  # a seed that torch.compile holds symbolic is an int64, and must not overflow
+        seed = (seed + 2**63) % 2**64 - 2**63
+    return (_opaque_fill if torch.compiler.is_compiling() else _fill)(seed, device)
+
+
+def _fill(seed: int, device: torch.device) -> Tensor:
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+# Inductor copies constants, and whatever else reads no memory, into each of their uses. Every round of Philox uses its
+# numbers several times, so from a constant key its code grows exponentially. The output of an op it has to read.
+_opaque_fill = torch.library.custom_op("mixreorg::seed", _fill, mutates_args=())
+_opaque_fill.register_fake(_fill)
 
 
 def philox(seed: int | Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -27,6 +39,7 @@ def philox(seed: int | Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -
     Counters are int64 tensors in ``[0, 2**32)`` that broadcast against one another; `seed` is an int or a 0-d int64
     tensor (read where it lives, no synchronisation). Results are int64 tensors in ``[0, 2**32)``.
     """
+    seed = seed_tensor(seed, c0.device)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
     for _ in range(10):

@@ -30,16 +30,32 @@ class Kernel:
     ) -> None:
         self.op = torch.library.custom_op(f"mixreorg::{name}", function, mutates_args=())
         self.op.register_fake(fake)
-        self._eager = function
+        self._function = self._differentiable = self._transformable = function
         if gradient is not None:
             self.op.register_autograd(gradient, setup_context=save)
-            steps = {"forward": function, "setup_context": save, "backward": gradient}
-            methods = {step: staticmethod(method) for step, method in steps.items()}
-            self._eager = type(name, (torch.autograd.Function,), methods).apply
+
+            def forward(ctx: Any, *inputs: Any) -> Any:
+                output = function(*inputs)
+                save(ctx, inputs, output)
+                return output
+
+            # torch.func asks for a setup_context. With one, PyTorch inspects a signature at every call, 14 µs of host
+            # time, so that calls outside of torch.func do without.
+            self._transformable = _autograd(name, function, gradient, setup_context=save)
+            self._differentiable = _autograd(name, forward, gradient)
         self.__doc__ = function.__doc__
 
     def __call__(self, *arguments: Any) -> Any:
-        return (self.op if _traces(arguments[0]) else self._eager)(*arguments)
+        if _traces(arguments[0]):
+            return self.op(*arguments)
+        if torch._C._are_functorch_transforms_active():
+            return self._transformable(*arguments)
+        return (self._differentiable if torch.is_grad_enabled() else self._function)(*arguments)
+
+
+def _autograd(name: str, forward: Callable[..., Any], backward: Callable[..., Any], **others: Callable) -> Callable:
+    methods = {"forward": forward, "backward": backward, **others}
+    return type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in methods.items()}).apply
 
 
 def kernel(

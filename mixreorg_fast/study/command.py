@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block", action="append", default=[], metavar="NAME", help="only this block; repeatable")
     parser.add_argument("--list", action="store_true", help="say what would run and what is finished; train nothing")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPUs, or the CPU of a machine without")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
     parser.add_argument("--docs", type=Path, default=Path("docs"), metavar="FOLDER")
 
@@ -44,13 +45,19 @@ def main(args: argparse.Namespace) -> None:
     if args.list:
         _list(study)
         return
-    with Runner(args.jobs) as runner:
+    with Runner(args.jobs, _device(args.device)) as runner:
         try:
             failed = runner.train(_entries(study))
         finally:
             _report(study, args)
     if failed:
         raise UserError(f"{len(failed)} of the runs failed: {', '.join(f'{run.folder}.log' for run in failed)}")
+
+
+def _device(name: str | None) -> str:
+    from ..devices import choose  # PyTorch takes seconds to load, which --list and mistakes need not wait for
+
+    return choose(name).type
 
 
 def _list(study: Study) -> None:
@@ -114,13 +121,14 @@ def _seconds(run: Run) -> float:
 
 
 class Runner:
-    """Trains runs, `jobs` at a time, each a process of its own that shares out processors and takes GPUs in turn.
+    """Trains runs on `device` ("cpu" or "cuda"), `jobs` at a time, each a process of its own that shares out processors
+    and takes GPUs in turn.
 
     SIGTERM and SIGINT pass to the runs, which write a checkpoint and end.
     """
 
-    def __init__(self, jobs: int):
-        self.jobs = jobs
+    def __init__(self, jobs: int, device: str):
+        self.jobs, self.device = jobs, device
         self._processes: set[subprocess.Popen] = set()
         self._stopped = threading.Event()
 
@@ -174,7 +182,8 @@ class Runner:
             write_json(run.request, run.config.model_dump(mode="json"))
         log = run.folder.with_name(f"{run.folder.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
-        arguments = [sys.executable, "-m", "mixreorg_fast.training", "--config", str(run.request), "--resume", resume]
+        arguments = [sys.executable, "-m", "mixreorg_fast.training", "--config", str(run.request)]
+        arguments += ["--resume", resume, "--device", self.device]
         start = time.monotonic()
         print(f"training  {run.folder}", flush=True)
         with log.open("ab") as output:
@@ -196,10 +205,10 @@ class Runner:
         return well
 
     def _environment(self, worker: int) -> dict[str, str]:
-        import torch
-
         environment = dict(os.environ)
-        if torch.cuda.device_count() > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        if self.device == "cuda" and "CUDA_VISIBLE_DEVICES" not in os.environ:
+            import torch
+
             environment["CUDA_VISIBLE_DEVICES"] = str(worker % torch.cuda.device_count())
         return environment
 

@@ -30,6 +30,7 @@ def _train(argv: Sequence[str], description: str | None) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="configuration, see configs/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="what to go on from")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPUs, or the CPU of a machine without")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     options = parser.parse_args(argv)
@@ -37,7 +38,7 @@ def _train(argv: Sequence[str], description: str | None) -> None:
 
     from .trainer import train
 
-    train(config, options.resume)
+    train(config, options.resume, options.device)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -14,16 +13,17 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from .. import devices
 from ..config import Config
 from ..data.decoding import Decoder
-from ..data.loader import TrainLoader, shard_sets, training_shards
+from ..data.loader import TrainLoader, reading_threads, shard_sets, training_shards
 from ..data.shards import Bad, ShardSet, expand, open_shard, open_shards
 from ..data.verify import is_ready, too_many_bad, verifying
 from ..errors import UserError
 from ..files import atomic_path
 from .distributed import World, mean_over_ranks, on_main
 
-# Seconds between exchanges while the ranks work on shards: far below the half hour after which collectives give up.
+# Seconds between exchanges while the ranks work on shards, and between steps of the bar.
 SLICE = 5.0
 NETWORK_DISK = 65.0
 
@@ -42,7 +42,7 @@ def ready_shards(config: Config, world: World) -> None:
         return
     patterns = [pattern for pattern, _ in shard_sets(config.data)]
     paths = on_main(world, lambda: list(dict.fromkeys(path for pattern in patterns for path in expand(pattern))))
-    local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local = devices.local_rank(), devices.local_size()
     # First all ranks together. What a node does not see then lies on disks of its own: its ranks do that.
     for rank, size in ((world.rank, world.size), local):
         mine = _unready(paths, config)[rank::size]
@@ -149,7 +149,7 @@ def _wait_for_files(paths: Sequence[Path], config: Config) -> None:
 
 def _verify(paths: Sequence[Path], config: Config, world: World) -> Iterator[int]:
     """Verify shards one after the other; yields bytes read, often."""
-    decoder = Decoder(world.device, config.data.threads) if paths else None
+    decoder = Decoder(world.device, reading_threads(config.data)) if paths else None
     for path in paths:
         with contextlib.suppress(FileNotFoundError):  # it has vanished meanwhile: its index, if any, keeps its place
             yield from verifying(path, decoder)

@@ -7,14 +7,20 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from ..errors import RankError, UserError
+from .. import devices
+from ..errors import UserError
 
 T = TypeVar("T")
+
+# How long a collective waits for a rank that does not come. DeepSpeed's 10 minutes would end every process, without a
+# name, while rank 0 still draws scenes or trains a tokenizer, and before Watch, which names the rank, gives up.
+PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -30,13 +36,16 @@ class World:
         return self.rank == 0
 
 
-def initialise() -> World:
+def initialise(device: str | None = None) -> World:
     """Join the process group that the launcher's environment describes, or one of a single process.
 
-    NCCL with one GPU per local rank where there are GPUs, else gloo on the CPU.
+    NCCL with one GPU per local rank, or gloo on the CPU.
+
+    Args:
+        device: as :func:`mixreorg_fast.devices.choose`.
 
     Raises:
-        UserError: DeepSpeed is missing. RankError: this node has fewer GPUs than ranks.
+        UserError: DeepSpeed is missing, or a device. RankError: this node has fewer GPUs than ranks.
     """
     if "RANK" not in os.environ:  # plain `python train.py`; without these DeepSpeed looks for mpi4py
         with socket.socket() as free:
@@ -44,21 +53,28 @@ def initialise() -> World:
             port = free.getsockname()[1]
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in alone.items()}, MASTER_ADDR="127.0.0.1")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise RankError(f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+    chosen = devices.choose(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     else:
-        device = torch.device("cpu")
         # Launchers set one thread per rank; the cores of the node are there to be shared out.
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // devices.local_size()))
+    os.environ["DS_ACCELERATOR"] = chosen.type
     deepspeed = import_deepspeed()
     if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
-    return World(dist.get_rank(), dist.get_world_size(), device)
+        deepspeed.init_distributed("nccl" if chosen.type == "cuda" else "gloo", verbose=False)
+    wait_patiently()
+    return World(dist.get_rank(), dist.get_world_size(), chosen)
+
+
+def wait_patiently() -> None:
+    """Give the collectives of all process groups made so far PATIENCE.
+
+    Called anew after DeepSpeed has made groups of its own, which start with the default of PyTorch (10 minutes under
+    NCCL). Joining a group keeps its own, shorter limit: a node that never starts is noticed soon.
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
 
 
 def import_deepspeed():
@@ -67,7 +83,9 @@ def import_deepspeed():
     Raises:
         UserError: it is not installed.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    # Without nvcc, DeepSpeed warns of each operator for inference, which training does not use. It reads this variable
+    # in their checks alone: a machine with nvcc builds the same operators with and without it.
+    os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
     try:
         import deepspeed
     except ImportError as error:

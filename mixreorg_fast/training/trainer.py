@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from .. import devices
 from ..config import Config
 from ..data.loader import Batch as LoadedBatch
 from ..data.loader import TrainLoader
@@ -26,31 +27,37 @@ from ..files import write_json
 from ..models import Batch, MixReorg, weights
 from . import checkpoint, validation
 from .data import BadSamples, order_digest, ready_shards
-from .distributed import World, import_deepspeed, initialise, mean_over_ranks, on_main
+from .distributed import World, import_deepspeed, initialise, mean_over_ranks, on_main, wait_patiently
 from .guard import StepGuard
 from .metrics import MetricsLog
 from .optimisation import deepspeed_config, learning_rate, optimizer, schedule_length
 from .plots import draw_losses
-from .preparation import prepare
+from .preparation import check_inputs, prepare
+from .summary import summary
 from .timing import RankTimes, Stopwatch
 from .watch import StopRequest, Watch
 
 
-def train(config: Config, resume: str = "auto") -> dict[str, Any]:
+def train(config: Config, resume: str = "auto", device: str | None = None) -> dict[str, Any]:
     """Train as `config` says and leave the run folder; returns the final scores.
 
     Args:
         resume: "auto" goes on from the newest complete checkpoint of the run folder, "never" sets what is there aside
             and starts anew, a path goes on from that checkpoint.
+        device: "cpu" or "cuda"; None: the GPUs, or the CPU of a machine without.
     Raises:
         UserError: on every rank, with the same text.
 
     SIGTERM ends the run at the next step with a checkpoint; what it returns is then empty.
     """
-    world = initialise()
-    config.micro_batch(world.size)  # refused before anything is made
+    world = initialise(device)
     if config.train.cuda_graphs and world.device.type != "cuda":
         raise UserError("train.cuda_graphs needs a CUDA GPU")
+    if world.device.type == "cuda":
+        devices.set_tf32(config.train.tf32)
+    if world.is_main:
+        print(summary(config, world), flush=True)
+    on_main(world, lambda: _check_inputs(config, resume, world))
     source, state = on_main(world, lambda: _checkpoint_to_resume(config, resume))
     ready_shards(config, world)
     prepared = on_main(world, lambda: prepare(config, resuming=source is not None))
@@ -78,6 +85,8 @@ class Trainer:
         self._shown: torch.Tensor | None = None
         self.guard = StepGuard(config.train.spike, state.get("guard"))
         self._stage_0_norm = 0.0
+        self._asked: torch.Tensor | None = None
+        self._outcome: tuple[float, bool] | None = None
         self._bad = BadSamples(config, world, self.step * config.train.batch)
         self._order = order_digest(config)
         if world.is_main and state.get("order", self._order) != self._order:
@@ -86,7 +95,7 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         module = MixReorg(config)
-        module.backbone.tokenizer = self.tokenizer
+        module.backbone.tokenizer, module.backbone.inference = self.tokenizer, config.inference
         if source is not None:
             checkpoint.restore_weights(module, source)
         elif config.model.init is not None:
@@ -94,9 +103,12 @@ class Trainer:
         module.to(world.device)
         deepspeed = import_deepspeed()
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer(module, config), config=deepspeed_config(config, world.size)
+            model=module,
+            optimizer=optimizer(module, config),
+            config=deepspeed_config(config, world.size, on_gpu=world.device.type == "cuda"),
         )
-        self.optimizer.refuses = lambda: self.guard.refuses(self._norm())
+        wait_patiently()
+        self.optimizer.refuses = lambda: self.guard.refuses(self._read_outcome()[0])
         checkpoint.start_moments(self.engine)
         if source is not None:
             checkpoint.restore_moments(self.engine, source, self.guard.taken)
@@ -155,6 +167,7 @@ class Trainer:
         weight = self.config.train.accumulation if self._grad_cache else 1
         while self.step < self.steps:
             self._set_learning_rate()
+            self._outcome = None
             buffers = [buffer.clone() for buffer in self.engine.module.buffers()]
             losses = []
             for arguments in self._micro_steps(batches, watch):
@@ -166,17 +179,17 @@ class Trainer:
                 if self.engine.is_gradient_accumulation_boundary():
                     watch.at(self.step + 1, "optimizer step")
                     self._measure_stage_0()
-                    stopping = stop.shared(self.world)
+                    self._asked = stop.shared(self.world)
                 self.engine.step()  # counts the micro-step; the optimizer's own step comes with the last
+            norm, asked = self._read_outcome()
             self.step += 1
-            norm = self._norm()
             if self.guard.record(norm):
                 self._skip(norm, buffers, log)
                 losses = []
             window.add(losses)
             if log is not None:
                 log.step()
-            stopped = bool(stopping.item()) and self.step < self.steps
+            stopped = asked and self.step < self.steps
             if self.step % self.config.train.log_every == 0 or self.step == self.steps or stopped:
                 self._report(window, loader, log, norm)
             if self._due(self.config.eval.every) and not stopped:
@@ -248,14 +261,15 @@ class Trainer:
         first = self.world.rank * self.micro_batch
         if self._grad_cache:
             first = loaded.position - self.step * self.config.train.batch
-        seed = torch.tensor(micro_step_seed(self.config.seed, loaded.position - first))
         nouns = loaded.noun_ids
         device = self.world.device
+        # Filled there, for a copy from the host would be waited for.
+        seed = torch.full((), micro_step_seed(self.config.seed, loaded.position - first), device=device)
         return Batch(
             loaded.images.to(device, non_blocking=True),
             loaded.ids.to(device, non_blocking=True),
             loaded.lengths,
-            seed.to(device, non_blocking=True),
+            seed,
             first,
             None if nouns is None else nouns.to(device, non_blocking=True),
             loaded.noun_lengths,
@@ -276,8 +290,17 @@ class Trainer:
             gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
             self._stage_0_norm = torch.nn.utils.get_total_norm(gradients).item()
 
+    def _read_outcome(self) -> tuple[float, bool]:
+        """The step's gradient norm before clipping and whether a rank was asked to stop, both over all ranks.
+
+        Read once a step, in the engine's step when the optimizer asks the guard: DeepSpeed has just waited for the
+        gradients to look for infinities, so the GPU is not waited for again. After an overflow nobody asks.
+        """
+        if self._outcome is None:
+            self._outcome = (self._norm(), bool(self._asked))
+        return self._outcome
+
     def _norm(self) -> float:
-        """The gradient's norm before clipping, over all ranks, in or after the engine's step."""
         if self.engine.zero_optimization_stage() == 0:
             return self._stage_0_norm
         wrapper = self.engine.optimizer
@@ -329,7 +352,7 @@ class Trainer:
         better = mean is not None and (self.best is None or mean > self.best)
         if better:
             self.best = mean
-        if log is not None:
+        if log is not None and figures:
             log.write(self.step, {"validation": figures})
             log.say(f"step {self.step}: " + ", ".join(f"{name} {value:.1f}" for name, value in figures.items()))
             if better:
@@ -351,10 +374,14 @@ class Trainer:
         model = validation.evaluation_model(self.engine.module.backbone, state, self.world)
         scores = validation.score(model, self.config, self.tokenizer, self.world, limit=None)
         if self.world.is_main:
-            write_json(self.run_folder / "eval.json", scores)
-            validation.draw(model, self.config, self.tokenizer, images, self.run_folder)
+            if scores:
+                write_json(self.run_folder / "eval.json", scores)
+            pictures = validation.draw(model, self.config, self.tokenizer, images, self.run_folder)
             for name, value in validation.headline(scores).items():
                 print(f"{name} {value:.2f}", flush=True)
+            if not scores:
+                missing = "the configuration names neither eval.datasets nor data.val_shards"
+                print(f"no scores: {missing}; pictures: {', '.join(pictures)}", flush=True)
             print(f"run folder: {self.run_folder}", flush=True)
         return scores
 
@@ -408,8 +435,7 @@ def _out_of_memory_in_one_line(config: Config, micro_batch: int) -> Iterator[Non
         yield
     except torch.OutOfMemoryError as error:
         settings = config.train
-        unit = config.mixing.group_size if config.model.method == "mixreorg" else 1
-        groups = micro_batch * settings.accumulation // unit
+        groups = micro_batch * settings.accumulation // config.group_size
         splits = [n for n in range(settings.accumulation + 1, groups + 1) if groups % n == 0]
         choices = [f"train.accumulation={splits[0]} with train.grad_cache=true"] if splits else []
         if not settings.checkpoint_activations:
@@ -418,6 +444,10 @@ def _out_of_memory_in_one_line(config: Config, micro_batch: int) -> Iterator[Non
         raise RankError(
             f"out of memory with {micro_batch} images per rank and micro-step; set {', or '.join(choices)}"
         ) from error
+
+
+def _check_inputs(config: Config, resume: str, world: World) -> None:
+    check_inputs(config, resuming=bool(checkpoint.find(config.run_folder, resume)), world_size=world.size)
 
 
 def _checkpoint_to_resume(config: Config, resume: str) -> tuple[Path | None, dict[str, Any]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._dynamo.callback import callback_handler
 
 from ..files import write_json
 from .distributed import World
@@ -50,8 +51,10 @@ class StopRequest:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def shared(self, world: World) -> torch.Tensor:
-        """Whether any rank was asked, 0-d int32 on the device: read it after the step, when it costs no wait."""
-        asked = torch.tensor(int(self.asked), dtype=torch.int32, device=world.device)
+        """Whether any rank was asked, 0-d int32 on the device."""
+        asked = torch.full(
+            (), int(self.asked), dtype=torch.int32, device=world.device
+        )  # filled there: no copy to wait for
         if world.size > 1:
             dist.all_reduce(asked, dist.ReduceOp.MAX)
         return asked
@@ -63,7 +66,8 @@ class Watch:
     ``heartbeat.json``. Use as a context manager.
 
     The ranks post where they stand in a store of their own, a small message every few seconds; nothing is added to
-    the steps.
+    the steps. What torch.compile takes (tracing, compiling, recording CUDA graphs) is not timed, nor is the wait for a
+    rank that compiles.
     """
 
     def __init__(self, world: World, timeout: float, run: Path):
@@ -71,16 +75,21 @@ class Watch:
         self._interval = min(timeout / 4, 10.0)
         self._step, self._place, self._moves, self._timed = 0, "preparing", 0, False
         self._moved = time.monotonic()
+        self._compiling = False
         self._beats = 0
         self._stop = threading.Event()
         self._store = _store(world)
         self._thread = threading.Thread(target=self._run_thread, name="mixreorg-watch", daemon=True)
 
     def __enter__(self) -> Watch:
+        callback_handler.register_start_callback(self._start_compiling)
+        callback_handler.register_end_callback(self._stop_compiling)
         self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        callback_handler.remove_start_callback(self._start_compiling)
+        callback_handler.remove_end_callback(self._stop_compiling)
         self._stop.set()
         self._thread.join(self._interval)
 
@@ -89,6 +98,17 @@ class Watch:
         self._step, self._place, self._timed = step, place, timed
         self._moves += 1
         self._moved = time.monotonic()
+
+    def _start_compiling(self, _: object) -> None:
+        self._compiling = True
+
+    def _stop_compiling(self, _: object) -> None:
+        self._compiling = False
+        self._moved = time.monotonic()
+
+    @property
+    def _is_timed(self) -> bool:
+        return self._timed and not self._compiling
 
     def _run_thread(self) -> None:
         ends = select.poll()
@@ -106,15 +126,17 @@ class Watch:
             if time.monotonic() >= due:
                 due += self._interval
                 self._beat()
-                if self._timed and time.monotonic() - self._moved > self._timeout:
+                if self._is_timed and time.monotonic() - self._moved > self._timeout:
                     self._give_up()
             self._stop.wait(min(1.0, self._interval))
 
     def _beat(self) -> None:
         self._beats += 1
-        mine = {"beat": self._beats, "moves": self._moves, "step": self._step, "place": self._place}
+        place = "compiling" if self._compiling else self._place
+        mine = {"beat": self._beats, "moves": self._moves, "step": self._step, "place": place}
+        post = {**mine, "timed": self._is_timed, "host": socket.gethostname()}
         with contextlib.suppress(RuntimeError):  # rank 0, which keeps the store, has finished
-            self._store.set(str(self._world.rank), json.dumps({**mine, "host": socket.gethostname()}))
+            self._store.set(str(self._world.rank), json.dumps(post))
         if self._world.is_main and self._run.is_dir():
             with contextlib.suppress(OSError):
                 write_json(self._run / "heartbeat.json", {"time": time.time(), "pid": os.getpid(), **mine})
@@ -134,6 +156,9 @@ class Watch:
             silent = [rank for rank in now if now[rank]["beat"] == before[rank]["beat"]]
             behind = min(post["moves"] for post in now.values())
             stopped = silent or [rank for rank in now if now[rank]["moves"] == behind]
+            if not silent and not all(now[rank]["timed"] for rank in stopped):
+                self._moved = time.monotonic()  # who is waited for may take long: that wait begins anew
+                return
             state = "does not answer" if silent else "hangs"
             who = "; ".join(
                 f"rank {rank} on {now[rank]['host']} {state} (step {now[rank]['step']}, {now[rank]['place']})"

@@ -1,4 +1,4 @@
-"""One rank of two that make shards ready together: RANK and WORLD_SIZE in the environment, a folder as argument."""
+"""One rank of two that make shards ready together: a folder as argument, its environment as deepspeed sets it."""
 
 import json
 import os
@@ -35,6 +35,8 @@ def main(folder: Path) -> None:
             time.sleep(0.3 * world.rank)
             yield read
 
+    waiting, told["waited"] = data._wait_for_files, []
+    data._wait_for_files = lambda *arguments: told["waited"].append(waiting(*arguments))
     data.verifying = slowly
     data.ready_shards(config, world)
     data.verifying = None  # they are ready now

@@ -264,6 +264,11 @@ class TestReady:
         assert not (three / "runs").exists()
 
 
+def ranks_of_one_node(rank: int) -> dict[str, str]:
+    """Environment of a rank of two, as the deepspeed launcher sets it: without LOCAL_WORLD_SIZE."""
+    return {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_SIZE": "2"}
+
+
 def test_two_ranks_share_the_work_and_the_account(tmp_path):
     for number in range(4):
         write_shard(tmp_path / f"{number}.tar", [*pairs(10, 10 * number), Pair(f"bad{number}", b"no", "jpg", ["x"])])
@@ -271,7 +276,7 @@ def test_two_ranks_share_the_work_and_the_account(tmp_path):
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.data.ready_worker", str(tmp_path)],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "PYTHONPATH": root},
+            env={**os.environ, **ranks_of_one_node(rank), "PYTHONPATH": root},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -288,6 +293,7 @@ def test_two_ranks_share_the_work_and_the_account(tmp_path):
     assert (one["verified"], two["verified"]) == (["0.tar", "2.tar"], ["1.tar", "3.tar"])
     for told in (one, two):
         assert (told["samples"], told["lost"]) == (40, 4)
+        assert not told["waited"]  # for no other node's files: there is one node
         assert told["refusal"].startswith("rank 1 on ") and "(10 and 40 samples)" in told["refusal"]
         assert told["failure"] == "the disk of rank 1"
     # The samples of the shard that vanished, as far as either rank came across them, and those left out before.

@@ -168,7 +168,7 @@ class TestImg2dataset:
     def test_options_of_other_sources(self, downloaded, tmp_path):
         with pytest.raises(UserError, match="--split x: not for "):
             build(downloaded, out(tmp_path), split="x", progress=False)
-        with pytest.raises(UserError, match="only for Parquet files"):
+        with pytest.raises(UserError, match="--image-column x: not for .*, which is a folder of tars"):
             build(downloaded, out(tmp_path), image_column="x", progress=False)
         with pytest.raises(UserError, match=r"no .*downloade.* \(did you mean '.*downloaded'\?\)"):
             build(tmp_path / "downloade", out(tmp_path), progress=False)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixreorg_fast import ops
 from mixreorg_fast.models import GroupViT, MixReorg
@@ -118,6 +119,40 @@ def test_restoration_without_blending_or_blocks_between_returns_the_original():
     patches = model.config.model.patches
     assert torch.equal(restored[:, :patches], original[:, :patches])
     assert not torch.equal(mixed[:, :patches], original[:, :patches])
+
+
+class Recorded(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_branches_are_made_in_single_launches(monkeypatch):
+    """No slice or concatenation around mixing, blending and restoring, and one draw for all of stochastic depth."""
+    monkeypatch.setattr("mixreorg_fast.ops.dispatch._on_gpu", lambda tensor: True, raising=False)
+    model = module(model={"drop_path": 0.5, "depths": [3, 1, 1]}, mixing={"context_blocks": 1})
+    for block in model.backbone.image_encoder.stages[0].blocks:
+        block.forward = lambda x, keep: x
+    batch = random_batch(model.config, 8)
+    plan = model._plan(batch)
+    model._first_stage(batch, plan, model._drops(batch))  # backward is tried at the first call
+    with Recorded() as drawing:
+        drops = model._drops(batch)
+    with Recorded() as forward:
+        tokens = model._first_stage(batch, plan, drops)
+    with Recorded() as backward:
+        tokens.backward(torch.ones_like(tokens))
+    assert len(drawing.names) <= 3, drawing.names  # the seed, the draw
+    assert forward.names.count("aten.cat.default") == 1  # group tokens beside the patches, at the start
+    for names, step in ((forward.names, ""), (backward.names, "_backward")):
+        assert [name.split(".")[1] for name in names if name.startswith("mixreorg.")] == (
+            [f"append_branch{step}", "blend_tokens", f"append_branch{step}"]
+        )
+    assert backward.names.count("aten.slice_backward.default") == 0
 
 
 @pytest.mark.parametrize("method", ["mixreorg", "groupvit"])

@@ -10,11 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixreorg_fast import ops
+from mixreorg_fast.config import TextConfig
+from mixreorg_fast.models import encoders
+from mixreorg_fast.models.encoders import TextEncoder
 from mixreorg_fast.ops.attention import Packing
 from mixreorg_fast.ops.dispatch import CannotRun
 
 module = importlib.import_module("mixreorg_fast.ops.attention")  # the package has a function of that name
 
+CONTEXT = 77
 LENGTHS = [5, 1, 77, 33, 32, 5, 64]  # one row, a full bucket, one more than a bucket, two alike
 
 
@@ -105,6 +109,98 @@ def test_a_packing_and_its_way_back():
     x = torch.arange(3 * 6).view(3, 6, 1)
     assert packing.pack(x).flatten().tolist() == [0, 1, 2, 6, 12, 13, 14, 15]
     assert packing.pack(x)[0, packing.last, 0].tolist() == [2, 6, 15]
+
+
+def test_padding_rows_hold_what_a_real_row_holds():
+    """Rows beyond the captions are read like all others, so their place must exist, whatever they are rounded up to."""
+    generator = torch.Generator().manual_seed(0)
+    padded = 0
+    for _ in range(60):
+        # Captions of the web: short ones mostly, some cut at the context.
+        lengths = (5 + torch.randn(512, generator=generator).exp() * 14).long().clamp(max=CONTEXT).tolist()
+        packing = Packing.of(lengths, bucket=True)
+        assert packing.longest % 8 == 0 and max(packing.sequences) <= packing.longest
+        assert packing.position.min() >= 0 and packing.position.max() < max(lengths)
+        assert packing.sequence.min() >= 0 and packing.sequence.max() < len(lengths)
+        plain, total = Packing.of(lengths), sum(lengths)
+        for name in ("sequence", "position"):
+            ours, theirs = getattr(packing, name), getattr(plain, name)
+            assert torch.equal(ours[:total], theirs) and not ours[total:].any()
+        assert torch.equal(packing.last, plain.last) and packing.starts[-1] == packing.rows
+        assert packing.slots.unique().numel() == packing.rows  # no place is written twice
+        assert packing.slots.max() < sum(count * width for count, width in packing.buckets)
+        padded += packing.rows > total
+    assert padded > 50
+
+
+def test_text_encoder_as_on_a_gpu(monkeypatch, varlen_on_cpu):
+    """Padded rows and variable-length attention, which only a GPU takes, against packed rows without padding."""
+    torch.manual_seed(0)
+    config = TextConfig(width=16, heads=2, layers=2, context=CONTEXT, vocab_size=60)
+    encoder = TextEncoder(config)
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    lengths = [3, 45, 5, *[CONTEXT] * 26]  # 121 rows of padding: a sequence of 80 rows, beyond the context
+    ids = torch.randint(1, 59, (len(lengths), CONTEXT))
+    for row, length in zip(ids, lengths, strict=True):
+        row[length - 1] = 59
+        row[length:] = 0
+
+    def run() -> tuple[Tensor, dict[str, Tensor]]:
+        features = encoder(ids, torch.float32, lengths)
+        gradients = torch.autograd.grad(features.square().sum(), list(encoder.parameters()))
+        return features, dict(zip(dict(encoder.named_parameters()), gradients, strict=True))
+
+    features, gradients = run()
+    assert not varlen_on_cpu
+    monkeypatch.setattr(encoders, "BUCKETED", {"cpu"})
+    monkeypatch.setattr(module, "_kernel_reasons", lambda q: [])
+    padded, padded_gradients = run()
+    assert len(varlen_on_cpu) == config.layers and all(rows == sum(lengths) + 121 for rows in varlen_on_cpu)
+    torch.testing.assert_close(padded, features, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(padded_gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.fixture
+def varlen_on_cpu() -> list[int]:
+    """CPU kernels of PyTorch's variable-length attention, with a flash kernel's demands; the rows of each call."""
+    import torch.nn.attention.varlen  # registers the operators
+
+    calls: list[int] = []
+
+    def sequences(q, starts, longest, *tensors):
+        """Of each sequence ``[H, n, D]``, and its probabilities."""
+        assert starts.dtype == torch.int32 and starts[0] == 0 and starts[-1] == len(q)
+        sizes = starts.diff()
+        assert sizes.min() >= 0 and sizes.max() <= longest
+        for parts in zip(*(x.double().split(sizes.tolist()) for x in (q, *tensors)), strict=True):
+            q, k, *others = (x.transpose(0, 1) for x in parts)
+            hidden = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).triu(1)
+            yield q, k, ((q * scale(q)) @ k.mT).masked_fill(hidden, float("-inf")).softmax(-1), *others
+
+    def scale(q):
+        return q.shape[-1] ** -0.5
+
+    def together(parts, like):
+        return torch.cat([part.transpose(0, 1) for part in parts]).to(like.dtype)
+
+    def forward(q, k, v, starts, _, longest, *others):
+        calls.append(len(q))
+        out = together([p @ v for _, _, p, v in sequences(q, starts, longest, k, v)], q)
+        return out, q.new_zeros(q.shape[1], len(q)), q.new_zeros(2, dtype=torch.uint64)
+
+    def backward(grad, q, k, v, out, lse, starts, _, longest, *others):
+        grads = []
+        for q_, k_, p, v_, g in sequences(q, starts, longest, k, v, grad):
+            dp = g @ v_.mT
+            ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale(q)
+            grads.append((ds @ k_, ds.mT @ q_, p.mT @ g))
+        return tuple(together(parts, q) for parts in zip(*grads, strict=True))
+
+    torch.library.register_kernel("torch_attn::_varlen_attn", "cpu", forward)
+    torch.library.register_kernel("torch_attn::_varlen_attn_backward", "cpu", backward)
+    return calls
 
 
 def test_shapes_repeat_from_step_to_step():

@@ -25,6 +25,10 @@ def every_op(x: Tensor, queries: Tensor, texts: Tensor, seed: Tensor, impl: str)
     mixed = ops.patch_mix(x, plan, impl=impl)
     mixed = ops.patch_blend(mixed, x, plan, 0.5, impl=impl)
     restored = ops.patch_restore(mixed, plan, impl=impl)
+    tokens = ops.mix_tokens(torch.cat([restored, queries], dim=1), plan, impl=impl)
+    tokens = ops.blend_tokens(tokens, plan, 0.5, impl=impl)
+    tokens = ops.restore_tokens(tokens, plan, queries[:1], impl=impl)
+    restored = tokens[-BATCH:, :PATCHES]
     segments, first = ops.grouping_attention(
         queries, restored, restored, seed=seed, return_assignment="used", impl=impl
     )

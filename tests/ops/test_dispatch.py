@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from mixreorg_fast import ops
 from mixreorg_fast.ops import dispatch
 from mixreorg_fast.ops.dispatch import CannotRun, UnknownImplementation, autocast, choose, triton_reasons
 
@@ -41,9 +43,9 @@ def test_auto_never_takes_the_interpreter():
 
 
 def test_triton_reasons(monkeypatch):
-    monkeypatch.setattr(dispatch, "INTERPRET", False)
+    monkeypatch.setattr(dispatch.variants, "INTERPRET", False)
     assert triton_reasons(torch.zeros(2)) == ["tensors on cpu, Triton needs CUDA"]
-    monkeypatch.setattr(dispatch, "INTERPRET", True)
+    monkeypatch.setattr(dispatch.variants, "INTERPRET", True)
     assert triton_reasons(torch.zeros(2), torch.zeros(2, dtype=torch.int64)) == []
     meta = torch.zeros(2, device="meta", dtype=torch.float64)
     assert triton_reasons(torch.zeros(2), meta) == [
@@ -59,6 +61,64 @@ def test_autocast_casts_floats_only():
     assert autocast(x, index) == (x, index)
     with torch.autocast("cpu", torch.bfloat16):
         assert [tensor.dtype for tensor in autocast(x, index)] == [torch.bfloat16, torch.int32]
+
+
+@pytest.fixture
+def small_gpu(monkeypatch):
+    """``small_gpu(launcher)``: tensors count as a GPU's, and this launcher of the mixing kernels wants too much."""
+    triton = pytest.importorskip("triton")
+    from mixreorg_fast.kernels import mixing
+
+    def refuse(*arguments):
+        raise triton.runtime.errors.OutOfResources(200_000, 101_376, "shared memory")
+
+    monkeypatch.setattr(dispatch, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(dispatch, "_without_resources", {})
+    monkeypatch.setattr(dispatch, "_tried", set())
+    return lambda launcher: monkeypatch.setattr(mixing, launcher, refuse)
+
+
+def blended(impl="auto", run=lambda function, *inputs: function(*inputs)):
+    plan = ops.MixPlan.sample(4, 3, 2, seed=1, impl="torch")
+    mixed, original = (torch.arange(48.0).view(4, 3, 4).mul(n).requires_grad_() for n in (1, 2))
+    out = run(lambda a, b: ops.patch_blend(a, b, plan, 0.25, impl=impl), mixed, original)
+    return [out, *torch.autograd.grad(out, (mixed, original), torch.ones_like(out))]
+
+
+@pytest.mark.parametrize("launcher", ["blend_forward", "blend_backward"])
+def test_auto_leaves_a_kernel_that_has_no_resources(launcher, small_gpu, monkeypatch, caplog):
+    expected = blended("torch")
+    small_gpu(launcher)
+    for _ in range(2):
+        for got, truth in zip(blended(), expected, strict=True):
+            assert torch.equal(got, truth)
+    (record,) = caplog.records  # once, in one line
+    assert record.message.startswith("patch_blend: the kernel cannot run on cpu, PyTorch takes over: out of resource")
+    assert "200000" in record.message and "\n" not in record.message
+    plan = ops.MixPlan.sample(4, 3, 2, seed=1, impl="torch")
+    monkeypatch.setattr("mixreorg_fast.ops.mixing.gather", lambda *inputs: pytest.fail("PyTorch was taken"))
+    ops.patch_mix(torch.zeros(4, 3, 4), plan)  # other ops keep their kernels
+
+
+def test_a_forced_kernel_without_resources_is_refused(small_gpu):
+    small_gpu("blend_forward")
+    reason = "patch_blend: impl='triton' cannot run on float32 .* out of resource: shared memory, Required: 200000"
+    with pytest.raises(CannotRun, match=reason):
+        blended("triton")
+
+
+def test_backward_is_tried_once_and_not_while_activations_are_recomputed(small_gpu, monkeypatch):
+    from mixreorg_fast.kernels import mixing
+
+    calls = []
+    backward = mixing.blend_backward
+    monkeypatch.setattr(mixing, "blend_backward", lambda *inputs: calls.append(1) or backward(*inputs))
+    blended(run=lambda *call: checkpoint(*call, use_reentrant=False))
+    assert len(calls) == 1
+    blended()
+    assert len(calls) == 3
+    blended()
+    assert len(calls) == 4
 
 
 BARE = """

@@ -6,7 +6,10 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch.fx import GraphModule
 
+from mixreorg_fast import ops
 from mixreorg_fast.ops.philox import gumbel, philox, seed_tensor
 
 # Random123's known answers for Philox4x32-10: counter, key (low, high), result.
@@ -49,3 +52,38 @@ def test_gumbel_noise_is_finite_and_gumbel(device):
     noise = gumbel(torch.cat(philox(11, counter, zero, zero, zero))).double()
     assert abs(noise.mean() - 0.5772) < 0.015  # 5 standard errors
     assert abs(noise.var() - math.pi**2 / 6) < 0.05
+
+
+def inlined(graph: GraphModule) -> int:
+    """Operations of the largest expression that Inductor would write for a node that reads no memory.
+
+    It copies such a node into each of its uses, so the sizes of the inputs add up.
+    """
+    sizes: dict[torch.fx.Node, int] = {}  # of the nodes that read nothing
+    for node in graph.graph.nodes:
+        created = node.op == "call_function" and getattr(node.target, "namespace", "aten") in ("aten", "prims")
+        if created and all(source in sizes for source in node.all_input_nodes):
+            sizes[node] = 1 + sum(sizes[source] for source in node.all_input_nodes)
+    return max(sizes.values(), default=0)
+
+
+def test_compiled_ops_take_integer_seeds():
+    """Code of bounded size, a graph for the first seed and one for all others, and the noise of eager mode."""
+    torch._dynamo.reset()
+    graphs: list[int] = []
+
+    def count(graph: GraphModule, _):
+        graphs.append(inlined(graph))
+        return graph.forward
+
+    def draw(q: torch.Tensor, k: torch.Tensor, seed: int) -> tuple[torch.Tensor, ...]:
+        plan = ops.MixPlan.sample(4, 9, 2, seed=seed, impl="torch")
+        return plan.source, plan.inverse, ops.grouping_attention(q, k, k, seed=seed, impl="torch")
+
+    q, k = torch.randn(4, 3, 8), torch.randn(4, 9, 8)
+    compiled = torch.compile(draw, fullgraph=True, backend=aot_autograd(fw_compiler=count))
+    for seed in (7, 8, -9, 2**62):
+        for result, expected in zip(compiled(q, k, seed), draw(q, k, seed), strict=True):
+            torch.testing.assert_close(result, expected)
+    assert len(graphs) == 2
+    assert max(graphs) < 100

@@ -3,7 +3,8 @@
 Its argument is a JSON file: a list of runs, one after the other, each ``{"config": {...}, "faults": {...}}``. A fault
 is ``name: step`` or, for those of one rank, ``name: [step, rank]``; steps count from 1.
 
-"full" pretends that the disk is full, "fill" fills the one that the run folder is on.
+"full" pretends that the disk is full, "fill" fills the one that the run folder is on. "impatient: seconds" is how long
+collectives wait when the run begins, "prepare: seconds" how long rank 0 prepares it.
 """
 
 import errno
@@ -12,19 +13,27 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from mixreorg_fast.config import parse_config
 from mixreorg_fast.errors import UserError, run_command
 from mixreorg_fast.models import MixReorg
 from mixreorg_fast.training import checkpoint
 from mixreorg_fast.training.distributed import leave
+from mixreorg_fast.training import trainer as module
 from mixreorg_fast.training.trainer import Trainer, train
 from mixreorg_fast.training.watch import launchers
 
-prepared_batch, write_tensors, losses_of = Trainer._batch, checkpoint.save_file, MixReorg.losses
+prepared_batch, write_tensors, losses_of, prepare = (
+    Trainer._batch,
+    checkpoint.save_file,
+    MixReorg.losses,
+    module.prepare,
+)
 BALLAST = "ballast"
 
 
@@ -74,7 +83,14 @@ def inject(faults: dict) -> None:
             os.truncate(path, path.stat().st_size // 2)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    Trainer._batch, checkpoint.save_file, MixReorg.losses = batch, save_file, losses
+    def slowly_prepared(config, resuming: bool):
+        time.sleep(faults.get("prepare", 0))
+        return prepare(config, resuming)
+
+    if "impatient" in faults:
+        for group in dist.distributed_c10d._world.pg_map:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=faults["impatient"]), group)
+    Trainer._batch, checkpoint.save_file, MixReorg.losses, module.prepare = batch, save_file, losses, slowly_prepared
 
 
 def main(path: str) -> None:

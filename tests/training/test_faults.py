@@ -102,7 +102,8 @@ def small_disk(tmp_path_factory):
 def reference(folder, small_disk):
     """A run whose fifth step is skipped, and others in the same launch: one that is NaN from its third step on and
     has a slow rank; one whose disk is full, in truth and not, and the same once more, with room; one whose gradients
-    leap when they have settled; one with accumulation and one without; last, one that hangs."""
+    leap when they have settled; one with accumulation and one without, which is prepared for longer than collectives
+    waited; last, one that hangs."""
     nan = {"nan": [5]}
     cached = config(folder, "cached", batch=32, steps=3, accumulation=4, grad_cache=True)
     cached["deepspeed"]["zero_stage"] = 3  # which plans ahead of the order that modules run in
@@ -111,9 +112,9 @@ def reference(folder, small_disk):
         (config(folder, "full"), {"full": 4}),
         (config(folder, "reference"), nan),
         (config(folder, "spike", steps=SETTLED + 9), {"spike": [SETTLED + 1, *range(SETTLED + 3, SETTLED + 9)]}),
-        (config(folder, "whole", batch=32, steps=3), {}),
+        (config(folder, "whole", batch=32, steps=3), {"impatient": 4, "prepare": 6}),
         (cached, {}),
-        (config(folder, "hung", timeout=6.0), {"hang": (3, 1)}),
+        (config(folder, "hung", timeout=6.0), {"impatient": 4, "hang": (3, 1)}),
     ]
     if small_disk is not None:
         on_it = {**config(folder, "filled"), "output": str(small_disk)}
@@ -250,7 +251,12 @@ def test_a_rank_without_memory_says_what_to_set(folder):
     assert steps(folder / "runs" / "memory") == [2]
 
 
+def test_preparing_may_take_longer_than_collectives_waited(folder, reference):
+    assert list(reports_of(folder / "runs" / "whole")) == [1, 2, 3]
+
+
 def test_a_hung_rank_is_named(reference):
+    """By Watch, before the collectives give up."""
     errors = [line for line in reference[1].splitlines() if line.startswith("error:")]
     assert any("no progress for 6 s" in e and "rank 1 on" in e and "hangs (step 3" in e for e in errors), errors
 

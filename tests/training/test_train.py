@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 import mixreorg_fast
+from mixreorg_fast.cli import main
 from mixreorg_fast.config import merged, parse_config
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.training import checkpoint
 from mixreorg_fast.training.optimisation import learning_rate, schedule_length
-from mixreorg_fast.training.preparation import prepare
+from mixreorg_fast.training.preparation import check_inputs
+from tests.disguise import disguised
 from tests.tiny import tiny_config
 
 pytest.importorskip("deepspeed")
@@ -40,15 +42,15 @@ def settings(folder: Path, **changes) -> dict:
                 "scenes": {"folder": str(folder / "scenes"), "train": 40, "val": 8, "size": 32},
             },
             "train": {"batch": 16, "accumulation": 2, "steps": STEPS, "log_every": 1, "precision": "bf16"},
-            "eval": {"short_side": 32, "every": 4, "every_images": 4},
+            "eval": {"short_side": 32, "every": 4, "every_images": 4, "templates": "a {}."},
             "checkpoint": {"every": 3, "keep": 5},
             **changes,
         },
     )
 
 
-def launch(folder: Path, *options: str, launcher: tuple[str, ...] = ("--num_gpus", "2"), **changes):
-    """Run train.py in `folder`; returns the finished process."""
+def launch(folder: Path, *options: str, launcher: tuple[str, ...] = ("--num_gpus", "2"), on_gpu=False, **changes):
+    """Run train.py in `folder`, on the CPU of a machine with fewer GPUs than ranks; returns the finished process."""
     path = folder / "config.json"
     path.write_text(json.dumps(settings(folder, **changes)))
     with socket.socket() as free:
@@ -57,7 +59,8 @@ def launch(folder: Path, *options: str, launcher: tuple[str, ...] = ("--num_gpus
     binaries = Path(sys.executable).parent
     deepspeed = [str(binaries / "deepspeed"), *launcher, "--master_port", port]
     command = [*deepspeed, str(ROOT / "train.py"), "--config", str(path), *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} if on_gpu else disguised(gpus=1) | {"DS_ACCELERATOR": "cpu"}
+    environment["PATH"] = f"{binaries}{os.pathsep}{environment['PATH']}"
     environment["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=folder)
 
@@ -107,9 +110,17 @@ def test_run_folder_holds_what_is_promised(run):
     assert json.loads((folder / "config.json").read_text())["model"]["text"]["vocab_size"] > 0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the operator in question is the CPU's")
 def test_launching_compiles_no_operator(run):
     assert not (run / "extensions").exists()
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains(tmp_path, monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR")
+    done = launch(tmp_path, "--device", "cuda", launcher=("--num_gpus", "1"), on_gpu=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert f"1 × {torch.cuda.get_device_name()}" in done.stdout and "bf16, compiled" in done.stdout
+    assert (tmp_path / "runs" / "run" / "eval.json").is_file()
 
 
 def test_weights_load_and_segment(run):
@@ -120,12 +131,32 @@ def test_weights_load_and_segment(run):
     assert labels.shape == (2, 32, 32) and labels.max() <= 2
 
 
+def test_the_weights_score_as_the_run_said(run, tmp_path, capsys):
+    """`mixreorg evaluate` without options: to the digit, as size, templates and threshold go with the weights."""
+    folder = run / "runs" / "run"
+    carried = mixreorg_fast.load(folder).inference
+    assert (carried.short_side, carried.templates, carried.background_threshold) == (32, ("a {}.",), 0.3)
+    assert mixreorg_fast.load(folder / "best").inference == carried
+    said = json.loads((folder / "eval.json").read_text())
+    for name in ("scenes", "scenes_small"):
+        root, out = said[name]["settings"]["root"], tmp_path / f"{name}.json"
+        assert main(["evaluate", "--weights", str(folder), "--root", root, "--out", str(out), "--device", "cpu"]) == 0
+        scores = json.loads(out.read_text())
+        assert scores["settings"].pop("weights") == str(folder)
+        assert scores == said[name]
+    capsys.readouterr()
+
+
 def test_resumed_run_equals_the_uninterrupted_one(run):
     """From step 3 on, in a run folder of its own: the same losses and the same weights, bit for bit."""
     middle = run / "runs" / "run" / "checkpoints" / "step_00000003"
     done = launch(run, "--resume", str(middle), name="resumed")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert f"resumed from {middle} at step 3" in done.stdout
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)  # the ranks share the node's processors
+    computed = f"2 × CPU ({threads} thread{'s' * (threads > 1)}), bf16, not compiled, attention: "
+    (line,) = (line for line in done.stdout.splitlines() if computed in line)
+    assert line.endswith(", ZeRO-2, 16 images a step (2 ranks × 2 × 4)")
     resumed = run / "runs" / "resumed"
     expected = load_file(run / "runs/run/checkpoints/step_00000006/model.safetensors")
     got = load_file(resumed / "checkpoints/step_00000006/model.safetensors")
@@ -177,12 +208,40 @@ def test_another_number_of_ranks_takes_the_last_sound_checkpoint(run):
     ],
 )
 def test_missing_data(run, tmp_path, changes, parts):
-    base = settings(run, name="mistake")
-    config = parse_config(merged(base, changes))
+    config = parse_config(merged(settings(run, name="mistake", output=str(tmp_path)), changes))
     with pytest.raises(UserError) as caught:
-        prepare(config, resuming=False)
+        check_inputs(config, resuming=False)
     for part in parts:
         assert part in str(caught.value)
+    assert not config.run_folder.exists()
+
+
+def test_all_that_is_missing_is_said_at_once(run, tmp_path):
+    """Before anything is verified or made, on every rank, in one line."""
+    shard = f"{run}/scenes/val-*.tar"
+    sets = [{"pattern": "no/train.tar"}, {"pattern": shard}]
+    sections = {
+        "data": {"shards": sets, "val_shards": "no/val.tar", "tokenizer": "no/tokenizer.json"},
+        "train": {"batch": 18},
+        "eval": {"datasets": [{"name": name, "root": f"no/{name}"} for name in ("a", "b")]},
+    }
+    config = parse_config(merged(settings(run, name="mistake", output=str(tmp_path)), sections))
+    with pytest.raises(UserError) as caught:
+        check_inputs(config, resuming=False, world_size=2)
+    problems = [
+        "6 mistakes: (1) train.batch 18 is no multiple of 16 = 2 ranks x",
+        "; (2) no shard no/train.tar",
+        "; (3) no shard no/val.tar",
+        "; (4) no data set folder no/a",
+        "; (5) no data set folder no/b",
+        "; (6) no tokenizer no/tokenizer.json",
+    ]
+    places = [str(caught.value).index(problem) for problem in problems]
+    assert places == sorted(places) and places[0] == 0 and "\n" not in str(caught.value)
+    sections = {"data": {"shards": shard}, "train": {"batch": 16, "accumulation": 1}}
+    config = parse_config(merged(settings(run, name="mistake", output=str(tmp_path)), sections))
+    with pytest.raises(UserError, match=r"^train\.batch 16 is more than the 8 samples of data\.shards \(nearest: 8\)$"):
+        check_inputs(config, resuming=False, world_size=2)
     assert not config.run_folder.exists()
 
 
@@ -198,8 +257,10 @@ def test_command_line_mistakes():
     assert "--config" in call()
     assert "configs/zero2.json" in call("--config", "configs/zero22.json")
     assert "did you mean 'steps'" in call("--config", "configs/zero2.json", "--set", "train.stesp=3")
-    if not torch.cuda.is_available():
-        assert "needs a CUDA GPU" in call("--config", "configs/zero2.json", "--set", "train.cuda_graphs=true")
+    assert "choose from" in call("--config", "configs/zero2.json", "--device", "gpu")
+    on_cpu = ("--config", "configs/zero2.json", "--device", "cpu")
+    assert "needs a CUDA GPU" in call(*on_cpu, "--set", "train.cuda_graphs=true")
+    assert "tf32 needs precision fp32" in call(*on_cpu, "--set", "train.tf32=true", "--set", "train.precision=bf16")
 
 
 def test_resume_names_a_checkpoint(run, tmp_path):

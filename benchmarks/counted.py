@@ -1,0 +1,329 @@
+"""What can be known of the ops on a GPU without one: ``python -m benchmarks.counted STATE``.
+
+Each op of the model's shapes runs forward and backward on meta tensors. Its kernels are compiled for an H100 and their
+instructions counted; of PyTorch's own operations the bytes are, and the products. From them follows the least time that
+an H100 needs: the longest of memory, instruction issue and matrix products, kernel by kernel. STATE is a name for what
+is counted, such as "before" or "after"; the rows of other states stay in benchmarks/results/counted.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from mixreorg_fast import ledger, ops
+from mixreorg_fast.kernels.offline import Launch, offline
+from mixreorg_fast.ops import registration
+from mixreorg_fast.ops.tokens import blend_tokens_reference, mix_tokens_reference, restore_tokens_reference
+
+from . import harness, test_contrastive, test_decoding, test_grouping_attention, test_mixed_segmentation
+
+RESULTS = harness.RESULTS / "counted.json"
+ARCHITECTURE = 90
+# NVIDIA H100 SXM, from its data sheet: dense products, memory, and a warp instruction per scheduler and clock.
+BYTES_PER_S, CLOCK, SCHEDULERS = 3.35e12, 1.755e9, 132 * 4
+FLOP_PER_S = {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 67e12}
+COUNTED_FOR = {"gpu": "NVIDIA H100 SXM", "gb_per_s": BYTES_PER_S * 1e-9, "ghz": CLOCK * 1e-9, "multiprocessors": 132}
+IMAGES, PATCHES, GROUPS, SEGMENTS, CHANNELS, WIDTH, K = 1024, 196, 64, 8, 384, 256, 4
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op at one of the model's shapes, ours and as PyTorch's users write it, with what is expected of it."""
+
+    name: str
+    shape: str
+    inputs: Sequence[Tensor]  # that are differentiated
+    ours: Callable[[], Any]
+    eager: Callable[[], Any]
+    target: str  # on an H100 or H200, in bf16, forward and backward
+    flops: float = 0.0  # of our kernels' matrix products
+
+
+def operations() -> Iterator[Op]:
+    seed, plan = _seed(), _plan(IMAGES)
+    x, mixed = _tokens(), _tokens()
+    shape = f"{IMAGES}x{PATCHES}x{CHANNELS} K={K}"
+    yield Op(
+        "patch_mix",
+        shape,
+        [x],
+        lambda: ops.patch_mix(x, plan, impl="triton"),
+        lambda: ops.mixing.patch_mix_reference(x, plan.source),
+        "85 % of copy bandwidth",
+    )
+    yield Op(
+        "patch_blend",
+        shape,
+        [mixed, x],
+        lambda: ops.patch_blend(mixed, x, plan, 0.5, impl="triton"),
+        lambda: ops.mixing.patch_blend_reference(mixed, x, plan.source, 0.5),
+        "85 % of copy bandwidth",
+    )
+    yield from _whole_tokens(plan)
+    for groups, patches in ((GROUPS, PATCHES), (SEGMENTS, GROUPS)):
+        q = _random(IMAGES, groups, CHANNELS)
+        kv = torch.empty(IMAGES, patches, 2 * CHANNELS, dtype=torch.bfloat16, device="meta")
+        k, v = (x.requires_grad_() for x in kv.chunk(2, dim=2))  # one projection, as in the model
+        for returned in ("none", "used"):
+            yield Op(
+                "grouping_attention",
+                f"{IMAGES}x{groups}x{patches}x{CHANNELS}" + " with assignment" * (returned == "used"),
+                [q, k, v],
+                lambda q=q, k=k, v=v, returned=returned: ops.grouping_attention(
+                    q, k, v, seed=seed, return_assignment=returned, impl="triton"
+                ),
+                lambda q=q, k=k, v=v, returned=returned: test_grouping_attention.eager(q, k, v, seed, returned),
+                "3× eager" if groups == GROUPS else "",
+                flops=8 * 2 * IMAGES * groups * patches * CHANNELS,
+            )
+    first = _random(IMAGES, GROUPS, PATCHES, dtype=torch.float32)
+    second = _random(IMAGES, SEGMENTS, GROUPS, dtype=torch.float32)
+    segments, texts = _random(IMAGES, SEGMENTS, WIDTH, dtype=torch.float32), _random(IMAGES, WIDTH, dtype=torch.float32)
+    scale = torch.empty(1, device="meta", requires_grad=True)
+    yield Op(
+        "mixed_segmentation_loss",
+        f"{IMAGES}x{GROUPS}x{PATCHES} G2={SEGMENTS} K={K}",
+        [first, second, segments, texts, scale],
+        lambda: ops.mixed_segmentation_loss(first, second, segments, texts, plan, scale, impl="triton"),
+        lambda: test_mixed_segmentation.eager(first, second, segments, texts, plan, scale),
+        "5× eager",
+    )
+    for rows, target in ((32768, "1.5× eager"), (4096, "")):
+        image, text = _random(rows, WIDTH), _random(rows, WIDTH)
+        yield Op(
+            "contrastive_loss",
+            f"{rows}x{WIDTH}",
+            [image, text, scale],
+            lambda image=image, text=text: ops.contrastive_loss(image, text, scale, impl="triton"),
+            lambda image=image, text=text: test_contrastive.eager(image, text, scale),
+            target,
+        )
+    maps, scores = (torch.empty(64, SEGMENTS, *size, device="meta") for size in ((28, 37), (150,)))
+    yield Op(
+        "decode_segments",
+        "64x8x28x37 to 512x683 T=150",
+        [],
+        lambda: ops.decode_segments(maps, scores, (512, 683), impl="triton"),
+        lambda: test_decoding.dense(maps, scores, (512, 683)),
+        "3× an eager look-up",
+    )
+
+
+def _whole_tokens(plan: ops.MixPlan) -> Iterator[Op]:
+    """In one launch each; and by the ops on patches, with slices and concatenations around them."""
+    one, two = (_random(branches * IMAGES, PATCHES + GROUPS, CHANNELS) for branches in (1, 2))
+
+    def mix(patches: Tensor, _: Tensor) -> Tensor:
+        return ops.patch_mix(patches, plan, impl="triton")
+
+    def restore(patches: Tensor, _: Tensor) -> Tensor:
+        return ops.patch_restore(patches, plan, impl="triton")
+
+    def blend() -> Tensor:
+        original, mixed = two.chunk(2)
+        blended = ops.patch_blend(mixed[:, :PATCHES], original[:, :PATCHES], plan, 0.5, impl="triton")
+        return torch.cat([original, torch.cat([blended, mixed[:, PATCHES:]], dim=1)])
+
+    for name, x, whole, by_patches, eager in (
+        (
+            "mix_tokens",
+            one,
+            lambda: ops.mix_tokens(one, plan, impl="triton"),
+            lambda: mix_tokens_reference(one, plan.source, K, gather=mix),
+            lambda: mix_tokens_reference(one, plan.source, K),
+        ),
+        (
+            "blend_tokens",
+            two,
+            lambda: ops.blend_tokens(two, plan, 0.5, impl="triton"),
+            blend,
+            lambda: blend_tokens_reference(two, plan.source, 0.5),
+        ),
+        (
+            "restore_tokens",
+            two,
+            lambda: ops.restore_tokens(two, plan, impl="triton"),
+            lambda: restore_tokens_reference(two, plan.inverse, K, gather=restore),
+            lambda: restore_tokens_reference(two, plan.inverse, K),
+        ),
+    ):
+        shape = f"{IMAGES}x{PATCHES}+{GROUPS}x{CHANNELS} K={K}"
+        yield Op(name, shape, [x], whole, eager, "85 % of copy bandwidth")
+        yield Op(f"{name}, by ops on patches", shape, [x], by_patches, eager, "")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one kernel or operation does at least."""
+
+    name: str
+    bytes: float
+    flops: float = 0.0
+    rate: float = FLOP_PER_S[torch.float32]
+    instructions: float = 0.0  # of all warps
+
+    def seconds(self) -> dict[str, float]:
+        return {
+            "memory": self.bytes / BYTES_PER_S,
+            "issue": self.instructions / (SCHEDULERS * CLOCK),
+            "products": self.flops / self.rate,
+        }
+
+
+class Counter(TorchDispatchMode):
+    """PyTorch's operations that launch a kernel: those that make a tensor or change one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work: list[Work] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        returned = function._schema.returns
+        views = any(result.alias_info is not None and not result.alias_info.is_write for result in returned)
+        name = function.overloadpacket._qualified_op_name.removeprefix("aten::")
+        if views or name.startswith(("empty", "new_empty", "detach", "_local_scalar", "sym_")) or name == "lift_fresh":
+            return out
+        tensors = {id(x): x for x in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
+        size = sum(x.numel() * x.element_size() for x in tensors.values())
+        count = flop_registry.get(function.overloadpacket)
+        flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
+        dtype = next((x.dtype for x in tensors.values() if x.is_floating_point()), torch.float32)
+        self.work.append(Work(name, size, flops, FLOP_PER_S.get(dtype, FLOP_PER_S[torch.float32])))
+        return out
+
+
+def count(call: Callable[[], Any], inputs: Sequence[Tensor], flops: float = 0.0) -> list[Work]:
+    """The kernels and operations of `call` and of its backward pass, on meta tensors."""
+    traces, registration._traces = registration._traces, lambda tensor: False  # a dispatch mode is no reason here
+    try:
+        with offline(ARCHITECTURE) as launches, Counter() as counter:
+            out = call()
+            outputs = [x for x in ([out] if isinstance(out, Tensor) else out) if x.requires_grad]
+            if outputs:
+                torch.autograd.grad(outputs, inputs, [torch.empty_like(x) for x in outputs])
+    finally:
+        registration._traces = traces
+    kernels = [
+        Work(launch.kernel, launch.bytes, flops / len(launches), FLOP_PER_S[torch.bfloat16], executed(launch))
+        for launch in launches
+    ]
+    return kernels + counter.work
+
+
+def executed(launch: Launch) -> float:
+    """Instructions of all warps of a launch."""
+    once = launch.instructions + sum(size * rounds(launch, size) for size in launch.loops)
+    return once * launch.num_warps * launch.programs
+
+
+PREFETCH_LOOP = 16  # a loop of fewer instructions asks for lines of memory and does nothing else
+
+
+def rounds(launch: Launch, loop: int) -> int:
+    """How often a loop of `loop` instructions runs: which size of the kernel it goes through, in steps of what."""
+    sizes = launch.sizes
+    if launch.kernel in ("grouping_forward", "grouping_backward"):
+        if loop < PREFETCH_LOOP:
+            return math.ceil(PATCHES * sizes["PREFETCH"] / 128 / (32 * launch.num_warps))
+        return sizes["CHANNELS"] // sizes["BLOCK_CHANNELS"]
+    if launch.kernel.startswith("mixed_segmentation"):
+        return 7
+    size, step = LOOPS[launch.kernel]
+    return math.ceil(sizes[size] / (sizes[step] if step else 1))
+
+
+# Which size of a kernel its loops go through, and in steps of which.
+LOOPS = {
+    "aggregate": ("patches", "BLOCK_PATCHES"),
+    "log_sum_exp": ("D", "BLOCK_D"),
+    "weights": ("D", "BLOCK_D"),
+    "merge": ("parts", "BLOCK_PARTS"),
+    "segment_label": ("classes", "BLOCK_CLASSES"),
+    "decode": ("GROUPS", None),
+    "sample_plan": ("group_size", None),
+    "append_branch_forward": ("group_size", None),
+    "append_branch_backward": ("group_size", None),
+    "blend_tokens": ("group_size", None),
+}
+
+
+def of_ops() -> Iterator[dict[str, Any]]:
+    """A row for ours and one for the eager lines of every op."""
+    for op in operations():
+        for name, call, flops in (("ours", op.ours, op.flops), ("eager", op.eager, 0.0)):
+            work = count(call, op.inputs, flops)
+            seconds = [part.seconds() for part in work]
+            bounds: dict[str, float] = {}
+            for part in seconds:
+                bound = max(part, key=part.get)
+                bounds[bound] = bounds.get(bound, 0.0) + part[bound]
+            yield {
+                "op": op.name,
+                "shape": op.shape,
+                "implementation": name,
+                "launches": len(work),
+                "mb": sum(part.bytes for part in work) * 1e-6,
+                "warp_minstructions": sum(part.instructions for part in work) * 1e-6,
+                "predicted_us": sum(bounds.values()) * 1e6,
+                "bound": max(bounds, key=bounds.get),
+                "target": op.target,
+            }
+
+
+def of_others() -> Iterator[dict[str, Any]]:
+    """What the host spends on each op, and the launches of a micro-step."""
+    for module, op in (("host_time", "host time"), ("launches", "launches of a micro-step")):
+        command = [sys.executable, "-m", f"benchmarks.{module}"]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        for row in map(json.loads, lines):
+            yield {"op": op, **row}
+
+
+def _seed() -> Tensor:
+    return torch.zeros((), dtype=torch.int64, device="meta")
+
+
+def _random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+
+def _tokens() -> Tensor:
+    """Patch tokens as the model holds them: a view into tokens that end with the group tokens."""
+    x = torch.empty(IMAGES, PATCHES + GROUPS, CHANNELS, dtype=torch.bfloat16, device="meta")
+    return x[:, :PATCHES].requires_grad_()
+
+
+def _plan(images: int) -> ops.MixPlan:
+    source, inverse = torch.zeros(2, images, PATCHES, dtype=torch.int32, device="meta")
+    return ops.MixPlan(source, inverse, K)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("state", help='a name for what is counted, such as "before" or "after"')
+    state = parser.parse_args(argv).state
+    stamp = {"suite": "counted", "state": state, "date": ledger.now(), "commit": ledger.commit()}
+    rows: list[Mapping[str, Any]] = [
+        {**stamp, **{key: harness.rounded(value) for key, value in row.items()}} for row in (*of_ops(), *of_others())
+    ]
+    kept = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    rows = [*(row for row in kept if row["state"] != state), *rows]
+    header = {**ledger.versions(" ".join(["python -m benchmarks.counted", state])), "counted_for": COUNTED_FOR}
+    ledger.write_rows(RESULTS, header, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Compile real launches for a GPU that is not there, and read what the compiled kernels take.
+
+Launchers run on meta tensors: they choose their configuration and specialise as on the GPU in question, and Triton
+compiles; nothing is launched. A process of its own is needed where ``TRITON_INTERPRET=1`` is set, since nothing
+compiles there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from . import variants
+
+# The most shared memory that one block may take, in bytes (CUDA C++ Programming Guide, compute capabilities).
+SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as one launch compiles it, and what it takes."""
+
+    kernel: str
+    variant: str  # its constexprs and the types of its other arguments
+    architecture: int
+    programs: int
+    num_warps: int
+    bytes: int  # of the tensors that it is given
+    shared_bytes: int  # of a block
+    registers: int  # of a thread
+    spill_bytes: int  # stack of a thread: there is nothing else that these kernels keep there
+    instructions: int  # of a warp outside loops
+    loops: tuple[int, ...]  # instructions of one round of each loop, those of loops within it left out
+    sizes: dict[str, int]  # its whole numbers, constexprs included
+
+
+class _Driver:
+    """What a launch asks Triton's driver for; devices are numbered by architecture, so each has its own cache."""
+
+    def __init__(self, architecture: int) -> None:
+        self._architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self._architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def offline(architecture: int) -> Iterator[list[Launch]]:
+    """Within it, kernels take meta tensors and compile for sm_`architecture`; gives the launches so far."""
+    if variants.INTERPRET:
+        raise RuntimeError("kernels do not compile in an interpreting process; unset TRITON_INTERPRET")
+    launches: list[Launch] = []
+    known: dict[str, dict[str, Any]] = {}  # what is read from a compiled kernel, by its hash
+    run, driver = JITFunction.run, triton.runtime.driver
+
+    def compiled(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in known:
+            known[kernel.hash] = _describe(self, kernel)
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        size = sum(x.numel() * x.element_size() for x in tensors)
+        named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        launches.append(
+            Launch(
+                architecture=architecture,
+                programs=math.prod(grid),
+                bytes=size,
+                sizes={name: value for name, value in named.items() if type(value) is int},
+                **known[kernel.hash],
+            )
+        )
+        return kernel
+
+    before, active = variants.offline_architecture, driver._active
+    variants.offline_architecture = architecture
+    driver.set_active(_Driver(architecture))
+    JITFunction.run = compiled
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+        driver._active = active
+        variants.offline_architecture = before
+
+
+def _describe(function: JITFunction, kernel: Any) -> dict[str, Any]:
+    """What a compiled kernel says of itself, and what the tools that Triton brings read in it."""
+    names = [parameter.name for parameter in function.params]
+    constants = [f"{names[path[0]]}={value}" for path, value in kernel.src.constants.items()]
+    types = dict.fromkeys(kind for kind in kernel.src.signature.values() if kind.startswith("*"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    instructions, loops = _count(code)
+    return {
+        "kernel": function.fn.__name__.strip("_").removesuffix("_kernel"),
+        "variant": ", ".join([*types, *constants]),
+        "num_warps": kernel.metadata.num_warps,
+        "shared_bytes": kernel.metadata.shared,
+        "registers": int(registers),
+        "spill_bytes": int(stack),
+        "instructions": instructions,
+        "loops": loops,
+    }
+
+
+def _count(code: str) -> tuple[int, tuple[int, ...]]:
+    """Instructions of nvdisasm's listing outside its loops, and within each, in the order of their first lines.
+
+    A loop is what lies between a label and a branch back to it.
+    """
+    labels: dict[str, int] = {}
+    branches: list[tuple[str, int]] = []
+    number = 0
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = number
+        elif (instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.+?);", line)) and "NOP" not in instruction[1]:
+            if target := re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1]):
+                branches.append((target[1], number))
+            number += 1
+    # A branch to itself stands behind the end of every program.
+    spans = sorted({(labels[target], end + 1) for target, end in branches if labels[target] < end})
+    inside = [sum(first <= place < end for first, end in spans) for place in range(number)]
+    own = []
+    for first, end in spans:
+        nested = [span for span in spans if first <= span[0] and span[1] <= end and span != (first, end)]
+        own.append(sum(not any(a <= place < b for a, b in nested) for place in range(first, end)))
+    return inside.count(0), tuple(own)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout

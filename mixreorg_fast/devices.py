@@ -1,0 +1,158 @@
+"""The device that a process computes on, the NVIDIA driver below it, and this rank's place on its node."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import RankError, UserError
+
+# The oldest driver that runs programs of a CUDA major version.
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+_NVML_DRIVER_NOT_LOADED = 9
+
+
+@dataclass(frozen=True)
+class Driver:
+    """NVIDIA's driver as its management library (NVML) describes it."""
+
+    version: str  # such as "580.65.06"
+    gpus: int  # of this machine, those that CUDA_VISIBLE_DEVICES hides included
+    problem: str | None = None  # what NVML reports instead of a version
+
+    @property
+    def major(self) -> int:
+        """580 of "580.65.06"; 0 of a version that is not known."""
+        digits = self.version.partition(".")[0]
+        return int(digits) if digits.isdigit() else 0
+
+    def __str__(self) -> str:
+        return f"driver {self.version}"
+
+
+def driver() -> Driver | None:
+    """The driver of this machine; None without a driver or without a GPU.
+
+    NVML answers also where CUDA does not, as with a driver that is too old for PyTorch. A container that was given no
+    GPU has no NVML, though its /proc shows the host's driver.
+    """
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        code = nvml.nvmlInit_v2()
+    except (OSError, AttributeError):
+        return None
+    if code == _NVML_DRIVER_NOT_LOADED:
+        return None
+    if code:
+        nvml.nvmlErrorString.restype = ctypes.c_char_p
+        return Driver("unknown", 1, (nvml.nvmlErrorString(code) or b"unknown error").decode())
+    version, count = ctypes.create_string_buffer(80), ctypes.c_uint()
+    try:
+        nvml.nvmlSystemGetDriverVersion(version, ctypes.c_uint(len(version)))
+        nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+    finally:
+        nvml.nvmlShutdown()
+    return Driver(version.value.decode() or "unknown", count.value) if count.value else None
+
+
+def cuda_problem() -> str | None:
+    """Why PyTorch cannot use this machine's GPUs; None: it can, there are none, or the environment hides them."""
+    if hidden() or cuda_available() or (found := driver()) is None:
+        return None
+    there = (
+        f"this machine has {found.gpus} NVIDIA GPU{'s' * (found.gpus > 1)} ({found}), but PyTorch {torch.__version__}"
+    )
+    if torch.version.cuda is None:
+        return f"{there} is built without CUDA: install a build with CUDA"
+    needed = OLDEST_DRIVER.get(int(torch.version.cuda.partition(".")[0]), 0)
+    if 0 < found.major < needed:
+        older = ", or install PyTorch for CUDA 12: make env CUDA=12 (docs/install.md)"
+        return (
+            f"{there} for CUDA {torch.version.cuda} needs driver {needed} or newer: update the driver"
+            f"{older if OLDEST_DRIVER[12] <= found.major else ''}"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return f"{there} cannot use them: {found.problem or 'see nvidia-smi'}" + (
+        f" (CUDA_VISIBLE_DEVICES={visible})" if visible else ""
+    )
+
+
+def choose(name: str | None = None) -> torch.device:
+    """The device to compute on, with its number if it is a GPU.
+
+    Args:
+        name: "cpu", "cuda" (the GPU of this rank), "cuda:1" and whatever else PyTorch names; None: the GPU of this
+            rank, or the CPU where there is no GPU or the environment hides them.
+
+    Raises:
+        UserError: the device is not available, or `name` is None beside a GPU that PyTorch cannot use.
+        RankError: this node has fewer GPUs than ranks.
+    """
+    if name is None:
+        name = "cuda" if not hidden() and (cuda_available() or cuda_problem()) else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type != "cuda":
+            torch.empty(0, device=device)
+            return device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: not available here (try cpu)") from None
+    if not cuda_available():
+        raise UserError(f"{cuda_problem() or 'no CUDA GPU is visible'}; --device cpu computes on the CPU")
+    index, gpus = local_rank() if device.index is None else device.index, torch.cuda.device_count()
+    if index >= gpus:
+        whose = f"local rank {index} has no GPU" if device.index is None else f"--device {name}: no such GPU"
+        raise RankError(f"{whose}: this node has {gpus}")
+    return torch.device("cuda", index)
+
+
+def cuda_available() -> bool:
+    with warnings.catch_warnings():  # PyTorch warns of an old driver in several lines
+        warnings.simplefilter("ignore")
+        return torch.cuda.is_available()
+
+
+def hidden() -> bool:
+    """Whether the environment hides the GPUs on purpose: CUDA_VISIBLE_DEVICES is empty, or DS_ACCELERATOR is cpu."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (visible is not None and visible.strip() in ("", "-1")) or os.environ.get("DS_ACCELERATOR") == "cpu"
+
+
+def local_rank() -> int:
+    """This process's number among the ranks of its node."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_size() -> int:
+    """Ranks on this node: torchrun sets LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`, without waiting for a GPU: what lies in pinned memory is copied in its own time."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def set_tf32(on: bool) -> None:
+    """Compute fp32 matrix products and convolutions on GPUs in TF32 (10 bits of mantissa), or in fp32.
+
+    Without this call PyTorch computes products in fp32 and convolutions in TF32. These two functions keep every reader
+    of the setting in agreement. After an assignment to ``torch.backends.cuda.matmul.fp32_precision``,
+    ``torch.get_float32_matmul_precision()`` raises, which torch.compile calls.
+    """
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    torch.backends.cudnn.allow_tf32 = on
+
+
+def describe(device: torch.device) -> str:
+    """Name of a device, with the driver of a GPU or the threads that PyTorch takes of a CPU."""
+    if device.type != "cuda":
+        threads = torch.get_num_threads()
+        return f"CPU ({threads} thread{'s' * (threads > 1)})"
+    found = driver()
+    return torch.cuda.get_device_name(device) + (f" ({found})" if found else "")
