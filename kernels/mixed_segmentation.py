@@ -298,12 +298,12 @@ def _groups(first: Tensor, group_size: int) -> dict[str, int]:
     """
     groups = first.shape[1]
     count = max(count for count in range(1, MOST_TEXTS + 1) if group_size % count == 0)
-    return {"G1": groups, "K": group_size, "COUNT": count, "BLOCK_G1": triton.next_power_of_2(groups)}
+    return {"G1": groups, "K": group_size, "COUNT": count, "BLOCK_G1": next_power_of_2(groups)}
 
 
 def _second_groups(first: Tensor, second: Tensor, group_size: int) -> dict[str, int]:
     """The constexprs of the kernels over images, and warps enough to hold `second` in registers."""
-    sizes = {"G2": second.shape[1], "BLOCK_G2": triton.next_power_of_2(second.shape[1])}
+    sizes = {"G2": second.shape[1], "BLOCK_G2": next_power_of_2(second.shape[1])}
     sizes |= _groups(first, group_size)
     warps = sizes["BLOCK_G1"] * sizes["BLOCK_G2"] * sizes["COUNT"] // 2048
     return {**sizes, "num_warps": min(8, max(1, warps))}
@@ -318,7 +318,7 @@ def _scores(
         torch.empty((images, group_size, size), dtype=torch.float32, device=first.device) for size in groups
     )
     sizes, width = _second_groups(first, second, group_size), segments.shape[2]
-    block = min(triton.next_power_of_2(width), 2048 * sizes["num_warps"] // sizes["BLOCK_G2"])
+    block = min(next_power_of_2(width), 2048 * sizes["num_warps"] // sizes["BLOCK_G2"])
     _mixed_segmentation_scores_kernel[(images,)](
         second, segments, texts, scale, cosines, scores, **sizes, D=width, BLOCK_D=block
     )
@@ -348,7 +348,7 @@ def mixed_segmentation_forward(
         return loss, correct
 
     def launch(config: Config) -> None:
-        parts = triton.cdiv(patches, config.blocks["BLOCK_N"])
+        parts = cdiv(patches, config.blocks["BLOCK_N"])
         _mixed_segmentation_forward_kernel[(images * parts,)](
             first, scores, source, loss, correct, N=patches, **_groups(first, group_size), **config.kwargs
         )
@@ -384,7 +384,7 @@ def mixed_segmentation_backward(
 
     def launch(config: Config) -> Tensor:
         """Gives the parts of the scores' gradient ``[B, K, parts, G1]``."""
-        parts = triton.cdiv(patches, config.blocks["BLOCK_N"])
+        parts = cdiv(patches, config.blocks["BLOCK_N"])
         grad_scores = torch.empty((images, group_size, parts, groups), dtype=torch.float32, device=first.device)
         _mixed_segmentation_backward_kernel[(images * parts,)](
             grad,
@@ -401,7 +401,6 @@ def mixed_segmentation_backward(
         return grad_scores
 
     with on_device(first):
-<<<<<<< HEAD
         cosines, scores = _scores(first, second, segments, texts, scale, group_size)
         grad_scores = launch(_configuration("mixed_segmentation_backward", first, group_size, launch))
         parts = grad_scores.shape[2]
@@ -411,20 +410,14 @@ def mixed_segmentation_backward(
             scale,
             cosines,
             grad_second,
-=======
-        shape = _shape(first, second, segments, group_size)
-        _launch("mixed_segmentation_backward", _mixed_segmentation_backward_kernel, arguments, first, shape)
-        rows, block = group_size * second_groups, shape["BLOCK_D"]
-        _mixed_segmentation_texts_kernel[(images // group_size, cdiv(width, block))](
->>>>>>> mixing
             grad_cosines,
             grad_scale,
             **_second_groups(first, second, group_size),
             PARTS=parts,
-            BLOCK_PARTS=min(16, triton.next_power_of_2(parts)),
+            BLOCK_PARTS=min(16, next_power_of_2(parts)),
         )
         rows, block = group_size * second_groups, min(64, _block(width), 2048 // _block(group_size))
-        _mixed_segmentation_embeddings_kernel[(images // group_size, triton.cdiv(width, block))](
+        _mixed_segmentation_embeddings_kernel[(images // group_size, cdiv(width, block))](
             grad_cosines,
             segments,
             texts,
