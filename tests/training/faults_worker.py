@@ -23,8 +23,8 @@ from mixreorg_fast.config import parse_config
 from mixreorg_fast.errors import UserError, run_command
 from mixreorg_fast.models import MixReorg
 from mixreorg_fast.training import checkpoint
-from mixreorg_fast.training.distributed import leave
 from mixreorg_fast.training import trainer as module
+from mixreorg_fast.training.distributed import leave
 from mixreorg_fast.training.trainer import Trainer, train
 from mixreorg_fast.training.watch import launchers
 
