@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
-os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
-
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -154,9 +156,10 @@ def _as_on_a_gpu(launches: Launches) -> Iterator[None]:
         yield
 
 
-def micro_step(method: str = "mixreorg", *, compiled: bool = True) -> Launches:
-    """The launches of one forward and backward in bf16, of `method`, after a first one that compiled the parts."""
-    config = parse_config({"model": {**NARROW, "method": method}, "train": {"compile": compiled}})
+def micro_step(method: str = "mixreorg", *, compiled: bool = True, **model: Any) -> Launches:
+    """The launches of one forward and backward in bf16, of `method`, after a first one that compiled the parts;
+    `model`: changes of the configuration's."""
+    config = parse_config({"model": {**NARROW, "method": method, **model}, "train": {"compile": compiled}})
     torch._dynamo.reset()
     layers.compiled_call.cache_clear()
     launches = Launches()

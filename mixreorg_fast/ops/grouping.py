@@ -125,7 +125,8 @@ def grouping_attention(
             written = "none" if hard else "used"
         out, assignment, winner, _ = _grouping_attention(q, k, v, seed, first_image, scale, tau, eps, hard, written)
         if return_assignment == "winner":
-            assignment = winner.long() if hard else assignment.argmax(dim=1)
+            # A patch with a NaN has no winner, but its number is to be an index as all others.
+            assignment = winner.clamp(max=q.shape[1] - 1).long() if hard else assignment.argmax(dim=1)
     else:
         with without_autocast(q):
             out, soft, used = grouping_attention_reference(
