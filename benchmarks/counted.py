@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from mixreorg_fast import ledger, ops
 from mixreorg_fast.kernels.offline import Launch, offline
 from mixreorg_fast.ops import registration
+from mixreorg_fast.ops.tokens import blend_tokens_reference, mix_tokens_reference, restore_tokens_reference
 
 from . import harness, test_contrastive, test_decoding, test_grouping_attention, test_mixed_segmentation
 
@@ -70,6 +71,7 @@ def operations() -> Iterator[Op]:
         lambda: ops.mixing.patch_blend_reference(mixed, x, plan.source, 0.5),
         "85 % of copy bandwidth",
     )
+    yield from _whole_tokens(plan)
     for groups, patches in ((GROUPS, PATCHES), (SEGMENTS, GROUPS)):
         q = _random(IMAGES, groups, CHANNELS)
         kv = torch.empty(IMAGES, patches, 2 * CHANNELS, dtype=torch.bfloat16, device="meta")
@@ -117,6 +119,49 @@ def operations() -> Iterator[Op]:
         lambda: test_decoding.dense(maps, scores, (512, 683)),
         "3× an eager look-up",
     )
+
+
+def _whole_tokens(plan: ops.MixPlan) -> Iterator[Op]:
+    """In one launch each; and by the ops on patches, with slices and concatenations around them."""
+    one, two = (_random(branches * IMAGES, PATCHES + GROUPS, CHANNELS) for branches in (1, 2))
+
+    def mix(patches: Tensor, _: Tensor) -> Tensor:
+        return ops.patch_mix(patches, plan, impl="triton")
+
+    def restore(patches: Tensor, _: Tensor) -> Tensor:
+        return ops.patch_restore(patches, plan, impl="triton")
+
+    def blend() -> Tensor:
+        original, mixed = two.chunk(2)
+        blended = ops.patch_blend(mixed[:, :PATCHES], original[:, :PATCHES], plan, 0.5, impl="triton")
+        return torch.cat([original, torch.cat([blended, mixed[:, PATCHES:]], dim=1)])
+
+    for name, x, whole, by_patches, eager in (
+        (
+            "mix_tokens",
+            one,
+            lambda: ops.mix_tokens(one, plan, impl="triton"),
+            lambda: mix_tokens_reference(one, plan.source, K, gather=mix),
+            lambda: mix_tokens_reference(one, plan.source, K),
+        ),
+        (
+            "blend_tokens",
+            two,
+            lambda: ops.blend_tokens(two, plan, 0.5, impl="triton"),
+            blend,
+            lambda: blend_tokens_reference(two, plan.source, 0.5),
+        ),
+        (
+            "restore_tokens",
+            two,
+            lambda: ops.restore_tokens(two, plan, impl="triton"),
+            lambda: restore_tokens_reference(two, plan.inverse, K, gather=restore),
+            lambda: restore_tokens_reference(two, plan.inverse, K),
+        ),
+    ):
+        shape = f"{IMAGES}x{PATCHES}+{GROUPS}x{CHANNELS} K={K}"
+        yield Op(name, shape, [x], whole, eager, "85 % of copy bandwidth")
+        yield Op(f"{name}, by ops on patches", shape, [x], by_patches, eager, "")
 
 
 @dataclass(frozen=True)
@@ -180,36 +225,41 @@ def count(call: Callable[[], Any], inputs: Sequence[Tensor], flops: float = 0.0)
 
 def executed(launch: Launch) -> float:
     """Instructions of all warps of a launch."""
-    once = launch.instructions + sum(size * rounds(launch, size) for size in launch.loops)
+    once = launch.instructions + sum(size * rounds(launch, number) for number, size in enumerate(launch.loops))
     return once * launch.num_warps * launch.programs
 
 
 PREFETCH_LOOP = 16  # a loop of fewer instructions asks for lines of memory and does nothing else
-
-
-def rounds(launch: Launch, loop: int) -> int:
-    """How often a loop of `loop` instructions runs: which size of the kernel it goes through, in steps of what."""
-    sizes = launch.sizes
-    if launch.kernel in ("grouping_forward", "grouping_backward"):
-        if loop < PREFETCH_LOOP:
-            return math.ceil(PATCHES * sizes["PREFETCH"] / 128 / (32 * launch.num_warps))
-        return sizes["CHANNELS"] // sizes["BLOCK_CHANNELS"]
-    if launch.kernel.startswith("mixed_segmentation"):
-        return 7
-    size, step = LOOPS[launch.kernel]
-    return math.ceil(sizes[size] / (sizes[step] if step else 1))
-
-
-# Which size of a kernel its loops go through, and in steps of which.
+# Which size of a kernel each of its loops goes through, and in steps of which; in the order of the loops.
 LOOPS = {
-    "aggregate": ("patches", "BLOCK_PATCHES"),
-    "log_sum_exp": ("D", "BLOCK_D"),
-    "weights": ("D", "BLOCK_D"),
-    "merge": ("parts", "BLOCK_PARTS"),
-    "segment_label": ("classes", "BLOCK_CLASSES"),
-    "decode": ("GROUPS", None),
-    "sample_plan": ("group_size", None),
+    "grouping_forward": [("CHANNELS", "BLOCK_CHANNELS")],
+    "grouping_backward": [("CHANNELS", "BLOCK_CHANNELS")],
+    "aggregate": [("patches", "BLOCK_PATCHES")],
+    "log_sum_exp": [("D", "BLOCK_D")],
+    "weights": [("D", "BLOCK_D")],
+    "merge": [("parts", "BLOCK_PARTS")],
+    "segment_label": [("classes", "BLOCK_CLASSES")],
+    "decode": [("GROUPS", None)],
+    "sample_plan": [("group_size", None)],
+    "append_branch_forward": [("group_size", None)],
+    "append_branch_backward": [("group_size", None)],
+    "blend_tokens": [("group_size", None)],
+    "mixed_segmentation_scores": [("D", "BLOCK_D")],
+    "mixed_segmentation_cosines": [("PARTS", "BLOCK_PARTS")],
+    "mixed_segmentation_embeddings": [("ROWS", "BLOCK_ROWS")],
+    "mixed_segmentation_forward": [("D", "BLOCK_D"), ("N", "BLOCK_N")],
+    "mixed_segmentation_backward": [("D", "BLOCK_D"), ("N", "BLOCK_N"), ("D", "BLOCK_D")],
 }
+
+
+def rounds(launch: Launch, number: int) -> int:
+    """How often loop `number` of a kernel runs."""
+    sizes = launch.sizes
+    if "PREFETCH" in sizes and launch.loops[number] < PREFETCH_LOOP:
+        return math.ceil(PATCHES * sizes["PREFETCH"] / 128 / (32 * launch.num_warps))
+    steps = LOOPS[launch.kernel]
+    size, step = steps[min(number, len(steps) - 1)]
+    return math.ceil(sizes[size] / (sizes[step] if step else 1))
 
 
 def of_ops() -> Iterator[dict[str, Any]]:

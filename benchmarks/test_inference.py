@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from mixreorg_fast import accelerate, ops
 from mixreorg_fast.config import ModelConfig, TextConfig
 from mixreorg_fast.evaluation.classes import ADE20K
-from mixreorg_fast.evaluation.decoding import decode, decode_groupvit_reference, window_boxes
+from mixreorg_fast.inference.decoding import decode, decode_groupvit_reference, window_boxes
 from mixreorg_fast.models import GroupViT
 from mixreorg_fast.models.convert import save_huggingface
 from mixreorg_fast.models.decoding import class_scores

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import Config, configuration, on_device
+from .variants import Config, cdiv, configuration, on_device
 
 MAX_ROWS = 16  # pixel rows in a block: registers hold a best value and a label for each
 CONFIGS = {
@@ -151,7 +151,7 @@ def decode_forward(assignment: Tensor, scores: Tensor, height: int, width: int, 
     block_y = _row_block(map_height, height)
 
     def launch(config: Config) -> None:
-        blocks = triton.cdiv(width, config.blocks["BLOCK_X"]) * triton.cdiv(height, block_y)
+        blocks = cdiv(width, config.blocks["BLOCK_X"]) * cdiv(height, block_y)
         _decode_kernel[(batch * blocks,)](
             assignment,
             labels,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .philox import gumbel_noise
 from .precision import exp2, operand, reciprocal, rounded, upcast
-from .variants import ARCHITECTURES, INTERPRET, Config, architecture, configuration, on_device
+from .variants import ARCHITECTURES, INTERPRET, Config, architecture, cdiv, configuration, next_power_of_2, on_device
 
 _PER_LOG_2: tl.constexpr = tl.constexpr(1.4426950408889634)
 _ONCE: tl.constexpr = tl.constexpr("evict_first")  # cache policy of what is read once: it leaves room for k
@@ -61,7 +61,7 @@ CONFIGS = {
     ("forward", 4): {2**12: _on(channels=32, warps=8)},
     ("backward", 4): {2**12: _on(channels=32, warps=8)},
     ("backward with map", 4): {2**12: _on(channels=32, warps=8)},
-    ("aggregate", 4): {2**12: _on(channels=32, warps=8)},
+    ("aggregate", 4): {2**12: {**_on(channels=32, warps=8), **_on(100, channels=32, warps=8, stages=1)}},
 }
 CANDIDATES = [
     Config({"BLOCK_CHANNELS": channels}, num_warps=warps, num_stages=stages)
@@ -462,16 +462,20 @@ class _Problem:
 
     @property
     def block_groups(self) -> int:
-        return max(16, triton.next_power_of_2(self.groups))
+        return max(16, next_power_of_2(self.groups))
 
     @property
     def block_patches(self) -> int:
         """The whole image if a program's registers hold it, as they do the model's at 224 px in 16 bits."""
-        whole, part = (2**14, 2**13) if self.itemsize == 2 else (2**12, 2**12)
-        # On sm_100 products pass through tensor memory, and the whole image spills.
-        most = part if self.with_soft or self.block_groups > 64 or self.architecture // 10 == 10 else whole
-        block = max(16, triton.next_power_of_2(self.patches))
-        return block if block * self._width <= most else part // self._width
+        tensor_memory = self.architecture // 10 == 10  # a product's way through it costs registers
+        if self.itemsize == 4:
+            whole = part = 2**12 if self.architecture < 100 else 2**11
+        elif self.with_soft or self.block_groups > 64 or tensor_memory:
+            whole = part = 2**13
+        else:
+            whole, part = 2**14, 2**13
+        block = max(16, next_power_of_2(self.patches))
+        return block if block * self._width <= whole else part // self._width
 
     @property
     def _width(self) -> int:
@@ -480,7 +484,7 @@ class _Problem:
 
     @property
     def tiles(self) -> int:
-        return max(1, triton.cdiv(self.patches, self.block_patches))
+        return max(1, cdiv(self.patches, self.block_patches))
 
     @property
     def constexprs(self) -> dict[str, object]:
@@ -532,7 +536,7 @@ def _aggregate(
     arguments = (winner, weights, x, out, total, problem.patches, scale, eps, *_strides(x))
 
     def launch(config: Config) -> None:
-        grid = (problem.batch, triton.cdiv(problem.channels, config.blocks["BLOCK_CHANNELS"]))
+        grid = (problem.batch, cdiv(problem.channels, config.blocks["BLOCK_CHANNELS"]))
         _aggregate_kernel[grid](*arguments, **problem.constexprs, **config.kwargs)
 
     table = problem.configurations("aggregate")

@@ -1,42 +1,40 @@
-"""The segmentation loss of mixed images: one program per image, forward and backward each read `first` once.
+"""The segmentation loss of mixed images: forward and backward each read `first` once.
 
 For image b of a mixing group with the texts t_0..t_{K-1} (docs/losses.md has the derivation):
 
-    cosines[g2, k]  = segments[g2] · t_k
-    scores[g1, k]   = scale Σ_g2 second[g2, g1] cosines[g2, k]
-    logits[n, k]    = Σ_g1 first[g1, n] scores[g1, k]
+    cosines[k, g2]  = t_k · segments[g2]
+    scores[k, g1]   = scale Σ_g2 cosines[k, g2] second[g2, g1]
+    logits[k, n]    = Σ_g1 scores[k, g1] first[g1, n]
 
-Everything but `first` and its gradient is a few numbers per image and stays in registers; K is padded to 16, the
-smallest side of a matrix product. Products are fp32-accurate whatever the inputs' dtype (three tf32 products each).
-The one sum over images, the gradient of the texts, is a second small kernel over each group's images: no atomics.
+A small kernel computes the scores of each image. Then one warp takes a few patches of an image by all G1 groups: it
+holds them in registers, and its K logits for each patch are plain sums of products in fp32. Backward leaves the
+gradient of the scores in one part per warp; further small kernels add the parts up and carry them to the other inputs.
+No atomics: each number has one writer. The small kernels' products are fp32-accurate whatever the inputs' dtype (three
+tf32 products each).
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import Config, configuration, on_device
+from .precision import rounded
+from .variants import Config, cdiv, configuration, next_power_of_2, on_device
 
+# By the most logits that BLOCK_G1 groups and COUNT texts have between them, then by architecture.
 CONFIGS = {
-    80: Config({"BLOCK_N": 32}, num_warps=4, num_stages=2),
-    90: Config({"BLOCK_N": 32}, num_warps=4, num_stages=2),
-    100: Config({"BLOCK_N": 32}, num_warps=4, num_stages=3),  # two spill 32 bytes at 784 patches in fp32
+    2**8: {80: Config({"BLOCK_N": 32}, num_warps=1)},
+    2**9: {80: Config({"BLOCK_N": 32}, num_warps=2)},
+    2**10: {80: Config({"BLOCK_N": 32}, num_warps=4)},
 }
-CANDIDATES = [
-    Config({"BLOCK_N": block}, num_warps=warps, num_stages=stages)
-    for block in (32, 64, 128)
-    for warps in (2, 4, 8)
-    for stages in (1, 2, 3)
-]
+CANDIDATES = [Config({"BLOCK_N": block}, num_warps=warps) for block in (16, 32, 64, 128) for warps in (1, 2, 4)]
+MOST_TEXTS = 8  # at a time
 MAX_FIRST_GROUPS, MAX_SECOND_GROUPS, MAX_GROUP_SIZE = 128, 64, 64  # what a program's registers hold
-
-
-@triton.jit
-def _product(a, b):
-    return tl.dot(a, b, input_precision="tf32x3")
 
 
 @triton.jit
@@ -49,129 +47,226 @@ def _load(pointer, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def _store(pointer, row, column, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     inside = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
-    tl.store(pointer + row[:, None] * COLUMNS + column[None, :], value.to(pointer.dtype.element_ty), mask=inside)
+    value = rounded(value, pointer.dtype.element_ty)
+    tl.store(pointer + row[:, None] * COLUMNS + column[None, :], value, mask=inside)
 
 
 @triton.jit
-def _cosines(segments_ptr, texts_ptr, g2, k, G2: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """cosines [G2, K], zero in the padding."""
-    cosines = tl.zeros([g2.shape[0], k.shape[0]], tl.float32)
+def _cosine(segments_ptr, text_ptr, g2, G2: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """segments · text, [G2]."""
+    products = tl.zeros([g2.shape[0], BLOCK_D], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        cosines += _product(_load(segments_ptr, g2, d, G2, D), tl.trans(_load(texts_ptr, k, d, K, D)))
-    return cosines
+        text = tl.load(text_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+        products += _load(segments_ptr, g2, d, G2, D) * text[None, :]
+    return tl.sum(products, 1)
 
 
 @triton.jit
-def _softmax(logits, label, k, K: tl.constexpr):
-    """Of logits [N, K]: the softmax over k, the loss of every patch [N], and where its label is."""
-    logits = tl.where((k < K)[None, :], logits, float("-inf"))
-    shifted = logits - tl.max(logits, 1)[:, None]
-    exponentials = tl.exp(shifted)
-    total = tl.sum(exponentials, 1)
-    at_label = label[:, None] == k[None, :]
-    loss = tl.log(total) - tl.sum(tl.where(at_label, shifted, 0.0), 1)
-    return exponentials / total[:, None], loss, at_label
+def _mixed_segmentation_scores_kernel(
+    second_ptr,
+    segments_ptr,
+    texts_ptr,
+    scale_ptr,
+    cosines_ptr,
+    scores_ptr,
+    G1: tl.constexpr,
+    G2: tl.constexpr,
+    K: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_G1: tl.constexpr,
+    BLOCK_G2: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """cosines [K, G2] and scores [K, G1] of an image."""
+    image = tl.program_id(0).to(tl.int64)
+    g1, g2 = tl.arange(0, BLOCK_G1), tl.arange(0, BLOCK_G2)
+    second = _load(second_ptr + image * G2 * G1, g2, g1, G2, G1)
+    segments_ptr += image * G2 * D
+    texts_ptr += image // K * K * D  # of the mixing group
+    scale = tl.load(scale_ptr)
+    for start in range(0, K, COUNT):
+        cosines = ()
+        for k in tl.static_range(COUNT):
+            cosines = cosines + (_cosine(segments_ptr, texts_ptr + (start + k) * D, g2, G2, D, BLOCK_D),)
+        for k in tl.static_range(COUNT):
+            row = image * K + start + k
+            tl.store(cosines_ptr + row * G2 + g2, cosines[k], mask=g2 < G2)
+            scores = tl.sum(second * (cosines[k] * scale)[:, None], 0)
+            tl.store(scores_ptr + row * G1 + g1, scores, mask=g1 < G1)
+
+
+@triton.jit
+def _patches(N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This program's image, number within the image and patches; an image's programs share sectors of memory."""
+    parts: tl.constexpr = tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    part = program % parts
+    return (program // parts).to(tl.int64), part, part * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def _score(scores_ptr, g1, k, G1: tl.constexpr):
+    return tl.load(scores_ptr + k * G1 + g1, mask=g1 < G1, other=0.0)
+
+
+@triton.jit
+def _logits(first, scores_ptr, g1, start, G1: tl.constexpr, COUNT: tl.constexpr):
+    """The logits [N] of each of the texts ``start`` to ``start + COUNT``."""
+    logits = ()
+    for k in tl.static_range(COUNT):
+        logits = logits + (tl.sum(first * _score(scores_ptr, g1, start + k, G1)[:, None], 0),)
+    return logits
+
+
+@triton.jit
+def _exponentials(logits, largest, total, COUNT: tl.constexpr):
+    """The largest logit [N], and the sum of all exponentials relative to it, with `logits` added to both."""
+    before = largest
+    for k in tl.static_range(COUNT):
+        largest = tl.maximum(largest, logits[k])
+    total *= tl.exp(before - largest)
+    for k in tl.static_range(COUNT):
+        total += tl.exp(logits[k] - largest)
+    return largest, total
 
 
 @triton.jit
 def _mixed_segmentation_forward_kernel(
     first_ptr,
-    second_ptr,
-    segments_ptr,
-    texts_ptr,
+    scores_ptr,
     source_ptr,
-    scale_ptr,
     loss_ptr,
+    correct_ptr,
     N: tl.constexpr,
     G1: tl.constexpr,
-    G2: tl.constexpr,
     K: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    COUNT: tl.constexpr,
     BLOCK_G1: tl.constexpr,
-    BLOCK_G2: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    image = tl.program_id(0).to(tl.int64)
-    first_image = image // K * K  # of the mixing group
-    g1, g2, k = tl.arange(0, BLOCK_G1), tl.arange(0, BLOCK_G2), tl.arange(0, BLOCK_K)
-    cosines = _cosines(segments_ptr + image * G2 * D, texts_ptr + first_image * D, g2, k, G2, K, D, BLOCK_D)
-    second = _load(second_ptr + image * G2 * G1, g2, g1, G2, G1)
-    scores = _product(tl.trans(second), cosines * tl.load(scale_ptr))
-    losses = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        label = tl.load(source_ptr + image * N + n, mask=n < N, other=0) - first_image.to(tl.int32)
-        logits = _product(tl.trans(_load(first_ptr + image * G1 * N, g1, n, G1, N)), scores)
-        _, loss, _ = _softmax(logits, label, k, K)
-        losses += tl.where(n < N, loss, 0.0)
-    tl.store(loss_ptr + image, tl.sum(losses) / N)
+    image, part, n = _patches(N, BLOCK_N)
+    g1 = tl.arange(0, BLOCK_G1)
+    first = _load(first_ptr + image * G1 * N, g1, n, G1, N)
+    label = tl.load(source_ptr + image * N + n, mask=n < N, other=0) % K
+    scores_ptr += image * K * G1
+    largest = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    total, own = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    winner = tl.zeros([BLOCK_N], tl.int32)
+    for start in range(0, K, COUNT):
+        logits = _logits(first, scores_ptr, g1, start, G1, COUNT)
+        leading = largest
+        for k in tl.static_range(COUNT):
+            own = tl.where(label == start + k, logits[k], own)
+            winner = tl.where(logits[k] > leading, start + k, winner)  # ties stay with the lowest
+            leading = tl.maximum(leading, logits[k])
+        largest, total = _exponentials(logits, largest, total, COUNT)
+    tl.store(loss_ptr + image * N + n, tl.log(total) - (own - largest), mask=n < N)
+    tl.store(correct_ptr + image * N + n, winner == label, mask=n < N)
 
 
 @triton.jit
 def _mixed_segmentation_backward_kernel(
     grad_ptr,
     first_ptr,
-    second_ptr,
-    segments_ptr,
-    texts_ptr,
+    scores_ptr,
     source_ptr,
-    scale_ptr,
     grad_first_ptr,
-    grad_second_ptr,
-    grad_segments_ptr,
-    grad_cosines_ptr,
-    grad_scale_ptr,
-    grad_stride,
+    grad_scores_ptr,
+    grad_stride_image,
+    grad_stride_patch,
     N: tl.constexpr,
     G1: tl.constexpr,
-    G2: tl.constexpr,
     K: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    COUNT: tl.constexpr,
     BLOCK_G1: tl.constexpr,
-    BLOCK_G2: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    image = tl.program_id(0).to(tl.int64)
-    first_image = image // K * K
-    g1, g2, k = tl.arange(0, BLOCK_G1), tl.arange(0, BLOCK_G2), tl.arange(0, BLOCK_K)
-    texts_ptr += first_image * D
-    scale = tl.load(scale_ptr)
-    cosines = _cosines(segments_ptr + image * G2 * D, texts_ptr, g2, k, G2, K, D, BLOCK_D)
-    second = _load(second_ptr + image * G2 * G1, g2, g1, G2, G1)
-    scores = _product(tl.trans(second), cosines * scale)  # [G1, K]
-
-    per_patch = tl.load(grad_ptr + image * grad_stride) / N
-    grad_scores = tl.zeros([BLOCK_G1, BLOCK_K], tl.float32)
-    for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        label = tl.load(source_ptr + image * N + n, mask=n < N, other=0) - first_image.to(tl.int32)
-        first = _load(first_ptr + image * G1 * N, g1, n, G1, N)
-        probabilities, _, at_label = _softmax(_product(tl.trans(first), scores), label, k, K)
-        grad_logits = tl.where((n < N)[:, None], probabilities - tl.where(at_label, 1.0, 0.0), 0.0) * per_patch
-        grad_scores += _product(first, grad_logits)
-        _store(grad_first_ptr + image * G1 * N, g1, n, _product(scores, tl.trans(grad_logits)), G1, N)
-
-    second = _load(second_ptr + image * G2 * G1, g2, g1, G2, G1)  # again: held through the loop it costs registers
-    _store(grad_second_ptr + image * G2 * G1, g2, g1, _product(cosines * scale, tl.trans(grad_scores)), G2, G1)
-    grad_scaled = _product(second, grad_scores)  # of scale · cosines
-    tl.store(grad_scale_ptr + image, tl.sum(grad_scaled * cosines))
-    grad_cosines = grad_scaled * scale
-    _store(grad_cosines_ptr + image * G2 * K, g2, k, grad_cosines, G2, K)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        grad_segments = _product(grad_cosines, _load(texts_ptr, k, d, K, D))
-        _store(grad_segments_ptr + image * G2 * D, g2, d, grad_segments, G2, D)
+    """The gradient of first [G1, BLOCK_N], and this program's part of the gradient of the scores, of [K, parts, G1]."""
+    image, part, n = _patches(N, BLOCK_N)
+    g1 = tl.arange(0, BLOCK_G1)
+    first = _load(first_ptr + image * G1 * N, g1, n, G1, N)
+    label = tl.load(source_ptr + image * N + n, mask=n < N, other=0) % K
+    scores_ptr += image * K * G1
+    largest = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, K, COUNT):
+        largest, total = _exponentials(_logits(first, scores_ptr, g1, start, G1, COUNT), largest, total, COUNT)
+    grad = tl.load(grad_ptr + image * grad_stride_image + n * grad_stride_patch, mask=n < N, other=0.0)
+    share = grad / total
+    grad_first = tl.zeros([BLOCK_G1, BLOCK_N], tl.float32)
+    parts: tl.constexpr = tl.cdiv(N, BLOCK_N)
+    grad_scores_ptr += (image * K * parts + part) * G1
+    for start in range(0, K, COUNT):
+        logits = _logits(first, scores_ptr, g1, start, G1, COUNT)  # where K = COUNT, those at hand
+        for k in tl.static_range(COUNT):
+            grad_logit = tl.exp(logits[k] - largest) * share - tl.where(label == start + k, grad, 0.0)
+            grad_first += _score(scores_ptr, g1, start + k, G1)[:, None] * grad_logit[None, :]
+            grad_score = tl.sum(first * grad_logit[None, :], 1)
+            tl.store(grad_scores_ptr + (start + k) * parts * G1 + g1, grad_score, mask=g1 < G1)
+    _store(grad_first_ptr + image * G1 * N, g1, n, grad_first, G1, N)
 
 
 @triton.jit
-def _mixed_segmentation_texts_kernel(
+def _sum_of_rows(pointer, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    total = tl.zeros([BLOCK_ROWS, column.shape[0]], tl.float32)
+    for start in range(0, ROWS, BLOCK_ROWS):
+        total += _load(pointer, start + tl.arange(0, BLOCK_ROWS), column, ROWS, COLUMNS)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _mixed_segmentation_cosines_kernel(
+    grad_scores_ptr,
+    second_ptr,
+    scale_ptr,
+    cosines_ptr,
+    grad_second_ptr,
+    grad_cosines_ptr,
+    grad_scale_ptr,
+    G1: tl.constexpr,
+    G2: tl.constexpr,
+    K: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_G1: tl.constexpr,
+    BLOCK_G2: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    """Of an image: the gradients of second and of the cosines [G2, K], and its part of the scale's."""
+    image = tl.program_id(0).to(tl.int64)
+    g1, g2 = tl.arange(0, BLOCK_G1), tl.arange(0, BLOCK_G2)
+    second = _load(second_ptr + image * G2 * G1, g2, g1, G2, G1)
+    scale = tl.load(scale_ptr)
+    grad_second = tl.zeros([BLOCK_G2, BLOCK_G1], tl.float32)
+    grad_scale = tl.zeros([BLOCK_G2], tl.float32)
+    for start in range(0, K, COUNT):
+        grad_scores = ()
+        for k in tl.static_range(COUNT):
+            parts_ptr = grad_scores_ptr + (image * K + start + k) * PARTS * G1
+            grad_scores = grad_scores + (_sum_of_rows(parts_ptr, g1, PARTS, G1, BLOCK_PARTS),)
+        for k in tl.static_range(COUNT):
+            cosines = tl.load(cosines_ptr + (image * K + start + k) * G2 + g2, mask=g2 < G2, other=0.0)
+            grad_second += (cosines * scale)[:, None] * grad_scores[k][None, :]
+            grad_scaled = tl.sum(second * grad_scores[k][None, :], 1)  # of scale · cosines
+            grad_scale += grad_scaled * cosines
+            tl.store(grad_cosines_ptr + (image * G2 + g2) * K + start + k, grad_scaled * scale, mask=g2 < G2)
+    _store(grad_second_ptr + image * G2 * G1, g2, g1, grad_second, G2, G1)
+    tl.store(grad_scale_ptr + image, tl.sum(grad_scale))
+
+
+@triton.jit
+def _product(a, b):
+    return tl.dot(a, b, input_precision="tf32x3")
+
+
+@triton.jit
+def _mixed_segmentation_embeddings_kernel(
     grad_cosines_ptr,
     segments_ptr,
+    texts_ptr,
+    grad_segments_ptr,
     grad_texts_ptr,
     ROWS: tl.constexpr,
     K: tl.constexpr,
@@ -180,62 +275,99 @@ def _mixed_segmentation_texts_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """grad_texts[k] = Σ over the ROWS = K · G2 segments of the group's images of grad_cosines[·, k] segments[·]."""
+    """Of a mixing group with ROWS = K · G2 segments: grad_segments = grad_cosines [ROWS, K] @ texts [K, D] and
+    grad_texts = grad_cosines.T @ segments."""
     group = tl.program_id(0).to(tl.int64)
     k, d = tl.arange(0, BLOCK_K), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    texts = _load(texts_ptr + group * K * D, k, d, K, D)
     grad_texts = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, ROWS, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
         grad_cosines = _load(grad_cosines_ptr + group * ROWS * K, row, k, ROWS, K)
         grad_texts += _product(tl.trans(grad_cosines), _load(segments_ptr + group * ROWS * D, row, d, ROWS, D))
+        _store(grad_segments_ptr + group * ROWS * D, row, d, _product(grad_cosines, texts), ROWS, D)
     _store(grad_texts_ptr + group * K * D, k, d, grad_texts, K, D)
 
 
 def _block(size: int) -> int:
     """The padded side of a matrix product."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, next_power_of_2(size))
 
 
-def _shape(first: Tensor, second: Tensor, segments: Tensor, group_size: int) -> dict[str, int]:
-    """The constexprs that the shapes give: sizes are compiled in, so that rows of 196 patches load in vectors."""
-    groups, patches = first.shape[1:]
-    second_groups, width = segments.shape[1:]
-    return {
-        "N": patches,
-        "G1": groups,
-        "G2": second_groups,
-        "K": group_size,
-        "D": width,
-        "BLOCK_G1": _block(groups),
-        "BLOCK_G2": _block(second_groups),
-        "BLOCK_K": _block(group_size),
-        "BLOCK_D": min(64, _block(width)),
-    }
+@functools.cache
+def _groups(groups: int, group_size: int) -> dict[str, int]:
+    """The constexprs of all kernels but the last: sizes are compiled in, so that rows of 196 patches load in vectors.
+
+    The texts of a group are taken COUNT at a time.
+    """
+    count = max(count for count in range(1, MOST_TEXTS + 1) if group_size % count == 0)
+    return {"G1": groups, "K": group_size, "COUNT": count, "BLOCK_G1": next_power_of_2(groups)}
 
 
-def _launch(name: str, kernel, arguments: tuple, first: Tensor, shape: dict[str, int]) -> None:
-    """Run `kernel`, one program per image."""
+@functools.cache
+def _second_groups(groups: int, second_groups: int, group_size: int) -> dict[str, int]:
+    """The constexprs of the kernels over images, and warps enough to hold `second` in registers."""
+    sizes = {"G2": second_groups, "BLOCK_G2": next_power_of_2(second_groups), **_groups(groups, group_size)}
+    warps = sizes["BLOCK_G1"] * sizes["BLOCK_G2"] * sizes["COUNT"] // 2048
+    return {**sizes, "num_warps": min(8, max(1, warps))}
 
-    def launch(config: Config) -> None:
-        kernel[(len(first),)](*arguments, **shape, **config.kwargs)
 
-    key = (tuple(shape.values()), first.dtype)
-    launch(configuration(name, CONFIGS, first.device, key, CANDIDATES, launch))
+@functools.cache
+def _width(width: int, block_groups: int, num_warps: int) -> dict[str, int]:
+    return {"D": width, "BLOCK_D": min(next_power_of_2(width), 2048 * num_warps // block_groups)}
+
+
+@functools.cache
+def _embeddings(rows: int, group_size: int, width: int) -> dict[str, int]:
+    """The constexprs of the last kernel."""
+    block_rows, block_texts, block = (_block(size) for size in (rows, group_size, width))
+    blocks = {"BLOCK_ROWS": min(32, block_rows), "BLOCK_K": block_texts, "BLOCK_D": min(64, block, 2048 // block_texts)}
+    return {"ROWS": rows, "K": group_size, "D": width, **blocks}
+
+
+def _scores(second: Tensor, segments: Tensor, texts: Tensor, scale: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Cosines ``[B, K, G2]`` and scores ``[B, K, G1]``, fp32."""
+    images, second_groups, groups = second.shape
+    cosines, scores = (
+        torch.empty((images, group_size, size), dtype=torch.float32, device=second.device)
+        for size in (second_groups, groups)
+    )
+    sizes = _second_groups(groups, second_groups, group_size)
+    width = _width(segments.shape[2], sizes["BLOCK_G2"], sizes["num_warps"])
+    _mixed_segmentation_scores_kernel[(images,)](second, segments, texts, scale, cosines, scores, **sizes, **width)
+    return cosines, scores
+
+
+def _configuration(name: str, first: Tensor, group_size: int, launch: Callable[[Config], object]) -> Config:
+    sizes = _groups(first.shape[1], group_size)
+    table = CONFIGS[min(most for most in CONFIGS if most >= sizes["BLOCK_G1"] * sizes["COUNT"])]
+    key = (tuple(first.shape), first.dtype, group_size)
+    return configuration(name, table, first.device, key, CANDIDATES, launch)
 
 
 def mixed_segmentation_forward(
     first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, source: Tensor, scale: Tensor, group_size: int
-) -> Tensor:
-    """The mean loss of each image, fp32 ``[B]``.
+) -> tuple[Tensor, Tensor]:
+    """The loss of each patch, fp32 ``[B, N]``, and whether its largest logit is its image's, bool ``[B, N]``.
 
     `scale` is 0-d fp32, `source` int32 ``[B, N]``. Tensors that are not contiguous are copied; the model's are.
     """
-    tensors = [x.contiguous() for x in (first, second, segments, texts, source)]
-    loss = torch.empty(len(first), dtype=torch.float32, device=first.device)
+    first, second, segments, texts, source = (x.contiguous() for x in (first, second, segments, texts, source))
+    images, groups, patches = first.shape
+    loss, correct = (
+        torch.empty((images, patches), dtype=dtype, device=first.device) for dtype in (torch.float32, torch.bool)
+    )
+
+    def launch(config: Config) -> None:
+        parts = cdiv(patches, config.blocks["BLOCK_N"])
+        _mixed_segmentation_forward_kernel[(images * parts,)](
+            first, scores, source, loss, correct, N=patches, **_groups(groups, group_size), **config.kwargs
+        )
+
     with on_device(first):
-        shape = _shape(first, second, segments, group_size)
-        _launch("mixed_segmentation_forward", _mixed_segmentation_forward_kernel, (*tensors, scale, loss), first, shape)
-    return loss
+        _, scores = _scores(second, segments, texts, scale, group_size)
+        launch(_configuration("mixed_segmentation_forward", first, group_size, launch))
+    return loss, correct
 
 
 def mixed_segmentation_backward(
@@ -250,28 +382,54 @@ def mixed_segmentation_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of first, second, segments and texts in their dtypes, and of the scale (0-d fp32).
 
-    `grad` fp32 ``[B]`` is the gradient of each image's loss.
+    `grad` fp32 ``[B, N]``, of any strides, is the gradient of each patch's loss.
     """
+    first, second, segments, texts, source = (x.contiguous() for x in (first, second, segments, texts, source))
     images, second_groups, width = segments.shape
-    tensors = [x.contiguous() for x in (first, second, segments, texts, source)]
-    outputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors[:4]]
-    grad_cosines = torch.empty(images, second_groups, group_size, dtype=torch.float32, device=first.device)
+    _, groups, patches = first.shape
+    grad_first, grad_second, grad_segments, grad_texts = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (first, second, segments, texts)
+    )
+    grad_cosines = torch.empty((images, second_groups, group_size), dtype=torch.float32, device=first.device)
     grad_scale = torch.empty(images, dtype=torch.float32, device=first.device)
-    arguments = (grad, *tensors, scale, *outputs[:3], grad_cosines, grad_scale, grad.stride(0))
-    with on_device(first):
-        shape = _shape(first, second, segments, group_size)
-        _launch("mixed_segmentation_backward", _mixed_segmentation_backward_kernel, arguments, first, shape)
-        rows, block = group_size * second_groups, shape["BLOCK_D"]
-        _mixed_segmentation_texts_kernel[(images // group_size, triton.cdiv(width, block))](
-            grad_cosines,
-            tensors[2],
-            outputs[3],
-            ROWS=rows,
-            K=group_size,
-            D=width,
-            BLOCK_ROWS=min(32, _block(rows)),
-            BLOCK_K=shape["BLOCK_K"],
-            BLOCK_D=block,
-            num_warps=4,
+
+    def launch(config: Config) -> Tensor:
+        """Gives the parts of the scores' gradient ``[B, K, parts, G1]``."""
+        parts = cdiv(patches, config.blocks["BLOCK_N"])
+        grad_scores = torch.empty((images, group_size, parts, groups), dtype=torch.float32, device=first.device)
+        _mixed_segmentation_backward_kernel[(images * parts,)](
+            grad,
+            first,
+            scores,
+            source,
+            grad_first,
+            grad_scores,
+            *grad.stride(),
+            N=patches,
+            **_groups(groups, group_size),
+            **config.kwargs,
         )
-    return *outputs, grad_scale.sum()
+        return grad_scores
+
+    with on_device(first):
+        cosines, scores = _scores(second, segments, texts, scale, group_size)
+        grad_scores = launch(_configuration("mixed_segmentation_backward", first, group_size, launch))
+        parts = grad_scores.shape[2]
+        _mixed_segmentation_cosines_kernel[(images,)](
+            grad_scores,
+            second,
+            scale,
+            cosines,
+            grad_second,
+            grad_cosines,
+            grad_scale,
+            **_second_groups(groups, second_groups, group_size),
+            PARTS=parts,
+            BLOCK_PARTS=min(16, next_power_of_2(parts)),
+        )
+        sizes = _embeddings(group_size * second_groups, group_size, width)
+        grid = (images // group_size, cdiv(width, sizes["BLOCK_D"]))
+        _mixed_segmentation_embeddings_kernel[grid](
+            grad_cosines, segments, texts, grad_segments, grad_texts, **sizes, num_warps=4
+        )
+    return grad_first, grad_second, grad_segments, grad_texts, grad_scale.sum()

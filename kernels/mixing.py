@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import Config, cdiv, configuration, on_device
+from .variants import Config, cdiv, configuration, next_power_of_2, on_device
 
 CONFIGS = {80: Config({"BLOCK_ROWS": 16}, num_warps=4)}
 PLAN_BLOCK = 128
@@ -171,7 +171,7 @@ def channel_block(channels: int) -> int:
     """The largest power of two up to 128 that divides `channels`, so that no lane is masked; 128 where only small ones
     do (384 -> 128, 100 -> 128)."""
     block = min(channels & -channels, 128)
-    return block if block >= 32 else min(triton.next_power_of_2(channels), 128)
+    return block if block >= 32 else min(next_power_of_2(channels), 128)
 
 
 def with_unit_channel_stride(x: Tensor) -> Tensor:

@@ -57,13 +57,11 @@ def _append_branch_forward_kernel(
     CHANNELS: tl.constexpr,
     HEAD: tl.constexpr,
     KEEP: tl.constexpr,
-    MEAN: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
     first, token, channel, mask = _tile(tokens, group_size, CHANNELS, BLOCK_TOKENS, BLOCK_CHANNELS)
     x_tile = x_ptr + token.to(tl.int64) * stride_token + channel
-    groups_tile = groups_ptr + (token - patches).to(tl.int64) * groups_stride_token + channel
     out_tile = out_ptr + token * CHANNELS + channel
     out_stride_image = tokens * CHANNELS
     last, new = HEAD * batch, (HEAD + KEEP) * batch
@@ -79,13 +77,14 @@ def _append_branch_forward_kernel(
         x = tl.load(x_tile + place * stride_image, mask=mask)
         if KEEP:
             tl.store(out_tile + place * out_stride_image, x, mask=mask)
-        if MEAN:
+        if groups_ptr is None:
             total += x.to(tl.float32)
             tl.store(out_tile + (new + image) * out_stride_image, x, mask=mask & (token < patches))
         else:
-            groups = tl.load(groups_tile + image * groups_stride_image, mask=is_group)
+            place = image * groups_stride_image + (token - patches).to(tl.int64) * groups_stride_token
+            groups = tl.load(groups_ptr + place + channel, mask=is_group)
             tl.store(out_tile + (new + image) * out_stride_image, tl.where(is_group, groups, x), mask=mask)
-    if MEAN:
+    if groups_ptr is None:
         mean = (total / group_size).to(out_ptr.dtype.element_ty)
         for member in range(group_size):
             image = first + member
@@ -195,10 +194,11 @@ def append_branch_forward(x: Tensor, groups: Tensor | None, source: Tensor, grou
     x = with_unit_channel_stride(x)
     (images, tokens, channels), (batch, patches) = x.shape, source.shape
     out = torch.empty((images + batch * keep, tokens, channels), dtype=x.dtype, device=x.device)
-    learned = x if groups is None else with_unit_channel_stride(groups)
-    sizes = (batch, patches, tokens, group_size, x.stride(0), x.stride(1), learned.stride(0), learned.stride(1))
-    arguments = (x, learned, source.contiguous(), out, *sizes)
-    constexprs = {"HEAD": images // batch - 1, "KEEP": int(keep), "MEAN": groups is None}
+    groups = groups if groups is None else with_unit_channel_stride(groups)
+    groups_strides = (0, 0) if groups is None else groups.stride()[:2]
+    sizes = (batch, patches, tokens, group_size, *x.stride()[:2], *groups_strides)
+    arguments = (x, groups, source.contiguous(), out, *sizes)
+    constexprs = {"HEAD": images // batch - 1, "KEEP": int(keep)}
     _launch("append_branch_forward", _append_branch_forward_kernel, arguments, source, group_size, out, **constexprs)
     return out
 

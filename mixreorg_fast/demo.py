@@ -19,11 +19,11 @@ from .config import Config, ScenesConfig, load_config
 from .devices import choose
 from .errors import UserError
 from .evaluation.evaluate import load_on_device
-from .evaluation.pictures import blend, class_palette, label_counts, overlay, segment_palette
-from .evaluation.segment import parse_classes
+from .inference.overlay import blend, segment_palette
 from .models.decoding import segment_of_pixels
 from .models.images import load_image
 from .models.weights import find_weights
+from .names import MASK_CLASSES, parse_classes
 
 if TYPE_CHECKING:
     import gradio
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
-    parser.add_argument("--short-side", type=int, metavar="PX", help="of the network's input (twice the training size)")
+    parser.add_argument("--short-side", type=int, metavar="PX", help="of the network's input (default: the weights')")
     parser.add_argument("--device", default=None, help="default: the GPU, or the CPU of a machine without")
 
 
@@ -73,12 +73,12 @@ def main(args: argparse.Namespace) -> int:
             import gradio  # noqa: F401
         except ImportError as error:
             raise UserError(f"the page needs Gradio ({error}): pip install 'mixreorg-fast[demo]'") from None
-        weights, short_side, scenes = args.weights, args.short_side, ScenesConfig()
+        weights, scenes = args.weights, ScenesConfig()
         if weights is None:
             run = embedded_run(device=device)
-            weights, short_side, scenes = run.run_folder, short_side or run.eval.short_side, run.data.scenes
+            weights, scenes = run.run_folder, run.data.scenes
         model = load_on_device(str(weights), args.device)
-        page = build(Segmenter(model, short_side), sample_scenes(scenes, Path(folder.name)))
+        page = build(Segmenter(model, args.short_side), sample_scenes(scenes, Path(folder.name)))
         url = serve(page, args.host, args.port)
         # So that being told to end leaves no uploads behind, either.
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -140,32 +140,25 @@ class Segmenter:
     """Photos and class names in, pictures out.
 
     Args:
-        short_side: pixels at which the network sees a photo; None: twice the training size.
+        short_side: pixels at which the network sees a photo; None: as the weights say.
     """
 
     def __init__(self, model: GroupViT, short_side: int | None = None) -> None:
         self.model, self.short_side = model, short_side
 
     def __call__(self, path: str, names: str, threshold: float) -> View:
-        """Segment the photo at `path` by the comma-separated `names`; a `threshold` above 0 allows for background.
+        """Segment the photo at `path` by the class `names`; a `threshold` above 0 allows for background.
 
         Raises:
             UserError: no picture, too large a picture, or no list of names.
         """
-        classes = parse_classes(names, "class names")
+        classes = parse_classes(names, "class names", most=MASK_CLASSES)
         photo = load_image(path, max_pixels=MAX_PIXELS)
         photo.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-        background = threshold if threshold > 0 else None
-        found = self.model.segment(photo, classes, short_side=self.short_side, background_threshold=background)
-        labels, size = found.labels.cpu(), (photo.height, photo.width)
-        shares = label_counts(labels, len(found.classes)) / labels.numel()
+        found = self.model.segment(photo, classes, short_side=self.short_side, background_threshold=threshold)
         grey, colours = photo.convert("L").convert("RGB"), segment_palette()
-        stages = [segment_of_pixels(maps[None], size)[0].cpu() for maps in found.stages]
-        return View(
-            overlay(photo, labels, found.classes, class_palette(background is not None)),
-            [blend(grey, segments, colours, 0.6) for segments in stages],
-            dict(zip(found.classes, shares.tolist(), strict=True)),
-        )
+        stages = [segment_of_pixels(maps[None], (photo.height, photo.width))[0].cpu() for maps in found.stages]
+        return View(found.overlay(), [blend(grey, segments, colours, 0.6) for segments in stages], found.areas)
 
 
 def sample_scenes(config: ScenesConfig, folder: Path) -> list[list[str]]:
@@ -217,7 +210,10 @@ def build(segmenter: Segmenter, samples: list[list[str]]) -> gradio.Blocks:
                 names = gr.Textbox(
                     "cat, dog, sofa", label="Class names, between commas", max_length=4000, elem_id="names"
                 )
-                threshold = gr.Slider(0, 1, 0, step=0.01, label="Background threshold (0: none)", elem_id="background")
+                usual = segmenter.model.inference.background_threshold or 0
+                threshold = gr.Slider(
+                    0, 1, usual, step=0.01, label="Background threshold (0: none)", elem_id="background"
+                )
                 button = gr.Button("Segment", variant="primary", elem_id="segment")
             with gr.Column():
                 message = gr.Markdown(elem_id="message")

@@ -54,6 +54,19 @@ def test_a_view_of_a_photo(weights, tmp_path):
     assert background.areas["background"] > 0
 
 
+def test_the_page_takes_what_the_weights_carry(weights, tmp_path):
+    """Size, templates and threshold; names are read as everywhere."""
+    pytest.importorskip("gradio", reason="needs the demo extra")
+    photo, model = draw_photo(tmp_path / "a.png", (60, 40), seed=0), load(weights)
+    model.inference = model.inference.with_options(short_side=40, templates="a {}.", background_threshold=0.35)
+    segmenter = demo.Segmenter(model)
+    view = segmenter(str(tmp_path / "a.png"), "cat; dog\nred car", 0.35)
+    assert view.areas == model.segment(photo, ["cat", "dog", "red car"]).areas and "background" in view.areas
+    assert list(segmenter(str(tmp_path / "a.png"), "cat, dog", 0).areas) == ["cat", "dog"]
+    page = demo.build(segmenter, [])
+    assert [block.value for block in page.blocks.values() if getattr(block, "elem_id", None) == "background"] == [0.35]
+
+
 def test_large_photos_are_shown_smaller_and_huge_ones_refused(weights, tmp_path, monkeypatch):
     segmenter = demo.Segmenter(load(weights), short_side=32)
     Image.new("RGB", (2600, 1300), "red").save(tmp_path / "large.png")

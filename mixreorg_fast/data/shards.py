@@ -47,6 +47,7 @@ RECIPES = {
         "mixreorg shards build ../shared/data/flickr8k --out 'data/flickr8k/train-{000000..}.tar' --split train "
         "(and once more with val in place of train)"
     ),
+    "data/own": "mixreorg shards build FOLDER --out 'data/own/train-{000000..}.tar'",
     "data/voc2012_subset": 'ln -s "$(realpath ../shared/data/voc2012_subset)" data/voc2012_subset',
     "data/camvid": 'ln -s "$(realpath ../shared/data/camvid)" data/camvid',
     "data/scenes": "mixreorg shards scenes --out data/scenes",

@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 
 from .. import devices, load
+from ..config import InferenceConfig
 from ..errors import UserError
-from ..files import write_json
-from ..models.prompts import TEMPLATES, templates_named, text_classifier
+from ..files import saving, write_json
+from ..names import TEMPLATES
 from .datasets import KINDS, open_dataset
 from .metrics import FREQUENT, rank_and_world
-from .pictures import dataset_figure, saving
-from .zero_shot import Segmenter, Settings, evaluate, settings_for
+from .pictures import dataset_figure
+from .zero_shot import evaluate, segmenter_for, settings_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,43 +35,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_view_arguments(parser, decoding="groupvit")
 
 
-def add_view_arguments(parser: argparse.ArgumentParser, decoding: str) -> None:
-    """How photos are seen and decoded: the options that `evaluate` and `segment` share."""
+def add_view_arguments(parser: argparse.ArgumentParser, decoding: str | None = None) -> None:
+    """How photos are seen and named: the options that `evaluate` and `segment` share.
+
+    Args:
+        decoding: the default; None: what the weights carry.
+    """
     parser.add_argument(
-        "--decoding", choices=("groupvit", "direct"), default=decoding, help=f"segments to labels (default: {decoding})"
+        "--decoding", choices=("groupvit", "direct"), default=decoding, help=f"default: {decoding or 'the weights'}"
     )
-    parser.add_argument("--mode", choices=("whole", "sliding"), default="whole", help="default: whole")
-    parser.add_argument("--short-side", type=int, default=448, metavar="PX", help="of the network's input (448)")
-    parser.add_argument("--window", type=int, default=448, metavar="PX", help="of --mode sliding (448)")
-    parser.add_argument("--stride", type=int, default=224, metavar="PX", help="of --mode sliding (224)")
+    parser.add_argument("--mode", choices=("whole", "sliding"), help="default: the weights'")
+    parser.add_argument("--short-side", type=int, metavar="PX", help="of the network's input (default: the weights')")
+    parser.add_argument("--window", type=int, metavar="PX", help="of --mode sliding (default: the weights')")
+    parser.add_argument("--stride", type=int, metavar="PX", help="of --mode sliding (default: the weights')")
     parser.add_argument(
         "--background-threshold",
         type=float,
         metavar="X",
-        help="0..1: what scores less is background (evaluate: the data set's usual one; segment: no background)",
+        help="0..1: what scores less is background (default: the weights'; else the data set's usual one in evaluate, "
+        "and no background in segment, as with 0)",
     )
     parser.add_argument(
         "--templates",
-        default="default",
         metavar="NAME",
-        help=f"prompt templates: {', '.join(TEMPLATES)}, or one of your own with {{}} for the class",
+        help=f"prompt templates: {', '.join(TEMPLATES)}, or one of your own with {{}} for the class (default: the "
+        "weights')",
     )
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="photos per forward pass (8)")
     parser.add_argument("--device", default=None, help="default: the GPU, or the CPU of a machine without")
 
 
-def settings_from(args: argparse.Namespace) -> Settings:
-    """The settings that the options of :func:`add_view_arguments` describe."""
-    return Settings(
-        short_side=args.short_side,
-        mode=args.mode,
-        window=args.window,
-        stride=args.stride,
-        decoding=args.decoding,
-        background_threshold=args.background_threshold,
-        templates=templates_named(args.templates),
-        batch=args.batch,
-    )
+def settings_from(args: argparse.Namespace, inference: InferenceConfig) -> InferenceConfig:
+    """The settings that weights carry, overruled by the options of :func:`add_view_arguments`.
+
+    Raises:
+        UserError: an option that does not fit.
+    """
+    if args.batch < 1:
+        raise UserError(f"--batch must be at least 1, got {args.batch}")
+    options = vars(args)
+    return inference.with_options(**{name: options[name] for name in InferenceConfig.model_fields})
 
 
 def load_on_device(weights: str, device: str | None) -> Any:
@@ -119,10 +123,10 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--limit must be at least 1, got {args.limit}")
     # The data set comes first: its errors should not wait for the weights.
     dataset = open_dataset(args.dataset, args.root, args.split)
-    settings = settings_for(settings_from(args), dataset)
     keep = f"{args.out}.partial" if args.out else None
     with joined_ranks(args.device) as device:
         model = load_on_device(args.weights, device)
+        settings = settings_for(settings_from(args, model.inference), dataset, args.background_threshold)
         result = evaluate(
             model,
             model.tokenizer,
@@ -132,6 +136,7 @@ def main(args: argparse.Namespace) -> int:
             predictions=args.predictions,
             keep=keep,
             resume=args.resume,
+            batch=args.batch,
         )
         rank, _ = rank_and_world()
     if rank > 0:
@@ -149,6 +154,5 @@ def main(args: argparse.Namespace) -> int:
         with saving(args.out):
             write_json(args.out, result)
     if args.pictures:
-        texts = text_classifier(model, model.tokenizer, dataset.prompts, settings.templates)
-        dataset_figure(Segmenter(model, texts, settings), dataset, args.pictures)
+        dataset_figure(segmenter_for(model, dataset, settings), dataset, args.pictures)
     return 0

@@ -1,8 +1,4 @@
-"""Zero-shot segmentation of photos by class names, and its score on a data set (GroupViT's protocol).
-
-A photo is resized to a short side of 448, seen whole or through sliding windows, and cut into the network's final
-segments; each segment carries the scores of every class, and :mod:`.decoding` leads from there to labels.
-"""
+"""The score of zero-shot segmentation on a data set (GroupViT's protocol)."""
 
 from __future__ import annotations
 
@@ -11,176 +7,82 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import RankError, UserError, nearest
-from ..models.decoding import class_scores
-from ..models.images import network_size, to_tensor
-from ..models.prompts import TEMPLATES, text_classifier
+from ..config import InferenceConfig
+from ..errors import RankError, UserError
+from ..files import saving
+from ..inference.overlay import save_labels
+from ..inference.segmenter import Segmenter
+from ..models.prompts import text_classifier
 from . import metrics
 from .datasets import Sample, SegmentationDataset
-from .decoding import Box, Decoded, decode, window_boxes
-from .pictures import save_labels, saving
 
 READERS = 4  # threads that read photos and masks ahead
 SAVE_EVERY = 30.0  # seconds between the counts that an interrupted evaluation goes on from
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How photos are seen and decoded.
-
-    Attributes:
-        short_side: pixels; the network's input is rounded to the nearest multiple of the patch in both directions.
-        mode: the photo "whole", or through windows of `window` px every `stride` px ("sliding").
-        decoding: "groupvit" (published) or "direct" (straight to photo size), see :mod:`.decoding`.
-        background_threshold: a segment whose best score is below min(this, the image's best) is background; None: the
-            data set's usual one, or no background at all where it has none.
-        templates: prompt templates.
-        batch: photos of one network size, or windows, per forward pass.
-    """
-
-    short_side: int = 448
-    mode: Literal["whole", "sliding"] = "whole"
-    window: int = 448
-    stride: int = 224
-    decoding: Literal["groupvit", "direct"] = "groupvit"
-    background_threshold: float | None = None
-    templates: tuple[str, ...] = TEMPLATES["default"]
-    batch: int = 8
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "templates", tuple(self.templates))
-        for name in ("short_side", "window", "stride", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name, choices in (("mode", ("whole", "sliding")), ("decoding", ("groupvit", "direct"))):
-            if getattr(self, name) not in choices:
-                raise UserError(
-                    f"{name} '{getattr(self, name)}' is no valid choice{nearest(getattr(self, name), choices)}"
-                )
-        if self.stride > self.window:
-            raise UserError(
-                f"stride {self.stride} leaves gaps between windows of {self.window} (at most {self.window})"
-            )
-        if self.background_threshold is not None and not 0 <= self.background_threshold <= 1:
-            raise UserError(f"background_threshold must lie in 0..1, got {self.background_threshold}")
-
-    @classmethod
-    def from_config(cls, config: Any, background_threshold: float | None = None) -> Settings:
-        """From the ``eval`` section of a run's configuration."""
-        names = ("short_side", "mode", "window", "stride", "decoding")
-        return cls(
-            **{name: getattr(config, name) for name in names},
-            templates=tuple(config.templates),
-            background_threshold=background_threshold,
-        )
-
-
-class Segmenter:
-    """A model, its class embeddings and the settings: photos in, labels out.
-
-    Args:
-        model: a :class:`~mixreorg_fast.models.GroupViT` in evaluation mode.
-        texts: ``[T, D]`` from :func:`~mixreorg_fast.models.prompts.text_classifier`.
-        settings: `background_threshold` None means that there is no background here.
-    Raises:
-        UserError: a window that is no multiple of the patch.
-    """
-
-    def __init__(self, model: Any, texts: Tensor, settings: Settings) -> None:
-        patch = model.config.patch_size
-        if settings.mode == "sliding" and settings.window % patch:
-            low = settings.window // patch * patch
-            raise UserError(
-                f"window {settings.window} is no multiple of the patch {patch} "
-                f"(nearest: {max(low, patch)} or {low + patch})"
-            )
-        self.model, self.texts, self.settings = model, texts, settings
-        self.device = next(model.parameters()).device
-
-    def network_size(self, image: Image.Image) -> tuple[int, int]:
-        """(height, width) at which the network sees `image`."""
-        return network_size((image.height, image.width), self.settings.short_side, self.model.config.patch_size)
-
-    def tensor(self, image: Image.Image) -> Tensor:
-        """The network's input ``[3, height, width]`` for `image`, on the CPU."""
-        model = self.model
-        return to_tensor(image, self.settings.short_side, model.config.patch_size, model.mean, model.std)
-
-    @torch.no_grad()
-    def __call__(self, inputs: Tensor, sizes: Sequence[tuple[int, int]]) -> Iterator[Decoded]:
-        """Decode photos of one network size.
-
-        Args:
-            inputs: ``[B, 3, h, w]`` normalised.
-            sizes: (H, W) of each photo.
-        """
-        settings, network = self.settings, (inputs.shape[2], inputs.shape[3])
-        if settings.mode == "sliding":
-            boxes = window_boxes(*network, settings.window, settings.stride)
-        else:
-            boxes = [Box(0, 0, *network)]
-        crops = [image[:, t : t + h, left : left + w] for image in inputs for t, left, h, w in boxes]
-        maps, scores = [], []
-        for start in range(0, len(crops), settings.batch):
-            seen = self.model.segments(torch.stack(crops[start : start + settings.batch]).to(self.device))
-            maps.append(seen.maps.float())
-            scores.append(class_scores(seen.embeddings, seen.image, self.texts, self.model.logit_multiplier()))
-        maps, scores = torch.cat(maps), torch.cat(scores)
-        for number, size in enumerate(sizes):
-            own = slice(number * len(boxes), (number + 1) * len(boxes))
-            yield decode(maps[own], scores[own], boxes, network, size, settings.background_threshold, settings.decoding)
-
-    def segment(self, image: Image.Image) -> Decoded:
-        """Decode one RGB photo at its own size."""
-        return next(iter(self(self.tensor(image)[None], [(image.height, image.width)])))
-
-
-def settings_for(settings: Settings, dataset: SegmentationDataset) -> Settings:
-    """`settings` with the background threshold that holds for `dataset`.
+def settings_for(
+    settings: InferenceConfig, dataset: SegmentationDataset, threshold: float | None = None
+) -> InferenceConfig:
+    """`settings` with the background threshold that holds for `dataset`: this one, theirs, or the data set's usual one.
 
     Raises:
-        UserError: a threshold for a data set without background.
+        UserError: a `threshold` for a data set without background.
     """
-    if settings.background_threshold is None:
-        return replace(settings, background_threshold=dataset.background_threshold)
     if not dataset.has_background:
-        raise UserError(
-            f"background_threshold {settings.background_threshold} has no use: {dataset.kind} at {dataset.root} has no "
-            f"class 'background' (its first is '{dataset.classes[0]}')"
-        )
-    return settings
+        if threshold is not None:
+            raise UserError(
+                f"background_threshold {threshold} has no use: {dataset.kind} at {dataset.root} has no class "
+                f"'background' (its first is '{dataset.classes[0]}')"
+            )
+        return settings.model_copy(update={"background_threshold": None})
+    given = [threshold, settings.background_threshold, dataset.background_threshold]
+    return settings.with_options(background_threshold=next((value for value in given if value is not None), None))
+
+
+def segmenter_for(
+    model: Any, dataset: SegmentationDataset, settings: InferenceConfig, tokenizer: Any = None, batch: int = 8
+) -> Segmenter:
+    """A segmenter of the photos of `dataset` by its classes; `settings` as of :func:`settings_for`.
+
+    Raises:
+        UserError: as :class:`~mixreorg_fast.inference.segmenter.Segmenter`.
+    """
+    tokenizer = model.tokenizer if tokenizer is None else tokenizer
+    texts = text_classifier(model, tokenizer, dataset.prompts, settings.templates)
+    return Segmenter(model, texts, settings, dataset.classes, batch)
 
 
 def evaluate(
     model: Any,
     tokenizer: Any,
     dataset: SegmentationDataset,
-    settings: Settings | None = None,
+    settings: InferenceConfig | None = None,
     limit: int | None = None,
     progress: bool = True,
     predictions: str | Path | None = None,
     keep: str | Path | None = None,
     resume: bool = False,
+    batch: int = 8,
 ) -> dict[str, Any]:
     """Score `model` zero-shot on `dataset`.
 
     Under a process group every rank scores its share of the photos, each photo once, and all return the sum.
 
     Args:
+        settings: None: those that the model carries. Without a threshold, the data set's usual one holds.
         limit: score only so many photos, evenly spread over the split.
         progress: show a bar (on rank 0).
         predictions: folder that gets the labels of each photo as a palette PNG of its name.
         keep: file (one per rank, its number appended) that holds the counts while this runs; removed at the end.
         resume: go on from the counts in `keep`, if they are of this model, data set and settings.
+        batch: photos of one network size, or windows, per forward pass.
     Returns:
         ``mIoU`` in percent; ``per_class`` IoU in percent by name (None: in neither truth nor prediction, not counted);
         ``per_class_images``, how many photos show each; ``frequent_mIoU`` over the classes that
@@ -191,8 +93,12 @@ def evaluate(
     Raises:
         UserError: as the data set, and as :class:`Segmenter`.
     """
-    settings = settings_for(settings or Settings(), dataset)
-    described = {"dataset": dataset.kind, "root": str(dataset.root), "split": dataset.split, **asdict(settings)}
+    if settings is None:
+        settings = settings_for(model.inference, dataset)
+    else:
+        settings = settings_for(settings, dataset, settings.background_threshold)
+    described = {"dataset": dataset.kind, "root": str(dataset.root), "split": dataset.split}
+    described |= {**settings.model_dump(mode="json"), "batch": batch}
     rank, world = metrics.rank_and_world()
     tally = metrics.Tally(len(dataset.classes))
     kept = None if keep is None else Path(f"{keep}.{rank}")
@@ -204,8 +110,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        texts = text_classifier(model, tokenizer, dataset.prompts, settings.templates)
-        segmenter = Segmenter(model, texts, settings)
+        segmenter = segmenter_for(model, dataset, settings, tokenizer, batch)
         indices = chosen(len(dataset), limit)
         left = [index for index in indices[rank::world] if index not in tally.done]
         started = time.monotonic()
@@ -258,7 +163,7 @@ def _batches(
     segmenter: Segmenter, dataset: SegmentationDataset, indices: Sequence[int]
 ) -> Iterator[tuple[list[tuple[int, Sample]], Tensor]]:
     """Photos of equal network size together, with their indices, read ahead by threads."""
-    batch = segmenter.settings.batch
+    batch = segmenter.batch
     waiting: dict[tuple[int, int], list[tuple[tuple[int, Sample], Tensor]]] = {}
 
     def read(index: int) -> tuple[tuple[int, Sample], Tensor]:

@@ -208,7 +208,10 @@ def save_huggingface(model: GroupViT, folder: str | Path, state: Mapping[str, Te
         UserError: the model's assignment is soft.
     """
     if not model.config.hard_assignment:
-        raise UserError("these weights assign patches softly (model.hard_assignment false), which no GroupViT does")
+        raise UserError(
+            "these weights assign patches softly (model.hard_assignment false), which no GroupViT does; weights "
+            "trained with --set model.hard_assignment=true can be exported"
+        )
     state = _without_temperature(state, model.config.tau)
     with atomic_path(folder) as temporary:
         temporary.mkdir()

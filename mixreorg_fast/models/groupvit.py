@@ -12,16 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..config import ModelConfig
+from ..config import InferenceConfig, ModelConfig
 from ..errors import UserError
-from .decoding import class_scores, image_threshold, segment_of_pixels
+from .decoding import class_scores, image_threshold
 from .encoders import ImageEncoder, TextEncoder
-from .images import load_image, to_tensor
 from .layers import Projection
-from .prompts import TEMPLATES, text_classifier
 
 if TYPE_CHECKING:
     from ..data.tokenizer import Tokenizer
+    from ..inference.segmenter import Segmentation
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -37,22 +36,13 @@ class Segments:
     stages: tuple[Tensor, ...] = ()  # such maps of every grouping stage, finest first; the last are `maps`
 
 
-@dataclass(frozen=True)
-class Segmentation:
-    """A photo, segmented."""
-
-    labels: Tensor  # int64 [H, W]: label t is classes[t]
-    classes: list[str]
-    segments: Tensor  # int64 [H, W]: the final segment of each pixel
-    stages: tuple[Tensor, ...]  # fp32 [G, h, w] per grouping stage: probability of its segments per patch
-
-
 class GroupViT(nn.Module):
     """Image and text encoders with their projections into one embedding.
 
     Args:
         config: sizes; `config.text.vocab_size` must be set.
         mean, std: per-channel normalisation of RGB in 0..1 that `images` have gone through.
+        inference: how these weights see and name photos; None: GroupViT's way, at twice the training size (448 px).
     """
 
     def __init__(
@@ -61,6 +51,7 @@ class GroupViT(nn.Module):
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         tokenizer: Tokenizer | None = None,
+        inference: InferenceConfig | None = None,
     ):
         super().__init__()
         if not config.text.vocab_size:
@@ -68,6 +59,7 @@ class GroupViT(nn.Module):
         self.config = config
         self.mean, self.std = tuple(mean), tuple(std)
         self.tokenizer = tokenizer
+        self.inference = inference or InferenceConfig(short_side=2 * config.image_size)
         self.image_encoder = ImageEncoder(config)
         self.text_encoder = TextEncoder(config.text)
         self.image_projection = Projection(config.width, config.projection_hidden, config.embed_dim)
@@ -172,34 +164,47 @@ class GroupViT(nn.Module):
         threshold = None if background_threshold is None else image_threshold(scores, background_threshold)
         return ops.decode_segments(segments.maps, scores, tuple(size), background_threshold=threshold)
 
-    @torch.no_grad()
     def segment(
         self,
         image: Any,
-        classes: Sequence[str],
+        classes: str | Sequence[str],
         *,
-        templates: Sequence[str] = TEMPLATES["default"],
+        templates: str | Sequence[str] | None = None,
         short_side: int | None = None,
         background_threshold: float | None = None,
-    ) -> Segmentation:
-        """Segment one photo by class names.
+        decoding: str = "direct",
+        **options: Any,
+    ) -> Segmentation | list[Segmentation]:
+        """Segment a photo, or a list of photos, by class names.
+
+        What is not given is as :attr:`inference` says, the settings that these weights carry.
 
         Args:
-            image: a path, a Pillow image or an array (see :func:`~mixreorg_fast.models.images.load_image`).
-            classes: names, such as ``["cat", "dog", "sofa"]``.
-            short_side: pixels at which the network sees the photo; None: twice the training size, 448 for 224.
-            background_threshold: as of :meth:`segment_labels`; with one, "background" becomes the first class.
+            image: a path, bytes, a binary file, a Pillow image or an array (see
+                :func:`~mixreorg_fast.models.images.load_image`); or a list or tuple of them, which gives a list.
+            classes: names, such as ``"cat, dog, sofa"`` or ``["cat", "dog", "sofa"]``
+                (see :func:`~mixreorg_fast.names.parse_classes`).
+            templates: one prompt template, several, or the name of a set
+                (see :func:`~mixreorg_fast.names.parse_templates`).
+            short_side: pixels at which the network sees the photo.
+            background_threshold: 0..1: segments whose best score is below min(this, the image's best score) are
+                background, and "background" becomes the first class. 0: no background.
+            decoding, options: as of :class:`~mixreorg_fast.config.InferenceConfig`.
         Raises:
-            UserError: no picture, no classes, or weights without a tokenizer.
+            UserError: no picture, no classes, an option that does not fit, or weights without a tokenizer.
         """
+        from ..inference.segmenter import Segmenter  # which is built on this module
+
         if self.tokenizer is None:
             raise UserError("these weights have no tokenizer; segment_labels takes text embeddings instead")
-        photo = load_image(image)
-        side = short_side or 2 * self.config.image_size
-        inputs = to_tensor(photo, side, self.config.patch_size, self.mean, self.std)[None].to(self.device)
-        size, segments = (photo.height, photo.width), self.segments(inputs)
-        texts = text_classifier(self, self.tokenizer, classes, templates)
-        labels = self._decode(segments, texts, size, background_threshold)[0]
-        final = segment_of_pixels(segments.maps, size)[0]
-        names = [*classes] if background_threshold is None else ["background", *classes]
-        return Segmentation(labels, names, final, tuple(maps[0] for maps in segments.stages))
+        settings = self.inference.with_options(
+            templates=templates,
+            short_side=short_side,
+            background_threshold=background_threshold,
+            decoding=decoding,
+            **options,
+        )
+        segmenter = Segmenter.of_classes(self, classes, settings)
+        if isinstance(image, list | tuple):
+            return [segmenter.photo(each).long() for each in image]
+        return segmenter.photo(image).long()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,8 @@ def load_image(source: Any, *, upright: bool = True, max_pixels: int | None = No
     white. The size is checked from the header, before anything is decoded.
 
     Args:
-        source: a path, a Pillow image, or an array-like ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` or ``[H, W, 4]`` of
-            uint8, uint16 or of floats in 0..1.
+        source: a path, the bytes of a file, a file opened in binary mode, a Pillow image, or an array or tensor
+            ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` or ``[H, W, 4]`` of uint8, uint16 or of floats in 0..1.
         max_pixels: what a file may hold; None: `MAX_PIXELS`.
     Raises:
         UserError: no such file; no picture; truncated; too many pixels; another shape or dtype.
@@ -35,45 +37,66 @@ def load_image(source: Any, *, upright: bool = True, max_pixels: int | None = No
     max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     if isinstance(source, Image.Image):
         return _rgb(source, upright)
-    if not isinstance(source, (str, Path)):
+    if isinstance(source, bytes | bytearray | memoryview):
+        source, name = io.BytesIO(source), f"{len(source)} bytes"
+    elif hasattr(source, "read"):
+        name = str(getattr(source, "name", type(source).__name__))
+        if isinstance(source, io.TextIOBase):
+            raise UserError(f"{name}: opened as text; open(…, 'rb') reads a picture")
+    elif isinstance(source, str | os.PathLike):
+        source = name = Path(source)
+        if not source.is_file():
+            siblings = [p.name for p in source.parent.iterdir()] if source.parent.is_dir() else []
+            close = nearest(source.name, siblings)
+            raise UserError(f"no picture {source}{close if 'did you mean' in close else ''}")
+    else:
         return _rgb(_from_array(source), upright)
-    path = Path(source)
-    if not path.is_file():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        close = nearest(path.name, siblings)
-        raise UserError(f"no picture {path}{close if 'did you mean' in close else ''}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides, below
-            with Image.open(path) as image:
+            with Image.open(source) as image:
                 if image.width * image.height > max_pixels:
                     raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
                 return _rgb(image, upright)
     except Image.DecompressionBombError:
-        raise UserError(f"{path}: too large to decode (at most {max_pixels / 1e6:.0f} million pixels)") from None
+        raise UserError(f"{name}: too large to decode (at most {max_pixels / 1e6:.0f} million pixels)") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not a picture (expected JPEG, PNG, WebP, BMP, TIFF or GIF)") from None
+        raise UserError(f"{name}: not a picture (expected JPEG, PNG, WebP, BMP, TIFF or GIF)") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
         # Pillow's decoders report damage by any of these.
-        raise UserError(f"{path}: damaged picture ({error})") from None
+        raise UserError(f"{name}: damaged picture ({error})") from None
 
 
-def find_images(sources: Sequence[str | Path]) -> list[Path]:
+def find_images(sources: Sequence[str | Path], recursive: bool = False) -> list[Path]:
     """The pictures that `sources` (files and folders) name; a folder stands for its pictures in order of name.
 
+    Args:
+        recursive: take those of its sub-folders too, apart from hidden ones.
+
     Raises:
-        UserError: nothing there, or a folder without pictures.
+        UserError: a folder without pictures, or one that cannot be read.
     """
     found: list[Path] = []
     for source in map(Path, sources):
         if not source.is_dir():
             found.append(source)
             continue
-        inside = sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES)
+        try:
+            inside = sorted(p for p in _files(source, recursive) if p.suffix.lower() in SUFFIXES)
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
         if not inside:
             raise UserError(f"no pictures ({' '.join(SUFFIXES)}) in folder {source}")
         found += inside
     return found
+
+
+def _files(folder: Path, recursive: bool) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if not path.is_dir():
+            yield path
+        elif recursive and not path.name.startswith(".") and not path.is_symlink():  # a link may lead back
+            yield from _files(path, recursive)
 
 
 def network_size(size: tuple[int, int], short_side: int, patch: int, long_side: int = MAX_LONG_SIDE) -> tuple[int, int]:
@@ -137,13 +160,22 @@ def _rgb(image: Image.Image, upright: bool) -> Image.Image:
 
 def _from_array(source: Any) -> Image.Image:
     try:
-        array = np.asarray(source)
+        array = np.asarray(source.detach().cpu() if isinstance(source, Tensor) else source)
     except (TypeError, ValueError, RuntimeError):
-        raise UserError(f"expected a path, a Pillow image or an array, got {type(source).__name__}") from None
+        kind = f"a tensor of {source.dtype}" if isinstance(source, Tensor) else type(source).__name__
+        raise UserError(f"expected a path, bytes, a file, a Pillow image or an array, got {kind}") from None
+    if array.dtype == object or array.ndim == 0:
+        raise UserError(f"expected a path, bytes, a file, a Pillow image or an array, got {type(source).__name__}")
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or not array.size:
-        raise UserError(f"an image array must be [H, W], [H, W, 3] or [H, W, 4], got {list(array.shape)}")
+        hint = ""
+        if array.ndim == 3 and array.shape[0] in (1, 3, 4):
+            order = "permute(1, 2, 0)" if isinstance(source, Tensor) else "transpose(1, 2, 0)"
+            hint = f": channels come last, as {order} puts them"
+        elif array.ndim == 4:
+            hint = ": one image at a time, or a list of them"
+        raise UserError(f"an image array must be [H, W], [H, W, 3] or [H, W, 4], got {list(array.shape)}{hint}")
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise UserError(f"an image array of {list(array.shape)} is too large (at most {MAX_PIXELS / 1e6:.0f} Mpixel)")
     if array.dtype == np.uint16:

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..config import Config
-from ..ops.mixed_segmentation import mixed_segmentation_logits
 from .encoders import Stage
 from .groupvit import GroupViT
 from .layers import LearnedTokens, Projection, call, compiled_call, gather_rows
@@ -174,7 +173,7 @@ class MixReorg(nn.Module):
 
     def losses(self, features: Features, progress: float = 1.0) -> dict[str, Tensor]:
         """What :meth:`forward` returns, of the features of a whole batch; `progress`: of config.schedule."""
-        loss, mixing, tensors = self.config.loss, self.config.mixing, features.tensors
+        loss, tensors = self.config.loss, features.tensors
         images = len(tensors["images"])
         texts, nouns = self._text_embeddings(tensors)
         multiplier = self.backbone.logit_multiplier()
@@ -197,15 +196,18 @@ class MixReorg(nn.Module):
             mixed_embeddings = embeddings[-images * second.shape[1] :].unflatten(0, (images, -1))
             negatives = loss.mixed_negatives
             named, first_text = gather_rows(texts) if negatives == "batch" else (texts, 0)
-            out["loss_mixed"] = ops.mixed_segmentation_loss(
-                first, second, mixed_embeddings, named, plan, multiplier, negatives=negatives, first_text=first_text
+            out["loss_mixed"], out["mixed_accuracy"] = ops.mixed_segmentation_loss(
+                first,
+                second,
+                mixed_embeddings,
+                named,
+                plan,
+                multiplier,
+                negatives=negatives,
+                first_text=first_text,
+                return_accuracy=True,
             )
             total = total + loss.mixed * self.config.schedule.mixed(progress) * out["loss_mixed"]
-            with torch.no_grad():
-                logits = mixed_segmentation_logits(
-                    first, second, mixed_embeddings, texts, mixing.group_size, multiplier
-                )
-                out["mixed_accuracy"] = (logits.argmax(-1) == plan.labels).float().mean()
         if nouns is not None:
             out["loss_multi_label"] = ops.contrastive_loss(embeddings[:images], nouns, multiplier, exchange=exchange)
             total = total + loss.multi_label * out["loss_multi_label"]

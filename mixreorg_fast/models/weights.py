@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..config import ModelConfig, describe
+from ..config import InferenceConfig, ModelConfig, describe
 from ..errors import UserError
 from ..files import atomic_path, write_json
 from .encoders import resize_positions
@@ -39,9 +39,14 @@ def write_files(model: GroupViT, folder: Path, state: Mapping[str, Tensor]) -> N
     tensors["logit_scale"] = tensors["logit_scale"].reshape(())
     save_file(tensors, folder / WEIGHTS)
     config = model.config.model_dump(exclude={"method", "init"})
-    write_json(
-        folder / DESCRIPTION, {"format": FORMAT, "model": config, "mean": list(model.mean), "std": list(model.std)}
-    )
+    description = {
+        "format": FORMAT,
+        "model": config,
+        "mean": list(model.mean),
+        "std": list(model.std),
+        "inference": model.inference.model_dump(mode="json"),
+    }
+    write_json(folder / DESCRIPTION, description)
     if model.tokenizer is not None:
         model.tokenizer.save(folder)
 
@@ -55,7 +60,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> GroupViT:
         UserError: a file is missing, damaged, or does not fit the others.
     """
     folder = find_weights(folder)
-    model = GroupViT(*_description(folder))
+    model = _described(folder)
     load_state(model, folder)
     tokenizer = folder / TOKENIZER
     if tokenizer.exists():
@@ -106,20 +111,26 @@ def load_state(model: GroupViT, folder: str | Path) -> None:
     model.load_state_dict(state)
 
 
-def _description(folder: Path) -> tuple[ModelConfig, list[float], list[float]]:
+def _described(folder: Path) -> GroupViT:
+    """A model as ``model.json`` describes it, its tensors not yet those of the file; older ones lack ``inference``."""
     path = folder / DESCRIPTION
     try:
         description = json.loads(path.read_text())
         if description["format"] != FORMAT:
             raise UserError(f"{path}: format '{description['format']}' is not '{FORMAT}'")
-        config = ModelConfig.model_validate_json(json.dumps(description["model"]), strict=True)
-        return config, description["mean"], description["std"]
+        section, schema = "model", ModelConfig
+        config = schema.model_validate_json(json.dumps(description[section]), strict=True)
+        inference = None
+        if "inference" in description:
+            section, schema = "inference", InferenceConfig
+            inference = schema.model_validate_json(json.dumps(description[section]), strict=True)
+        return GroupViT(config, description["mean"], description["std"], inference=inference)
     except FileNotFoundError:
         raise UserError(
             f"{folder} holds {WEIGHTS} but no {DESCRIPTION} that says the model's sizes; Hugging Face's folders become "
             f"ours by `mixreorg convert {folder} TARGET`"
         ) from None
     except ValidationError as error:
-        raise UserError(f"{path}: model: {describe(error, ModelConfig)}") from None
+        raise UserError(f"{path}: {section}: {describe(error, schema)}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a description of a model: {error!r}") from None

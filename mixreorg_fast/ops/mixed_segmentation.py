@@ -51,14 +51,26 @@ def mixed_segmentation_loss_reference(
     *,
     negatives: Negatives = "group",
     first_text: int = 0,
+    return_accuracy: bool = False,
     upcast: torch.dtype = torch.float32,
-) -> Tensor:
-    """The mean cross-entropy, computed in `upcast`; `source` ``[B, N]`` are absolute image indices."""
-    logits = mixed_segmentation_logits(
-        first, second, segments, texts, group_size, logit_scale, negatives=negatives, upcast=upcast
-    )
-    labels = source % group_size if negatives == "group" else source + first_text
-    return F.cross_entropy(logits.flatten(0, 1), labels.long().flatten())
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The mean cross-entropy, and the accuracy if wanted, computed in `upcast`; `source` ``[B, N]`` are absolute image
+    indices."""
+
+    def logits(texts: Tensor, negatives: Negatives) -> Tensor:
+        return mixed_segmentation_logits(
+            first, second, segments, texts, group_size, logit_scale, negatives=negatives, upcast=upcast
+        )
+
+    all_logits, labels = logits(texts, negatives), (source % group_size).long()
+    targets = labels if negatives == "group" else (source + first_text).long()
+    loss = F.cross_entropy(all_logits.flatten(0, 1), targets.flatten())
+    if not return_accuracy:
+        return loss
+    with torch.no_grad():
+        own_texts = slice(first_text, first_text + len(first))
+        of_group = all_logits if negatives == "group" else logits(texts[own_texts], "group")
+        return loss, (of_group.argmax(-1) == labels).float().mean()
 
 
 @falls_back
@@ -72,8 +84,9 @@ def mixed_segmentation_loss(
     *,
     negatives: Negatives = "group",
     first_text: int = 0,
+    return_accuracy: bool = False,
     impl: Impl = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of every mixed patch against the image it came from, over the texts of its mixing group.
 
     For image b of the group with the texts t_0..t_{K-1},
@@ -89,22 +102,32 @@ def mixed_segmentation_loss(
         negatives: "batch" holds every patch against all texts instead of its group's: then segments must name their
             image rather than tell it from its partners. The texts may be those of more images (of other ranks),
             ``[T, D]``, the B images' own from number `first_text` on. In PyTorch only; holds ``[B, N, T]``.
+        return_accuracy: adds the share of patches whose largest logit over the texts of their group (whatever
+            `negatives` are, the lowest among equals) is that of their image.
     Returns:
-        0-d fp32, the mean over B·N patches; computed in fp32 from inputs of any dtype, under autocast too.
-        Differentiable in all five; deterministic. Backward recomputes: nothing but the inputs is kept.
+        0-d fp32, the mean over B·N patches, or a pair with the accuracy, 0-d fp32; computed in fp32 from inputs of any
+        dtype, under autocast too. The loss is differentiable in all five; deterministic. Backward recomputes: nothing
+        but the inputs is kept.
     Raises:
-        ValueError: shapes that do not fit together. RuntimeError: `impl` cannot run here.
+        ValueError: shapes that do not fit together, a batch that does not split into groups of the plan's size.
+        RuntimeError: `impl` cannot run here.
     """
     own_texts = texts if negatives == "group" else texts[first_text : first_text + len(first)]
     _check(first, second, segments, own_texts, plan)
     inputs = (first, second, segments, texts, plan.source)
     implementations = {"triton": lambda: _triton_reasons(*inputs, plan.group_size, negatives), "torch": list}
-    if choose("mixed_segmentation_loss", impl, implementations, inputs) == "triton":
-        return _mixed_segmentation(*inputs, multiplier(logit_scale, first.device), plan.group_size).mean()
-    upcast = torch.promote_types(first.dtype, torch.float32)
     scale = multiplier(logit_scale, first.device)
+    if choose("mixed_segmentation_loss", impl, implementations, inputs) == "triton":
+        losses, correct = _mixed_segmentation(*inputs, scale.float(), plan.group_size)
+        return (losses.mean(), correct.float().mean()) if return_accuracy else losses.mean()
     return mixed_segmentation_loss_reference(
-        *inputs, plan.group_size, scale, negatives=negatives, first_text=first_text, upcast=upcast
+        *inputs,
+        plan.group_size,
+        scale,
+        negatives=negatives,
+        first_text=first_text,
+        return_accuracy=return_accuracy,
+        upcast=torch.promote_types(first.dtype, torch.float32),
     )
 
 
@@ -121,6 +144,10 @@ def _check(first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, plan:
             "mixed_segmentation_loss: expected first [B, G1, N], second [B, G2, G1], segments [B, G2, D], "
             f"texts [B, D] and a plan of [B, N], got {list(first.shape)}, {list(second.shape)}, "
             f"{list(segments.shape)}, {list(texts.shape)} and {list(plan.source.shape)}"
+        )
+    if plan.group_size < 1 or len(first) % plan.group_size:
+        raise ValueError(
+            f"mixed_segmentation_loss: {len(first)} images do not split into mixing groups of {plan.group_size}"
         )
 
 
@@ -166,25 +193,27 @@ def _mixed_segmentation_backward(
     return mixed_segmentation_backward(grad, first, second, segments, texts, source, scale, group_size)
 
 
-def _fake_loss(first, second, segments, texts, source, scale, group_size):
-    return first.new_empty(first.shape[0], dtype=torch.float32)
+def _fake_losses(first, second, segments, texts, source, scale, group_size):
+    patches = first.shape[0], first.shape[2]
+    return first.new_empty(patches, dtype=torch.float32), first.new_empty(patches, dtype=torch.bool)
 
 
-def _save(ctx, inputs: tuple, output: Tensor) -> None:
+def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.group_size = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors)
 
 
-def _gradient(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
     *gradients, scale = _mixed_segmentation_backward(grad, *ctx.saved_tensors, ctx.group_size)
     return *gradients, None, scale, None
 
 
-@kernel("mixed_segmentation", fake=_fake_loss, save=_save, gradient=_gradient)
+@kernel("mixed_segmentation", fake=_fake_losses, save=_save, gradient=_gradient)
 def _mixed_segmentation(
     first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, source: Tensor, scale: Tensor, group_size: int
-) -> Tensor:
-    """The mean loss of each image, fp32 ``[B]``; `scale` 0-d fp32."""
+) -> tuple[Tensor, Tensor]:
+    """The loss of each patch, fp32 ``[B, N]``, and whether its image has its largest logit, bool; `scale` 0-d fp32."""
     from ..kernels.mixed_segmentation import mixed_segmentation_forward
 
     return mixed_segmentation_forward(first, second, segments, texts, source, scale, group_size)

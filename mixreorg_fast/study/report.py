@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, extra
 from ..evaluation.datasets import open_dataset
 from ..evaluation.metrics import FREQUENT, IGNORE
-from ..evaluation.pictures import blend, class_palette, colourise, save_grid, saving, segment_palette
-from ..evaluation.zero_shot import Segmenter, Settings, settings_for
-from ..files import atomic_path
+from ..evaluation.pictures import save_grid
+from ..evaluation.zero_shot import segmenter_for, settings_for
+from ..files import atomic_path, saving
+from ..inference.overlay import blend, class_palette, colourise, segment_palette
 from ..ledger import between_markers, file_stem
-from ..models.prompts import text_classifier
 from ..models.weights import load
 from .plan import Run
 from .rows import read_metrics
@@ -160,7 +160,7 @@ def curves_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path) ->
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("curves need matplotlib: pip install 'mixreorg_fast[train]'") from None
+        raise UserError(f"curves need matplotlib: {extra('train')}") from None
     panels = {
         "contrastive loss of the original images": "loss_original",
         "mixed patches whose image is found": "mixed_accuracy",
@@ -228,9 +228,8 @@ def pictures_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path, 
     seen = {int(label) for sample in samples for label in set(sample.mask.ravel().tolist())} - {IGNORE}
     for run in runs:
         model = load(run.folder)
-        settings = settings_for(Settings.from_config(run.config.eval, entry["background_threshold"]), dataset)
-        texts = text_classifier(model, model.tokenizer, dataset.prompts, settings.templates)
-        segmenter = Segmenter(model, texts, settings)
+        settings = settings_for(run.config.eval.with_options(), dataset, entry["background_threshold"])
+        segmenter = segmenter_for(model, dataset, settings)
         for number, sample in enumerate(samples):
             decoded = segmenter.segment(sample.image)
             labelled[number].append(colourise(decoded.labels.cpu().numpy(), palette))

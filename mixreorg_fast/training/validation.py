@@ -16,17 +16,16 @@ from ..data.loader import ValidationLoader, validation_shards
 from ..data.shards import ShardSet
 from ..data.tokenizer import Tokenizer
 from ..evaluation.datasets import open_dataset
-from ..evaluation.pictures import dataset_figure, mixing_figure
+from ..evaluation.pictures import dataset_figure, mixing_figure, segments_figure
 from ..evaluation.retrieval import retrieval_at_1
-from ..evaluation.zero_shot import Segmenter, Settings, evaluate, settings_for
+from ..evaluation.zero_shot import evaluate, segmenter_for, settings_for
 from ..models import GroupViT
-from ..models.prompts import text_classifier
 from .distributed import World
 
 
 def evaluation_model(backbone: GroupViT, state: dict[str, Tensor], world: World) -> GroupViT:
     """A copy of the backbone with the tensors of `state`, apart from the engine that owns the parameters."""
-    model = GroupViT(backbone.config, backbone.mean, backbone.std, tokenizer=backbone.tokenizer)
+    model = GroupViT(backbone.config, backbone.mean, backbone.std, backbone.tokenizer, backbone.inference)
     model.load_state_dict(copy.copy(state))
     return model.to(world.device).eval()
 
@@ -40,7 +39,7 @@ def score(model: GroupViT, config: Config, tokenizer: Tokenizer, world: World, *
     scores: dict[str, Any] = {}
     for entry in config.eval.datasets:
         dataset = open_dataset(entry.dataset, entry.root, entry.split)
-        settings = Settings.from_config(config.eval, entry.background_threshold)
+        settings = settings_for(config.eval.with_options(), dataset, entry.background_threshold)
         images = min(filter(None, (limit, entry.limit)), default=None)
         scores[entry.name] = evaluate(model, tokenizer, dataset, settings, images, progress=limit is None)
     shards = validation_shards(config)
@@ -79,14 +78,24 @@ def headline(scores: dict[str, Any]) -> dict[str, float]:
     return figures
 
 
-def draw(model: GroupViT, config: Config, tokenizer: Tokenizer, images: Tensor, run: Path) -> None:
-    """``segmentation.png`` of the first data set, and ``mixing.png`` of training `images` ``[B, 3, H, W]``."""
+def draw(model: GroupViT, config: Config, tokenizer: Tokenizer, images: Tensor, run: Path) -> list[str]:
+    """``segmentation.png`` of the first data set, and ``mixing.png`` of training `images` ``[B, 3, H, W]``; without a
+    data set ``segments.png`` of those images.
+
+    Returns:
+        the files' names.
+    """
+    drawn = []
     if config.eval.datasets:
         entry = config.eval.datasets[0]
         dataset = open_dataset(entry.dataset, entry.root, entry.split)
-        settings = settings_for(Settings.from_config(config.eval, entry.background_threshold), dataset)
-        texts = text_classifier(model, tokenizer, dataset.prompts, settings.templates)
-        dataset_figure(Segmenter(model, texts, settings), dataset, run / "segmentation.png")
+        settings = settings_for(config.eval.with_options(), dataset, entry.background_threshold)
+        dataset_figure(segmenter_for(model, dataset, settings, tokenizer), dataset, run / "segmentation.png")
+        drawn.append("segmentation.png")
+    elif len(images):
+        shown = images[:6].float()
+        segments_figure(shown, model.grouping(shown.to(model.device)), run / "segments.png", model.mean, model.std)
+        drawn.append("segments.png")
     group = config.mixing.group_size
     images = images[: len(images) // group * group][: max(group, 4 // group * group)].float().cpu()
     if len(images):
@@ -96,6 +105,8 @@ def draw(model: GroupViT, config: Config, tokenizer: Tokenizer, images: Tensor, 
         restored = ops.patch_restore(mixed, plan)
         back = [unpatchify(x, config.model.patch_size, images.shape[2]) for x in (mixed, restored)]
         mixing_figure(images, *back, run / "mixing.png", model.mean, model.std)
+        drawn.append("mixing.png")
+    return drawn
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from mixreorg_fast.config import InferenceConfig
 from mixreorg_fast.models import Segments
 
 
@@ -26,6 +27,7 @@ class FakeModel(nn.Module):
     """Segments by patch colour; every image is treated alone, so batching must not change a thing."""
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    inference = InferenceConfig()
     config = SimpleNamespace(patch_size=8, text=SimpleNamespace(context=40))
 
     def __init__(self, groups: int = 5, dim: int = 16):

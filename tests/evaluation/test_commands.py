@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mixreorg_fast.cli import main
-from mixreorg_fast.config import ModelConfig, TextConfig
+from mixreorg_fast.config import InferenceConfig, ModelConfig, TextConfig
 from mixreorg_fast.data.tokenizer import Tokenizer
 from mixreorg_fast.models import GroupViT
 from mixreorg_fast.models.weights import save
@@ -134,9 +134,9 @@ def test_segment(weights, tmp_path, capsys):
 def test_segment_agrees_with_the_model(weights, tmp_path):
     import mixreorg_fast
 
-    photo = draw_photo(tmp_path / "a.png", (64, 64), seed=3)
+    photo = draw_photo(tmp_path / "photo" / "a.png", (64, 64), seed=3)
     options = ["--classes", "cat,dog", "--weights", weights, "--out", str(tmp_path), "--mask", "--short-side", "64"]
-    assert main(["segment", str(tmp_path / "a.png"), *options, "--background-threshold", "0.3"]) == 0
+    assert main(["segment", str(tmp_path / "photo" / "a.png"), *options, "--background-threshold", "0.3"]) == 0
     model = mixreorg_fast.load(weights)
     ids, _ = model.tokenizer.encode(["a photo of a cat.", "a photo of a dog."], 24)
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1) / 255
@@ -174,10 +174,152 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
 @pytest.mark.parametrize(
-    ("classes", "message"), [("cat,,dog", "names between commas"), ("cat, dog, cat", "'cat' is named twice")]
+    ("classes", "message"),
+    [
+        ("cat,,dog", "names between commas"),
+        ("cat, dog, cat", "'cat' is named twice"),
+        ("cat, Cat", "'Cat' is named twice (also as 'cat')"),
+    ],
 )
 def test_segment_refuses_bad_class_lists(weights, tmp_path, capsys, classes, message):
     draw_photo(tmp_path / "a.jpg", (60, 50), seed=0)
     code = main(["segment", str(tmp_path), "--classes", classes, "--weights", weights, "--out", str(tmp_path / "o")])
     assert code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+def segment(weights: str, out: Path, *arguments: str, classes: tuple[str, ...] = ("--classes", "cat, dog")) -> int:
+    return main(["segment", *arguments, *classes, "--weights", weights, "--out", str(out), "--short-side", "32"])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_segment_writes_over_no_photo(weights, tmp_path, capsys):
+    """Beside the photos, twice: photos stay, overlays are replaced and not segmented themselves."""
+    for number, name in enumerate(("grey.png", "grey_mask.png", "grey.jpg", "other.jpg")):
+        draw_photo(tmp_path / name, (40, 30), seed=number)
+    before = contents(tmp_path)
+    made = {
+        *("grey_segmented.png", "grey_segmented_mask.png", "grey_segmented_2.png", "grey_segmented_2_mask.png"),
+        *("grey_mask_segmented.png", "grey_mask_segmented_mask.png", "other.png", "other_mask.png", "areas.json"),
+    }
+    for _ in range(2):
+        assert segment(weights, tmp_path, str(tmp_path), "--mask") == 0
+        after = contents(tmp_path)
+        assert {name: after[name] for name in before} == before
+        assert set(after) - set(before) == made
+        assert len(json.loads(after["areas.json"])) == len(before)
+    assert f"({tmp_path / 'grey_segmented.png'})" in capsys.readouterr().out
+    # An overlay that is named itself is a photo like others.
+    assert segment(weights, tmp_path, str(tmp_path / "other.png"), str(tmp_path / "other.jpg")) == 0
+    again = contents(tmp_path)
+    assert again["other.png"] == after["other.png"]
+    assert set(again) - set(after) == {"other_2.png", "other_3.png"}
+
+
+def test_segment_writes_over_nothing_of_others(weights, tmp_path):
+    photo, out = tmp_path / "a.jpg", tmp_path / "out"
+    draw_photo(photo, (40, 30), seed=0)
+    draw_photo(out / "a.png", (40, 30), seed=1)
+    (tmp_path / "linked.jpg").symlink_to(photo)
+    (out / "linked.png").symlink_to(photo)
+    before = contents(tmp_path)
+    assert segment(weights, out, str(photo), str(tmp_path / "linked.jpg")) == 0
+    after = contents(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"out/a_segmented.png", "out/linked_segmented.png", "out/areas.json"}
+
+
+def test_a_second_run_adds_to_the_first(weights, tmp_path):
+    """Photos of the same name from two folders: both overlays and both entries stay."""
+    for number, folder in enumerate(("one", "two")):
+        draw_photo(tmp_path / folder / "a.jpg", (40, 30), seed=number)
+        assert segment(weights, tmp_path / "out", str(tmp_path / folder)) == 0
+    photos = [str(tmp_path / folder / "a.jpg") for folder in ("one", "two")]
+    assert sorted(contents(tmp_path / "out")) == ["a.png", "a_2.png", "areas.json"]
+    assert list(json.loads((tmp_path / "out" / "areas.json").read_text())) == photos
+    # A photo once more: its own entry and overlay are replaced.
+    other = ("--classes", "bird, sky")
+    assert segment(weights, tmp_path / "out", photos[0], classes=other) == 0
+    assert sorted(contents(tmp_path / "out")) == ["a.png", "a_2.png", "areas.json"]
+    areas = json.loads((tmp_path / "out" / "areas.json").read_text())
+    assert list(areas[photos[0]]) == ["bird", "sky"] and list(areas[photos[1]]) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a.jpg": 1}', "\xff"])
+def test_damaged_areas_are_not_written_over(weights, tmp_path, capsys, content):
+    photo, out = tmp_path / "a.jpg", tmp_path / "out"
+    draw_photo(photo, (40, 30), seed=0)
+    out.mkdir()
+    (out / "areas.json").write_bytes(content.encode("latin-1"))
+    assert segment(weights, out, str(photo)) == 2
+    error = capsys.readouterr().err
+    assert "areas.json: " in error and "move it away, or name another --out" in error and error.count("\n") == 1
+    assert contents(out) == {"areas.json": content.encode("latin-1")}
+
+
+def test_an_output_folder_that_is_a_file(weights, tmp_path, capsys):
+    draw_photo(tmp_path / "a.jpg", (40, 30), seed=0)
+    assert segment(weights, tmp_path / "a.jpg", str(tmp_path / "a.jpg")) == 2
+    assert "a.jpg: a file; a folder was expected" in capsys.readouterr().err
+
+
+def test_segment_takes_names_from_a_file_and_photos_from_subfolders(weights, tmp_path, capsys):
+    for number, name in enumerate(("a.jpg", "in/a.jpg", "in/deeper/b.jpg", ".hidden/c.jpg")):
+        draw_photo(tmp_path / "photos" / name, (40, 30), seed=number)
+    (tmp_path / "photos" / "in" / "back").symlink_to(tmp_path / "photos")
+    (tmp_path / "names.txt").write_text("# pets\ncat\n\nred  car\n")
+    options = (str(tmp_path / "photos"), "--recursive")
+    for _ in range(2):  # the output folder lies within the photos'
+        out = tmp_path / "photos" / "in" / "out"
+        assert segment(weights, out, *options, classes=("--classes-file", str(tmp_path / "names.txt"))) == 0
+        assert sorted(contents(out)) == ["a.png", "areas.json", "in/a.png", "in/deeper/b.png"]
+    assert {tuple(shares) for shares in json.loads((out / "areas.json").read_text()).values()} == {("cat", "red car")}
+    assert segment(weights, tmp_path / "flat", str(tmp_path / "photos")) == 0
+    assert sorted(contents(tmp_path / "flat")) == ["a.png", "areas.json"]
+    capsys.readouterr()
+    assert segment(weights, tmp_path / "o", *options, "--classes-file", str(tmp_path / "names.txt")) == 2
+    assert "not allowed with argument --classes" in capsys.readouterr().err
+    assert segment(weights, tmp_path / "o", *options, classes=()) == 2
+    assert "one of the arguments --classes --classes-file is required" in capsys.readouterr().err
+
+
+def test_weights_carry_their_settings(weights, plain, tmp_path, capsys):
+    """Command, Python and evaluation take the same from model.json; an option overrules it in each."""
+    import mixreorg_fast
+    from mixreorg_fast.evaluation.datasets import open_dataset
+    from mixreorg_fast.evaluation.zero_shot import evaluate
+
+    model = mixreorg_fast.load(weights)
+    model.inference = InferenceConfig(
+        short_side=40, mode="sliding", window=32, stride=16, background_threshold=0.6, templates="a {}."
+    )
+    save(model, tmp_path / "carrying")
+    again = mixreorg_fast.load(tmp_path / "carrying")
+    assert again.inference == model.inference
+
+    carrying, photo = str(tmp_path / "carrying"), tmp_path / "photos" / "a.png"
+    draw_photo(photo, (90, 60), seed=0)
+    options = [str(photo), "--classes", "cat, dog", "--weights", carrying, "--mask"]
+
+    def mask(*more: str) -> np.ndarray:
+        assert main(["segment", *options, "--out", str(tmp_path / "out"), *more]) == 0
+        return np.asarray(Image.open(tmp_path / "out" / "a_mask.png"))
+
+    found = model.segment(photo, "cat, dog")
+    assert found.classes == ["background", "cat", "dog"] and (mask() == found.labels.numpy()).all()
+    explicit = {"short_side": 64, "mode": "whole", "background_threshold": 0, "templates": "imagenet7"}
+    found = model.segment(photo, ["cat", "dog"], **explicit)
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in explicit.items()]
+    assert found.classes == ["cat", "dog"] and (mask(*given) == found.labels.numpy()).all()
+
+    dataset = open_dataset("plain", plain)
+    assert main(["evaluate", "--weights", carrying, "--root", str(plain), "--out", str(tmp_path / "a.json")]) == 0
+    scores = json.loads((tmp_path / "a.json").read_text())
+    assert scores["settings"] | model.inference.model_dump(mode="json") == scores["settings"]
+    assert scores["mIoU"] == evaluate(model, model.tokenizer, dataset, progress=False)["mIoU"]
+    capsys.readouterr()
+    assert main(["segment", *options, "--out", str(tmp_path / "out"), "--classes", "Background, cat"]) == 2
+    assert "'background' is what scores below the background threshold (0.6)" in capsys.readouterr().err

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mixreorg_fast.config import InferenceConfig
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.evaluation.datasets import KINDS, LAYOUTS, open_dataset
-from mixreorg_fast.evaluation.zero_shot import Settings, evaluate
+from mixreorg_fast.evaluation.zero_shot import evaluate
 
 from .fakes import draw_mask, draw_photo
 
@@ -198,7 +199,7 @@ def test_real_sets_evaluate_in_the_plain_layout_and_in_vocs(model, tokenizer, tm
         pytest.skip(f"no copy at {copy}")
 
     def score(kind: str, root: Path) -> dict:
-        settings = Settings(short_side=64)
+        settings = InferenceConfig(short_side=64)
         return evaluate(model, tokenizer, open_dataset(kind, root), settings, limit=3, progress=False)
 
     plain = score("plain", copy)

@@ -1,3 +1,4 @@
+import io
 import zlib
 
 import numpy as np
@@ -67,7 +68,15 @@ def test_arrays():
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros((3, 8, 9), np.uint8), r"got \[3, 8, 9\]"),
+        (np.zeros((3, 8, 9), np.uint8), r"got \[3, 8, 9\]: channels come last, as transpose\(1, 2, 0\) puts them"),
+        (torch.zeros(3, 8, 9), r"got \[3, 8, 9\]: channels come last, as permute\(1, 2, 0\) puts them"),
+        (np.zeros((2, 8, 9, 3), np.uint8), r"got \[2, 8, 9, 3\]: one image at a time, or a list of them"),
+        (np.zeros(8, np.uint8), r"must be \[H, W\], \[H, W, 3\] or \[H, W, 4\], got \[8\]$"),
+        (np.zeros((8, 9, 5), np.uint8), r"got \[8, 9, 5\]$"),
+        (torch.zeros(8, 9, dtype=torch.bfloat16), "got a tensor of torch.bfloat16"),
+        (object(), "expected a path, bytes, a file, a Pillow image or an array, got object"),
+        (None, "got NoneType"),
+        (7, "got int"),
         (np.zeros((0, 8), np.uint8), r"got \[0, 8\]"),
         (np.full((8, 8), 200.0), "floats must hold values in 0..1"),
         (np.full((8, 8), np.nan), "floats must hold values in 0..1"),
@@ -77,6 +86,27 @@ def test_arrays():
 def test_other_arrays_are_refused(array, message):
     with pytest.raises(UserError, match=message):
         load_image(array)
+
+
+def test_tensors_that_carry_gradients():
+    colour = torch.rand(8, 9, 3, requires_grad=True)
+    assert pixels(load_image(colour)).shape == (8, 9, 3)
+
+
+def test_bytes_and_open_files(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(gradient()).save(path)
+    expected = pixels(load_image(path))
+    for source in (path.read_bytes(), bytearray(path.read_bytes()), io.BytesIO(path.read_bytes())):
+        assert (pixels(load_image(source)) == expected).all()
+    with path.open("rb") as file:
+        assert (pixels(load_image(file)) == expected).all()
+    with path.open(encoding="latin-1") as file, pytest.raises(UserError, match="a.png: opened as text"):
+        load_image(file)
+    with pytest.raises(UserError, match="^3 bytes: not a picture"):
+        load_image(b"abc")
+    with pytest.raises(UserError, match="^BytesIO: damaged picture"):
+        load_image(io.BytesIO(path.read_bytes()[:-30]))
 
 
 def test_broken_files(tmp_path):

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.evaluation.retrieval import retrieval_at_1
-from mixreorg_fast.models.prompts import TEMPLATES, templates_named, text_classifier
+from mixreorg_fast.models.prompts import text_classifier
+from mixreorg_fast.names import TEMPLATES
 
 
 def test_one_template(model, tokenizer):
@@ -36,9 +37,6 @@ def test_prompt_errors(model, tokenizer):
         text_classifier(model, tokenizer, ["cat", " "])
     with pytest.raises(UserError, match="has no {}"):
         text_classifier(model, tokenizer, ["cat"], ["a photo"])
-    with pytest.raises(UserError, match="did you mean 'imagenet7'"):
-        templates_named("imagenet")
-    assert templates_named("my {}") == ("my {}",)
 
 
 class Pairs:

@@ -1,6 +1,5 @@
 import subprocess
 import sys
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,12 +10,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from mixreorg_fast import ops
-from mixreorg_fast.config import EvalConfig, ModelConfig, TextConfig
+from mixreorg_fast.config import EvalConfig, InferenceConfig, ModelConfig, TextConfig
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.evaluation import metrics
 from mixreorg_fast.evaluation.datasets import open_dataset
-from mixreorg_fast.evaluation.decoding import Box, decode, decode_groupvit_reference, window_boxes
-from mixreorg_fast.evaluation.zero_shot import Segmenter, Settings, evaluate, settings_for
+from mixreorg_fast.evaluation.zero_shot import evaluate, settings_for
+from mixreorg_fast.inference.decoding import Box, decode, decode_groupvit_reference, window_boxes
+from mixreorg_fast.inference.segmenter import Segmenter
 from mixreorg_fast.models import GroupViT
 from mixreorg_fast.models.decoding import class_scores, image_threshold
 from mixreorg_fast.models.prompts import text_classifier
@@ -56,7 +56,7 @@ def test_strips_and_chunks_change_nothing(monkeypatch):
     boxes = window_boxes(64, 112, 64, 32)
     maps, scores = random_windows(boxes, 6, 20, patch=8)
     expected = decode(maps, scores, boxes, (64, 112), (150, 260), 0.3).labels
-    monkeypatch.setattr("mixreorg_fast.evaluation.decoding.CHUNK", 1000)
+    monkeypatch.setattr("mixreorg_fast.inference.decoding.CHUNK", 1000)
     assert torch.equal(decode(maps, scores, boxes, (64, 112), (150, 260), 0.3).labels, expected)
 
 
@@ -110,7 +110,7 @@ def test_photos_above_the_bound_are_decoded_smaller(monkeypatch):
     maps, scores = random_windows([Box(0, 0, 64, 64)], 4, 6, patch=8)
     arguments = (maps, scores, [Box(0, 0, 64, 64)], (64, 64), (600, 600), 0.3, "direct")
     exact = decode(*arguments).labels
-    monkeypatch.setattr("mixreorg_fast.evaluation.decoding.MAX_DECODED", 150 * 150)
+    monkeypatch.setattr("mixreorg_fast.inference.decoding.MAX_DECODED", 150 * 150)
     assert (decode(*arguments).labels == exact).float().mean() > 0.97
 
 
@@ -146,7 +146,7 @@ def test_the_surest_segment_is_never_background():
     torch.testing.assert_close(image_threshold(scores, 0.95), torch.tensor([0.4, 0.95]))
 
 
-SETTINGS = Settings(short_side=64, window=64, stride=32, background_threshold=0.4)
+SETTINGS = InferenceConfig(short_side=64, window=64, stride=32, background_threshold=0.4)
 
 
 @pytest.mark.parametrize("mode", ["whole", "sliding"])
@@ -154,9 +154,9 @@ SETTINGS = Settings(short_side=64, window=64, stride=32, background_threshold=0.
 def test_evaluation_is_the_sum_over_photos(model, tokenizer, plain, mode, decoding):
     """Against the protocol written out photo by photo, with the dense decoding; batches must not matter."""
     dataset = open_dataset("plain", plain)
-    settings = replace(SETTINGS, mode=mode, decoding=decoding)
+    settings = SETTINGS.with_options(mode=mode, decoding=decoding)
     result = evaluate(model, tokenizer, dataset, settings, progress=False)
-    assert result == evaluate(model, tokenizer, dataset, replace(settings, batch=1), progress=False) | {
+    assert result == evaluate(model, tokenizer, dataset, settings, progress=False, batch=1) | {
         "settings": result["settings"]
     }
     texts = text_classifier(model, tokenizer, dataset.prompts)
@@ -196,9 +196,9 @@ def test_limit_spreads_over_the_split(model, tokenizer, plain, monkeypatch):
 
 def test_an_interrupted_evaluation_goes_on(model, tokenizer, plain, tmp_path, monkeypatch):
     monkeypatch.setattr("mixreorg_fast.evaluation.zero_shot.SAVE_EVERY", -1.0)
-    settings, keep = replace(SETTINGS, batch=1), tmp_path / "eval.json.partial"
+    options, keep = {"settings": SETTINGS, "progress": False, "batch": 1}, tmp_path / "eval.json.partial"
     dataset = open_dataset("plain", plain)
-    whole = evaluate(model, tokenizer, dataset, settings, progress=False)
+    whole = evaluate(model, tokenizer, dataset, **options)
     inner, read = dataset._paths, []
 
     def paths(name: str):
@@ -209,9 +209,9 @@ def test_an_interrupted_evaluation_goes_on(model, tokenizer, plain, tmp_path, mo
 
     dataset._paths = paths
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, tokenizer, dataset, settings, progress=False, keep=keep)
+        evaluate(model, tokenizer, dataset, **options, keep=keep)
     read[:] = [None] * 5  # from here on nothing interrupts
-    assert evaluate(model, tokenizer, dataset, settings, progress=False, keep=keep, resume=True) == whole
+    assert evaluate(model, tokenizer, dataset, **options, keep=keep, resume=True) == whole
     assert 0 < len(read) - 5 < 7
     assert not list(tmp_path.glob("*.partial*"))
 
@@ -253,7 +253,7 @@ def test_largest_photos_of_150_classes_stay_within_memory():
     code = """
 import resource, torch
 torch.set_num_threads(1)
-from mixreorg_fast.evaluation.decoding import decode, window_boxes
+from mixreorg_fast.inference.decoding import decode, window_boxes
 for decoding in ("groupvit", "direct"):
     boxes = window_boxes(448, 672, 448, 224)
     maps, scores = torch.randn(len(boxes), 8, 28, 28).softmax(1), torch.rand(len(boxes), 8, 150)
@@ -276,7 +276,7 @@ def test_with_a_real_model(tokenizer):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     texts = text_classifier(model, tokenizer, ["cat", "dog", "sky"])
-    settings = Settings(short_side=64, decoding="direct")
+    settings = InferenceConfig(short_side=64, decoding="direct")
     segmenter = Segmenter(model, texts, settings)
     pixels = torch.randn(2, 3, 64, 88)
     decoded = list(segmenter(pixels, [(64, 88)] * 2))
@@ -285,40 +285,47 @@ def test_with_a_real_model(tokenizer):
 
 
 def test_settings_come_from_the_configuration():
-    settings = Settings.from_config(EvalConfig(short_side=96, templates=["a {}", "the {}"]), 0.5)
+    settings = EvalConfig(short_side=96, templates=["a {}", "the {}"]).with_options(background_threshold=0.5)
     assert (settings.short_side, settings.templates, settings.background_threshold) == (96, ("a {}", "the {}"), 0.5)
-    assert Settings.from_config(EvalConfig()) == Settings()
+    assert EvalConfig().with_options() == InferenceConfig()
+    assert type(settings) is InferenceConfig
 
 
-def test_the_data_set_decides_about_background(plain):
+def test_the_data_set_decides_about_background(model, tokenizer, plain):
     dataset = open_dataset("plain", plain)
-    assert settings_for(Settings(), dataset).background_threshold == 0.95
+    assert settings_for(InferenceConfig(), dataset).background_threshold == 0.95
     assert settings_for(SETTINGS, dataset).background_threshold == 0.4
+    assert settings_for(SETTINGS, dataset, 0.0).background_threshold == 0.0
     (plain / "classes.txt").write_text("sky\ncat\ndog\nred car\n")
     dataset = open_dataset("plain", plain)
-    assert settings_for(Settings(), dataset).background_threshold is None
+    # What the weights carry does not apply; what is asked for is refused.
+    assert settings_for(SETTINGS, dataset).background_threshold is None
     with pytest.raises(UserError, match="no class 'background' .its first is 'sky'"):
-        settings_for(SETTINGS, dataset)
+        settings_for(SETTINGS, dataset, 0.4)
+    with pytest.raises(UserError, match="no class 'background' .its first is 'sky'"):
+        evaluate(model, tokenizer, dataset, SETTINGS, progress=False)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"stride": 500}, "stride 500 leaves gaps between windows of 448"),
-        ({"short_side": 0}, "short_side must be at least 1"),
-        ({"mode": "slide"}, "mode 'slide' is no valid choice .did you mean 'sliding'"),
-        ({"decoding": "dense"}, "decoding 'dense' is no valid choice .choose from: groupvit, direct"),
-        ({"background_threshold": 1.5}, "must lie in 0..1, got 1.5"),
+        ({"short_side": 0}, "short_side: input should be greater than 0, got 0"),
+        ({"mode": "slide"}, "mode: 'slide' is no valid choice .did you mean 'sliding'"),
+        ({"decoding": "dense"}, "decoding: 'dense' is no valid choice .choose from: groupvit, direct"),
+        ({"templates": "a photo"}, "templates: 'a photo' is no set of templates and has no {}"),
+        ({"short": 1}, "unknown key 'short'"),
+        ({"background_threshold": 1.5}, "background_threshold: input should be less than or equal to 1, got 1.5"),
     ],
 )
 def test_impossible_settings_are_refused(values, message):
     with pytest.raises(UserError, match=message):
-        Settings(**values)
+        InferenceConfig().with_options(**values)
 
 
 def test_a_window_that_cuts_patches_is_refused(model):
     with pytest.raises(UserError, match="window 60 is no multiple of the patch 8 .nearest: 56 or 64"):
-        Segmenter(model, torch.zeros(1, 16), Settings(mode="sliding", window=60, stride=30))
+        Segmenter(model, torch.zeros(1, 16), InferenceConfig(mode="sliding", window=60, stride=30))
 
 
 def test_labels_reach_numpy_small(model, tokenizer):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mixreorg_fast
-from mixreorg_fast.config import parse_config
+from mixreorg_fast.config import InferenceConfig, parse_config
 from mixreorg_fast.data.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.models import GroupViT, weights
@@ -140,6 +140,37 @@ def test_sizes_that_make_no_model_are_named(folder, change, message):
     with pytest.raises(UserError) as error:
         mixreorg_fast.load(folder)
     assert message in str(error.value) and str(folder) in str(error.value)
+
+
+def test_inference_settings_are_saved_and_older_weights_go_without(model, folder, tmp_path):
+    assert mixreorg_fast.load(folder).inference == InferenceConfig(short_side=64)  # twice the training size
+    path = folder / weights.DESCRIPTION
+    description = json.loads(path.read_text())
+    assert description["inference"]["short_side"] == 64 and description["format"] == "mixreorg_fast/1"
+    older = {key: value for key, value in description.items() if key != "inference"}
+    path.write_text(json.dumps(older))
+    assert mixreorg_fast.load(folder).inference == InferenceConfig(short_side=64)
+    for change, message in (
+        ({"short_side": "64"}, "inference: short_side: input should be a valid integer"),
+        ({"shortside": 64}, "inference: unknown key 'shortside' (did you mean 'short_side'?)"),
+        (None, "inference: input should be an object, got null"),
+        ({"templates": ["a photo"]}, "inference: templates: template 'a photo' has no {}"),
+    ):
+        path.write_text(json.dumps(older | {"inference": change}))
+        with pytest.raises(UserError) as error:
+            mixreorg_fast.load(folder)
+        assert f"{path}: {message}" in str(error.value)
+
+
+def test_a_run_gives_its_weights_the_threshold_that_its_data_sets_share():
+    def threshold(*of_datasets, **evaluation):
+        entries = [{"name": str(i), "root": "x", "background_threshold": t} for i, t in enumerate(of_datasets)]
+        return tiny_config(eval={"datasets": entries, **evaluation}).inference.background_threshold
+
+    assert (threshold(), threshold(None), threshold(0.3, 0.3), threshold(0.3, None), threshold(0.3, 0.4)) == (
+        None, None, 0.3, None, None,
+    )  # fmt: skip
+    assert threshold(None, background_threshold=0.2) == threshold(0.2, background_threshold=0.9) == 0.2
 
 
 def test_a_missing_folder_is_named(tmp_path):

@@ -69,6 +69,22 @@ def patch_mixing(guard: Guard, shape: tuple, dtype: torch.dtype = torch.float32)
     run(guard, lambda x: ops.patch_mix(x, plan, impl="triton"), random(images, channels, patches).mT)
 
 
+def whole_tokens(guard: Guard, shape: tuple, dtype: torch.dtype = torch.float32) -> None:
+    images, patches, channels, group_size = shape
+    plan = plan_of(guard, images, patches, group_size)
+    for groups in (3, 0):
+        one, two, learned = (
+            random(rows, tokens, channels, dtype=dtype)
+            for rows, tokens in ((images, patches + groups), (2 * images, patches + groups), (1, groups))
+        )
+        run(guard, lambda x: ops.mix_tokens(x, plan, impl="triton"), with_nan(one))
+        run(guard, lambda x, own: ops.mix_tokens(x, plan, own, impl="triton"), one, learned)
+        run(guard, lambda x: ops.blend_tokens(x, plan, 0.3, impl="triton"), with_nan(two))
+        for keep in (True, False):
+            run(guard, lambda x: ops.restore_tokens(x, plan, keep_mixed=keep, impl="triton"), two)  # noqa: B023
+    ops.stochastic_depth(guard(torch.tensor(1)), [0.1, 0.2, 0.3], images, branches=3, impl="triton")
+
+
 def grouping_attention(guard: Guard, shape: tuple, dtype: torch.dtype = torch.float32) -> None:
     images, groups, patches, channels = shape
     q, k, v = (with_nan(random(images, rows, channels, dtype=dtype)) for rows in (groups, patches, patches))
@@ -133,6 +149,7 @@ CASES = {
     f"{function.__name__}-{str(shape).replace(' ', '')}-{name}": partial(function, shape=shape, **settings)
     for function, shapes, variants in (
         (patch_mixing, MIXING, {"fp32": {}}),
+        (whole_tokens, MIXING, {"fp32": {}}),
         (grouping_attention, GROUPING, {"fp32": {}, "bf16": {"dtype": torch.bfloat16}}),
         (contrastive_loss, CONTRASTIVE, {"fp32": {}}),
         (mixed_segmentation_loss, MIXED_SEGMENTATION, {"fp32": {}}),

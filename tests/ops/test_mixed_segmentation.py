@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mixreorg_fast import ops
 from mixreorg_fast.ops import mixed_segmentation
-from mixreorg_fast.ops.mixed_segmentation import mixed_segmentation_loss_reference
+from mixreorg_fast.ops.mixed_segmentation import mixed_segmentation_logits, mixed_segmentation_loss_reference
 from mixreorg_fast.ops.mixing import MixPlan
 
 from .tolerances import TOLERANCE, assert_close_to_truth
@@ -21,6 +21,8 @@ SHAPES = [  # images, G1, N, G2, D, group size
     (14, 8, 33, 5, 100, 7),  # one patch more than a block; a width that is no multiple of one
     (17, 5, 9, 17, 16, 17),  # a group and segments of one more than the smallest block
     (3, 16, 32, 2, 16, 1),  # groups of one image: no loss
+    (12, 6, 10, 3, 16, 12),  # texts in two passes
+    (2, 128, 35, 3, 16, 2),  # as many groups as a kernel takes
     (2, 1, 1, 1, 1, 2),  # one of everything
 ]
 
@@ -125,6 +127,46 @@ def test_autocast_changes_nothing(impl, device):
         assert torch.equal(ops.mixed_segmentation_loss(*inputs[:4], plan, inputs[4], impl=impl), expected)
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_scales_of_any_dtype(impl, device):
+    inputs, plan = make((8, 16, 20, 4, 32, 4), torch.float32, device)
+    expected = run(lambda *x: ops.mixed_segmentation_loss(*x[:4], plan, x[4], impl=impl), inputs)
+    for scale in (inputs[4].double(), inputs[4].half(), inputs[4][0].double()):
+        results = run(lambda *x: ops.mixed_segmentation_loss(*x[:4], plan, x[4], impl=impl), [*inputs[:4], scale])
+        assert [x.dtype for x in results] == 5 * [torch.float32] + [scale.dtype]
+        assert results[5].shape == scale.shape
+        for result, truth in zip(results, expected, strict=True):
+            torch.testing.assert_close(result.to(truth.dtype).view_as(truth), truth, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", [(8, 16, 20, 4, 32, 4), (17, 5, 9, 17, 16, 17), (3, 16, 32, 2, 16, 1)])
+def test_accuracy_is_the_share_of_patches_whose_image_is_found(shape, impl, device):
+    (*tensors, scale), plan = make(shape, torch.float32, device)
+    logits = mixed_segmentation_logits(*tensors, plan.group_size, scale, upcast=torch.float64)
+    truth = (logits.argmax(-1) == plan.labels).double().mean()
+    loss, accuracy = ops.mixed_segmentation_loss(
+        *(x.requires_grad_() for x in tensors), plan, scale, return_accuracy=True, impl=impl
+    )
+    assert torch.equal(loss, ops.mixed_segmentation_loss(*tensors, plan, scale, impl=impl))
+    assert accuracy.dtype == torch.float32 and not accuracy.requires_grad and accuracy.shape == ()
+    torch.testing.assert_close(accuracy.double(), truth)
+    # Equal logits are decided for the lowest text, as torch.argmax does.
+    _, accuracy = ops.mixed_segmentation_loss(*tensors, plan, 0.0, return_accuracy=True, impl=impl)
+    torch.testing.assert_close(accuracy, (plan.labels == 0).float().mean())
+
+
+def test_accuracy_is_over_the_group_whatever_the_negatives(device):
+    (*tensors, scale), plan = make((8, 16, 20, 4, 32, 4), torch.float32, device)
+    _, accuracy = ops.mixed_segmentation_loss(*tensors, plan, scale, return_accuracy=True)
+    *tensors, texts = tensors
+    more = torch.cat([texts[:3] + 1, texts, texts[:2]])
+    _, of_batch = ops.mixed_segmentation_loss(
+        *tensors, more, plan, scale, negatives="batch", first_text=3, return_accuracy=True
+    )
+    assert torch.equal(of_batch, accuracy)
+
+
 def test_the_kernel_keeps_nothing_but_the_inputs(device):
     inputs, plan = make((8, 16, 20, 4, 32, 4), torch.float32, device)
     inputs = [x.requires_grad_() for x in inputs]
@@ -147,7 +189,7 @@ def test_registration_passes_opcheck(device):
     torch.library.opcheck(mixed_segmentation._mixed_segmentation.op, arguments)
     arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
     torch.library.opcheck(
-        mixed_segmentation._mixed_segmentation_backward.op, (torch.ones(4, device=device), *arguments)
+        mixed_segmentation._mixed_segmentation_backward.op, (torch.ones(4, 5, device=device), *arguments)
     )
 
 
@@ -157,6 +199,12 @@ def test_errors_name_what_is_wrong(device):
         ops.mixed_segmentation_loss(first, second.mT, segments, texts, plan, scale)
     with pytest.raises(ValueError, match=r"a plan of \[B, N\].*\[4, 5\]"):
         ops.mixed_segmentation_loss(first[..., :4], second, segments, texts, plan, scale)
+    for impl in IMPLEMENTATIONS:
+        odd = MixPlan(plan.source, plan.inverse, 3)
+        with pytest.raises(
+            ValueError, match="^mixed_segmentation_loss: 4 images do not split into mixing groups of 3$"
+        ):
+            ops.mixed_segmentation_loss(first, second, segments, texts, odd, scale, impl=impl)
     with pytest.raises(RuntimeError, match=r"impl='triton' cannot run on .*dtype torch.float64"):
         ops.mixed_segmentation_loss(first.double(), second, segments, texts, plan, scale, impl="triton")
     many = torch.ones(4, 129, 5, device=device)
@@ -180,7 +228,7 @@ def test_more_than_2_31_elements(device):
     others = [x.repeat(times, *[1] * (x.dim() - 1)) for x in others]
     offset = 8 * torch.arange(times, device=device).repeat_interleave(8)[:, None]
     source = (plan.source.repeat(times, 1) + offset).int()
-    losses = mixed_segmentation._mixed_segmentation(first, *others, source, scale[0], 4)
+    losses, _ = mixed_segmentation._mixed_segmentation(first, *others, source, scale[0], 4)
     assert torch.equal(losses[-8:], losses[:8])
 
 

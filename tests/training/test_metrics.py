@@ -10,7 +10,7 @@ import pytest
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.training.metrics import MetricsLog
 from mixreorg_fast.training.plots import draw_losses
-from mixreorg_fast.training.preparation import prepare
+from mixreorg_fast.training.preparation import check_inputs
 from mixreorg_fast.training.timing import RankTimes, Stopwatch
 from tests.tiny import tiny_config
 
@@ -78,7 +78,7 @@ def test_what_weights_and_biases_lacks_is_said_in_one_line(run, wandb, monkeypat
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     config = tiny_config(log={"wandb": "project"}).model_copy(update={"output": str(run)})
     with pytest.raises(UserError, match="pip install wandb"):
-        prepare(config, resuming=False)  # before anything is made
+        check_inputs(config, resuming=False)  # before anything is made
     assert not config.run_folder.exists()
 
 

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 import mixreorg_fast
+from mixreorg_fast.cli import main
 from mixreorg_fast.config import merged, parse_config
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.training import checkpoint
 from mixreorg_fast.training.optimisation import learning_rate, schedule_length
-from mixreorg_fast.training.preparation import prepare
+from mixreorg_fast.training.preparation import check_inputs
 from tests.disguise import disguised
 from tests.tiny import tiny_config
 
@@ -41,7 +42,7 @@ def settings(folder: Path, **changes) -> dict:
                 "scenes": {"folder": str(folder / "scenes"), "train": 40, "val": 8, "size": 32},
             },
             "train": {"batch": 16, "accumulation": 2, "steps": STEPS, "log_every": 1, "precision": "bf16"},
-            "eval": {"short_side": 32, "every": 4, "every_images": 4},
+            "eval": {"short_side": 32, "every": 4, "every_images": 4, "templates": "a {}."},
             "checkpoint": {"every": 3, "keep": 5},
             **changes,
         },
@@ -130,6 +131,22 @@ def test_weights_load_and_segment(run):
     assert labels.shape == (2, 32, 32) and labels.max() <= 2
 
 
+def test_the_weights_score_as_the_run_said(run, tmp_path, capsys):
+    """`mixreorg evaluate` without options: to the digit, as size, templates and threshold go with the weights."""
+    folder = run / "runs" / "run"
+    carried = mixreorg_fast.load(folder).inference
+    assert (carried.short_side, carried.templates, carried.background_threshold) == (32, ("a {}.",), 0.3)
+    assert mixreorg_fast.load(folder / "best").inference == carried
+    said = json.loads((folder / "eval.json").read_text())
+    for name in ("scenes", "scenes_small"):
+        root, out = said[name]["settings"]["root"], tmp_path / f"{name}.json"
+        assert main(["evaluate", "--weights", str(folder), "--root", root, "--out", str(out), "--device", "cpu"]) == 0
+        scores = json.loads(out.read_text())
+        assert scores["settings"].pop("weights") == str(folder)
+        assert scores == said[name]
+    capsys.readouterr()
+
+
 def test_resumed_run_equals_the_uninterrupted_one(run):
     """From step 3 on, in a run folder of its own: the same losses and the same weights, bit for bit."""
     middle = run / "runs" / "run" / "checkpoints" / "step_00000003"
@@ -193,9 +210,38 @@ def test_another_number_of_ranks_takes_the_last_sound_checkpoint(run):
 def test_missing_data(run, tmp_path, changes, parts):
     config = parse_config(merged(settings(run, name="mistake", output=str(tmp_path)), changes))
     with pytest.raises(UserError) as caught:
-        prepare(config, resuming=False)
+        check_inputs(config, resuming=False)
     for part in parts:
         assert part in str(caught.value)
+    assert not config.run_folder.exists()
+
+
+def test_all_that_is_missing_is_said_at_once(run, tmp_path):
+    """Before anything is verified or made, on every rank, in one line."""
+    shard = f"{run}/scenes/val-*.tar"
+    sets = [{"pattern": "no/train.tar"}, {"pattern": shard}]
+    sections = {
+        "data": {"shards": sets, "val_shards": "no/val.tar", "tokenizer": "no/tokenizer.json"},
+        "train": {"batch": 18},
+        "eval": {"datasets": [{"name": name, "root": f"no/{name}"} for name in ("a", "b")]},
+    }
+    config = parse_config(merged(settings(run, name="mistake", output=str(tmp_path)), sections))
+    with pytest.raises(UserError) as caught:
+        check_inputs(config, resuming=False, world_size=2)
+    problems = [
+        "6 mistakes: (1) train.batch 18 is no multiple of 16 = 2 ranks x",
+        "; (2) no shard no/train.tar",
+        "; (3) no shard no/val.tar",
+        "; (4) no data set folder no/a",
+        "; (5) no data set folder no/b",
+        "; (6) no tokenizer no/tokenizer.json",
+    ]
+    places = [str(caught.value).index(problem) for problem in problems]
+    assert places == sorted(places) and places[0] == 0 and "\n" not in str(caught.value)
+    sections = {"data": {"shards": shard}, "train": {"batch": 16, "accumulation": 1}}
+    config = parse_config(merged(settings(run, name="mistake", output=str(tmp_path)), sections))
+    with pytest.raises(UserError, match=r"^train\.batch 16 is more than the 8 samples of data\.shards \(nearest: 8\)$"):
+        check_inputs(config, resuming=False, world_size=2)
     assert not config.run_folder.exists()
 
 

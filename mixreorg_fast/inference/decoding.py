@@ -43,12 +43,16 @@ class Decoded(NamedTuple):
             slide (of the windows over a pixel, the one whose middle is nearest).
         count: how many segments there are in all.
         windows: how many windows the photo was seen through.
+        scores: fp32 ``[count, T]``, every segment's class scores, the background apart.
+        stages: fp32 ``[G, h, w]`` per grouping stage, its segments' maps, where the photo was seen whole.
     """
 
     labels: Tensor
     segments: Tensor
     count: int
     windows: int
+    scores: Tensor
+    stages: tuple[Tensor, ...] = ()
 
 
 def window_boxes(height: int, width: int, window: int, stride: int) -> list[Box]:
@@ -191,7 +195,7 @@ def decode(
     labels = score_map.labels(size if decoding == "groupvit" else canvas)
     count = groups * len(boxes)
     labels, final = _compact(labels, scores.shape[2] + 1), _compact(final, count)
-    return Decoded(_nearest(labels, size), _nearest(final, size), count, len(boxes))
+    return Decoded(_nearest(labels, size), _nearest(final, size), count, len(boxes), scores.flatten(0, 1))
 
 
 def _first_own(box: Box, before: Sequence[Box]) -> tuple[int, int]:

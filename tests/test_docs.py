@@ -1,0 +1,71 @@
+"""The Python of docs/ runs as written, page by page, where `weights/` and photos lie."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mixreorg_fast.cli import main
+from mixreorg_fast.data.tokenizer import Tokenizer
+from mixreorg_fast.errors import UserError
+from mixreorg_fast.models import GroupViT
+from mixreorg_fast.models.convert import save_huggingface
+from mixreorg_fast.models.weights import save
+from tests.evaluation.fakes import draw_mask, draw_photo
+from tests.tiny import fill, tiny_config
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A working folder with `weights/`, photos and a small data set."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = Tokenizer.train(["a photo of a cat and a dog", "a red car on the road"] * 3, 300)
+    model = GroupViT(
+        tiny_config(model={"text": {"vocab_size": tokenizer.vocab_size, "context": 24}}).model, tokenizer=tokenizer
+    )
+    fill(model)
+    save(model, tmp_path / "weights")
+    for number, name in enumerate(("photo.jpg", "other.jpg", "data/camvid/images/a.jpg")):
+        draw_photo(tmp_path / name, (64, 48), seed=number)
+    draw_mask(tmp_path / "data/camvid/masks/a.png", (64, 48), [0, 1, 255], seed=0)
+    (tmp_path / "data/camvid/classes.txt").write_text("road\ncar\n")
+    (tmp_path / "data/camvid/splits").mkdir()
+    (tmp_path / "data/camvid/splits/val.txt").write_text("a\n")
+    return tmp_path
+
+
+def python_of(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def test_evaluate(place):
+    blocks, names = python_of("evaluate.md"), {}
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, names)
+    assert 0 <= names["scores"]["mIoU"] <= 100
+    assert (place / "overlay.png").is_file() and (place / "mask.png").is_file()
+    assert list(names["result"].areas) == list(names["result"].scores) == ["cat", "dog", "sofa"]
+
+
+def test_weights(place):
+    blocks, names = python_of("weights.md"), {}
+    assert len(blocks) == 3
+    exec(blocks[0], names)
+    assert (place / "overlay.png").is_file()
+    pytest.importorskip("transformers")
+    assert main(["convert", "weights", "my-groupvit", "--to", "hf"]) == 0
+    for block in blocks[1:]:
+        exec(block, names)
+    assert names["labels"].shape[0] == 1
+
+
+def test_the_default_run_cannot_be_exported_and_the_page_says_so(place):
+    config = tiny_config(model={"hard_assignment": False}).model
+    with pytest.raises(UserError, match="softly .*model.hard_assignment=true can be exported"):
+        save_huggingface(GroupViT(config), place / "out", {})
+    page = (DOCS / "weights.md").read_text()
+    assert "runs/zero2" not in page
+    assert re.search(r"refused for weights that assign patches softly, such as .*`runs/scenes`", page)
