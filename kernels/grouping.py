@@ -43,7 +43,7 @@ CONFIGS = {
     },
     ("backward", 2): {
         2**12: _on(channels=64, warps=4),
-        2**13: {**_on(channels=32, warps=8), **_on(90, 100, channels=64, warps=8)},
+        2**13: {**_on(channels=32, warps=8), **_on(90, channels=64, warps=8)},
         2**14: {
             **_on(80, 86, 89, 120, channels=32, warps=8),
             **_on(90, channels=64, warps=8, stages=3),
@@ -51,13 +51,13 @@ CONFIGS = {
     },
     ("backward with map", 2): {
         2**12: _on(channels=64, warps=4),
-        2**13: {**_on(channels=32, warps=8), **_on(90, 100, channels=64, warps=8)},
+        2**13: {**_on(channels=32, warps=8), **_on(90, channels=64, warps=8)},
         2**14: {
-            **_on(86, 89, 120, channels=32, warps=8),
-            **_on(80, 90, channels=32, warps=8, stages=3),
+            **_on(80, channels=32, warps=8, stages=3),
+            **_on(86, 89, 90, 120, channels=32, warps=8),
         },
     },
-    ("aggregate", 2): {2**13: {**_on(channels=32, warps=8), **_on(90, 100, channels=64, warps=8)}},
+    ("aggregate", 2): {2**13: {**_on(channels=32, warps=8), **_on(90, channels=128, warps=8)}},
     ("forward", 4): {2**12: _on(channels=32, warps=8)},
     ("backward", 4): {2**12: _on(channels=32, warps=8)},
     ("backward with map", 4): {2**12: _on(channels=32, warps=8)},
@@ -470,7 +470,7 @@ class _Problem:
         tensor_memory = self.architecture // 10 == 10  # a product's way through it costs registers
         if self.itemsize == 4:
             whole = part = 2**12 if self.architecture < 100 else 2**11
-        elif self.with_soft or self.block_groups > 64 or tensor_memory:
+        elif self.with_soft or self.block_groups > 64 or self.channels % 64 > 0 or tensor_memory:
             whole = part = 2**13
         else:
             whole, part = 2**14, 2**13
