@@ -225,39 +225,41 @@ def count(call: Callable[[], Any], inputs: Sequence[Tensor], flops: float = 0.0)
 
 def executed(launch: Launch) -> float:
     """Instructions of all warps of a launch."""
-    once = launch.instructions + sum(size * rounds(launch, size) for size in launch.loops)
+    once = launch.instructions + sum(size * rounds(launch, number) for number, size in enumerate(launch.loops))
     return once * launch.num_warps * launch.programs
 
 
 PREFETCH_LOOP = 16  # a loop of fewer instructions asks for lines of memory and does nothing else
-
-
-def rounds(launch: Launch, loop: int) -> int:
-    """How often a loop of `loop` instructions runs: which size of the kernel it goes through, in steps of what."""
-    sizes = launch.sizes
-    if launch.kernel in ("grouping_forward", "grouping_backward"):
-        if loop < PREFETCH_LOOP:
-            return math.ceil(PATCHES * sizes["PREFETCH"] / 128 / (32 * launch.num_warps))
-        return sizes["CHANNELS"] // sizes["BLOCK_CHANNELS"]
-    if launch.kernel.startswith("mixed_segmentation"):
-        return 7
-    size, step = LOOPS[launch.kernel]
-    return math.ceil(sizes[size] / (sizes[step] if step else 1))
-
-
-# Which size of a kernel its loops go through, and in steps of which.
+# Which size of a kernel each of its loops goes through, and in steps of which; in the order of the loops.
 LOOPS = {
-    "aggregate": ("patches", "BLOCK_PATCHES"),
-    "log_sum_exp": ("D", "BLOCK_D"),
-    "weights": ("D", "BLOCK_D"),
-    "merge": ("parts", "BLOCK_PARTS"),
-    "segment_label": ("classes", "BLOCK_CLASSES"),
-    "decode": ("GROUPS", None),
-    "sample_plan": ("group_size", None),
-    "append_branch_forward": ("group_size", None),
-    "append_branch_backward": ("group_size", None),
-    "blend_tokens": ("group_size", None),
+    "grouping_forward": [("CHANNELS", "BLOCK_CHANNELS")],
+    "grouping_backward": [("CHANNELS", "BLOCK_CHANNELS")],
+    "aggregate": [("patches", "BLOCK_PATCHES")],
+    "log_sum_exp": [("D", "BLOCK_D")],
+    "weights": [("D", "BLOCK_D")],
+    "merge": [("parts", "BLOCK_PARTS")],
+    "segment_label": [("classes", "BLOCK_CLASSES")],
+    "decode": [("GROUPS", None)],
+    "sample_plan": [("group_size", None)],
+    "append_branch_forward": [("group_size", None)],
+    "append_branch_backward": [("group_size", None)],
+    "blend_tokens": [("group_size", None)],
+    "mixed_segmentation_scores": [("D", "BLOCK_D")],
+    "mixed_segmentation_cosines": [("PARTS", "BLOCK_PARTS")],
+    "mixed_segmentation_embeddings": [("ROWS", "BLOCK_ROWS")],
+    "mixed_segmentation_forward": [("D", "BLOCK_D"), ("N", "BLOCK_N")],
+    "mixed_segmentation_backward": [("D", "BLOCK_D"), ("N", "BLOCK_N"), ("D", "BLOCK_D")],
 }
+
+
+def rounds(launch: Launch, number: int) -> int:
+    """How often loop `number` of a kernel runs."""
+    sizes = launch.sizes
+    if "PREFETCH" in sizes and launch.loops[number] < PREFETCH_LOOP:
+        return math.ceil(PATCHES * sizes["PREFETCH"] / 128 / (32 * launch.num_warps))
+    steps = LOOPS[launch.kernel]
+    size, step = steps[min(number, len(steps) - 1)]
+    return math.ceil(sizes[size] / (sizes[step] if step else 1))
 
 
 def of_ops() -> Iterator[dict[str, Any]]:

@@ -61,7 +61,7 @@ CONFIGS = {
     ("forward", 4): {2**12: _on(channels=32, warps=8)},
     ("backward", 4): {2**12: _on(channels=32, warps=8)},
     ("backward with map", 4): {2**12: _on(channels=32, warps=8)},
-    ("aggregate", 4): {2**12: _on(channels=32, warps=8)},
+    ("aggregate", 4): {2**12: {**_on(channels=32, warps=8), **_on(100, channels=32, warps=8, stages=1)}},
 }
 CANDIDATES = [
     Config({"BLOCK_CHANNELS": channels}, num_warps=warps, num_stages=stages)
@@ -467,11 +467,15 @@ class _Problem:
     @property
     def block_patches(self) -> int:
         """The whole image if a program's registers hold it, as they do the model's at 224 px in 16 bits."""
-        whole, part = (2**14, 2**13) if self.itemsize == 2 else (2**12, 2**12)
-        # On sm_100 products pass through tensor memory, and the whole image spills.
-        most = part if self.with_soft or self.block_groups > 64 or self.architecture // 10 == 10 else whole
+        tensor_memory = self.architecture // 10 == 10  # a product's way through it costs registers
+        if self.itemsize == 4:
+            whole = part = 2**12 if self.architecture < 100 else 2**11
+        elif self.with_soft or self.block_groups > 64 or tensor_memory:
+            whole = part = 2**13
+        else:
+            whole, part = 2**14, 2**13
         block = max(16, next_power_of_2(self.patches))
-        return block if block * self._width <= most else part // self._width
+        return block if block * self._width <= whole else part // self._width
 
     @property
     def _width(self) -> int:

@@ -262,10 +262,12 @@ class TrainConfig(Section):
     tf32: bool = Field(False, description="fp32 matrix products and convolutions of a GPU in TF32")
     checkpoint_activations: bool = Field(False, description="recompute activations in backward: less memory, more time")
     compile: bool | None = Field(
-        None, description="torch.compile of the blocks; null: on a GPU, but for ZeRO-3, which gathers weights in hooks"
+        None,
+        description="torch.compile of the network; null: on a GPU, but for ZeRO-3, which gathers weights in hooks",
     )
     cuda_graphs: bool = Field(
-        False, description="every compiled block in a CUDA graph: fewer launches, for more memory; not with ZeRO-3"
+        False,
+        description="compiled parts of the encoders in CUDA graphs: fewer launches, for more memory; not with ZeRO-3",
     )
     log_every: Positive = Field(10, description="steps between reports")
     spike: Annotated[float, Field(ge=0.0)] = Field(

@@ -135,7 +135,7 @@ def local_size() -> int:
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """A host tensor on `device`, without waiting for a GPU: what lies in pinned memory is copied in its own time."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def set_tf32(on: bool) -> None:
