@@ -208,6 +208,14 @@ Shards = Annotated[
 ]
 
 
+def are_scenes(shards: Any, folder: str) -> bool:
+    """Whether ``data.shards`` are the embedded scenes in `folder`, which a resolved configuration lists one by one."""
+    if shards is None:
+        return True
+    drawn = isinstance(shards, list) and all(isinstance(each, str) for each in shards)
+    return drawn and {str(Path(each).parent) for each in shards} == {str(Path(folder))}
+
+
 class DataConfig(Section):
     shards: Shards | None = Field(
         None, description="training shards: brace or glob patterns, or sets of them with weights; null: scenes"
@@ -227,6 +235,11 @@ class DataConfig(Section):
     prefetch: Positive = Field(2, description="batches read ahead")
     augment: AugmentConfig = AugmentConfig()
     scenes: ScenesConfig = ScenesConfig()
+
+    @property
+    def is_scenes(self) -> bool:
+        """Whether training reads the embedded scenes."""
+        return are_scenes(self.shards, self.scenes.folder)
 
 
 class TrainConfig(Section):

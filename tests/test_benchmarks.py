@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -252,3 +253,18 @@ def test_host_time_is_measured_without_a_gpu():
     row = json.loads(result.stdout)
     assert row.pop("op") == "blend_tokens"
     assert all(0 < value < 1e5 for value in row.values()) and len(row) == 4
+
+
+def test_docs_are_written_only_when_asked_for(monkeypatch, tmp_path):
+    """A session of benchmarks leaves its rows and no more."""
+    from benchmarks import conftest, harness, report
+
+    written = []
+    monkeypatch.setattr(harness, "write_results", lambda rows, header: written.append(rows) or tmp_path / "x.json")
+    monkeypatch.setattr(harness, "header", dict)
+    monkeypatch.setattr(report, "main", lambda argv: pytest.fail("docs were written"))
+    said = []
+    writer = SimpleNamespace(line=said.append)
+    config = SimpleNamespace(stash={conftest._rows: [{}]}, get_terminal_writer=lambda: writer)
+    conftest.pytest_sessionfinish(SimpleNamespace(config=config))
+    assert written == [[{}]] and "python -m benchmarks.report" in said[0]
