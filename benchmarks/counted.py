@@ -27,7 +27,7 @@ from mixreorg_fast.kernels.offline import Launch, offline
 from mixreorg_fast.ops import registration
 from mixreorg_fast.ops.tokens import blend_tokens_reference, mix_tokens_reference, restore_tokens_reference
 
-from . import harness, test_contrastive, test_decoding, test_grouping_attention, test_mixed_segmentation
+from . import harness, test_contrastive, test_grouping_attention, test_mixed_segmentation
 
 RESULTS = harness.RESULTS / "counted.json"
 ARCHITECTURE = 90
@@ -116,7 +116,7 @@ def operations() -> Iterator[Op]:
         "64x8x28x37 to 512x683 T=150",
         [],
         lambda: ops.decode_segments(maps, scores, (512, 683), impl="triton"),
-        lambda: test_decoding.dense(maps, scores, (512, 683)),
+        lambda: ops.decoding.decode_segments_reference(maps, scores, (512, 683)),
         "3× an eager look-up",
     )
 
