@@ -199,7 +199,7 @@ class Counter(TorchDispatchMode):
         tensors = {id(x): x for x in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
         size = sum(x.numel() * x.element_size() for x in tensors.values())
         count = flop_registry.get(function.overloadpacket)
-        flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
+        flops = count(*(x for x in args if isinstance(x, Tensor)), out_val=out) if count else 0  # of matrix products
         dtype = next((x.dtype for x in tensors.values() if x.is_floating_point()), torch.float32)
         self.work.append(Work(name, size, flops, FLOP_PER_S.get(dtype, FLOP_PER_S[torch.float32])))
         return out
