@@ -50,7 +50,7 @@ compiler:
 		{ echo "A C compiler or Python.h is missing: install gcc, g++ and python$(VERSION)-dev" >&2; exit 2; }
 
 train: env
-	$(RUN) deepspeed train.py --config configs/zero2.json
+	$(RUN) mixreorg train zero2
 
 test: env compiler
 	$(RUN) $(BIN)/python -m pytest

@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "mixreorg_fast/__init__.py").read_text()).group(1)
 
 # DeepSpeed, what a run logs and draws. (log.wandb asks for wandb besides.)
-TRAIN = ["deepspeed>=0.16", "tensorboard>=2.14", "einops>=0.8", "matplotlib>=3.8"]
+TRAIN = ["deepspeed>=0.19", "tensorboard>=2.14", "einops>=0.8", "matplotlib>=3.8"]
 EXTRAS = {
     # Training. DALI, which decodes, has a distribution per CUDA: CUDA 12 is for drivers older than 580.
     "train": [*TRAIN, "nvidia-dali-cuda130>=2.0"],
@@ -38,6 +38,8 @@ setup(
     python_requires=">=3.10",
     # mixreorg_fast/kernels is a link to kernels/, so that a checkout, an editable install and a wheel name it alike.
     packages=find_packages(include=["mixreorg_fast", "mixreorg_fast.*"]),
+    # mixreorg_fast/configs is such a link as well.
+    package_data={"mixreorg_fast": ["configs/*.json", "py.typed"]},
     install_requires=[
         "torch>=2.10",
         "numpy>=1.26",

@@ -27,7 +27,7 @@ from mixreorg_fast.kernels.offline import Launch, offline
 from mixreorg_fast.ops import registration
 from mixreorg_fast.ops.tokens import blend_tokens_reference, mix_tokens_reference, restore_tokens_reference
 
-from . import harness, test_contrastive, test_decoding, test_grouping_attention, test_mixed_segmentation
+from . import harness, test_contrastive, test_grouping_attention, test_mixed_segmentation
 
 RESULTS = harness.RESULTS / "counted.json"
 ARCHITECTURE = 90
@@ -116,7 +116,7 @@ def operations() -> Iterator[Op]:
         "64x8x28x37 to 512x683 T=150",
         [],
         lambda: ops.decode_segments(maps, scores, (512, 683), impl="triton"),
-        lambda: test_decoding.dense(maps, scores, (512, 683)),
+        lambda: ops.decoding.decode_segments_reference(maps, scores, (512, 683)),
         "3× an eager look-up",
     )
 
@@ -225,39 +225,41 @@ def count(call: Callable[[], Any], inputs: Sequence[Tensor], flops: float = 0.0)
 
 def executed(launch: Launch) -> float:
     """Instructions of all warps of a launch."""
-    once = launch.instructions + sum(size * rounds(launch, size) for size in launch.loops)
+    once = launch.instructions + sum(size * rounds(launch, number) for number, size in enumerate(launch.loops))
     return once * launch.num_warps * launch.programs
 
 
 PREFETCH_LOOP = 16  # a loop of fewer instructions asks for lines of memory and does nothing else
-
-
-def rounds(launch: Launch, loop: int) -> int:
-    """How often a loop of `loop` instructions runs: which size of the kernel it goes through, in steps of what."""
-    sizes = launch.sizes
-    if launch.kernel in ("grouping_forward", "grouping_backward"):
-        if loop < PREFETCH_LOOP:
-            return math.ceil(PATCHES * sizes["PREFETCH"] / 128 / (32 * launch.num_warps))
-        return sizes["CHANNELS"] // sizes["BLOCK_CHANNELS"]
-    if launch.kernel.startswith("mixed_segmentation"):
-        return 7
-    size, step = LOOPS[launch.kernel]
-    return math.ceil(sizes[size] / (sizes[step] if step else 1))
-
-
-# Which size of a kernel its loops go through, and in steps of which.
+# Which size of a kernel each of its loops goes through, and in steps of which; in the order of the loops.
 LOOPS = {
-    "aggregate": ("patches", "BLOCK_PATCHES"),
-    "log_sum_exp": ("D", "BLOCK_D"),
-    "weights": ("D", "BLOCK_D"),
-    "merge": ("parts", "BLOCK_PARTS"),
-    "segment_label": ("classes", "BLOCK_CLASSES"),
-    "decode": ("GROUPS", None),
-    "sample_plan": ("group_size", None),
-    "append_branch_forward": ("group_size", None),
-    "append_branch_backward": ("group_size", None),
-    "blend_tokens": ("group_size", None),
+    "grouping_forward": [("CHANNELS", "BLOCK_CHANNELS")],
+    "grouping_backward": [("CHANNELS", "BLOCK_CHANNELS")],
+    "aggregate": [("patches", "BLOCK_PATCHES")],
+    "log_sum_exp": [("D", "BLOCK_D")],
+    "weights": [("D", "BLOCK_D")],
+    "merge": [("parts", "BLOCK_PARTS")],
+    "segment_label": [("classes", "BLOCK_CLASSES")],
+    "decode": [("GROUPS", None)],
+    "sample_plan": [("group_size", None)],
+    "append_branch_forward": [("group_size", None)],
+    "append_branch_backward": [("group_size", None)],
+    "blend_tokens": [("group_size", None)],
+    "mixed_segmentation_scores": [("D", "BLOCK_D")],
+    "mixed_segmentation_cosines": [("PARTS", "BLOCK_PARTS")],
+    "mixed_segmentation_embeddings": [("ROWS", "BLOCK_ROWS")],
+    "mixed_segmentation_forward": [("D", "BLOCK_D"), ("N", "BLOCK_N")],
+    "mixed_segmentation_backward": [("D", "BLOCK_D"), ("N", "BLOCK_N"), ("D", "BLOCK_D")],
 }
+
+
+def rounds(launch: Launch, number: int) -> int:
+    """How often loop `number` of a kernel runs."""
+    sizes = launch.sizes
+    if "PREFETCH" in sizes and launch.loops[number] < PREFETCH_LOOP:
+        return math.ceil(PATCHES * sizes["PREFETCH"] / 128 / (32 * launch.num_warps))
+    steps = LOOPS[launch.kernel]
+    size, step = steps[min(number, len(steps) - 1)]
+    return math.ceil(sizes[size] / (sizes[step] if step else 1))
 
 
 def of_ops() -> Iterator[dict[str, Any]]:
@@ -271,6 +273,7 @@ def of_ops() -> Iterator[dict[str, Any]]:
                 bound = max(part, key=part.get)
                 bounds[bound] = bounds.get(bound, 0.0) + part[bound]
             yield {
+                "part": "ops",
                 "op": op.name,
                 "shape": op.shape,
                 "implementation": name,
@@ -283,13 +286,13 @@ def of_ops() -> Iterator[dict[str, Any]]:
             }
 
 
-def of_others() -> Iterator[dict[str, Any]]:
-    """What the host spends on each op, and the launches of a micro-step."""
-    for module, op in (("host_time", "host time"), ("launches", "launches of a micro-step")):
-        command = [sys.executable, "-m", f"benchmarks.{module}"]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-        for row in map(json.loads, lines):
-            yield {"op": op, **row}
+def of_others(modules: Sequence[str] = ("host_time", "launches", "activations")) -> Iterator[dict[str, Any]]:
+    """What the host spends on each op, the launches of a micro-step, the memory of an image's activations."""
+    for module in modules:  # in processes of their own, for some of them run Triton's interpreter
+        code = f"import json; from benchmarks.{module} import rows; print(json.dumps(rows()))"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for row in json.loads(result.stdout.splitlines()[-1]):
+            yield {**row, "part": module}
 
 
 def _seed() -> Tensor:
@@ -315,9 +318,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("state", help='a name for what is counted, such as "before" or "after"')
     state = parser.parse_args(argv).state
-    stamp = {"suite": "counted", "state": state, "date": ledger.now(), "commit": ledger.commit()}
+    stamp = {"state": state, "date": ledger.now(), "commit": ledger.commit()}
     rows: list[Mapping[str, Any]] = [
-        {**stamp, **{key: harness.rounded(value) for key, value in row.items()}} for row in (*of_ops(), *of_others())
+        {**{key: harness.rounded(value) for key, value in row.items()}, "suite": "counted", **stamp}
+        for row in (*of_ops(), *of_others())
     ]
     kept = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     rows = [*(row for row in kept if row["state"] != state), *rows]

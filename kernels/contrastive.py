@@ -17,12 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import INTERPRET, Config, cdiv, configuration, on_device
+from .precision import exp2, rounded, upcast
+from .variants import Config, cdiv, configuration, on_device
 
 # Per architecture for 16-bit operands (tensor cores) and for fp32 ones (IEEE products on the plain units).
 CONFIGS_16 = {
     80: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 32}, num_warps=8, num_stages=3),
-    90: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 64}, num_warps=8, num_stages=3),
+    90: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 64}, num_warps=8, num_stages=3, most_registers=128),
     100: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 64}, num_warps=8, num_stages=3),
 }
 CONFIGS_32 = {
@@ -46,6 +47,7 @@ MERGE_BLOCK = {"BLOCK_N": 128, "BLOCK_PARTS": 16}
 PARTIALS_BYTES = 2**24  # the tiles' log-sum-exps of one strip
 STRIP_BYTES = 2**26  # the weights of one strip
 LOG2_E = tl.constexpr(1.4426950408889634)
+SMALLEST_TOTAL = tl.constexpr(2.0**-64)  # of exponentials, none of which has lost more than 2**-126
 
 
 @triton.jit
@@ -61,7 +63,6 @@ def _tile(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """This program's rows [BLOCK_M], columns [BLOCK_N] and their products [BLOCK_M, BLOCK_N] in fp32.
 
@@ -83,10 +84,16 @@ def _tile(
         else:
             a = tl.load(row_ptr + start, mask=(start + d < D)[None, :], other=0.0)
             b = tl.load(column_ptr + start, mask=(start + d < D)[None, :], other=0.0)
-        if UPCAST:  # the interpreter's bf16 product is wrong
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        products = tl.dot(a, tl.trans(b), products, input_precision=PRECISION)
+        products = tl.dot(upcast(a), tl.trans(upcast(b)), products, input_precision=PRECISION)
     return row, column, products
+
+
+@triton.jit
+def _log_sum_exp(logits, axis: tl.constexpr):
+    """To base 2."""
+    largest = tl.max(logits, axis, keep_dims=True)
+    total = tl.sum(exp2(logits - largest), axis, keep_dims=True)
+    return tl.reshape(largest + tl.log2(total), (logits.shape[1 - axis],))
 
 
 @triton.jit
@@ -106,7 +113,6 @@ def _log_sum_exp_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """row_parts[column block, row], column_parts[row block, column]: the tile's log-sum-exps, to base 2."""
     row, column, products = _tile(
@@ -121,21 +127,43 @@ def _log_sum_exp_kernel(
         BLOCK_N,
         BLOCK_D,
         PRECISION,
-        UPCAST,
     )
-    logits = products * (tl.load(scale_ptr).to(tl.float32) * LOG2_E)
-    in_row = tl.where((column < columns)[None, :], logits, float("-inf"))
-    largest = tl.max(in_row, 1)
-    row_lse = largest + tl.log2(tl.sum(tl.exp2(in_row - largest[:, None]), 1))
-    program, blocks = tl.program_id(0), tl.cdiv(rows, BLOCK_M)
-    tl.store(row_parts_ptr + (program // blocks).to(tl.int64) * rows + row, row_lse, mask=row < rows)
+    scale = tl.load(scale_ptr).to(tl.float32) * LOG2_E
+    logits = products * scale
+    row_exists, column_exists = row < rows, column < columns
     if BOTH:
-        in_column = tl.where((row < rows)[:, None], logits, float("-inf"))
-        largest = tl.max(in_column, 0)
-        column_lse = largest + tl.log2(tl.sum(tl.exp2(in_column - largest[None, :]), 0))
-        tl.store(
-            column_parts_ptr + (program % blocks).to(tl.int64) * columns + column, column_lse, mask=column < columns
-        )
+        # One exponential serves a row and a column, unless one of them lies so far below the tile's largest logit that
+        # its terms may vanish. Rows and columns outside repeat the last one.
+        largest = tl.max(logits)
+        exponentials = exp2(logits - largest)
+        row_total = tl.sum(tl.where(column_exists[None, :], exponentials, 0.0), 1)
+        column_total = tl.sum(tl.where(row_exists[:, None], exponentials, 0.0), 0)
+        if tl.minimum(tl.min(row_total), tl.min(column_total)) > SMALLEST_TOTAL:
+            row_lse, column_lse = largest + tl.log2(row_total), largest + tl.log2(column_total)
+        else:
+            _, _, products = _tile(  # again: to hold them costs registers
+                rows_ptr,
+                columns_ptr,
+                rows,
+                columns,
+                row_stride,
+                column_stride,
+                D,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                PRECISION,
+            )
+            logits = products * scale
+            row_lse = _log_sum_exp(tl.where(column_exists[None, :], logits, float("-inf")), 1)
+            column_lse = _log_sum_exp(tl.where(row_exists[:, None], logits, float("-inf")), 0)
+    else:
+        row_lse = _log_sum_exp(tl.where(column_exists[None, :], logits, float("-inf")), 1)
+    program, blocks = tl.program_id(0), tl.cdiv(rows, BLOCK_M)
+    tl.store(row_parts_ptr + (program // blocks).to(tl.int64) * rows + row, row_lse, mask=row_exists)
+    if BOTH:
+        column_part = column_parts_ptr + (program % blocks).to(tl.int64) * columns
+        tl.store(column_part + column, column_lse, mask=column_exists)
 
 
 @triton.jit
@@ -193,7 +221,6 @@ def _weights_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """2^-row_shift · softmax over the row + 2^-column_shift · softmax over the column - positive, at own columns."""
     row, column, products = _tile(
@@ -208,7 +235,6 @@ def _weights_kernel(
         BLOCK_N,
         BLOCK_D,
         PRECISION,
-        UPCAST,
     )
     logits = products * (tl.load(scale_ptr).to(tl.float32) * LOG2_E)
     row_exists, column_exists = row < rows, column < columns
@@ -219,7 +245,7 @@ def _weights_kernel(
     weights = tl.where(own, weights - positive, weights)
     tl.store(
         weights_ptr + row.to(tl.int64)[:, None] * weights_stride + column[None, :],
-        weights.to(weights_ptr.dtype.element_ty),
+        rounded(weights, weights_ptr.dtype.element_ty),
         mask=row_exists[:, None] & column_exists[None, :],
     )
 
@@ -229,9 +255,9 @@ def _features(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _constexprs(dtype: torch.dtype) -> dict[str, object]:
-    """fp32 means fp32, not tf32."""
-    return {"PRECISION": "ieee" if dtype == torch.float32 else "tf32", "UPCAST": INTERPRET and dtype != torch.float32}
+def _precision(dtype: torch.dtype) -> str:
+    """Of products: fp32 means fp32, not tf32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def _configuration(name: str, rows: Tensor, columns: Tensor, launch: Callable[[Config], object]) -> Config:
@@ -287,7 +313,7 @@ def log_sum_exp_forward(rows: Tensor, columns: Tensor, scale: Tensor, both: bool
             columns.stride(0),
             D=rows.shape[1],
             BOTH=both,
-            **_constexprs(rows.dtype),
+            PRECISION=_precision(rows.dtype),
             **config.kwargs,
         )
         return row_parts, column_parts
@@ -328,8 +354,7 @@ def gradient_backward(
     factor = 4096.0 if rows.dtype == torch.float16 else 1.0  # keeps small weights out of fp16's subnormal numbers
     width = cdiv(len(columns), 8) * 8  # aligned rows
     strips = _strips(len(rows), width * rows.element_size(), STRIP_BYTES)
-    # The interpreter rounds to bf16 towards zero, a bias that no GPU has.
-    buffer = torch.empty(strips[0].stop, width, dtype=torch.float32 if INTERPRET else rows.dtype, device=rows.device)
+    buffer = torch.empty(strips[0].stop, width, dtype=rows.dtype, device=rows.device)
 
     def weigh(config: Config, strip: slice) -> Tensor:
         part = rows[strip]
@@ -352,7 +377,7 @@ def gradient_backward(
             math.log2(column_prompts / factor),
             2 * factor / (row_prompts * column_prompts),
             D=rows.shape[1],
-            **_constexprs(rows.dtype),
+            PRECISION=_precision(rows.dtype),
             **config.kwargs,
         )
         return buffer[: len(part), : len(columns)]
@@ -372,7 +397,7 @@ def gradient_backward(
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
     """``out (+)= a @ b``, accumulated and written in fp32 from operands of any dtype."""
-    if a.is_cuda and a.dtype != torch.float32:
+    if a.device.type != "cpu" and a.dtype != torch.float32:
         if add:
             torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
         else:

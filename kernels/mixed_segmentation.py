@@ -15,6 +15,7 @@ tf32 products each).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .precision import rounded
 from .variants import Config, cdiv, configuration, next_power_of_2, on_device
 
 # By the most logits that BLOCK_G1 groups and COUNT texts have between them, then by architecture.
@@ -45,7 +47,8 @@ def _load(pointer, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def _store(pointer, row, column, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     inside = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
-    tl.store(pointer + row[:, None] * COLUMNS + column[None, :], value.to(pointer.dtype.element_ty), mask=inside)
+    value = rounded(value, pointer.dtype.element_ty)
+    tl.store(pointer + row[:, None] * COLUMNS + column[None, :], value, mask=inside)
 
 
 @triton.jit
@@ -291,42 +294,52 @@ def _block(size: int) -> int:
     return max(16, next_power_of_2(size))
 
 
-def _groups(first: Tensor, group_size: int) -> dict[str, int]:
+@functools.cache
+def _groups(groups: int, group_size: int) -> dict[str, int]:
     """The constexprs of all kernels but the last: sizes are compiled in, so that rows of 196 patches load in vectors.
 
     The texts of a group are taken COUNT at a time.
     """
-    groups = first.shape[1]
     count = max(count for count in range(1, MOST_TEXTS + 1) if group_size % count == 0)
     return {"G1": groups, "K": group_size, "COUNT": count, "BLOCK_G1": next_power_of_2(groups)}
 
 
-def _second_groups(first: Tensor, second: Tensor, group_size: int) -> dict[str, int]:
+@functools.cache
+def _second_groups(groups: int, second_groups: int, group_size: int) -> dict[str, int]:
     """The constexprs of the kernels over images, and warps enough to hold `second` in registers."""
-    sizes = {"G2": second.shape[1], "BLOCK_G2": next_power_of_2(second.shape[1])}
-    sizes |= _groups(first, group_size)
+    sizes = {"G2": second_groups, "BLOCK_G2": next_power_of_2(second_groups), **_groups(groups, group_size)}
     warps = sizes["BLOCK_G1"] * sizes["BLOCK_G2"] * sizes["COUNT"] // 2048
     return {**sizes, "num_warps": min(8, max(1, warps))}
 
 
-def _scores(
-    first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, scale: Tensor, group_size: int
-) -> tuple[Tensor, Tensor]:
+@functools.cache
+def _width(width: int, block_groups: int, num_warps: int) -> dict[str, int]:
+    return {"D": width, "BLOCK_D": min(next_power_of_2(width), 2048 * num_warps // block_groups)}
+
+
+@functools.cache
+def _embeddings(rows: int, group_size: int, width: int) -> dict[str, int]:
+    """The constexprs of the last kernel."""
+    block_rows, block_texts, block = (_block(size) for size in (rows, group_size, width))
+    blocks = {"BLOCK_ROWS": min(32, block_rows), "BLOCK_K": block_texts, "BLOCK_D": min(64, block, 2048 // block_texts)}
+    return {"ROWS": rows, "K": group_size, "D": width, **blocks}
+
+
+def _scores(second: Tensor, segments: Tensor, texts: Tensor, scale: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Cosines ``[B, K, G2]`` and scores ``[B, K, G1]``, fp32."""
-    images, *groups = second.shape
+    images, second_groups, groups = second.shape
     cosines, scores = (
-        torch.empty((images, group_size, size), dtype=torch.float32, device=first.device) for size in groups
+        torch.empty((images, group_size, size), dtype=torch.float32, device=second.device)
+        for size in (second_groups, groups)
     )
-    sizes, width = _second_groups(first, second, group_size), segments.shape[2]
-    block = min(next_power_of_2(width), 2048 * sizes["num_warps"] // sizes["BLOCK_G2"])
-    _mixed_segmentation_scores_kernel[(images,)](
-        second, segments, texts, scale, cosines, scores, **sizes, D=width, BLOCK_D=block
-    )
+    sizes = _second_groups(groups, second_groups, group_size)
+    width = _width(segments.shape[2], sizes["BLOCK_G2"], sizes["num_warps"])
+    _mixed_segmentation_scores_kernel[(images,)](second, segments, texts, scale, cosines, scores, **sizes, **width)
     return cosines, scores
 
 
 def _configuration(name: str, first: Tensor, group_size: int, launch: Callable[[Config], object]) -> Config:
-    sizes = _groups(first, group_size)
+    sizes = _groups(first.shape[1], group_size)
     table = CONFIGS[min(most for most in CONFIGS if most >= sizes["BLOCK_G1"] * sizes["COUNT"])]
     key = (tuple(first.shape), first.dtype, group_size)
     return configuration(name, table, first.device, key, CANDIDATES, launch)
@@ -340,21 +353,19 @@ def mixed_segmentation_forward(
     `scale` is 0-d fp32, `source` int32 ``[B, N]``. Tensors that are not contiguous are copied; the model's are.
     """
     first, second, segments, texts, source = (x.contiguous() for x in (first, second, segments, texts, source))
-    images, _, patches = first.shape
+    images, groups, patches = first.shape
     loss, correct = (
         torch.empty((images, patches), dtype=dtype, device=first.device) for dtype in (torch.float32, torch.bool)
     )
-    if loss.numel() == 0:
-        return loss, correct
 
     def launch(config: Config) -> None:
         parts = cdiv(patches, config.blocks["BLOCK_N"])
         _mixed_segmentation_forward_kernel[(images * parts,)](
-            first, scores, source, loss, correct, N=patches, **_groups(first, group_size), **config.kwargs
+            first, scores, source, loss, correct, N=patches, **_groups(groups, group_size), **config.kwargs
         )
 
     with on_device(first):
-        _, scores = _scores(first, second, segments, texts, scale, group_size)
+        _, scores = _scores(second, segments, texts, scale, group_size)
         launch(_configuration("mixed_segmentation_forward", first, group_size, launch))
     return loss, correct
 
@@ -395,13 +406,13 @@ def mixed_segmentation_backward(
             grad_scores,
             *grad.stride(),
             N=patches,
-            **_groups(first, group_size),
+            **_groups(groups, group_size),
             **config.kwargs,
         )
         return grad_scores
 
     with on_device(first):
-        cosines, scores = _scores(first, second, segments, texts, scale, group_size)
+        cosines, scores = _scores(second, segments, texts, scale, group_size)
         grad_scores = launch(_configuration("mixed_segmentation_backward", first, group_size, launch))
         parts = grad_scores.shape[2]
         _mixed_segmentation_cosines_kernel[(images,)](
@@ -412,23 +423,13 @@ def mixed_segmentation_backward(
             grad_second,
             grad_cosines,
             grad_scale,
-            **_second_groups(first, second, group_size),
+            **_second_groups(groups, second_groups, group_size),
             PARTS=parts,
             BLOCK_PARTS=min(16, next_power_of_2(parts)),
         )
-        rows, block = group_size * second_groups, min(64, _block(width), 2048 // _block(group_size))
-        _mixed_segmentation_embeddings_kernel[(images // group_size, cdiv(width, block))](
-            grad_cosines,
-            segments,
-            texts,
-            grad_segments,
-            grad_texts,
-            ROWS=rows,
-            K=group_size,
-            D=width,
-            BLOCK_ROWS=min(32, _block(rows)),
-            BLOCK_K=_block(group_size),
-            BLOCK_D=block,
-            num_warps=4,
+        sizes = _embeddings(group_size * second_groups, group_size, width)
+        grid = (images // group_size, cdiv(width, sizes["BLOCK_D"]))
+        _mixed_segmentation_embeddings_kernel[grid](
+            grad_cosines, segments, texts, grad_segments, grad_texts, **sizes, num_warps=4
         )
     return grad_first, grad_second, grad_segments, grad_texts, grad_scale.sum()

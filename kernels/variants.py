@@ -23,15 +23,22 @@ offline_architecture: int | None = None  # what launches on meta tensors are com
 
 @dataclass(frozen=True)
 class Config:
-    """One launch configuration: block sizes (constexprs of the kernel), warps and pipeline stages."""
+    """One launch configuration: block sizes (constexprs of the kernel), warps, pipeline stages, and the most registers
+    of a thread where the compiler would take so many that fewer programs run at a time."""
 
     blocks: Mapping[str, int]
     num_warps: int
     num_stages: int = 2
+    most_registers: int | None = None
 
     @property
-    def kwargs(self) -> dict[str, int]:
-        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+    def kwargs(self) -> dict[str, int | None]:
+        return {
+            **self.blocks,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.most_registers,
+        }
 
 
 def flag(name: str) -> bool:

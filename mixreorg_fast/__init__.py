@@ -1,16 +1,23 @@
 """mixreorg_fast: MixReorg (ICCV 2023) pre-training for open-vocabulary segmentation, on fused kernels.
 
 ``from mixreorg_fast import ops`` for the fast ops, ``mixreorg_fast.load(DIR).segment(image, classes)`` for weights.
-Importing this package needs torch and nothing else, and asks no device anything.
+Importing this package needs no other one, and asks no device anything; its parts are imported when they are used.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from . import ops
+    from .models.accelerate import accelerate
+    from .models.weights import load
 
 __version__ = "0.1.0"
-__all__ = ["accelerate", "load", "ops"]
+__all__ = ["UserError", "accelerate", "load", "ops"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,3 +28,7 @@ def __getattr__(name: str) -> Any:
     if name == "accelerate":
         return importlib.import_module(".models.accelerate", __name__).accelerate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,6 +14,8 @@ from .errors import UserError, nearest, run_command
 # and a missing extra concerns only the command that needs it.
 COMMANDS = {
     "info": ("mixreorg_fast.info", "what this installation can use"),
+    "train": ("mixreorg_fast.training.command", "pre-train on captioned photos"),
+    "config": ("mixreorg_fast.config_keys", "every key of a configuration, its default and meaning"),
     "segment": ("mixreorg_fast.evaluation.segment", "segment photos by class names"),
     "evaluate": ("mixreorg_fast.evaluation.evaluate", "score weights zero-shot on a data set"),
     "shards": ("mixreorg_fast.data.commands", "build or verify training shards"),

@@ -35,26 +35,26 @@ class Section(BaseModel):
 class TextConfig(Section):
     """Text encoder: a causal transformer, features taken at the end-of-text token."""
 
-    width: Positive = 256
-    heads: Positive = 4
-    layers: Positive = 12
-    context: Positive = 77
+    width: Positive = Field(256, description="channels")
+    heads: Positive = Field(4, description="attention heads")
+    layers: Positive = Field(12, description="transformer blocks")
+    context: Positive = Field(77, description="tokens; longer captions are cut")
     vocab_size: NonNegative = Field(0, description="0: the tokenizer's size")
 
 
 class ModelConfig(Section):
     """Backbone (GroupViT): three stages, a grouping block after each of the first two."""
 
-    method: Literal["mixreorg", "groupvit"] = "mixreorg"
-    image_size: Positive = 224
-    patch_size: Positive = 16
-    width: Positive = 384
-    heads: Positive = 6
-    depths: tuple[Positive, Positive, Positive] = (6, 3, 3)
+    method: Literal["mixreorg", "groupvit"] = Field("mixreorg", description="groupvit: the baseline, without mixing")
+    image_size: Positive = Field(224, description="pixels, the side of training images")
+    patch_size: Positive = Field(16, description="pixels, the side of a patch")
+    width: Positive = Field(384, description="channels of the image encoder")
+    heads: Positive = Field(6, description="attention heads of the image encoder")
+    depths: tuple[Positive, Positive, Positive] = Field((6, 3, 3), description="transformer blocks of each stage")
     groups: tuple[Positive, Positive] = Field((64, 8), description="group tokens, and so segments, of stages 1 and 2")
-    embed_dim: Positive = 256
-    projection_hidden: Positive = 4096
-    drop_path: Fraction = 0.1
+    embed_dim: Positive = Field(256, description="channels of the embeddings that images and texts share")
+    projection_hidden: Positive = Field(4096, description="hidden channels of the two projections")
+    drop_path: Fraction = Field(0.1, description="stochastic depth of the last block, growing from 0")
     hard_assignment: bool = Field(True, description="hard one-hot assignment with straight-through gradients")
     gumbel: bool = Field(True, description="Gumbel noise on the assignment logits while training")
     tau: PositiveFloat = Field(1.0, description="temperature of the assignment's softmax, in evaluation too")
@@ -88,19 +88,23 @@ class MixingConfig(Section):
     context_blocks: NonNegative = Field(2, description="stage-1 blocks before patches are mixed")
     group_size: Annotated[int, Field(ge=2)] = Field(4, description="images whose patches are mixed with one another")
     blend: Fraction = Field(0.5, description="share of the original features in each progressive blend")
-    group_tokens: Literal["mean", "learned"] = "mean"
+    group_tokens: Literal["mean", "learned"] = Field(
+        "mean", description="group tokens of mixed images: the mean of their images', or learned"
+    )
 
 
 class LossConfig(Section):
     """L = original * L_original + restored * L_restored + mixed * L_mixed (+ multi_label * the noun loss)."""
 
-    original: Annotated[float, Field(ge=0.0)] = 1.0
-    restored: Annotated[float, Field(ge=0.0)] = 1.0
-    mixed: Annotated[float, Field(ge=0.0)] = 1.0
+    original: Annotated[float, Field(ge=0.0)] = Field(1.0, description="weight of the contrastive loss of the images")
+    restored: Annotated[float, Field(ge=0.0)] = Field(
+        1.0, description="weight of the contrastive loss of the restored images"
+    )
+    mixed: Annotated[float, Field(ge=0.0)] = Field(1.0, description="weight of the mixed segmentation loss")
     mixed_negatives: Literal["group", "batch"] = Field(
         "group", description="texts that a mixed patch is held against: its mixing group's, or the whole batch's"
     )
-    multi_label: Annotated[float, Field(ge=0.0)] = 0.0
+    multi_label: Annotated[float, Field(ge=0.0)] = Field(0.0, description="weight of the contrastive loss of nouns")
     exchange: Literal["gather", "ring"] = Field(
         "gather", description="of features between ranks; ring: a rank's at a time, for batches whose features are big"
     )
@@ -163,11 +167,11 @@ class AugmentConfig(Section):
 class ScenesConfig(Section):
     """The embedded data: procedurally drawn scenes, written as shards and as a plain evaluation folder."""
 
-    folder: str = "data/scenes"
-    train: Positive = 20000
-    val: Positive = 400
-    size: Positive = 64
-    seed: int = 0
+    folder: str = Field("data/scenes", description="where they are stored")
+    train: Positive = Field(20000, description="scenes to train on")
+    val: Positive = Field(400, description="scenes of each evaluation set")
+    size: Positive = Field(64, description="pixels, the side of a scene")
+    seed: int = Field(0, description="of the drawing")
     objects: tuple[Frequency, Frequency, Frequency] = Field((3, 4, 3), description="how often 1, 2 and 3 objects")
     scale: Annotated[float, Field(ge=1.0, le=1.5)] = Field(1.0, description="size of the objects")
     grounds: Annotated[int, Field(ge=1, le=12)] = Field(12, description="kinds of ground in use")
@@ -186,7 +190,7 @@ class ScenesConfig(Section):
 class ShardSetConfig(Section):
     """One of several sets of shards that a run mixes."""
 
-    pattern: str | list[str]
+    pattern: str | list[str] = Field(description="brace or glob patterns")
     weight: PositiveFloat = Field(1.0, description="how often it is drawn, relative to the others")
 
 
@@ -202,6 +206,14 @@ Shards = Annotated[
     | Annotated[list[ShardSetConfig], Tag(":sets")],
     Discriminator(_form_of_shards),
 ]
+
+
+def are_scenes(shards: Any, folder: str) -> bool:
+    """Whether ``data.shards`` are the embedded scenes in `folder`, which a resolved configuration lists one by one."""
+    if shards is None:
+        return True
+    drawn = isinstance(shards, list) and all(isinstance(each, str) for each in shards)
+    return drawn and {str(Path(each).parent) for each in shards} == {str(Path(folder))}
 
 
 class DataConfig(Section):
@@ -220,9 +232,14 @@ class DataConfig(Section):
     hw_decoder_load: Fraction | None = Field(
         None, description="share of the JPEGs for a GPU's JPEG hardware; null: DALI's own (0.65)"
     )
-    prefetch: Positive = 2
+    prefetch: Positive = Field(2, description="batches read ahead")
     augment: AugmentConfig = AugmentConfig()
     scenes: ScenesConfig = ScenesConfig()
+
+    @property
+    def is_scenes(self) -> bool:
+        """Whether training reads the embedded scenes."""
+        return are_scenes(self.shards, self.scenes.folder)
 
 
 class TrainConfig(Section):
@@ -233,24 +250,26 @@ class TrainConfig(Section):
         description="accumulation keeps the losses over the whole batch, not each micro-step's (one more forward)",
     )
     steps: Positive | None = Field(None, description="optimizer steps; overrules epochs")
-    epochs: PositiveFloat = 30
-    lr: PositiveFloat = 1.6e-3
-    min_lr: Annotated[float, Field(ge=0.0)] = 4e-5
+    epochs: PositiveFloat = Field(30, description="of the training set")
+    lr: PositiveFloat = Field(1.6e-3, description="peak of the learning rate")
+    min_lr: Annotated[float, Field(ge=0.0)] = Field(4e-5, description="learning rate at the end")
     warmup_steps: NonNegative | None = Field(None, description="overrules warmup_epochs")
-    warmup_epochs: Annotated[float, Field(ge=0.0)] = 2
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = Field(2, description="epochs of linearly rising learning rate")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.05, description="of weight matrices")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="of AdamW")
     clip: Annotated[float, Field(ge=0.0)] = Field(5.0, description="gradient norm limit, 0 = off")
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="of activations; weights are fp32")
     tf32: bool = Field(False, description="fp32 matrix products and convolutions of a GPU in TF32")
-    checkpoint_activations: bool = False
+    checkpoint_activations: bool = Field(False, description="recompute activations in backward: less memory, more time")
     compile: bool | None = Field(
-        None, description="torch.compile of the blocks; null: on a GPU, but for ZeRO-3, which gathers weights in hooks"
+        None,
+        description="torch.compile of the network; null: on a GPU, but for ZeRO-3, which gathers weights in hooks",
     )
     cuda_graphs: bool = Field(
-        False, description="every compiled block in a CUDA graph: fewer launches, for more memory; not with ZeRO-3"
+        False,
+        description="compiled parts of the encoders in CUDA graphs: fewer launches, for more memory; not with ZeRO-3",
     )
-    log_every: Positive = 10
+    log_every: Positive = Field(10, description="steps between reports")
     spike: Annotated[float, Field(ge=0.0)] = Field(
         100.0, description="skip a step whose gradient norm is so many times the running mean's; 0 = only NaN and inf"
     )
@@ -323,10 +342,10 @@ class InferenceConfig(Section):
 
 
 class EvalDatasetConfig(Section):
-    name: str
+    name: str = Field(description="of its scores")
     dataset: str = Field("plain", description="folder layout, as in `mixreorg evaluate --dataset`")
-    root: str
-    split: str = "val"
+    root: str = Field(description="its folder")
+    split: str = Field("val", description="of the data set")
     background_threshold: Fraction | None = Field(None, description="overrules eval.background_threshold")
     limit: Positive | None = Field(None, description="score only this many images")
 
@@ -343,9 +362,11 @@ class CheckpointConfig(Section):
 
 
 class DeepSpeedConfig(Section):
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
+        2, description="what ranks partition: 1 moments, 2 gradients too, 3 parameters too"
+    )
+    offload_optimizer: bool = Field(False, description="moments in the CPU's memory")
+    offload_parameters: bool = Field(False, description="parameters in the CPU's memory, with stage 3")
     options: dict[str, Any] = Field({}, description="further DeepSpeed keys, passed through as they are")
 
     @model_validator(mode="after")
@@ -373,9 +394,9 @@ class DeepSpeedConfig(Section):
 class Config(Section):
     """A run. ``config.json`` of a run folder is exactly this, resolved."""
 
-    name: str = "mixreorg"
+    name: str = Field("mixreorg", description="of the run, and of its folder")
     output: str = Field("runs", description="folder of run folders")
-    seed: int = 0
+    seed: int = Field(0, description="of all random numbers of the run")
     model: ModelConfig = ModelConfig()
     mixing: MixingConfig = MixingConfig()
     loss: LossConfig = LossConfig()
@@ -440,6 +461,27 @@ class Config(Section):
                 f"{self.train.accumulation} x mixing.group_size {self.group_size} (nearest: {choices})"
             )
         return self.train.batch // (world_size * self.train.accumulation)
+
+
+def packaged_configs() -> dict[str, Path]:
+    """The configurations of runs that come with the package, by name."""
+    files = sorted((Path(__file__).parent / "configs").glob("*.json"))
+    return {path.stem: path for path in files if not path.stem.startswith("study")}
+
+
+def find_config(name: str) -> Path:
+    """The file of that path, or the packaged configuration of that name.
+
+    Raises:
+        UserError: neither is there.
+    """
+    path, packaged = Path(name), packaged_configs()
+    if path.is_file():
+        return path
+    if name in packaged:
+        return packaged[name]
+    siblings = sorted(map(str, path.parent.glob("*.json"))) if path.parent.is_dir() else []
+    raise UserError(f"no configuration file {name}{nearest(name, [*siblings, *packaged])}")
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

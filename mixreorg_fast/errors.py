@@ -28,6 +28,11 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f" (choose from: {', '.join(choices)})" if choices else ""
 
 
+def extra(name: str) -> str:
+    """How to install what an extra of this project brings; no package index has the project."""
+    return f"pip install '.[{name}]' in the checkout of mixreorg_fast"
+
+
 def run_command(main: Callable[[], int | None], *, debug: bool = False) -> int:
     """Run `main`; print a :class:`UserError` as one line on stderr and return exit code 2. ^C ends it with 130.
 
@@ -44,5 +49,6 @@ def run_command(main: Callable[[], int | None], *, debug: bool = False) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        print("interrupted", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted", file=sys.stderr, flush=True)
         return 130

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, extra
 from .augment import validation_graph
 from .shards import LARGEST_PHOTO
 
@@ -32,7 +32,7 @@ class Decoder:
             from nvidia import nvimgcodec
         except ImportError:
             raise UserError(
-                "NVIDIA DALI is not installed; training reads its data with it: pip install 'mixreorg_fast[train]'"
+                f"NVIDIA DALI is not installed; training reads its data with it: {extra('train')}"
             ) from None
         self._stream = nvimgcodec.CodeStream
         self._device, self._threads = device, threads

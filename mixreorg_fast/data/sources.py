@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ..errors import UserError, nearest
+from ..errors import UserError, extra, nearest
 from . import photos
 from .pairs import CAPTION_COLUMNS, Pair, checked, find_column
 from .processes import pool
@@ -202,7 +202,7 @@ def _pyarrow() -> Any:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise UserError("reading Parquet files needs pyarrow: pip install 'mixreorg_fast[parquet]'") from None
+        raise UserError(f"reading Parquet files needs pyarrow: {extra('parquet')}") from None
     return parquet
 
 

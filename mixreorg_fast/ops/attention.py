@@ -213,6 +213,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) ->
 def _products(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
     if causal:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    q, k = q.contiguous(), k.contiguous()  # a product that copied k itself would copy it transposed
     logits = q * q.shape[-1] ** -0.5 @ k.mT  # [B, H, N, M]
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
@@ -315,8 +316,13 @@ def xformers_problems() -> list[str]:
     return [] if error is None else [f"xformers does not load: {str(error).strip().partition(chr(10))[0]}"]
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the question
+def _cpu_has_bf16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _products_reasons(q: Tensor, packing: Packing | None) -> list[str]:
-    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not _cpu_has_bf16()
     return ["this CPU has no instructions for bf16"] if slow else []
 
 

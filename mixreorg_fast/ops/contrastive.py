@@ -366,11 +366,11 @@ _TORCH = _Kernels(_log_sum_exp_torch, _gradient_torch)
 
 
 def _fake_log_sum_exp(rows, columns, scale, both):
-    return scale.new_empty(len(rows)), scale.new_empty(len(columns) if both else 0)
+    return tuple(rows.new_empty(size, dtype=torch.float32) for size in (len(rows), len(columns) if both else 0))
 
 
 def _fake_gradient(rows, columns, row_lse, column_lse, scale, row_prompts, column_prompts, first_row, both):
-    return scale.new_empty(rows.shape), scale.new_empty(columns.shape if both else 0)
+    return tuple(rows.new_empty(size, dtype=torch.float32) for size in (rows.shape, columns.shape if both else 0))
 
 
 @kernel("contrastive_log_sum_exp", fake=_fake_log_sum_exp)

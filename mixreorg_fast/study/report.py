@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, extra
 from ..evaluation.datasets import open_dataset
 from ..evaluation.metrics import FREQUENT, IGNORE
 from ..evaluation.pictures import save_grid
@@ -160,7 +160,7 @@ def curves_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path) ->
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("curves need matplotlib: pip install 'mixreorg_fast[train]'") from None
+        raise UserError(f"curves need matplotlib: {extra('train')}") from None
     panels = {
         "contrastive loss of the original images": "loss_original",
         "mixed patches whose image is found": "mixed_accuracy",

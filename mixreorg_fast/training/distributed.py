@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from .. import devices
-from ..errors import UserError
+from ..errors import UserError, extra
 
 T = TypeVar("T")
 
@@ -89,14 +91,21 @@ def import_deepspeed():
     try:
         import deepspeed
     except ImportError as error:
-        raise UserError(f"training needs DeepSpeed: pip install 'mixreorg-fast[train]' ({error})") from None
+        raise UserError(f"training needs DeepSpeed ({error}): {extra('train')}") from None
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
+    logger.addFilter(_concerns_us)
+    warnings.filterwarnings("ignore", ".*(all_gather_into|reduce_scatter)_tensor.*", FutureWarning)
     # The CPU's shared-memory all-reduce serves DeepSpeed's inference alone, yet joining the process group compiles it
     # (C++, half a minute, and a lock that stays if it is cut short) and leaves 64 MiB per rank in /dev/shm.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _concerns_us(record: logging.LogRecord) -> bool:
+    """Whether a message of DeepSpeed's is news: every optimizer that it does not know by its class is "untested"."""
+    return "untested optimizer" not in record.getMessage()
 
 
 def on_main(world: World, function: Callable[[], T]) -> T:

@@ -1,13 +1,20 @@
-"""What a run computes with, in one line."""
+"""What a run says of itself when it begins and when it has ended."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
 
 from .. import devices
 from ..config import Config
 from ..ops.attention import Packing, chosen
 from .distributed import World
+from .run_folder import SCENES
+
+WAYS = ("image_to_text", "text_to_image")
+PICTURES = ("segmentation.png", "segments.png", "mixing.png", "losses.png")
 
 
 def summary(config: Config, world: World) -> str:
@@ -25,6 +32,45 @@ def summary(config: Config, world: World) -> str:
             f"{train.batch} images a step" + (f" ({images}{config.micro_batch(world.size)})" if images else ""),
         ]
     )
+
+
+def opening(config: Config, samples: int, module: nn.Module, steps: int) -> str:
+    """Data, model, steps and folder; `module`: as it is before DeepSpeed partitions its parameters."""
+    data = f"{SCENES} ({config.data.scenes.folder})" if config.data.is_scenes else "data.shards"
+    method = {"mixreorg": "MixReorg", "groupvit": "GroupViT"}[config.model.method]
+    millions = sum(parameter.numel() for parameter in module.parameters()) / 1e6
+    return (
+        f"{samples:,} samples of {data}, {method} of {millions:.1f} million parameters, {steps:,} steps, "
+        f"in {config.run_folder}"
+    )
+
+
+def expected(seconds: float, steps: int) -> str:
+    """How long the rest will take, at the speed of the first steps."""
+    time = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(seconds, 1):.0f} seconds"
+    return f"about {time} for the remaining {steps:,} steps, then the scores"
+
+
+def closing(scores: dict[str, Any], config: Config) -> str:
+    """The scores with what they mean, the pictures, and what to do next."""
+    run, lines = config.run_folder, []
+    for name, value in scores.items():
+        if "mIoU" in value:
+            background = value.get("all_background_mIoU")
+            parts = [f"all background scores {background:.2f}"] if background is not None else []
+            parts.append(f"oracle {value['oracle_mIoU']:.2f}")
+            lines.append(f"{name}: mIoU {value['mIoU']:.2f} % ({', '.join(parts)})")
+    if lines:
+        lines.append("oracle: the mIoU if every segment had its best class, so how well segments fit objects")
+    if "retrieval" in scores:
+        found = ", ".join(f"{way.replace('_', ' ')} {scores['retrieval'][way]:.2f} %" for way in WAYS)
+        lines.append(f"retrieval R@1: {found}")
+    if not scores:
+        lines.append("no scores: the configuration names neither eval.datasets nor data.val_shards")
+    pictures = [name for name in PICTURES if (run / name).is_file()]
+    if pictures:
+        lines.append(f"pictures: {', '.join(pictures)} in {run}")
+    return "\n".join([*lines, f"next: mixreorg demo --weights {run}"])
 
 
 def _compilation(config: Config, device: torch.device) -> str:

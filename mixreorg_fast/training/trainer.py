@@ -7,7 +7,7 @@ import errno
 import hashlib
 import math
 import resource
-import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from ..data.tokenizer import Tokenizer
 from ..errors import RankError, UserError
 from ..files import write_json
 from ..models import Batch, MixReorg, weights
-from . import checkpoint, validation
+from . import checkpoint, run_folder, validation
 from .data import BadSamples, order_digest, ready_shards
 from .distributed import World, import_deepspeed, initialise, mean_over_ranks, on_main, wait_patiently
 from .guard import StepGuard
@@ -33,9 +33,9 @@ from .metrics import MetricsLog
 from .optimisation import deepspeed_config, learning_rate, optimizer, schedule_length
 from .plots import draw_losses
 from .preparation import check_inputs, prepare
-from .summary import summary
+from .summary import closing, expected, opening, summary
 from .timing import RankTimes, Stopwatch
-from .watch import StopRequest, Watch
+from .watch import FINISHED, StopRequest, Watch
 
 
 def train(config: Config, resume: str = "auto", device: str | None = None) -> dict[str, Any]:
@@ -48,7 +48,8 @@ def train(config: Config, resume: str = "auto", device: str | None = None) -> di
     Raises:
         UserError: on every rank, with the same text.
 
-    SIGTERM ends the run at the next step with a checkpoint; what it returns is then empty.
+    SIGTERM ends the run at the next step with a checkpoint; what it returns is then empty. After SIGINT (Ctrl-C) it
+    does the same and raises KeyboardInterrupt. A run that is finished is left as it is.
     """
     world = initialise(device)
     if config.train.cuda_graphs and world.device.type != "cuda":
@@ -57,8 +58,15 @@ def train(config: Config, resume: str = "auto", device: str | None = None) -> di
         devices.set_tf32(config.train.tf32)
     if world.is_main:
         print(summary(config, world), flush=True)
-    on_main(world, lambda: _check_inputs(config, resume, world))
-    source, state = on_main(world, lambda: _checkpoint_to_resume(config, resume))
+    on_main(world, lambda: run_folder.refuse_another(config, resume))
+    scores = on_main(world, lambda: run_folder.finished(config, resume))
+    if scores is not None:
+        if world.is_main:
+            print(f"{config.run_folder} is finished (--set train.steps=N for more, --resume never to start anew)")
+            print(closing(scores, config), flush=True)
+        return scores
+    on_main(world, lambda: check_inputs(config, bool(checkpoint.find(config.run_folder, resume)), world.size))
+    source, state = on_main(world, lambda: run_folder.checkpoint_to_resume(config, resume))
     ready_shards(config, world)
     prepared = on_main(world, lambda: prepare(config, resuming=source is not None))
     with Watch(world, config.train.timeout, config.run_folder) as watch:
@@ -83,10 +91,11 @@ class Trainer:
         self.step, self.best = state.get("step", 0), state.get("best")
         self._grad_cache = config.train.grad_cache and config.train.accumulation > 1
         self._shown: torch.Tensor | None = None
+        self._told_time = False
         self.guard = StepGuard(config.train.spike, state.get("guard"))
         self._stage_0_norm = 0.0
         self._asked: torch.Tensor | None = None
-        self._outcome: tuple[float, bool] | None = None
+        self._outcome: tuple[float, int] | None = None
         self._bad = BadSamples(config, world, self.step * config.train.batch)
         self._order = order_digest(config)
         if world.is_main and state.get("order", self._order) != self._order:
@@ -100,6 +109,8 @@ class Trainer:
             checkpoint.restore_weights(module, source)
         elif config.model.init is not None:
             weights.load_state(module.backbone, weights.find_weights(config.model.init))
+        if world.is_main:
+            print(opening(config, samples, module, self.steps), flush=True)
         module.to(world.device)
         deepspeed = import_deepspeed()
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -118,7 +129,11 @@ class Trainer:
     # ------------------------------------------------------------------ the loop
 
     def run(self, watch: Watch) -> dict[str, Any]:
-        """Train to the last step, evaluate, draw; returns the final scores, none where SIGTERM ended it."""
+        """Train to the last step, evaluate, draw; returns the final scores, none where SIGTERM ended it.
+
+        Raises:
+            KeyboardInterrupt: SIGINT ended it, with a checkpoint.
+        """
         log: MetricsLog | None = None
 
         def open_log() -> None:
@@ -128,7 +143,11 @@ class Trainer:
         on_main(self.world, open_log)
         with _full_disk_in_one_line(self.run_folder):
             try:
-                with self._loader(self.step) as loader, StopRequest() as stop:
+                with (
+                    _out_of_memory_in_one_line(self.config, self.micro_batch),
+                    self._loader(self.step) as loader,
+                    StopRequest() as stop,
+                ):
                     images = self._loop(loader, log, watch, stop)
             finally:
                 if log is not None:
@@ -136,7 +155,11 @@ class Trainer:
             watch.at(self.step, "final scores", timed=False)
             if self.world.is_main and draw_losses(self.run_folder) is None:
                 print("no losses.png: it needs matplotlib", file=sys.stderr, flush=True)
-            return {} if images is None else self._finish(images)
+            scores = {} if images is None else self._finish(images)
+            watch.at(self.step, "stopped" if images is None else FINISHED)
+        if images is None and self._outcome[1] == signal.SIGINT:
+            raise KeyboardInterrupt
+        return scores
 
     def _loader(self, step: int) -> TrainLoader:
         """Batches from `step` on."""
@@ -153,7 +176,7 @@ class Trainer:
     def _loop(
         self, loader: TrainLoader, log: MetricsLog | None, watch: Watch, stop: StopRequest
     ) -> torch.Tensor | None:
-        """All remaining steps; returns images of the last micro-step, for the pictures, or None after SIGTERM."""
+        """All remaining steps; returns images of the last micro-step, for the pictures, or None after a signal."""
         batches: Iterator[LoadedBatch] = iter(loader)
         window = _Window(loader, self._own_time)
         # The texts' projection is the first exchange between ranks: who has not come here is who the others wait for.
@@ -185,7 +208,7 @@ class Trainer:
             window.add(losses)
             if log is not None:
                 log.step()
-            stopped = asked and self.step < self.steps
+            stopped = bool(asked) and self.step < self.steps
             if self.step % self.config.train.log_every == 0 or self.step == self.steps or stopped:
                 self._report(window, loader, log, norm)
             if self._due(self.config.eval.every) and not stopped:
@@ -198,7 +221,7 @@ class Trainer:
                 window.restart()
             if stopped:
                 if log is not None:
-                    log.say(f"stopped by SIGTERM; the same command goes on from {path}")
+                    log.say(f"stopped by {signal.Signals(asked).name}; the same command goes on from {path}")
                 return None
         return next(batches).images if self._shown is None else self._shown
 
@@ -286,14 +309,15 @@ class Trainer:
             gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
             self._stage_0_norm = torch.nn.utils.get_total_norm(gradients).item()
 
-    def _read_outcome(self) -> tuple[float, bool]:
-        """The step's gradient norm before clipping and whether a rank was asked to stop, both over all ranks.
+    def _read_outcome(self) -> tuple[float, int]:
+        """The step's gradient norm before clipping and the signal that asked a rank to stop (0: none), both over all
+        ranks.
 
         Read once a step, in the engine's step when the optimizer asks the guard: DeepSpeed has just waited for the
         gradients to look for infinities, so the GPU is not waited for again. After an overflow nobody asks.
         """
         if self._outcome is None:
-            self._outcome = (self._norm(), bool(self._asked))
+            self._outcome = (self._norm(), int(self._asked))
         return self._outcome
 
     def _norm(self) -> float:
@@ -331,6 +355,9 @@ class Trainer:
         shown = {name: value for name, value in means.items() if name.startswith("loss")}
         left = (self.steps - self.step) * self.config.train.batch / images_per_s
         log.show(self.step, {**shown, "images/s": images_per_s}, left)
+        if not self._told_time and self.step < self.steps:
+            self._told_time = True
+            log.say(expected(left, self.steps - self.step))
         if (ended := self._bad.remark(values["samples"], loader)) is not None:
             log.say(ended)
         if (remark := self._rank_times.remark(times)) is not None:
@@ -372,13 +399,8 @@ class Trainer:
         if self.world.is_main:
             if scores:
                 write_json(self.run_folder / "eval.json", scores)
-            pictures = validation.draw(model, self.config, self.tokenizer, images, self.run_folder)
-            for name, value in validation.headline(scores).items():
-                print(f"{name} {value:.2f}", flush=True)
-            if not scores:
-                missing = "the configuration names neither eval.datasets nor data.val_shards"
-                print(f"no scores: {missing}; pictures: {', '.join(pictures)}", flush=True)
-            print(f"run folder: {self.run_folder}", flush=True)
+            validation.draw(model, self.config, self.tokenizer, images, self.run_folder)
+            print(closing(scores, self.config), flush=True)
         return scores
 
 
@@ -425,42 +447,21 @@ def _full_disk_in_one_line(run: Path) -> Iterator[None]:
         raise RankError(f"{run} cannot be written: {error.strerror}") from None
 
 
-def _check_inputs(config: Config, resume: str, world: World) -> None:
-    check_inputs(config, resuming=bool(checkpoint.find(config.run_folder, resume)), world_size=world.size)
-
-
-def _checkpoint_to_resume(config: Config, resume: str) -> tuple[Path | None, dict[str, Any]]:
-    """The newest sound checkpoint to go on from and its state; makes way for a run that starts anew."""
-    run = config.run_folder
-    candidates = checkpoint.find(run, resume)
-    if not candidates:
-        if resume == "never" and run.exists():
-            _set_aside(run)
-        return None, {}
-    expected = {"seed": config.seed, "batch": config.train.batch}
-    for number, source in enumerate(candidates, start=1):
-        try:
-            state = checkpoint.read_state(source, expected)
-            break
-        except checkpoint.Damaged as error:
-            if number == len(candidates):
-                raise
-            print(f"warning: {error}; taking the checkpoint before it", file=sys.stderr, flush=True)
-    run.mkdir(parents=True, exist_ok=True)
-    if not (source / weights.TOKENIZER).is_file():
-        raise UserError(f"{source} has no {weights.TOKENIZER}")
-    shutil.copyfile(source / weights.TOKENIZER, run / weights.TOKENIZER)
-    for aside in checkpoint.set_aside_after(run, state["step"]):
-        print(f"a later checkpoint is set aside as {aside}", flush=True)
-    return source, state
-
-
-def _set_aside(run: Path) -> None:
-    number = 1
-    while (aside := run.with_name(f"{run.name}.{number}")).exists():
-        number += 1
-    run.rename(aside)
-    print(f"{run} set aside as {aside}", flush=True)
+@contextlib.contextmanager
+def _out_of_memory_in_one_line(config: Config, micro_batch: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        settings = config.train
+        groups = micro_batch * settings.accumulation // config.group_size
+        splits = [n for n in range(settings.accumulation + 1, groups + 1) if groups % n == 0]
+        choices = [f"train.accumulation={splits[0]} with train.grad_cache=true"] if splits else []
+        if not settings.checkpoint_activations:
+            choices.append("train.checkpoint_activations=true")
+        choices.append(f"a train.batch below {settings.batch}")
+        raise RankError(
+            f"out of memory with {micro_batch} images per rank and micro-step; set {', or '.join(choices)}"
+        ) from error
 
 
 def _peak_memory(device: torch.device) -> int:

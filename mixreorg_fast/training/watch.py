@@ -22,7 +22,11 @@ from torch._dynamo.callback import callback_handler
 from ..files import write_json
 from .distributed import World
 
+FINISHED = "finished"  # the place of a run that has its scores
+REPEAT = 1.0
+
 _LAUNCHERS = {
+    "mixreorg",
     "deepspeed",
     "ds",
     "torchrun",
@@ -33,28 +37,32 @@ _LAUNCHERS = {
 
 
 class StopRequest:
-    """SIGTERM, as clusters send it before they take a node away: remembered, for the end of the step.
+    """A signal to stop, remembered for the end of the step: SIGTERM, as clusters send it before they take a node away,
+    or SIGINT (Ctrl-C).
 
-    A second one ends the process at once.
+    A second one of its kind ends the process at once, unless it comes within REPEAT seconds: torchrun hands a
+    terminal's Ctrl-C on to ranks that the terminal has sent it already.
     """
 
     def __enter__(self) -> StopRequest:
-        self.asked = False
-        self._before = signal.signal(signal.SIGTERM, self._ask)
+        self.asked = 0  # the first signal's number
+        self._since: dict[int, float] = {}
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.asked = self.asked or number
+        if time.monotonic() - self._since.setdefault(number, time.monotonic()) > REPEAT:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def shared(self, world: World) -> torch.Tensor:
-        """Whether any rank was asked, 0-d int32 on the device."""
-        asked = torch.full(
-            (), int(self.asked), dtype=torch.int32, device=world.device
-        )  # filled there: no copy to wait for
+        """The signal that any rank was asked by, 0 for none; 0-d int32 on the device."""
+        asked = torch.full((), self.asked, dtype=torch.int32, device=world.device)  # filled there: no copy to wait for
         if world.size > 1:
             dist.all_reduce(asked, dist.ReduceOp.MAX)
         return asked
@@ -87,11 +95,14 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         callback_handler.remove_start_callback(self._start_compiling)
         callback_handler.remove_end_callback(self._stop_compiling)
         self._stop.set()
         self._thread.join(self._interval)
+        if kind is not None and not issubclass(kind, KeyboardInterrupt):
+            self._place = f"failed ({kind.__name__})"
+        self._beat()  # the last word, which does not look like a run that hangs
 
     def at(self, step: int, place: str, *, timed: bool = True) -> None:
         """Note that this rank has come to `place` of a step; `timed` False: it may stay there for long."""
@@ -138,8 +149,9 @@ class Watch:
         with contextlib.suppress(RuntimeError):  # rank 0, which keeps the store, has finished
             self._store.set(str(self._world.rank), json.dumps(post))
         if self._world.is_main and self._run.is_dir():
+            beat = {"time": time.time(), "pid": os.getpid(), **mine, "finished": self._place == FINISHED}
             with contextlib.suppress(OSError):
-                write_json(self._run / "heartbeat.json", {"time": time.time(), "pid": os.getpid(), **mine})
+                write_json(self._run / "heartbeat.json", beat)
 
     def _give_up(self) -> None:
         before, moves = self._posts(), self._moves

@@ -123,6 +123,54 @@ def test_extreme_logits(magnitude, scale, impl, device):
     check((magnitude * image, magnitude * text, scale), impl, torch.float32)
 
 
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cosine", [0.8, 0.6, 0.1, -1.0])
+def test_rows_far_below_the_largest_logit_of_their_tile(cosine, dtype, swap, device):
+    """Half of the images have this cosine with every text, the others 1. At a multiplier of 100 their exponentials lie
+    2**-29 to 2**-289 below the tile's largest: they share them with the texts, or vanish if they do."""
+    image, text, _ = make((70, 0, 16), torch.float32, device)
+    common = torch.zeros(16, device=device)
+    common[0] = 1.0
+    text = F.normalize(common + 0.01 * text, dim=-1)
+    image = F.normalize(common + 0.01 * image, dim=-1)
+    image[::2, 0] = cosine
+    image[::2, 1:] *= (1 - cosine**2) ** 0.5 / image[::2, 1:].norm(dim=-1, keepdim=True)
+    image, text = (x.to(dtype) for x in ((text, image) if swap else (image, text)))
+    scale = torch.tensor(100.0, device=device)
+    logits = 100 * image.double() @ text.double().mT
+    for lse, axis in zip(contrastive._log_sum_exp_triton(image, text, scale, True), (1, 0), strict=True):
+        truth = logits.logsumexp(axis)
+        assert_close_to_truth(lse, logits.float().logsumexp(axis), truth, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_rounded_to_the_nearest(dtype, device):
+    """Of the gradients, all but the rounding of the weights is fp32, interpreted too."""
+    image, text, scale = make((40, 0, 24), dtype, device)
+    row_lse, column_lse = contrastive._log_sum_exp_torch(image, text, scale[0], True)
+    logits = image.float() @ text.float().mT * scale
+    weights = (logits - row_lse[:, None]).exp() + (logits - column_lse).exp() - 2 * torch.eye(40, device=device)
+    factor = 4096 if dtype == torch.float16 else 1
+    weights = (weights * factor).to(dtype).float() / factor
+    results = contrastive._gradient_triton(image, text, row_lse, column_lse, scale[0], 1, 1, 0, True)
+    # A weight halfway between two numbers of 16 bits may go either way: exponentials are not bit for bit alike. Then
+    # its row and its column differ.
+    for result, truth in zip(results, (weights @ text.float(), weights.mT @ image.float()), strict=True):
+        assert ((result - truth).abs() < 2e-6).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_scales_of_any_dtype(impl, device):
+    image, text, scale = make((40, 0, 24), torch.float32, device)
+    expected = run(lambda *x: ops.contrastive_loss(*x, impl=impl), (image, text, scale))
+    for other in (scale.double(), scale.half(), scale[0].double()):
+        results = run(lambda *x: ops.contrastive_loss(*x, impl=impl), (image, text, other))
+        assert [x.dtype for x in results] == 3 * [torch.float32] + [other.dtype] and results[3].shape == other.shape
+        for result, truth in zip(results, expected, strict=True):
+            torch.testing.assert_close(result.to(truth.dtype).view_as(truth), truth, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_one_pair_has_no_loss(impl, device):
     image, text, scale = make((1, 0, 32), torch.float32, device, 100.0)
@@ -172,9 +220,11 @@ def test_gradcheck(device):
     assert torch.autograd.gradcheck(lambda *x: ops.contrastive_loss(*x, impl="torch"), inputs)
 
 
-def test_registration_passes_opcheck(device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_registration_passes_opcheck(dtype, device):
+    """With a multiplier in fp64 too: outputs are fp32."""
     image, text, scale = make((5, 2, 16), torch.float32, device)
-    texts, scale = text.flatten(0, 1), scale[0].clone()
+    texts, scale = text.flatten(0, 1), scale[0].to(dtype)
     for both in (False, True):
         torch.library.opcheck(contrastive._log_sum_exp_triton.op, (image, texts, scale, both))
         row_lse, column_lse = contrastive._log_sum_exp_torch(image, texts, scale, True)

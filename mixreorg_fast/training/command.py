@@ -1,0 +1,79 @@
+"""Pre-train MixReorg (or the GroupViT baseline) on image-text shards, then score it zero-shot.
+
+    mixreorg train zero2                              a configuration that comes with the package, or a file
+    mixreorg train own.json --set train.steps=100     another value for a key
+
+`mixreorg config` lists every key. Training takes all GPUs of this machine that CUDA_VISIBLE_DEVICES allows. The same
+command again resumes a run that was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+
+from ..config import find_config, load_config, packaged_configs
+from ..devices import hidden
+from ..errors import UserError, run_command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(packaged_configs())
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "`mixreorg config` lists every key of a configuration."
+    parser.add_argument("name", nargs="?", metavar="CONFIG", help=f"a file, or one of: {names}")
+    parser.add_argument("--config", metavar="CONFIG", help="the same, as an option")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="what to resume from")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPUs, or the CPU of a machine without")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+
+
+def main(args: argparse.Namespace) -> int:
+    code = run_command(lambda: _train(args), debug=args.debug)
+    sys.stdout.flush()
+    if "torch" in sys.modules:
+        from .distributed import leave
+
+        leave(code)
+    # Every rank meets the same user error; the launcher is told once everyone has it.
+    return code
+
+
+def _train(args: argparse.Namespace) -> None:
+    name = args.config or args.name
+    if name is None or (args.config and args.name):
+        raise UserError(f"train: expected one configuration, a file or one of: {', '.join(packaged_configs())}")
+    config = load_config(find_config(name), args.set)
+    if "RANK" not in os.environ and _gpus(args.device) > 1:
+        _launch(args, name)
+        return
+    from .trainer import train
+
+    train(config, args.resume, args.device)
+
+
+def _gpus(device: str | None) -> int:
+    """GPUs to train on; 0: the CPU."""
+    if device == "cpu" or hidden():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _launch(args: argparse.Namespace, name: str) -> None:
+    """Start a rank on each GPU by DeepSpeed's launcher, without its chatter."""
+    from .distributed import import_deepspeed
+
+    import_deepspeed()
+    from deepspeed.launcher.runner import main as launch
+
+    # A terminal sends Ctrl-C to the ranks as well. They write a checkpoint and end, and then this process does.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    options = [word for value in args.set for word in ("--set", value)] + ["--resume", args.resume]
+    options += ["--device", args.device] if args.device else []
+    options += ["--debug"] if args.debug else []
+    launch(["--quiet", "--module", "mixreorg_fast.training", "--config", str(name), *options])

@@ -1,0 +1,128 @@
+"""A run folder belongs to what its run was made of: data, model, method, seed. What may go on in it, and from where."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import Config, are_scenes
+from ..errors import UserError
+from ..models import weights
+from . import checkpoint
+from .data import order_digest
+
+# What a run is made of; everything else may change when it is resumed.
+MADE_OF = ("seed", "model", "mixing", "loss", "schedule", "data", "train.batch")
+# Parts of these that change what is computed in no way, or that scores alone read.
+FREE = {"loss.exchange"} | {f"data.{name}" for name in ("val_shards", "verify", "max_bad", "threads", "prefetch")}
+SHOWN = 4  # differences in an error
+SCENES = "the embedded scenes"
+
+
+def refuse_another(config: Config, resume: str) -> None:
+    """
+    Raises:
+        UserError: the folder holds checkpoints of a run made of something else than `config`.
+    """
+    run = config.run_folder
+    was, kept = _json(run / "config.json"), checkpoint.complete(run)
+    if resume == "never" or not kept or not was:
+        return
+    found = differences(was, config.model_dump(mode="json"))
+    moved = set(found) == {"data.shards"} and SCENES not in found["data.shards"]
+    if moved and order_digest(config) == _json(kept[-1] / checkpoint.STATE).get("order"):
+        return  # the same shards in another place
+    if found:
+        shown = ", ".join(f"{key}: {_short(old)} → {_short(new)}" for key, (old, new) in list(found.items())[:SHOWN])
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise UserError(
+            f"{run} holds another run ({shown}{more}); --set name=NAME gives this one a folder of its own, "
+            f"--resume never sets that one aside"
+        )
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys that a run is made of whose values differ, with both values; `was`: resolved, as config.json is."""
+    old, new = _flat(was), _flat(now)
+    for values in (old, new):
+        if are_scenes(values.get("data.shards"), values["data.scenes.folder"]):
+            values["data.shards"] = SCENES
+    free = FREE | {"data.scenes.folder", "data.scenes.val"}
+    if SCENES not in (old["data.shards"], new["data.shards"]):
+        free |= {key for key in new if key.startswith("data.scenes.")}
+    if not new.get("model.text.vocab_size"):
+        free |= {"model.text.vocab_size"}  # the tokenizer's size, which the folder's configuration holds
+    made_of = [key for key in new if key in MADE_OF or key.startswith(tuple(f"{part}." for part in MADE_OF))]
+    return {key: (old[key], new[key]) for key in made_of if key in old and key not in free and old[key] != new[key]}
+
+
+def finished(config: Config, resume: str) -> dict[str, Any] | None:
+    """Scores of the folder's run where `config` has no step left to take; None: there is something to do."""
+    run = config.run_folder
+    beat, was = _json(run / "heartbeat.json"), _json(run / "config.json").get("train", {})
+    if resume != "auto" or not beat.get("finished") or not checkpoint.complete(run):
+        return None
+    if config.train.steps is not None:
+        whole = beat["step"] >= config.train.steps
+    else:
+        whole = was.get("steps") is None and was.get("epochs") == config.train.epochs
+    return _json(run / "eval.json") if whole else None
+
+
+def checkpoint_to_resume(config: Config, resume: str) -> tuple[Path | None, dict[str, Any]]:
+    """The newest sound checkpoint to go on from and its state; makes way for a run that starts anew."""
+    run = config.run_folder
+    candidates = checkpoint.find(run, resume)
+    if not candidates:
+        if resume == "never" and run.exists():
+            _set_aside(run)
+        return None, {}
+    expected = {"seed": config.seed, "batch": config.train.batch}
+    for number, source in enumerate(candidates, start=1):
+        try:
+            state = checkpoint.read_state(source, expected)
+            break
+        except checkpoint.Damaged as error:
+            if number == len(candidates):
+                raise
+            print(f"warning: {error}; taking the checkpoint before it", file=sys.stderr, flush=True)
+    run.mkdir(parents=True, exist_ok=True)
+    if not (source / weights.TOKENIZER).is_file():
+        raise UserError(f"{source} has no {weights.TOKENIZER}")
+    shutil.copyfile(source / weights.TOKENIZER, run / weights.TOKENIZER)
+    for aside in checkpoint.set_aside_after(run, state["step"]):
+        print(f"a later checkpoint is set aside as {aside}", flush=True)
+    return source, state
+
+
+def _set_aside(run: Path) -> None:
+    number = 1
+    while (aside := run.with_name(f"{run.name}.{number}")).exists():
+        number += 1
+    run.rename(aside)
+    print(f"{run} set aside as {aside}", flush=True)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"
