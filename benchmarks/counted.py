@@ -273,6 +273,7 @@ def of_ops() -> Iterator[dict[str, Any]]:
                 bound = max(part, key=part.get)
                 bounds[bound] = bounds.get(bound, 0.0) + part[bound]
             yield {
+                "part": "ops",
                 "op": op.name,
                 "shape": op.shape,
                 "implementation": name,
@@ -285,13 +286,13 @@ def of_ops() -> Iterator[dict[str, Any]]:
             }
 
 
-def of_others() -> Iterator[dict[str, Any]]:
-    """What the host spends on each op, and the launches of a micro-step."""
-    for module, op in (("host_time", "host time"), ("launches", "launches of a micro-step")):
-        command = [sys.executable, "-m", f"benchmarks.{module}"]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-        for row in map(json.loads, lines):
-            yield {"op": op, **row}
+def of_others(modules: Sequence[str] = ("host_time", "launches", "activations")) -> Iterator[dict[str, Any]]:
+    """What the host spends on each op, the launches of a micro-step, the memory of an image's activations."""
+    for module in modules:  # in processes of their own, for some of them run Triton's interpreter
+        code = f"import json; from benchmarks.{module} import rows; print(json.dumps(rows()))"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for row in json.loads(result.stdout.splitlines()[-1]):
+            yield {**row, "part": module}
 
 
 def _seed() -> Tensor:
@@ -317,9 +318,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("state", help='a name for what is counted, such as "before" or "after"')
     state = parser.parse_args(argv).state
-    stamp = {"suite": "counted", "state": state, "date": ledger.now(), "commit": ledger.commit()}
+    stamp = {"state": state, "date": ledger.now(), "commit": ledger.commit()}
     rows: list[Mapping[str, Any]] = [
-        {**stamp, **{key: harness.rounded(value) for key, value in row.items()}} for row in (*of_ops(), *of_others())
+        {**{key: harness.rounded(value) for key, value in row.items()}, "suite": "counted", **stamp}
+        for row in (*of_ops(), *of_others())
     ]
     kept = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     rows = [*(row for row in kept if row["state"] != state), *rows]

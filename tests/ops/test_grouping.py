@@ -210,6 +210,22 @@ def test_nan_is_not_hidden(impl, device):
         assert any(grad[1].isnan().any() for grad in grads)
 
 
+def test_whole_rows_are_prefetched_where_the_device_can(monkeypatch):
+    kernels = pytest.importorskip("mixreorg_fast.kernels.grouping")
+    assert kernels._prefetch_bytes(torch.empty(2, 3, 16, device="meta")) == 0  # not interpreted
+    monkeypatch.setattr(kernels, "INTERPRET", False)
+    for capability, dtype, width, size in (
+        (90, torch.bfloat16, 384, 768),
+        (120, torch.float32, 8, 32),
+        (89, torch.bfloat16, 384, 0),  # has no such instruction
+        (90, torch.bfloat16, 100, 0),  # rows of 200 bytes: no multiple of 16
+    ):
+        monkeypatch.setattr(kernels, "architecture", lambda _, capability=capability: capability)
+        rows = torch.empty(2, 3, 2 * width, dtype=dtype, device="meta")
+        assert kernels._prefetch_bytes(rows[..., :width], rows[..., width:]) == size
+    assert kernels._prefetch_bytes(torch.empty(2, 3, 17, device="meta")[..., 1:]) == 0  # rows not aligned
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_no_images_and_no_patches(impl, device):
     q, k, v = (torch.zeros(0, n, 16, device=device, requires_grad=True) for n in (8, 11, 11))
