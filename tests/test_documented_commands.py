@@ -42,7 +42,7 @@ COMMANDS: list[tuple[str, str, str]] = [
     (r"make train\b", TRAIN, ""),
     (r"make ", PARSE, "sets up an environment from a package index; tests/test_makefile.py"),
     (r"pip ", PARSE, "installs from a package index"),
-    (r"mixreorg train zero2$", PARSE, "what `make train` runs"),
+    (r"mixreorg train own$", PARSE, "tests/test_own_data.py trains it"),
     (r"(deepspeed|torchrun|python) .*configs/cc12m\w*\.json", PARSE, "needs GPUs and CC12M"),
     (r"deepspeed .*configs/own\.json", PARSE, "tests/test_own_data.py trains it"),
     (r"(deepspeed|python) .*configs/zero2\.json", PARSE, "`make train` on other devices"),
