@@ -22,6 +22,9 @@ XFORMERS_INSTALLED = importlib.util.find_spec("xformers") is not None
 # The first release that says "causal" as a window of keys.
 VARLEN_INSTALLED = torch.torch_version.TorchVersion(torch.__version__) >= (2, 11)
 
+# Asked once: torch.compile cannot trace the question.
+CPU_HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
 # What was measured fastest, by device, form and dtype (benchmarks/test_attention.py), as the order in which "auto"
 # tries. Where nothing is measured yet, what comes with PyTorch goes first.
 UNMEASURED = ("varlen", "torch", "xformers", "products")
@@ -316,13 +319,8 @@ def xformers_problems() -> list[str]:
     return [] if error is None else [f"xformers does not load: {str(error).strip().partition(chr(10))[0]}"]
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace the question
-def _cpu_has_bf16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def _products_reasons(q: Tensor, packing: Packing | None) -> list[str]:
-    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not _cpu_has_bf16()
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not CPU_HAS_BF16
     return ["this CPU has no instructions for bf16"] if slow else []
 
 
