@@ -109,6 +109,7 @@ def operations() -> Iterator[Op]:
             lambda image=image, text=text: ops.contrastive_loss(image, text, scale, impl="triton"),
             lambda image=image, text=text: test_contrastive.eager(image, text, scale),
             target,
+            flops=2 * 2 * rows * rows * WIDTH,
         )
     maps, scores = (torch.empty(64, SEGMENTS, *size, device="meta") for size in ((28, 37), (150,)))
     yield Op(
@@ -200,8 +201,9 @@ class Counter(TorchDispatchMode):
         size = sum(x.numel() * x.element_size() for x in tensors.values())
         count = flop_registry.get(function.overloadpacket)
         flops = count(*(x for x in args if isinstance(x, Tensor)), out_val=out) if count else 0  # of matrix products
-        dtype = next((x.dtype for x in tensors.values() if x.is_floating_point()), torch.float32)
-        self.work.append(Work(name, size, flops, FLOP_PER_S.get(dtype, FLOP_PER_S[torch.float32])))
+        # A product of 16-bit tensors may write fp32.
+        rate = max((FLOP_PER_S[x.dtype] for x in tensors.values() if x.dtype in FLOP_PER_S), default=1.0)
+        self.work.append(Work(name, size, flops, rate))
         return out
 
 

@@ -77,7 +77,8 @@ def counted_section(file: Mapping[str, Any]) -> str:
         "",
         f"{file['date'][:10]}, torch {file['torch']}, triton {file['triton']}; nothing here was measured on a GPU. The "
         f"times are the least that {gpu['gb_per_s']:.0f} GB/s, {gpu['multiprocessors']} multiprocessors at "
-        f"{gpu['ghz']:.3f} GHz and their matrix units allow; what bounds them stands behind.",
+        f"{gpu['ghz']:.3f} GHz and their matrix units allow; what bounds them stands behind. Of a branch both "
+        "sides are counted, the rarely taken one of the contrastive loss's log-sum-exp included.",
     ]
     states = list(dict.fromkeys(row["state"] for row in file["rows"]))
 
