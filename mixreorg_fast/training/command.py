@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> None:
     name = args.config or args.name
     if name is None or (args.config and args.name):
-        raise UserError(f"train: expected one configuration, a file or one of: {', '.join(packaged_configs())}")
+        raise UserError(f"train: expected one configuration, --config FILE or one of: {', '.join(packaged_configs())}")
     config = load_config(find_config(name), args.set)
     if "RANK" not in os.environ and _gpus(args.device) > 1:
         _launch(args, name)

@@ -34,7 +34,7 @@ def test_several_gpus_get_a_rank_each(monkeypatch):
 def test_one_configuration_is_named(capsys):
     for words in (["train"], ["train", "zero2", "--config", "zero1"]):
         assert main(words) == 2
-        assert "expected one configuration, a file or one of: cc12m, " in capsys.readouterr().err
+        assert "expected one configuration, --config FILE or one of: cc12m, " in capsys.readouterr().err
 
 
 def test_python_m_takes_names_too(monkeypatch):
