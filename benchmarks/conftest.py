@@ -1,4 +1,4 @@
-"""Collects the rows of a session; at its end writes them to benchmarks/results/ and the tables of the docs anew."""
+"""Collects the rows of a session and writes them to benchmarks/results/ at its end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from mixreorg_fast import ledger
 
-from . import harness, report
+from . import harness
 
 _rows = pytest.StashKey[list]()
 
@@ -54,5 +54,5 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     rows = session.config.stash[_rows]
     if rows:
         path = harness.write_results(rows, harness.header())
-        report.main([])
-        session.config.get_terminal_writer().line(f"\n{len(rows)} rows written to {path}")
+        line = f"{len(rows)} rows written to {path}; python -m benchmarks.report writes the tables of docs/"
+        session.config.get_terminal_writer().line(f"\n{line}")

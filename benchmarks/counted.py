@@ -27,7 +27,7 @@ from mixreorg_fast.kernels.offline import Launch, offline
 from mixreorg_fast.ops import registration
 from mixreorg_fast.ops.tokens import blend_tokens_reference, mix_tokens_reference, restore_tokens_reference
 
-from . import harness, test_contrastive, test_decoding, test_grouping_attention, test_mixed_segmentation
+from . import harness, test_contrastive, test_grouping_attention, test_mixed_segmentation
 
 RESULTS = harness.RESULTS / "counted.json"
 ARCHITECTURE = 90
@@ -109,6 +109,7 @@ def operations() -> Iterator[Op]:
             lambda image=image, text=text: ops.contrastive_loss(image, text, scale, impl="triton"),
             lambda image=image, text=text: test_contrastive.eager(image, text, scale),
             target,
+            flops=2 * 2 * rows * rows * WIDTH,
         )
     maps, scores = (torch.empty(64, SEGMENTS, *size, device="meta") for size in ((28, 37), (150,)))
     yield Op(
@@ -116,7 +117,7 @@ def operations() -> Iterator[Op]:
         "64x8x28x37 to 512x683 T=150",
         [],
         lambda: ops.decode_segments(maps, scores, (512, 683), impl="triton"),
-        lambda: test_decoding.dense(maps, scores, (512, 683)),
+        lambda: ops.decoding.decode_segments_reference(maps, scores, (512, 683)),
         "3× an eager look-up",
     )
 
@@ -199,9 +200,10 @@ class Counter(TorchDispatchMode):
         tensors = {id(x): x for x in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
         size = sum(x.numel() * x.element_size() for x in tensors.values())
         count = flop_registry.get(function.overloadpacket)
-        flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
-        dtype = next((x.dtype for x in tensors.values() if x.is_floating_point()), torch.float32)
-        self.work.append(Work(name, size, flops, FLOP_PER_S.get(dtype, FLOP_PER_S[torch.float32])))
+        flops = count(*(x for x in args if isinstance(x, Tensor)), out_val=out) if count else 0  # of matrix products
+        # A product of 16-bit tensors may write fp32.
+        rate = max((FLOP_PER_S[x.dtype] for x in tensors.values() if x.dtype in FLOP_PER_S), default=1.0)
+        self.work.append(Work(name, size, flops, rate))
         return out
 
 
@@ -273,6 +275,7 @@ def of_ops() -> Iterator[dict[str, Any]]:
                 bound = max(part, key=part.get)
                 bounds[bound] = bounds.get(bound, 0.0) + part[bound]
             yield {
+                "part": "ops",
                 "op": op.name,
                 "shape": op.shape,
                 "implementation": name,
@@ -285,13 +288,13 @@ def of_ops() -> Iterator[dict[str, Any]]:
             }
 
 
-def of_others() -> Iterator[dict[str, Any]]:
-    """What the host spends on each op, and the launches of a micro-step."""
-    for module, op in (("host_time", "host time"), ("launches", "launches of a micro-step")):
-        command = [sys.executable, "-m", f"benchmarks.{module}"]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-        for row in map(json.loads, lines):
-            yield {"op": op, **row}
+def of_others(modules: Sequence[str] = ("host_time", "launches", "activations")) -> Iterator[dict[str, Any]]:
+    """What the host spends on each op, the launches of a micro-step, the memory of an image's activations."""
+    for module in modules:  # in processes of their own, for some of them run Triton's interpreter
+        code = f"import json; from benchmarks.{module} import rows; print(json.dumps(rows()))"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for row in json.loads(result.stdout.splitlines()[-1]):
+            yield {**row, "part": module}
 
 
 def _seed() -> Tensor:
@@ -317,9 +320,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("state", help='a name for what is counted, such as "before" or "after"')
     state = parser.parse_args(argv).state
-    stamp = {"suite": "counted", "state": state, "date": ledger.now(), "commit": ledger.commit()}
+    stamp = {"state": state, "date": ledger.now(), "commit": ledger.commit()}
     rows: list[Mapping[str, Any]] = [
-        {**stamp, **{key: harness.rounded(value) for key, value in row.items()}} for row in (*of_ops(), *of_others())
+        {**{key: harness.rounded(value) for key, value in row.items()}, "suite": "counted", **stamp}
+        for row in (*of_ops(), *of_others())
     ]
     kept = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     rows = [*(row for row in kept if row["state"] != state), *rows]

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,6 +121,7 @@ def run_case(benchmark: Any, case: Case, implementation: str, mode: Mode, graph:
 
     None with ``--benchmark-disable``, which only runs everything once.
     """
+    _forget_other_graphs(case, implementation)
     function = _implementation(case, implementation)
     generator = torch.Generator(DEVICE).manual_seed(0)
     stream = torch.cuda.Stream() if ON_GPU else None
@@ -177,9 +178,15 @@ def run_case(benchmark: Any, case: Case, implementation: str, mode: Mode, graph:
     return row
 
 
+@lru_cache(maxsize=1)
+def _forget_other_graphs(case: Case, implementation: str) -> None:
+    """Drop the graphs of whatever was measured before: its shapes would make this one's symbolic, and torch.compile
+    takes so many shapes only."""
+    torch._dynamo.reset()
+
+
 @cache
 def _compiled(function: Callable) -> Callable:
-    torch._dynamo.reset()  # forget the last case: its shapes would make this one's dynamic
     torch._functorch.config.donated_buffer = False  # backward alone is timed on a graph that is kept
     return torch.compile(function, dynamic=False)
 

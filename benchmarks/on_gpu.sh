@@ -17,6 +17,7 @@ failed=0 # exit code of the last command that failed
 keep() {
   [ -n "${OUT:-}" ] || return 0
   mkdir -p "$OUT"
+  "$python" -m benchmarks.report
   tar -czf "$OUT/$part.tar.gz" benchmarks/results docs
 }
 trap keep EXIT

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from . import figures
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
-PROFILE, CURVES = "profile", "curves"
+PROFILE, CURVES, COUNTED = "profile", "curves", "counted"
 SUITES = ("op", "inference", "step", "loader", PROFILE, CURVES)  # that have a table here
 LARGEST_BATCH, WAITING = "largest batch", "waiting for data"
 Row = Mapping[str, Any]
@@ -29,7 +29,8 @@ Row = Mapping[str, Any]
 def tables(folder: Path = HERE / "results") -> str:
     """One section per device, GPUs first."""
     files = _files(folder, SUITES)
-    return "\n\n".join(device_section(file) for file in sorted(files, key=lambda file: file["cuda"] is None))
+    sections = [device_section(file) for file in sorted(files, key=lambda file: file["cuda"] is None)]
+    return "\n\n".join([*map(counted_section, _files(folder, [COUNTED])), *sections])
 
 
 def _files(folder: Path, suites: Sequence[str]) -> list[Mapping[str, Any]]:
@@ -65,6 +66,73 @@ def device_section(file: Mapping[str, Any]) -> str:
             lines += ["", f"![{figures.GROWTH[of_op[0]['axis']]}](images/{figure_name(file, of_op[0]['axis'])})"]
     if losses:
         lines += ["", *gap_table(losses), "", f"![loss curves](images/{figure_name(file, 'losses')})"]
+    return "\n".join(lines)
+
+
+def counted_section(file: Mapping[str, Any]) -> str:
+    """What was counted without a GPU, of each state of the code: per op, on the host, and of a whole micro-step."""
+    gpu = file["counted_for"]
+    lines = [
+        f"### Counted for an {gpu['gpu']}",
+        "",
+        f"{file['date'][:10]}, torch {file['torch']}, triton {file['triton']}; nothing here was measured on a GPU. The "
+        f"times are the least that {gpu['gb_per_s']:.0f} GB/s, {gpu['multiprocessors']} multiprocessors at "
+        f"{gpu['ghz']:.3f} GHz and their matrix units allow; what bounds them stands behind. Of a branch both "
+        "sides are counted, the rarely taken one of the contrastive loss's log-sum-exp included.",
+    ]
+    states = list(dict.fromkeys(row["state"] for row in file["rows"]))
+
+    def of(part: str, *names: str) -> dict[tuple[str, ...], dict[str, Row]]:
+        """The rows of a part by what they are of, then by state."""
+        found: dict[tuple[str, ...], dict[str, Row]] = {}
+        for row in file["rows"]:
+            if row["part"] == part:
+                found.setdefault(tuple(row[name] for name in names), {})[row["state"]] = row
+        return found
+
+    def steps(rows: Mapping[str, Row], text: Callable[[Row], str]) -> str:
+        return " → ".join(text(rows[state]) if state in rows else "–" for state in states)
+
+    lines += ["", f"**ops, forward and backward** ({' → '.join(states)})", ""]
+    lines.append(
+        "| op | shape | launches | MB | M warp instructions | at least, µs | eager at least, µs | ratio | target |"
+    )
+    lines.append("|" + "---|" * 9)
+    ops = of("ops", "op", "shape", "implementation")
+    for (op, shape, name), rows in ops.items():
+        if name != "ours":
+            continue
+        eager = ops[op, shape, "eager"]
+        least = list(eager.values())[-1]["predicted_us"]
+        cells = [op, shape, steps(rows, lambda row: f"{row['launches']}"), steps(rows, lambda row: f"{row['mb']:.0f}")]
+        cells += [steps(rows, lambda row: f"{row['warp_minstructions']:.0f}")]
+        cells += [steps(rows, lambda row: f"{row['predicted_us']:.0f} ({row['bound']})"), f"{least:.0f}"]
+        cells += [steps(rows, lambda row, least=least: f"{least / row['predicted_us']:.1f}×")]
+        lines.append(f"| {' | '.join([*cells, list(rows.values())[-1]['target']])} |")
+
+    lines += ["", "**host time of an op**, forward and backward, µs", "", "| op | ours | eager |", "|---|---|---|"]
+    for (op,), rows in of("host_time", "op").items():
+        ours, eager = (
+            steps(rows, lambda row, name=name: f"{row[f'{name}_forward_us'] + row[f'{name}_backward_us']:.0f}")
+            for name in ("ours", "eager")
+        )
+        lines.append(f"| {op} | {ours} | {eager} |")
+
+    lines += [
+        "",
+        "**launches of a micro-step**",
+        "",
+        "| part | eager | compiled calls | kernels |",
+        "|---|---|---|---|",
+    ]
+    for (what,), rows in of("launches", "what").items():
+        kinds = (steps(rows, lambda row, kind=kind: f"{row[kind]}") for kind in ("eager", "compiled", "triton"))
+        lines.append(f"| {' | '.join([what, *kinds])} |")
+
+    lines += ["", "**activations**", "", "| of | MB an image |", "|---|---|"]
+    for (what,), rows in of("activations", "what").items():
+        megabytes_each = steps(rows, lambda row: f"{row['mb_per_image']:.1f}")
+        lines.append(f"| {what} | {megabytes_each} |")
     return "\n".join(lines)
 
 

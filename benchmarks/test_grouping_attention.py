@@ -17,7 +17,7 @@ SHAPES = (
     if ON_GPU
     else [(16, 64, 196, 384), (16, 8, 64, 384)]
 )
-Returned = Literal["none", "used"]
+Returned = Literal["none", "used", "winner"]
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, seed: Tensor, returned: Returned) -> Tensor | tuple[Tensor, Tensor]:
@@ -28,7 +28,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, seed: Tensor, returned: Returned) -> 
     hard = torch.zeros_like(soft).scatter_(1, soft.argmax(dim=1, keepdim=True), 1.0)
     used = hard - soft.detach() + soft
     out = (used / (used.sum(dim=2, keepdim=True) + 1.0)).to(v.dtype) @ v
-    return out if returned == "none" else (out, used)
+    return out if returned == "none" else (out, used if returned == "used" else used.argmax(dim=1))
 
 
 def make_case(batch: int, groups: int, patches: int, channels: int, returned: Returned) -> Case:

@@ -16,12 +16,16 @@ SHAPES = [(1024, 196, DTYPE), (1024, 196, torch.float32), (256, 784, DTYPE)] if 
 
 
 def eager(first, second, segments, texts, plan, scale):
+    logits = eager_logits(first, second, segments, texts, scale)
+    return F.cross_entropy(logits.flatten(0, 1), plan.labels.flatten())
+
+
+def eager_logits(first, second, segments, texts, scale):
     """As the formula reads: every patch's assignment to the final segments, times their cosines with the texts."""
     assignment = first.mT @ second.mT  # [B, N, G2]
     texts = texts.unflatten(0, (-1, GROUP_SIZE)).repeat_interleave(GROUP_SIZE, dim=0)  # [B, K, D]
     cosines = (segments @ texts.mT).to(assignment.dtype)  # [B, G2, K]
-    logits = assignment @ cosines * scale  # [B, N, K]
-    return F.cross_entropy(logits.flatten(0, 1), plan.labels.flatten())
+    return assignment @ cosines * scale  # [B, N, K]
 
 
 def case(images: int, patches: int, dtype: torch.dtype) -> Case:

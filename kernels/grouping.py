@@ -4,12 +4,11 @@ The maths of forward and backward, and what each kernel moves, stand in docs/ker
 tile of patches by all groups of one image; its logits, noise and softmax live in registers and are drawn again in
 backward. What forward keeps is the winning group of each patch (one byte) and each group's total.
 
-Columns of a tile are groups in the order of :func:`_group_of_column`, which noise wants; memory is in natural order.
+Columns of a tile are groups in the order of :func:`group_of_column`, which noise wants; memory is in natural order.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,177 +16,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .grouping_problem import CANDIDATES, Problem
+from .grouping_tiles import (
+    group_of_column,
+    inner_products,
+    load_map,
+    load_rows,
+    mask_groups,
+    one_hot,
+    prefetch_rows,
+    softmax,
+    store_map,
+    store_rows,
+    weighted_sums,
+    winners,
+)
 from .philox import gumbel_noise
-from .precision import exp2, operand, reciprocal, rounded, upcast
-from .variants import ARCHITECTURES, INTERPRET, Config, architecture, cdiv, configuration, next_power_of_2, on_device
+from .precision import operand, reciprocal
+from .variants import INTERPRET, Config, architecture, cdiv, configuration, on_device
 
 _PER_LOG_2: tl.constexpr = tl.constexpr(1.4426950408889634)
 _ONCE: tl.constexpr = tl.constexpr("evict_first")  # cache policy of what is read once: it leaves room for k
-
-
-def _on(*architectures: int, channels: int, warps: int, stages: int = 2) -> dict[int, Config]:
-    config = Config({"BLOCK_CHANNELS": channels}, num_warps=warps, num_stages=stages)
-    return dict.fromkeys(architectures or ARCHITECTURES, config)
-
-
-# By kernel and element size, then by the tile's elements at most, then by architecture. docs/kernels.md says why.
-CONFIGS = {
-    ("forward", 2): {
-        2**12: _on(channels=64, warps=4),
-        2**13: _on(channels=64, warps=8),
-        2**14: {
-            **_on(80, 86, 89, channels=64, warps=16),
-            **_on(90, channels=128, warps=16),
-            **_on(120, channels=32, warps=16),
-        },
-    },
-    ("backward", 2): {
-        2**12: _on(channels=64, warps=4),
-        2**13: {**_on(channels=32, warps=8), **_on(90, 100, channels=64, warps=8)},
-        2**14: {
-            **_on(80, 86, 89, 120, channels=32, warps=8),
-            **_on(90, channels=64, warps=8, stages=3),
-        },
-    },
-    ("backward with map", 2): {
-        2**12: _on(channels=64, warps=4),
-        2**13: {**_on(channels=32, warps=8), **_on(90, 100, channels=64, warps=8)},
-        2**14: {
-            **_on(86, 89, 120, channels=32, warps=8),
-            **_on(80, 90, channels=32, warps=8, stages=3),
-        },
-    },
-    ("aggregate", 2): {2**13: {**_on(channels=32, warps=8), **_on(90, 100, channels=64, warps=8)}},
-    ("forward", 4): {2**12: _on(channels=32, warps=8)},
-    ("backward", 4): {2**12: _on(channels=32, warps=8)},
-    ("backward with map", 4): {2**12: _on(channels=32, warps=8)},
-    ("aggregate", 4): {2**12: {**_on(channels=32, warps=8), **_on(100, channels=32, warps=8, stages=1)}},
-}
-CANDIDATES = [
-    Config({"BLOCK_CHANNELS": channels}, num_warps=warps, num_stages=stages)
-    for channels in (32, 64, 128)
-    for warps in (4, 8, 16)
-    for stages in (2, 3, 4)
-]
-
-
-@triton.jit
-def _group_of_column(BLOCK_GROUPS: tl.constexpr):
-    """The group of each column of a tile: 0, 4, 8, …, 1, 5, 9, …"""
-    column = tl.arange(0, BLOCK_GROUPS)
-    return column % (BLOCK_GROUPS // 4) * 4 + column // (BLOCK_GROUPS // 4)
-
-
-@triton.jit
-def _tile(row, row_exists, first, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """Offsets and mask of channels ``first`` to ``first + BLOCK_CHANNELS`` of the rows that start at offsets `row`."""
-    channel = first + tl.arange(0, BLOCK_CHANNELS)[None, :]
-    mask = row_exists[:, None]
-    if CHANNELS % BLOCK_CHANNELS > 0:
-        mask &= channel < CHANNELS
-    return row[:, None] + channel, mask
-
-
-@triton.jit
-def _load(base, row, row_exists, first, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, EVICT: tl.constexpr = ""):
-    """A tile of rows that start at ``base + row``; what does not exist is 0."""
-    offset, mask = _tile(row, row_exists, first, CHANNELS, BLOCK_CHANNELS)
-    return upcast(tl.load(base + offset, mask=mask, other=0.0, eviction_policy=EVICT))
-
-
-@triton.jit
-def _store(base, row, row_exists, first, x, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    offset, mask = _tile(row, row_exists, first, CHANNELS, BLOCK_CHANNELS)
-    tl.store(base + offset, rounded(x, base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _prefetch(base, row, row_exists, BYTES: tl.constexpr):
-    """The L2 cache fetches whole rows of so many bytes, which are read later."""
-    tl.inline_asm_elementwise(
-        """{
-            .reg .pred exists;
-            setp.ne.s32 exists, $2, 0;
-            @exists cp.async.bulk.prefetch.L2.global [$1], $3;
-            mov.b32 $0, 0;
-        }""",
-        "=r,l,r,r",
-        [(base + row).to(tl.int64), row_exists.to(tl.int32), BYTES],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _load_map(base, patch, group, patches, GROUPS: tl.constexpr):
-    """A tile ``[P, G]`` of an image's map ``[GROUPS, patches]``; what does not exist is 0."""
-    mask = (patch < patches)[:, None] & (group < GROUPS)[None, :]
-    return tl.load(base + (group[None, :] * patches + patch[:, None]), mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_map(base, patch, group, x, patches, GROUPS: tl.constexpr):
-    mask = (patch < patches)[:, None] & (group < GROUPS)[None, :]
-    tl.store(base + (group[None, :] * patches + patch[:, None]), rounded(x, base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _inner_products(
-    products,
-    patch_base,
-    patch_row,
-    patch_exists,
-    group_base,
-    group_row,
-    group_exists,
-    CHANNELS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    EVICT: tl.constexpr = "",
-):
-    """fp32 ``[P, G] <- products + [P, C] @ [C, G]``, each row read once; EVICT: the cache policy of the patches."""
-    for first in range(0, CHANNELS, BLOCK_CHANNELS):
-        x = _load(patch_base, patch_row, patch_exists, first, CHANNELS, BLOCK_CHANNELS, EVICT)
-        y = _load(group_base, group_row, group_exists, first, CHANNELS, BLOCK_CHANNELS)
-        products = tl.dot(x, tl.trans(y), products, input_precision="ieee")
-    return products
-
-
-@triton.jit
-def _weighted_sums(weights, x):
-    """fp32 ``[G, C] <- [P, G], [P, C]``, of operands. The weights stand second: that operand of a product is read from
-    shared memory, while a first one that comes from registers would be spread over them, a copy per warp."""
-    return tl.trans(tl.dot(tl.trans(x), weights, input_precision="ieee"))
-
-
-@triton.jit
-def _mask_groups(logits, group, GROUPS: tl.constexpr):
-    """-inf in the columns that are no groups."""
-    if group.shape[0] > GROUPS:
-        logits = tl.where((group < GROUPS)[None, :], logits, float("-inf"))
-    return logits
-
-
-@triton.jit
-def _softmax(logits):
-    """Over the groups, of logits in units of log(2); columns that are no groups hold -inf."""
-    weights = exp2(logits - tl.max(logits, axis=1)[:, None])
-    return weights * reciprocal(tl.sum(weights, axis=1))[:, None]
-
-
-@triton.jit
-def _winners(logits, group):
-    """The group with the largest logit ``[P]``, the lowest among equals; BLOCK_GROUPS for a patch with a NaN."""
-    largest = tl.max(tl.where(logits == logits, logits, float("inf")), axis=1)  # which no finite logit equals
-    return tl.min(tl.where(logits == largest[:, None], group[None, :], group.shape[0]), axis=1)
-
-
-@triton.jit
-def _one_hot(winner, group):
-    """fp32 ``[P, G]``, and the number of patches of each group ``[G]``: NaN everywhere if one patch has a NaN."""
-    one_hot = (winner[:, None] == group[None, :]).to(tl.float32)
-    total = tl.sum(one_hot, axis=0)
-    return one_hot, tl.where(tl.max(winner) == group.shape[0], float("nan"), total)
 
 
 @triton.jit(do_not_specialize=["first_image"])
@@ -228,7 +77,7 @@ def _grouping_forward_kernel(
     image = tl.program_id(0).to(tl.int64)
     patch = tl.program_id(1) * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
     patch_exists = patch < patches
-    group = _group_of_column(BLOCK_GROUPS)
+    group = group_of_column(BLOCK_GROUPS)
     group_exists = group < GROUPS
     q_ptr += image * q_stride_image
     k_ptr += image * k_stride_image
@@ -237,35 +86,35 @@ def _grouping_forward_kernel(
     map_start = image * GROUPS * patches
 
     zero = tl.zeros((BLOCK_PATCHES, BLOCK_GROUPS), tl.float32)
-    logits = _inner_products(zero, k_ptr, k_row, patch_exists, q_ptr, q_row, group_exists, CHANNELS, BLOCK_CHANNELS)
+    logits = inner_products(zero, k_ptr, k_row, patch_exists, q_ptr, q_row, group_exists, CHANNELS, BLOCK_CHANNELS)
     if PREFETCH:
-        _prefetch(v_ptr, v_row, patch_exists, PREFETCH)
+        prefetch_rows(v_ptr, v_row, patch_exists, PREFETCH)
     logits *= scale * inverse_tau * _PER_LOG_2
     noisy = logits
     if seed_ptr is not None:
         noisy += gumbel_noise(tl.load(seed_ptr), first_image + image, patch, inverse_tau, BLOCK_GROUPS // 4)
-    noisy = _mask_groups(noisy, group, GROUPS)
+    noisy = mask_groups(noisy, group, GROUPS)
     if winner_ptr is not None:
-        winner = _winners(noisy, group)
+        winner = winners(noisy, group)
         tl.store(winner_ptr + image * patches + patch, winner.to(tl.uint8), mask=patch_exists)
-        used, total = _one_hot(tl.where(patch_exists, winner, -1), group)
+        used, total = one_hot(tl.where(patch_exists, winner, -1), group)
     else:
-        used = tl.where(patch_exists[:, None], _softmax(noisy), 0.0)
+        used = tl.where(patch_exists[:, None], softmax(noisy), 0.0)
         total = tl.sum(used, axis=0)
     if soft_ptr is not None:
-        soft = _softmax(_mask_groups(logits, group, GROUPS))
-        _store_map(soft_ptr + map_start, patch, group, soft, patches, GROUPS)
+        soft = softmax(mask_groups(logits, group, GROUPS))
+        store_map(soft_ptr + map_start, patch, group, soft, patches, GROUPS)
     if used_ptr is not None:
-        _store_map(used_ptr + map_start, patch, group, used, patches, GROUPS)
+        store_map(used_ptr + map_start, patch, group, used, patches, GROUPS)
     if ONE_TILE:
         tl.store(total_ptr + image * GROUPS + group, total, mask=group_exists)
         out_ptr += image * GROUPS * CHANNELS
         weights = operand(used, v_ptr.dtype.element_ty)
         inverse_total = reciprocal(total + eps)
         for first in range(0, CHANNELS, BLOCK_CHANNELS):
-            v = _load(v_ptr, v_row, patch_exists, first, CHANNELS, BLOCK_CHANNELS, _ONCE)
-            out = _weighted_sums(weights, v) * inverse_total[:, None]
-            _store(out_ptr, group * CHANNELS, group_exists, first, out, CHANNELS, BLOCK_CHANNELS)
+            v = load_rows(v_ptr, v_row, patch_exists, first, CHANNELS, BLOCK_CHANNELS, _ONCE)
+            out = weighted_sums(weights, v) * inverse_total[:, None]
+            store_rows(out_ptr, group * CHANNELS, group_exists, first, out, CHANNELS, BLOCK_CHANNELS)
 
 
 @triton.jit
@@ -301,15 +150,15 @@ def _aggregate_kernel(
     for first_patch in range(0, patches, BLOCK_PATCHES):
         patch = first_patch + tl.arange(0, BLOCK_PATCHES)
         patch_exists = patch < patches
-        x = _load(x_ptr, patch * x_stride_patch, patch_exists, first, CHANNELS, BLOCK_CHANNELS)
+        x = load_rows(x_ptr, patch * x_stride_patch, patch_exists, first, CHANNELS, BLOCK_CHANNELS)
         if winner_ptr is not None:
             winner = tl.load(winner_ptr + image * patches + patch, mask=patch_exists, other=0).to(tl.int32)
-            weights, total = _one_hot(tl.where(patch_exists, winner, -1), group)
+            weights, total = one_hot(tl.where(patch_exists, winner, -1), group)
         else:
-            weights = _load_map(map_ptr + image * GROUPS * patches, patch, group, patches, GROUPS)
+            weights = load_map(map_ptr + image * GROUPS * patches, patch, group, patches, GROUPS)
             total = tl.sum(weights.to(tl.float32), axis=0)
         totals += total
-        out += _weighted_sums(operand(weights, x_ptr.dtype.element_ty), x)
+        out += weighted_sums(operand(weights, x_ptr.dtype.element_ty), x)
     if total_ptr is not None:
         # every program of the image writes the same numbers
         tl.store(total_ptr + image * GROUPS + group, totals, mask=group_exists)
@@ -317,7 +166,7 @@ def _aggregate_kernel(
     else:
         out = out * scale
     out_ptr += image * GROUPS * CHANNELS
-    _store(out_ptr, group * CHANNELS, group_exists, first, out, CHANNELS, BLOCK_CHANNELS)
+    store_rows(out_ptr, group * CHANNELS, group_exists, first, out, CHANNELS, BLOCK_CHANNELS)
 
 
 @triton.jit(do_not_specialize=["first_image"])
@@ -366,7 +215,7 @@ def _grouping_backward_kernel(
     image = tl.program_id(0).to(tl.int64)
     patch = tl.program_id(1) * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
     patch_exists = patch < patches
-    group = _group_of_column(BLOCK_GROUPS)
+    group = group_of_column(BLOCK_GROUPS)
     group_exists = group < GROUPS
     q_ptr += image * q_stride_image
     k_ptr += image * k_stride_image
@@ -379,24 +228,24 @@ def _grouping_backward_kernel(
     map_start = image * GROUPS * patches
 
     zero = tl.zeros((BLOCK_PATCHES, BLOCK_GROUPS), tl.float32)
-    logits = _inner_products(zero, k_ptr, k_row, patch_exists, q_ptr, q_row, group_exists, CHANNELS, BLOCK_CHANNELS)
+    logits = inner_products(zero, k_ptr, k_row, patch_exists, q_ptr, q_row, group_exists, CHANNELS, BLOCK_CHANNELS)
     if PREFETCH:
-        _prefetch(grad_out_ptr, grad_row, group_exists, PREFETCH)
-        _prefetch(v_ptr, v_row, patch_exists, PREFETCH)
+        prefetch_rows(grad_out_ptr, grad_row, group_exists, PREFETCH)
+        prefetch_rows(v_ptr, v_row, patch_exists, PREFETCH)
     logits *= scale * inverse_tau * _PER_LOG_2
     if grad_soft_ptr is not None:
-        soft = _softmax(_mask_groups(logits, group, GROUPS))
+        soft = softmax(mask_groups(logits, group, GROUPS))
     if seed_ptr is not None:
         logits += gumbel_noise(tl.load(seed_ptr), first_image + image, patch, inverse_tau, BLOCK_GROUPS // 4)
-    probability = _softmax(_mask_groups(logits, group, GROUPS))
+    probability = softmax(mask_groups(logits, group, GROUPS))
 
     # The gradient of the assignment: of the weighted mean (the total's share is -mean), and its own
     total = tl.load(total_ptr + image * GROUPS + group, mask=group_exists, other=1.0) + eps
     inverse_total = reciprocal(total)
     products = zero
     if grad_used_ptr is not None:
-        products = _load_map(grad_used_ptr + map_start, patch, group, patches, GROUPS) * total[None, :]
-    products = _inner_products(
+        products = load_map(grad_used_ptr + map_start, patch, group, patches, GROUPS) * total[None, :]
+    products = inner_products(
         products, v_ptr, v_row, patch_exists, grad_out_ptr, grad_row, group_exists, CHANNELS, BLOCK_CHANNELS, _ONCE
     )
     if winner_ptr is not None:
@@ -405,8 +254,8 @@ def _grouping_backward_kernel(
         out_ptr += image * GROUPS * CHANNELS
         mean = tl.zeros((BLOCK_GROUPS,), tl.float32)
         for first in range(0, CHANNELS, BLOCK_CHANNELS):
-            grad = _load(grad_out_ptr, grad_row, group_exists, first, CHANNELS, BLOCK_CHANNELS).to(tl.float32)
-            out = _load(out_ptr, group * CHANNELS, group_exists, first, CHANNELS, BLOCK_CHANNELS).to(tl.float32)
+            grad = load_rows(grad_out_ptr, grad_row, group_exists, first, CHANNELS, BLOCK_CHANNELS).to(tl.float32)
+            out = load_rows(out_ptr, group * CHANNELS, group_exists, first, CHANNELS, BLOCK_CHANNELS).to(tl.float32)
             mean += tl.sum(grad * out, axis=1)
     elif winner_ptr is not None:
         mean = tl.sum(tl.where(winner[:, None] == group[None, :], products, 0.0), axis=0) * inverse_total
@@ -417,19 +266,19 @@ def _grouping_backward_kernel(
     grad_used = products * factor[None, :] - (mean * factor)[None, :]
     grad_logits = probability * (grad_used - tl.sum(probability * grad_used, axis=1)[:, None])
     if grad_soft_ptr is not None:
-        grad_soft = inverse_tau * _load_map(grad_soft_ptr + map_start, patch, group, patches, GROUPS)
+        grad_soft = inverse_tau * load_map(grad_soft_ptr + map_start, patch, group, patches, GROUPS)
         grad_logits += soft * (grad_soft - tl.sum(soft * grad_soft, axis=1)[:, None])
     dtype: tl.constexpr = k_ptr.dtype.element_ty
     grad_logits = operand(grad_logits, dtype)
     for first in range(0, CHANNELS, BLOCK_CHANNELS):
-        q = _load(q_ptr, q_row, group_exists, first, CHANNELS, BLOCK_CHANNELS)
+        q = load_rows(q_ptr, q_row, group_exists, first, CHANNELS, BLOCK_CHANNELS)
         grad_k = tl.dot(grad_logits, q, input_precision="ieee") * scale
-        _store(grad_k_ptr, patch * CHANNELS, patch_exists, first, grad_k, CHANNELS, BLOCK_CHANNELS)
+        store_rows(grad_k_ptr, patch * CHANNELS, patch_exists, first, grad_k, CHANNELS, BLOCK_CHANNELS)
         if ONE_TILE:
-            k = _load(k_ptr, k_row, patch_exists, first, CHANNELS, BLOCK_CHANNELS)
-            grad_q = _weighted_sums(grad_logits, k) * scale
+            k = load_rows(k_ptr, k_row, patch_exists, first, CHANNELS, BLOCK_CHANNELS)
+            grad_q = weighted_sums(grad_logits, k) * scale
             grad_q_row = image * GROUPS * CHANNELS
-            _store(grad_q_ptr + grad_q_row, group * CHANNELS, group_exists, first, grad_q, CHANNELS, BLOCK_CHANNELS)
+            store_rows(grad_q_ptr + grad_q_row, group * CHANNELS, group_exists, first, grad_q, CHANNELS, BLOCK_CHANNELS)
     if winner_ptr is not None:
         # A row of the one-hot picks a row of grad_out exactly; its total divides in fp32 behind the product. The added
         # 0 has the compiler build the one-hot in the registers where the product wants it.
@@ -441,65 +290,11 @@ def _grouping_backward_kernel(
         weights = operand(probability * inverse_total[None, :], dtype)
         row_factor = tl.full((BLOCK_PATCHES,), 1.0, tl.float32)
     for first in range(0, CHANNELS, BLOCK_CHANNELS):
-        grad = _load(grad_out_ptr, grad_row, group_exists, first, CHANNELS, BLOCK_CHANNELS)
+        grad = load_rows(grad_out_ptr, grad_row, group_exists, first, CHANNELS, BLOCK_CHANNELS)
         grad_v = tl.dot(weights, grad, input_precision="ieee") * row_factor[:, None]
-        _store(grad_v_ptr, patch * CHANNELS, patch_exists, first, grad_v, CHANNELS, BLOCK_CHANNELS)
+        store_rows(grad_v_ptr, patch * CHANNELS, patch_exists, first, grad_v, CHANNELS, BLOCK_CHANNELS)
     if not ONE_TILE:
-        _store_map(grad_logits_ptr + map_start, patch, group, grad_logits, patches, GROUPS)
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """The sizes of a call, and how its images are cut into tiles of patches."""
-
-    batch: int
-    groups: int
-    patches: int
-    channels: int
-    itemsize: int
-    architecture: int
-    with_soft: bool = False  # a soft map or assignment, which takes registers of its own
-
-    @property
-    def block_groups(self) -> int:
-        return max(16, next_power_of_2(self.groups))
-
-    @property
-    def block_patches(self) -> int:
-        """The whole image if a program's registers hold it, as they do the model's at 224 px in 16 bits."""
-        tensor_memory = self.architecture // 10 == 10  # a product's way through it costs registers
-        if self.itemsize == 4:
-            whole = part = 2**12 if self.architecture < 100 else 2**11
-        elif self.with_soft or self.block_groups > 64 or tensor_memory:
-            whole = part = 2**13
-        else:
-            whole, part = 2**14, 2**13
-        block = max(16, next_power_of_2(self.patches))
-        return block if block * self._width <= whole else part // self._width
-
-    @property
-    def _width(self) -> int:
-        """Of a tile: groups, or a block of channels."""
-        return max(64, self.block_groups)
-
-    @property
-    def tiles(self) -> int:
-        return max(1, cdiv(self.patches, self.block_patches))
-
-    @property
-    def constexprs(self) -> dict[str, object]:
-        return {
-            "GROUPS": self.groups,
-            "CHANNELS": self.channels,
-            "BLOCK_PATCHES": self.block_patches,
-            "BLOCK_GROUPS": self.block_groups,
-        }
-
-    def configurations(self, kernel: str) -> dict[int, Config]:
-        """The table for `kernel`'s tiles of this size."""
-        tables = CONFIGS[kernel, self.itemsize]
-        elements = self.block_patches * self._width
-        return tables[min(most for most in tables if most >= elements)]
+        store_map(grad_logits_ptr + map_start, patch, group, grad_logits, patches, GROUPS)
 
 
 def _rows_together(x: Tensor) -> Tensor:
@@ -524,7 +319,7 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 
 
 def _aggregate(
-    problem: _Problem,
+    problem: Problem,
     winner: Tensor | None,
     weights: Tensor | None,
     x: Tensor,
@@ -563,7 +358,7 @@ def grouping_forward(
     q, k, v = _rows_together(q), _rows_together(k), _rows_together(v)
     (batch, groups, channels), patches, device = q.shape, k.shape[1], q.device
     with_soft = return_assignment == "soft" or not hard
-    problem = _Problem(batch, groups, patches, channels, q.element_size(), architecture(device), with_soft)
+    problem = Problem(batch, groups, patches, channels, q.element_size(), architecture(device), with_soft)
     one_tile = problem.tiles == 1
     out = torch.empty(q.shape, dtype=v.dtype, device=device)
     total = torch.empty((batch, groups), dtype=torch.float32, device=device)
@@ -614,7 +409,7 @@ def grouping_backward(
     q, k, v, grad_out = (_rows_together(x) for x in (q, k, v, grad_out))
     (batch, groups, channels), patches, device = q.shape, k.shape[1], q.device
     with_soft = (grad_assignment is not None and return_assignment == "soft") or not hard
-    problem = _Problem(batch, groups, patches, channels, q.element_size(), architecture(device), with_soft)
+    problem = Problem(batch, groups, patches, channels, q.element_size(), architecture(device), with_soft)
     one_tile = problem.tiles == 1
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
     if grad_q.numel() == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from . import __version__
 from .errors import UserError, nearest, run_command
@@ -48,14 +48,23 @@ def _dispatch(argv: list[str]) -> int | None:
     if argv[0] == "--version":
         print(__version__)
         return 0
-    name = argv[0]
+    run, parser = command(argv[0])
+    return run(parser.parse_args(argv[1:]))
+
+
+def command(name: str) -> tuple[Callable[[argparse.Namespace], int | None], Parser]:
+    """What a command runs, and the parser of its arguments.
+
+    Raises:
+        UserError: there is no such command.
+    """
     if name not in COMMANDS:
         raise UserError(f"mixreorg: unknown command '{name}'{nearest(name, COMMANDS)}")
     module = importlib.import_module(COMMANDS[name][0])
     parser = Parser(prog=f"mixreorg {name}", description=module.__doc__)
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
     module.add_arguments(parser)
-    return module.main(parser.parse_args(argv[1:]))
+    return module.main, parser
 
 
 if __name__ == "__main__":

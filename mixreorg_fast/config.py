@@ -208,6 +208,14 @@ Shards = Annotated[
 ]
 
 
+def are_scenes(shards: Any, folder: str) -> bool:
+    """Whether ``data.shards`` are the embedded scenes in `folder`, which a resolved configuration lists one by one."""
+    if shards is None:
+        return True
+    drawn = isinstance(shards, list) and all(isinstance(each, str) for each in shards)
+    return drawn and {str(Path(each).parent) for each in shards} == {str(Path(folder))}
+
+
 class DataConfig(Section):
     shards: Shards | None = Field(
         None, description="training shards: brace or glob patterns, or sets of them with weights; null: scenes"
@@ -227,6 +235,11 @@ class DataConfig(Section):
     prefetch: Positive = Field(2, description="batches read ahead")
     augment: AugmentConfig = AugmentConfig()
     scenes: ScenesConfig = ScenesConfig()
+
+    @property
+    def is_scenes(self) -> bool:
+        """Whether training reads the embedded scenes."""
+        return are_scenes(self.shards, self.scenes.folder)
 
 
 class TrainConfig(Section):
@@ -249,10 +262,12 @@ class TrainConfig(Section):
     tf32: bool = Field(False, description="fp32 matrix products and convolutions of a GPU in TF32")
     checkpoint_activations: bool = Field(False, description="recompute activations in backward: less memory, more time")
     compile: bool | None = Field(
-        None, description="torch.compile of the blocks; null: on a GPU, but for ZeRO-3, which gathers weights in hooks"
+        None,
+        description="torch.compile of the network; null: on a GPU, but for ZeRO-3, which gathers weights in hooks",
     )
     cuda_graphs: bool = Field(
-        False, description="every compiled block in a CUDA graph: fewer launches, for more memory; not with ZeRO-3"
+        False,
+        description="compiled parts of the encoders in CUDA graphs: fewer launches, for more memory; not with ZeRO-3",
     )
     log_every: Positive = Field(10, description="steps between reports")
     spike: Annotated[float, Field(ge=0.0)] = Field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -15,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
-from .config import Config, ScenesConfig, load_config
+from .config import ScenesConfig, find_config, load_config
 from .devices import choose
-from .errors import UserError
+from .errors import UserError, extra
 from .evaluation.evaluate import load_on_device
 from .inference.overlay import blend, segment_palette
 from .models.decoding import segment_of_pixels
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 
     from .models import GroupViT
 
-CHECKOUT = Path(__file__).resolve().parents[1]
 MAX_UPLOAD = 20 << 20  # bytes
 MAX_PIXELS = 50_000_000  # 150 MB as RGB
 SHOWN_SIDE = 1280  # pixels: larger photos are shown, and segmented, at this size
-SAMPLES, SAMPLE_SIDE = 6, 192
+SAMPLES, SAMPLE_SIDE, NAMED = 6, 192, 4
+EMBEDDED = "zero2"  # the configuration of `make train`
 
 # The page is whole as it is served: nothing of it may come from, or go, anywhere else.
 CONTENT_POLICY = (
@@ -45,8 +46,9 @@ CONTENT_POLICY = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--weights", metavar="DIR", help="folder with model.safetensors (default: embedded scenes, trained if need be)"
+        "--weights", metavar="DIR", help="folder with model.safetensors (default: what `make train` leaves here)"
     )
+    parser.add_argument("--train", action="store_true", help="train on embedded scenes where there are no weights")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument("--short-side", type=int, metavar="PX", help="of the network's input (default: the weights')")
@@ -72,13 +74,11 @@ def main(args: argparse.Namespace) -> int:
         try:
             import gradio  # noqa: F401
         except ImportError as error:
-            raise UserError(f"the page needs Gradio ({error}): pip install 'mixreorg-fast[demo]'") from None
-        weights, scenes = args.weights, ScenesConfig()
-        if weights is None:
-            run = embedded_run(device=device)
-            weights, scenes = run.run_folder, run.data.scenes
-        model = load_on_device(str(weights), args.device)
-        page = build(Segmenter(model, args.short_side), sample_scenes(scenes, Path(folder.name)))
+            raise UserError(f"the page needs Gradio ({error}): {extra('demo')}") from None
+        weights = args.weights or embedded_run(args.train, device)
+        model, scenes = load_on_device(str(weights), args.device), scenes_of(weights)
+        samples = [] if scenes is None else sample_scenes(scenes, Path(folder.name))
+        page = build(Segmenter(model, args.short_side), samples)
         url = serve(page, args.host, args.port)
         # So that being told to end leaves no uploads behind, either.
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -94,24 +94,38 @@ def _end(number: int, frame: Any) -> None:
     signal.default_int_handler(number, frame)
 
 
-def embedded_run(config: Path = CHECKOUT / "configs" / "zero2.json", device: str = "cpu") -> Config:
-    """The run that ``make train`` left, or else the same run, made now on `device`: weights trained on embedded scenes.
+def embedded_run(train: bool = False, device: str = "cpu") -> Path:
+    """The folder of the run that ``make train`` leaves; with `train` it is made on `device` where it is missing.
 
     Raises:
-        UserError: not in a checkout, or the training failed.
+        UserError: it is not there, or its training failed.
     """
-    if not config.is_file():
-        raise UserError("no --weights DIR, and the embedded scenes are trained from a checkout, which this is not")
-    run = load_config(config)
+    config = find_config(EMBEDDED)
+    run = load_config(config).run_folder
     try:
-        find_weights(run.run_folder)
+        find_weights(run)
     except UserError:
-        print(f"no --weights, nothing in {run.run_folder}: training there on embedded scenes, as `make train` does")
-        print("(some minutes on a CPU; done once)", flush=True)
-        command = [sys.executable, str(CHECKOUT / "train.py"), "--config", str(config), "--device", device]
+        if not train:
+            raise UserError(
+                f"no weights in {run}: name some by --weights DIR, or let --train make them there, from embedded "
+                "scenes (some minutes on a CPU)"
+            ) from None
+        command = [sys.executable, "-m", "mixreorg_fast.cli", "train", str(config), "--device", device]
         if subprocess.run(command).returncode:
             raise UserError("the training failed (see above); name weights by --weights DIR") from None
     return run
+
+
+def scenes_of(weights: str | Path) -> ScenesConfig | None:
+    """The embedded scenes that the weights were trained on; None: they were trained on something else."""
+    folder = find_weights(weights).resolve()
+    for place in (folder, folder.parent, folder.parent.parent):  # beside them, or of a run: RUN/checkpoints/step_*
+        try:
+            data = load_config(place / "config.json").data
+        except UserError:
+            continue
+        return data.scenes if data.is_scenes else None
+    return None
 
 
 def check_address(host: str, port: int | None) -> None:
@@ -162,19 +176,20 @@ class Segmenter:
 
 
 def sample_scenes(config: ScenesConfig, folder: Path) -> list[list[str]]:
-    """Scenes never trained on, drawn into `folder`: per scene its path and the names of what it shows."""
+    """Scenes of the kind trained on, but never trained on, drawn into `folder`: per scene its path and class names,
+    those of what it shows and of as many other kinds as make NAMED."""
     from .data.drawing import Painter
-    from .data.scenes import held_out_combinations, plan_scene, render
+    from .data.scenes import KINDS, held_out_combinations, plan_scene, render
 
     painter, held_out = Painter(SAMPLE_SIDE, config.seed), held_out_combinations(config.seed)
-    samples, number = [], 0
-    while len(samples) < SAMPLES:
+    samples = []
+    for number in range(SAMPLES):
         scene = plan_scene(config, "val", number, held_out)
-        number += 1
-        if len(scene.things) > 1:
-            path = folder / f"scene{number}.png"
-            Image.fromarray(render(scene, painter)[0]).save(path)
-            samples.append([str(path), ", ".join(thing.kind for thing in scene.things)])
+        path = folder / f"scene{number}.png"
+        Image.fromarray(render(scene, painter)[0]).save(path)
+        shown = {thing.kind for thing in scene.things}
+        others = random.Random(number).sample([kind for kind in KINDS if kind not in shown], NAMED - len(shown))
+        samples.append([str(path), ", ".join(kind for kind in KINDS if kind in {*shown, *others})])
     return samples
 
 
@@ -183,6 +198,10 @@ def build(segmenter: Segmenter, samples: list[list[str]]) -> gradio.Blocks:
     import gradio as gr
 
     nothing = [None] * (2 + len(segmenter.model.config.groups))
+
+    def asked(path: str | None, names: str, threshold: float) -> tuple:
+        """What a click or Enter gives: they need a photo."""
+        return ("**Choose a photo first.**", *nothing) if path is None else show(path, names, threshold)
 
     def show(path: str | None, names: str, threshold: float) -> tuple:
         if path is None:
@@ -207,9 +226,8 @@ def build(segmenter: Segmenter, samples: list[list[str]]) -> gradio.Blocks:
         with gr.Row():
             with gr.Column():
                 photo = Photo(label="Photo", sources=["upload", "clipboard"], elem_id="photo")
-                names = gr.Textbox(
-                    "cat, dog, sofa", label="Class names, between commas", max_length=4000, elem_id="names"
-                )
+                first = samples[0][1] if samples else "cat, dog, sofa"
+                names = gr.Textbox(first, label="Class names, between commas", max_length=4000, elem_id="names")
                 usual = segmenter.model.inference.background_threshold or 0
                 threshold = gr.Slider(
                     0, 1, usual, step=0.01, label="Background threshold (0: none)", elem_id="background"
@@ -224,15 +242,17 @@ def build(segmenter: Segmenter, samples: list[list[str]]) -> gradio.Blocks:
                 gr.Image(label=f"Segments of stage {i}", elem_id=f"stage{i}", **picture)
                 for i in range(1, len(segmenter.model.config.groups) + 1)
             ]
-        gr.Examples(samples, [photo, names], label="Scenes", cache_examples=False)
-        gr.on(
-            [photo.change, names.submit, threshold.release, button.click],
-            show,
-            [photo, names, threshold],
-            [message, result, *stages, areas],
-            trigger_mode="always_last",
-            api_visibility="private",
-        )
+        if samples:
+            gr.Examples(samples, [photo, names], label="Scenes", cache_examples=False)
+        for function, triggers in ((show, [photo.change, threshold.release]), (asked, [names.submit, button.click])):
+            gr.on(
+                triggers,
+                function,
+                [photo, names, threshold],
+                [message, result, *stages, areas],
+                trigger_mode="always_last",
+                api_visibility="private",
+            )
     return page.queue(max_size=20)
 
 

@@ -7,17 +7,19 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import figures, harness, report
+from benchmarks import activations, figures, harness, launches, report
 from benchmarks import test_curves as curves
 from benchmarks import test_profile as profile
 from benchmarks import test_train_step as train_step
 from benchmarks.harness import Case, Work
 from mixreorg_fast.ledger import BEGIN, END, between_markers
 
+COUNTED_ON_A_CPU = pytest.mark.skipif(harness.ON_GPU, reason="counted on a CPU, under Triton's interpreter")
 TINY = {"small": True, "image_size": 32}
 CONFIG = train_step.configuration("mixreorg", torch.float32, **TINY)
 HEADER = {
@@ -105,6 +107,50 @@ def test_calls_rotate_through_the_input_sets_and_time_what_they_say():
         seen.clear()
         assert call() == (torch.tensor(3.0),)
         assert len(seen) == forwards
+
+
+def test_a_case_starts_without_the_graphs_of_others():
+    """Else the second shape would have a symbolic graph, and be slower than what users have."""
+    symbolic = []
+
+    def backend(graph, inputs):
+        symbolic.append(any(isinstance(x, torch.SymInt) for x in inputs))
+        return graph.forward
+
+    class Benchmark:
+        stats = None
+
+        def pedantic(self, function, rounds, iterations):
+            function()
+
+    compiled = torch.compile(lambda x: 2 * x, backend=backend)
+    for size in (4, 8):
+        inputs = lambda generator, size=size: (torch.randn(size, generator=generator),)  # noqa: E731
+        case = Case("op", str(size), 1, inputs, {"ours": compiled}, {}, modes=("fwd",))
+        for _ in range(2):  # a case's modes share its graphs
+            assert harness.run_case(Benchmark(), case, "ours", "fwd", False) is None
+    assert symbolic == [False, False]
+
+
+@COUNTED_ON_A_CPU
+def test_launches_outside_of_compiled_parts():
+    counts = launches.micro_step("groupvit", depths=[2, 1, 1]).counts
+    assert counts["stage 1"]["compiled"] == 3 and not counts["stage 1"]["eager"]  # what comes before its two blocks
+    # Seeds, winners, the branches' parts; embeddings and their layout; the contrastive loss and the sums of losses.
+    most = {"stages 2 and 3": 8, "features": 0, "captions": 7, "losses": 15, "backward": 36}
+    assert all(counts[region]["eager"] <= number for region, number in most.items()), counts
+    assert counts["losses"]["compiled"] == 2 and counts["losses"]["triton"] > 0
+
+
+@COUNTED_ON_A_CPU
+def test_activations_grow_with_the_images():
+    sizes = {"image_size": 64, "width": 48, "heads": 2, "depths": (3, 1, 1), "groups": (8, 4), "projection_hidden": 64}
+    compiled, eager = (activations.configuration("mixreorg", compile, **sizes) for compile in (True, False))
+    few, more, most = (activations.bytes_kept(eager, images) for images in (4, 8, 12))
+    assert {part: more[part] - few[part] for part in few} == {part: most[part] - more[part] for part in few}
+    per_image = activations.bytes_per_image(compiled)
+    assert 0 < 4 * per_image["encoders"] < more["encoders"] - few["encoders"]
+    assert 4 * per_image["features"] == more["features"] - few["features"]
 
 
 def test_figures_and_gaps(tmp_path):
@@ -202,8 +248,24 @@ def test_losses_of_all_implementations_agree(monkeypatch):
 def test_host_time_is_measured_without_a_gpu():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.host_time", "--only", "blend_tokens"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    root = harness.RESULTS.parents[1]
+    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     row = json.loads(result.stdout)
     assert row.pop("op") == "blend_tokens"
     assert all(0 < value < 1e5 for value in row.values()) and len(row) == 4
+
+
+def test_docs_are_written_only_when_asked_for(monkeypatch, tmp_path):
+    """A session of benchmarks leaves its rows and no more."""
+    from benchmarks import conftest, harness, report
+
+    written = []
+    monkeypatch.setattr(harness, "write_results", lambda rows, header: written.append(rows) or tmp_path / "x.json")
+    monkeypatch.setattr(harness, "header", dict)
+    monkeypatch.setattr(report, "main", lambda argv: pytest.fail("docs were written"))
+    said = []
+    writer = SimpleNamespace(line=said.append)
+    config = SimpleNamespace(stash={conftest._rows: [{}]}, get_terminal_writer=lambda: writer)
+    conftest.pytest_sessionfinish(SimpleNamespace(config=config))
+    assert written == [[{}]] and "python -m benchmarks.report" in said[0]

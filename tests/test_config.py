@@ -131,3 +131,29 @@ def test_resolved_configuration_reads_back(tmp_path):
     path.write_text(json.dumps(config.model_dump(mode="json")))
     assert load_config(path) == config
     assert isinstance(config, Config)
+
+
+def test_every_key_is_listed_with_its_meaning(capsys):
+    from mixreorg_fast.cli import main
+    from mixreorg_fast.config_keys import keys
+
+    listed = {key.name: key for key in keys()}
+
+    def leaves(values: dict, prefix: str = "") -> set[str]:
+        inner = {key: value for key, value in values.items() if isinstance(value, dict) and value}
+        names = {prefix + key for key in values.keys() - inner.keys()}
+        return names.union(*(leaves(value, f"{prefix}{key}.") for key, value in inner.items()))
+
+    assert leaves(parse_config({}).model_dump(mode="json")) == {name for name in listed if "[]" not in name}
+    assert all(key.meaning and key.type for key in listed.values()), [k for k in listed.values() if not k.meaning]
+    assert listed["train.lr"].default == "0.0016" and listed["train.steps"].type == "integer | null"
+    assert listed["eval.datasets[].root"].default == ""
+
+    assert main(["config", "train.lr"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["train.lr: number = 0.0016", "    peak of the learning rate"]
+    assert main(["config", "model.text"]) == 0
+    assert capsys.readouterr().out.count("model.text.") == 5
+    assert main(["config", "train.lrr"]) == 2
+    assert "did you mean 'train.lr'" in capsys.readouterr().err
+    assert main(["config"]) == 0
+    assert capsys.readouterr().out.count(": ") >= len(listed)

@@ -1,6 +1,7 @@
 """``mixreorg demo``: what the page computes, what its server gives away, and the page in a real browser."""
 
 import http.client
+import json
 import os
 import shutil
 import signal
@@ -19,7 +20,8 @@ from PIL import Image
 
 from mixreorg_fast import demo
 from mixreorg_fast.cli import main
-from mixreorg_fast.config import ScenesConfig
+from mixreorg_fast.config import ScenesConfig, find_config, load_config
+from mixreorg_fast.data.scenes import KINDS, held_out_combinations, plan_scene
 from mixreorg_fast.data.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.models import GroupViT
@@ -38,6 +40,7 @@ def weights(tmp_path_factory) -> Path:
     fill(model)
     folder = tmp_path_factory.mktemp("demo") / "weights"
     save(model, folder)
+    (folder / "config.json").write_text('{"data": {"scenes": {"train": 77}}}')  # of a run on embedded scenes
     return folder
 
 
@@ -76,37 +79,66 @@ def test_large_photos_are_shown_smaller_and_huge_ones_refused(weights, tmp_path,
         segmenter(str(tmp_path / "large.png"), "cat", 0.0)
 
 
-def test_sample_scenes_are_drawn_with_the_names_of_what_they_show(tmp_path, monkeypatch):
+@pytest.mark.parametrize("scenes", [ScenesConfig(), load_config(find_config("zero2")).data.scenes])
+def test_sample_scenes_are_of_the_kind_that_the_weights_know(tmp_path, monkeypatch, scenes):
     monkeypatch.setattr(demo, "SAMPLE_SIDE", 32)
-    samples = demo.sample_scenes(ScenesConfig(), tmp_path)
+    samples = demo.sample_scenes(scenes, tmp_path)
     assert len(samples) == demo.SAMPLES == len({path for path, _ in samples})
-    for path, names in samples:
-        assert Image.open(path).size == (32, 32) and "," in names
+    held_out = held_out_combinations(scenes.seed)
+    for number, (path, names) in enumerate(samples):
+        assert Image.open(path).size == (32, 32)
+        shown = {thing.kind for thing in plan_scene(scenes, "val", number, held_out).things}
+        named = names.split(", ")
+        assert shown <= set(named) <= set(KINDS) and len(named) == demo.NAMED == len(set(named))
+        assert len(shown) == 1 or scenes.objects != (1, 0, 0)
 
 
-def test_without_weights_those_of_the_embedded_scenes_are_taken_or_made(weights, tmp_path, monkeypatch, capsys):
-    config = tmp_path / "run.json"
-    config.write_text(f'{{"name": "scenes", "output": "{tmp_path}", "eval": {{"short_side": 32}}}}')
+def test_examples_are_for_weights_of_scenes_alone(weights, tmp_path):
+    assert demo.scenes_of(weights).train == 77
+    run = tmp_path / "run"
+    shutil.copytree(weights, run / "checkpoints" / "step_00000004")
+    (run / "checkpoints" / "step_00000004" / "config.json").unlink()
+    assert demo.scenes_of(run) is None
+    for data, known in (({}, True), ({"shards": ["data/scenes/train-0.tar"]}, True), ({"shards": "x.tar"}, False)):
+        (run / "config.json").write_text(json.dumps({"data": data}))
+        assert (demo.scenes_of(run) is not None) == known
+        assert (demo.scenes_of(run / "checkpoints" / "step_00000004") is not None) == known
+
+
+def test_without_weights_nothing_is_trained_unasked(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("gradio", reason="needs the demo extra")
     commands = []
 
     def train(command):
         commands.append(command)
-        shutil.copytree(weights, tmp_path / "scenes" / "checkpoints" / "step_00000004")
+        shutil.copytree(weights, tmp_path / "runs" / "scenes" / "checkpoints" / "step_00000004")
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", train)
-    run = demo.embedded_run(config)
-    assert (run.run_folder, run.eval.short_side) == (tmp_path / "scenes", 32)
-    assert commands == [[sys.executable, str(ROOT / "train.py"), "--config", str(config), "--device", "cpu"]]
-    assert "training there on embedded scenes" in capsys.readouterr().out
-    assert demo.embedded_run(config) == run and len(commands) == 1
+    assert main(["demo", "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--weights DIR" in error and "--train" in error and not commands
+    assert demo.embedded_run(train=True) == Path("runs/scenes") == demo.embedded_run()
+    ((_, *command),) = commands
+    assert command[1:3] == ["mixreorg_fast.cli", "train"] and command[-2:] == ["--device", "cpu"]
 
-    shutil.rmtree(tmp_path / "scenes")
+    shutil.rmtree(tmp_path / "runs")
     monkeypatch.setattr(subprocess, "run", lambda command: SimpleNamespace(returncode=1))
     with pytest.raises(UserError, match="the training failed"):
-        demo.embedded_run(config)
-    with pytest.raises(UserError, match="from a checkout, which this is not"):
-        demo.embedded_run(tmp_path / "configs" / "zero2.json")
+        demo.embedded_run(train=True)
+
+
+def test_segment_without_a_photo_says_so(weights):
+    pytest.importorskip("gradio", reason="needs the demo extra")
+    page = demo.build(demo.Segmenter(load(weights)), [])
+    said = {
+        event: function.fn(None, "cat", 0.0)[0]
+        for function in page.fns.values()
+        for _, event in function.targets
+        if event in ("change", "click", "submit", "release")
+    }
+    assert said == {"change": "", "release": "", **dict.fromkeys(("click", "submit"), "**Choose a photo first.**")}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -107,6 +108,11 @@ def evaluate(
         about["model"] = sum(parameter.double().sum().item() for parameter in model.parameters())
         if resume:
             tally.restore(kept, about)
+            if rank == 0:
+                from_there = f"{kept} holds no counts of this evaluation, so it begins at the first photo"
+                if tally.done:
+                    from_there = f"{len(tally.done)} photos are done already ({kept})"
+                print(f"--resume: {from_there}", file=sys.stderr, flush=True)
     was_training = model.training
     model.eval()
     try:

@@ -52,10 +52,15 @@ class Stage(nn.Module):
         """Patches ``[B, N, C]`` and group tokens ``[B, G, C]``, views."""
         return tokens[:, : tokens.shape[1] - self.groups], tokens[:, tokens.shape[1] - self.groups :]
 
+    def prepare(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the grouping block begins with, see :meth:`GroupingBlock.prepare`."""
+        return self.grouping.prepare(*self.split(tokens))
+
 
 class ImageEncoder(nn.Module):
-    """Patch embedding and three stages. How they are strung together is in :mod:`.groupvit` (evaluation) and
-    :mod:`.mixreorg` (training)."""
+    """Patch embedding and three stages: :meth:`begin`, the blocks of each stage, between two of them
+    :meth:`Stage.prepare`, the grouping attention and :meth:`advance`, then :meth:`end`. They are strung together in
+    :mod:`.groupvit` (evaluation) and :mod:`.mixreorg` (training)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -87,6 +92,21 @@ class ImageEncoder(nn.Module):
         if grid != (self.side, self.side):
             positions = resize_positions(positions, *grid)
         return patches + positions.to(dtype)
+
+    def begin(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        """Tokens of the first stage, of images as for :meth:`embed`."""
+        return self.stages[0].tokens(self.embed(images, dtype), None)
+
+    def advance(self, tokens: Tensor, queries: Tensor, collected: Tensor, number: int) -> Tensor:
+        """Tokens of the stage after stage `number`, of that stage's tokens ``[B, N + G, C]``, the group tokens that
+        collected its patches, and what they collected, ``[B, G, C]`` each."""
+        stage, following = self.stages[number], self.stages[number + 1]
+        return following.tokens(stage.grouping.finish(queries, collected), stage.split(tokens)[1])
+
+    def end(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Final segments ``[B, G, C]`` of the last stage's tokens, and their mean ``[B, C]``."""
+        segments = self.norm(tokens)
+        return segments, segments.float().mean(1).to(segments.dtype)
 
 
 def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
@@ -134,7 +154,7 @@ class TextEncoder(nn.Module):
         Args:
             lengths: tokens up to and with the end of text, host integers; None: taken from `ids`, for which a GPU is
                 waited for.
-            run: calls a block with its arguments.
+            run: calls a part with its arguments.
         Raises:
             ValueError: L is beyond the context length, or a length beyond L.
         """
@@ -151,4 +171,4 @@ class TextEncoder(nn.Module):
         x = x.to(dtype)  # [1, S, C]
         for block in self.blocks:
             x = run(block, x, (None, None), packing)
-        return self.norm(x[0].index_select(0, packing.last))
+        return run(self.norm, x[0].index_select(0, packing.last))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
@@ -95,8 +94,7 @@ class GroupViT(nn.Module):
         L2-normalised, unless they are to be averaged first. With `lengths` (host integers, up to and with that id) a
         GPU need not be asked where it is.
         """
-        embeddings = self.text_projection(self.text_encoder(ids, self.dtype, lengths))
-        return F.normalize(embeddings, dim=-1) if normalise else embeddings
+        return self.text_projection(self.text_encoder(ids, self.dtype, lengths), normalise=normalise)
 
     @torch.no_grad()
     def grouping(self, images: Tensor) -> Tensor:
@@ -107,33 +105,28 @@ class GroupViT(nn.Module):
     def segments(self, images: Tensor) -> Segments:
         """Maps and embeddings of the final segments of images ``[B, 3, H, W]``."""
         image, tokens, stages = self._encode(images)
-        embeddings = F.normalize(self.image_projection(tokens.flatten(0, 1)), dim=-1)
+        embeddings = self.image_projection(tokens.flatten(0, 1))
         return Segments(stages[-1], embeddings.unflatten(0, tokens.shape[:2]), image, stages)
 
     def _encode(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Image embedding ``[B, D]``, final segment tokens ``[B, G, C]``, soft maps ``[B, G, h, w]`` of each stage."""
         encoder = self.image_encoder
-        x, groups, maps = encoder.embed(images, self.dtype), None, []
-        for stage in encoder.stages:
-            x = stage.tokens(x, groups)
+        x, maps = encoder.begin(images, self.dtype), []
+        for number, stage in enumerate(encoder.stages):
             for block in stage.blocks:
                 x = block(x)
             if stage.grouping is None:
                 break
-            patches, groups = stage.split(x)
-            patches, queries = stage.grouping.queries(patches, groups)
+            queries, *qkv = stage.prepare(x)
             # The aggregation stays hard and noiseless; the maps are the soft assignments.
             collected, soft = ops.grouping_attention(
-                *stage.grouping.project(patches, queries),
-                hard=self.config.hard_assignment,
-                tau=self.config.tau,
-                return_assignment="soft",
+                *qkv, hard=self.config.hard_assignment, tau=self.config.tau, return_assignment="soft"
             )
-            x = stage.grouping.finish(queries, collected)
+            x = encoder.advance(x, queries, collected, number)
             maps.append(soft @ maps[-1] if maps else soft)  # [B, G2, N] <- [B, G2, G1] @ [B, G1, N]
-        tokens = encoder.norm(x)
+        tokens, pooled = encoder.end(x)
         height = images.shape[2] // encoder.patch_size
-        image = F.normalize(self.image_projection(tokens.mean(1)), dim=-1)
+        image = self.image_projection(pooled)
         return image, tokens, tuple(of_stage.unflatten(2, (height, -1)) for of_stage in maps)
 
     @torch.no_grad()

@@ -15,24 +15,40 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.attention import Packing
+from ..ops.registration import kernel
 
 
 def call(function: Callable, *args):
-    """``function(*args)``: how the parts of a model are run where nothing is to be done about it."""
+    """``function(*args)``: how the parts of a model run where they are neither compiled nor recomputed."""
+    return function(*args)
+
+
+def _call_static(function: Callable, *args):
+    return function(*args)
+
+
+def _call_dynamic(function: Callable, *args):
     return function(*args)
 
 
 @functools.cache
-def compiled_call(cuda_graphs: bool = False) -> Callable:
+def compiled_call(*, dynamic: bool = False, cuda_graphs: bool = False) -> Callable:
     """:func:`call` under torch.compile, whole or not at all; with `cuda_graphs`, replayed from CUDA graphs.
 
     The part is an argument, so that all blocks of one shape share one graph: their weights are its inputs. A graph per
     combination of part, shape and stochastic depth is more than torch.compile allows a function by default.
+
+    Args:
+        dynamic: False: a graph for every shape, for images, whose shapes are few and repeat in every step. True: one
+            graph for every number of rows, for packed captions, of which every batch has another number.
     """
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return torch.compile(call, fullgraph=True, mode="reduce-overhead" if cuda_graphs else None)
+    # A function each: Dynamo remembers the shapes that it met by function, and would mix those of images and captions.
+    function = _call_dynamic if dynamic else _call_static
+    mode = "reduce-overhead" if cuda_graphs else None
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, mode=mode)
 
 
 class Linear(nn.Linear):
@@ -77,6 +93,8 @@ class LayerNorm(nn.LayerNorm):
     """Layer normalisation in fp32, returned in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dtype == x.dtype and not torch.is_grad_enabled():
+            return super().forward(x)  # computes in fp32 as well; only its gradients of the weights do not, on a CPU
         weight, bias = self.weight.float(), self.bias.float()
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
@@ -190,15 +208,13 @@ class GroupingBlock(nn.Module):
         self.norm2 = LayerNorm(width)
         self.mlp = Mlp(width, 4 * width)
 
-    def queries(self, patches: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised patches and the group tokens that will collect them: ``[B, N, C]``, ``[B, G, C]``."""
+    def prepare(self, patches: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The group tokens ``[B, G, C]`` that will collect the patches ``[B, N, C]``, and q ``[B, G, C]``, k and v
+        ``[B, N, C]`` of the grouping attention."""
         patches = self.norm_patches(patches)
         groups = self.norm_mixed(self.mix_groups(self.norm_groups(groups)))
-        return patches, self.pre_assign(groups, patches)
-
-    def project(self, patches: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q ``[B, G, C]``, k and v ``[B, N, C]`` of the grouping attention."""
-        return self.q(groups), *self.kv(patches).chunk(2, dim=-1)
+        groups = self.pre_assign(groups, patches)
+        return groups, self.q(groups), *self.kv(patches).chunk(2, dim=-1)
 
     def finish(self, groups: Tensor, collected: Tensor) -> Tensor:
         """Segments ``[B, G, C]`` from the group tokens and what they collected."""
@@ -242,7 +258,7 @@ class BatchNorm(nn.Module):
             unbiased = var * (count / max(count - 1, 1))
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-            self.num_batches_tracked += 1
+            self.num_batches_tracked.add_(1)
         return mean, var
 
 
@@ -252,23 +268,20 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if ready else 1
 
 
-class _AllReduceSum(torch.autograd.Function):
-    """A sum over ranks; every rank's loss depends on it, so its gradient is the sum of theirs."""
+def _gradient_of_sum(ctx, grad: Tensor) -> Tensor:
+    return _all_reduce_sum(grad)  # every rank's loss depends on the sum
 
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        x = x.clone()
-        torch.distributed.all_reduce(x)
-        return x
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return _AllReduceSum.apply(grad)
+@kernel("all_reduce_sum", fake=torch.empty_like, save=lambda ctx, inputs, output: None, gradient=_gradient_of_sum)
+def _all_reduce_sum(x: Tensor) -> Tensor:
+    x = x.clone()
+    torch.distributed.all_reduce(x)
+    return x
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Differentiable sum of `x` over all ranks."""
-    return _AllReduceSum.apply(x) if world_size() > 1 else x
+    return _all_reduce_sum(x) if world_size() > 1 else x
 
 
 def gather_rows(x: Tensor) -> tuple[Tensor, int]:
@@ -290,6 +303,18 @@ class Projection(nn.Module):
         self.norm = BatchNorm(hidden)
         self.fc2 = Linear(hidden, out)
 
-    def forward(self, x: Tensor, statistics_rows: int | None = None) -> Tensor:
-        """fp32 embeddings ``[R, D]`` of ``[R, C]``, not normalised; see :class:`BatchNorm` for `statistics_rows`."""
-        return self.fc2(F.relu(self.norm(self.fc1(x), statistics_rows))).float()
+    def forward(
+        self, x: Tensor, statistics_rows: int | None = None, *, normalise: bool = True, run: Callable = call
+    ) -> Tensor:
+        """fp32 embeddings ``[R, D]`` of ``[R, C]``, L2-normalised.
+
+        Args:
+            statistics_rows: see :class:`BatchNorm`.
+            normalise: False: as the last layer leaves them.
+            run: calls a part with its arguments.
+        """
+        return run(self._embed, x, statistics_rows, normalise)
+
+    def _embed(self, x: Tensor, statistics_rows: int | None, normalise: bool) -> Tensor:
+        embeddings = self.fc2(F.relu(self.norm(self.fc1(x), statistics_rows))).float()
+        return F.normalize(embeddings, dim=-1) if normalise else embeddings

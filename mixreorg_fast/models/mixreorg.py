@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -147,15 +148,14 @@ class MixReorg(nn.Module):
         plan = self._plan(batch) if self.mixing else None
         drops = self._drops(batch)
         tokens = self._first_stage(batch, plan, drops)
-        segments, assignments = self._group(batch, tokens, drops)
-        pooled = dict(zip(self.branches, segments.float().mean(1).to(self.dtype).split(images), strict=True))
+        segments, pooled, used, winners = self._group(batch, tokens, drops)
+        pooled = dict(zip(self.branches, pooled.split(images), strict=True))
         tensors = {"images": pooled[_ORIGINAL], **self._texts(batch)}
         if _RESTORED in pooled:
             tensors["restored"] = pooled[_RESTORED]
         if _MIXED in pooled:
-            first, second = (assignment[_MIXED] for assignment in assignments)
-            tensors |= {"segments": segments[images : 2 * images], "first": first, "second": second}
-        return Features(tensors, plan, _usage(*(assignment[_ORIGINAL].detach() for assignment in assignments)))
+            tensors |= {"segments": segments[images : 2 * images], "first": used[0], "second": used[1]}
+        return Features(tensors, plan, self._runner()(_usage, *winners, self.config.model.groups[1]))
 
     def _touched(self, features: Features) -> Tensor:
         """Some number that every parameter of :meth:`losses` has a part in.
@@ -183,7 +183,7 @@ class MixReorg(nn.Module):
         if "segments" in tensors:
             rows.append(tensors["segments"].flatten(0, 1))
         rows = torch.cat(rows)
-        embeddings = F.normalize(self.backbone.image_projection(rows, statistics_rows=images), dim=-1)
+        embeddings = self.backbone.image_projection(rows, images, run=self._runner())
 
         out = {"loss_original": ops.contrastive_loss(embeddings[:images], texts, multiplier, exchange=exchange)}
         total = loss.original * out["loss_original"]
@@ -230,8 +230,7 @@ class MixReorg(nn.Module):
         """Patch and group tokens after the blocks of stage 1, those of all branches along the batch,
         ``[branches * B, N + G, C]``."""
         stage: Stage = self.backbone.image_encoder.stages[0]
-        patches = self.backbone.image_encoder.embed(batch.images, self.dtype)
-        x = stage.tokens(patches, None)
+        x = self._run(self.backbone.image_encoder.begin, batch.images, self.dtype)
         if plan is None:
             return self._run_blocks(drops, stage, x, 0)
         context, alpha = self.config.mixing.context_blocks, self.config.mixing.blend
@@ -255,45 +254,45 @@ class MixReorg(nn.Module):
         """Learned group tokens ``[1, G, C]`` of a branch; None: the mixing group's mean of the branch before."""
         return None if self.branch_tokens is None else self.branch_tokens[branch - 1](dtype)
 
-    def _group(self, batch: Batch, x: Tensor, drops: Tensor | None) -> tuple[Tensor, list[dict[int, Tensor]]]:
+    def _group(
+        self, batch: Batch, x: Tensor, drops: Tensor | None
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
         """The shared grouping tail.
 
-        Returns the final segments ``[branches * B, G2, C]`` after the last norm, and for both grouping blocks, by
-        branch, the assignment that formed the segments, fp32 ``[B, G, N]``.
+        Returns the final segments ``[branches * B, G2, C]`` after the last norm, their means ``[branches * B, C]``,
+        and of both grouping blocks what somebody reads of their assignments: of the mixed branch the one that formed
+        the segments, fp32 ``[B, G, N]``, of the original branch each patch's winning group, int64 ``[B, N]``.
         """
         encoder = self.backbone.image_encoder
-        config = self.config.model
         hard, noise, tau = self._assignment(batch)
-        assignments, groups = [], None
+        assignments = {_ORIGINAL: [], _MIXED: [], _RESTORED: []}
+        wanted = {_ORIGINAL: "winner", _MIXED: "used", _RESTORED: "none"}
         for number, stage in enumerate(encoder.stages):
             if number:
-                x = self._run_blocks(drops, stage, stage.tokens(x, groups), number)
+                x = self._run_blocks(drops, stage, x, number)
             if stage.grouping is None:
                 break
-            patches, groups = stage.split(x)
-            patches, queries = self._run(stage.grouping.queries, patches, groups)
-            images = len(batch.images)
-            collected, used = [], {}
-            projected = (t.split(images) for t in stage.grouping.project(patches, queries))
-            for branch, q, k, v in zip(self.branches, *projected, strict=True):
-                seed = batch.seed + _GROUPING + 3 * number + branch if noise else None
-                out, assignment = ops.grouping_attention(
+            queries, *qkv = self._run(stage.prepare, x)
+            collected = []
+            for branch, q, k, v in zip(self.branches, *(t.split(len(batch.images)) for t in qkv), strict=True):
+                out = ops.grouping_attention(
                     q,
                     k,
                     v,
                     # softmax((logits + noise * gumbel) / tau), for an op whose noise has no scale of its own.
-                    scale=config.width**-0.5 / (noise or 1.0),
+                    scale=self.config.model.width**-0.5 / (noise or 1.0),
                     tau=tau / (noise or 1.0),
                     hard=hard,
-                    seed=seed,
+                    seed=batch.seed + (_GROUPING + 3 * number + branch) if noise else None,
                     first_image=batch.first_image,
-                    return_assignment="used",
+                    return_assignment=wanted[branch],
                 )
+                if wanted[branch] != "none":
+                    out, assignment = out
+                    assignments[branch].append(assignment)
                 collected.append(out)
-                used[branch] = assignment
-            x = self._run(stage.grouping.finish, queries, torch.cat(collected))
-            assignments.append(used)
-        return encoder.norm(x), assignments
+            x = self._run(encoder.advance, x, queries, torch.cat(collected), number)
+        return *self._run(encoder.end, x), assignments[_MIXED], assignments[_ORIGINAL]
 
     def _progress(self, batch: Batch) -> float:
         return self.config.schedule.progress(batch.done) if self.training else 1.0
@@ -314,13 +313,22 @@ class MixReorg(nn.Module):
             x = self._run(stage.blocks[i], x, self._keep(drops, offset + i, len(x)))
         return x
 
-    def _run(self, function: Callable, *args):
-        """Call, compiled and recomputing activations in backward where the configuration says so."""
-        compiles = self.training and self.config.compiles(args[0].device.type)
-        run = compiled_call(self.config.train.cuda_graphs) if compiles else call
+    def _run(self, function: Callable, *args, dynamic: bool = False):
+        """Call a part of the encoders, compiled and recomputing activations in backward where the configuration says
+        so; `dynamic`: see :func:`~mixreorg_fast.models.layers.compiled_call`."""
+        run = self._runner(dynamic=dynamic, cuda_graphs=self.config.train.cuda_graphs)
         if self.config.train.checkpoint_activations and self.training:
             return checkpoint(run, function, *args, use_reentrant=False, preserve_rng_state=False)
         return run(function, *args)
+
+    def _runner(self, *, dynamic: bool = False, cuda_graphs: bool = False) -> Callable:
+        """:func:`~mixreorg_fast.models.layers.call`, compiled where the configuration says so.
+
+        What follows the features runs without CUDA graphs: it holds collectives, and leaves gradients in cached
+        features, which the next replay would overwrite.
+        """
+        compiles = self.training and self.config.compiles(self.backbone.device.type)
+        return compiled_call(dynamic=dynamic, cuda_graphs=cuda_graphs) if compiles else call
 
     def _drops(self, batch: Batch) -> Tensor | None:
         """Stochastic depth of both residuals of every block, fp32 ``[2, blocks, branches * B]``. None where nothing is
@@ -350,7 +358,7 @@ class MixReorg(nn.Module):
         if batch.noun_ids is not None:
             rows = torch.cat([rows, batch.noun_ids.flatten(0, 1)])
             lengths += batch.noun_lengths
-        features = self.backbone.text_encoder(rows, self.dtype, lengths, self._run)
+        features = self.backbone.text_encoder(rows, self.dtype, lengths, partial(self._run, dynamic=True))
         if batch.noun_ids is None:
             return {"texts": features}
         texts, nouns = features.split([len(batch.ids), len(features) - len(batch.ids)])
@@ -360,7 +368,7 @@ class MixReorg(nn.Module):
         """Embeddings of the captions ``[B, D]`` and of the noun prompts ``[B, P, D]``, L2-normalised."""
         texts, nouns = tensors["texts"], tensors.get("nouns")
         rows = texts if nouns is None else torch.cat([texts, nouns.flatten(0, 1)])
-        embeddings = F.normalize(self.backbone.text_projection(rows, statistics_rows=len(texts)), dim=-1)
+        embeddings = self.backbone.text_projection(rows, len(texts), run=self._runner())
         if nouns is None:
             return embeddings, None
         captions, nouns = embeddings.split([len(texts), len(embeddings) - len(texts)])
@@ -368,10 +376,10 @@ class MixReorg(nn.Module):
 
 
 @torch.no_grad()
-def _usage(first: Tensor, second: Tensor) -> dict[str, Tensor]:
-    """Final segments in use per image and the entropy of their shares of patches; a softly assigned patch counts for
-    its most probable segment."""
-    owner = second.argmax(1).gather(1, first.argmax(1))  # [B, N] <- [B, G1] at [B, N]
-    shares = F.one_hot(owner, second.shape[1]).float().mean(1)  # [B, G2]
+def _usage(first: Tensor, second: Tensor, groups: int) -> dict[str, Tensor]:
+    """Final segments in use per image, of `groups`, and the entropy of their shares of patches. A patch belongs to
+    the group that won it, or most of it, in both stages: int64 ``[B, N]`` and ``[B, G1]``."""
+    owner = second.gather(1, first)  # [B, N] <- [B, G1] at [B, N]
+    shares = F.one_hot(owner, groups).float().mean(1)  # [B, G2]
     used = (shares > 0).sum(1).float().mean()
     return {"groups_used": used, "group_entropy": torch.special.entr(shares).sum(1).mean()}

@@ -22,6 +22,9 @@ XFORMERS_INSTALLED = importlib.util.find_spec("xformers") is not None
 # The first release that says "causal" as a window of keys.
 VARLEN_INSTALLED = torch.torch_version.TorchVersion(torch.__version__) >= (2, 11)
 
+# Asked once: torch.compile cannot trace the question.
+CPU_HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
 # What was measured fastest, by device, form and dtype (benchmarks/test_attention.py), as the order in which "auto"
 # tries. Where nothing is measured yet, what comes with PyTorch goes first.
 UNMEASURED = ("varlen", "torch", "xformers", "products")
@@ -213,6 +216,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) ->
 def _products(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
     if causal:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    q, k = q.contiguous(), k.contiguous()  # a product that copied k itself would copy it transposed
     logits = q * q.shape[-1] ** -0.5 @ k.mT  # [B, H, N, M]
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
@@ -316,7 +320,7 @@ def xformers_problems() -> list[str]:
 
 
 def _products_reasons(q: Tensor, packing: Packing | None) -> list[str]:
-    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not CPU_HAS_BF16
     return ["this CPU has no instructions for bf16"] if slow else []
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from .dispatch import Impl, autocast, choose, falls_back, triton_reasons, withou
 from .philox import gumbel, philox, seed_tensor
 from .registration import kernel
 
-ReturnAssignment = Literal["none", "soft", "used"]
+ReturnAssignment = Literal["none", "soft", "used", "winner"]
 MOST_GROUPS = 128  # of the kernels: a tile holds all groups, and a winner is one byte
 
 
@@ -99,7 +99,8 @@ def grouping_attention(
             alone and is never stored. A tensor is read where it lies: the same graph draws anew with every value.
         tau: temperature of the softmax. eps: added to each group's number of patches.
         return_assignment: "soft" adds ``softmax(logits / tau)`` without noise, "used" the assignment that formed the
-            output, fp32 ``[B, G, N]``; both differentiable.
+            output, fp32 ``[B, G, N]``; both differentiable. "winner" adds the group with most of each patch in the
+            assignment that formed the output, int64 ``[B, N]``; no map is written for it where that was hard.
     Returns:
         ``[B, G, C]`` in the dtype of `v`, or a pair with the assignment. Deterministic.
     Raises:
@@ -110,22 +111,30 @@ def grouping_attention(
             f"grouping_attention: expected q [B, G, C] and k, v [B, N, C], got {list(q.shape)}, {list(k.shape)}, "
             f"{list(v.shape)}"
         )
-    if return_assignment not in ("none", "soft", "used"):
-        raise ValueError(f"grouping_attention: return_assignment must be none, soft or used, got {return_assignment!r}")
+    if return_assignment not in get_args(ReturnAssignment):
+        raise ValueError(
+            f"grouping_attention: return_assignment must be none, soft, used or winner, got {return_assignment!r}"
+        )
     scale = q.shape[2] ** -0.5 if scale is None else scale
     q, k, v = autocast(q, k, v)
     reasons = {"triton": lambda: _not_supported_reasons(q, k, v), "torch": list}
     if choose("grouping_attention", impl, reasons, (q, k, v)) == "triton":
         seed = None if seed is None else seed_tensor(seed, q.device)
-        out, assignment, _, _ = _grouping_attention(
-            q, k, v, seed, first_image, scale, tau, eps, hard, return_assignment
-        )
+        written = return_assignment
+        if return_assignment == "winner":
+            written = "none" if hard else "used"
+        out, assignment, winner, _ = _grouping_attention(q, k, v, seed, first_image, scale, tau, eps, hard, written)
+        if return_assignment == "winner":
+            # A patch with a NaN has no winner, but its number is to be an index as all others.
+            assignment = winner.clamp(max=q.shape[1] - 1).long() if hard else assignment.argmax(dim=1)
     else:
         with without_autocast(q):
             out, soft, used = grouping_attention_reference(
                 q, k, v, scale=scale, hard=hard, seed=seed, first_image=first_image, tau=tau, eps=eps
             )
         out, assignment = out.to(v.dtype), soft if return_assignment == "soft" else used
+        if return_assignment == "winner":
+            assignment = used.argmax(dim=1)
     return out if return_assignment == "none" else (out, assignment)
 
 

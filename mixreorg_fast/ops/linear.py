@@ -32,7 +32,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Linea
     Raises:
         RuntimeError: `impl` cannot run here.
     """
-    if impl == "auto" and (x.device.type != "cpu" or torch.compiler.is_compiling() or not onednn_wins()):
+    candidate = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if impl == "auto" and not (candidate and onednn_wins()):
         return F.linear(x, weight, bias)
     reasons = {"onednn": lambda: _onednn_reasons(x, weight), "torch": list}
     if choose("linear", impl, reasons, (x, weight)) == "onednn":

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import Config
+from ..config import Config, are_scenes
 from ..errors import UserError
 from ..models import weights
 from . import checkpoint
@@ -48,10 +48,11 @@ def refuse_another(config: Config, resume: str) -> None:
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Keys that a run is made of whose values differ, with both values; `was`: resolved, as config.json is."""
     old, new = _flat(was), _flat(now)
-    scenes = [shown_shards(each.get("data.shards"), each["data.scenes.folder"]) for each in (old, new)]
-    old["data.shards"], new["data.shards"] = scenes
+    for values in (old, new):
+        if are_scenes(values.get("data.shards"), values["data.scenes.folder"]):
+            values["data.shards"] = SCENES
     free = FREE | {"data.scenes.folder", "data.scenes.val"}
-    if SCENES not in scenes:
+    if SCENES not in (old["data.shards"], new["data.shards"]):
         free |= {key for key in new if key.startswith("data.scenes.")}
     if not new.get("model.text.vocab_size"):
         free |= {"model.text.vocab_size"}  # the tokenizer's size, which the folder's configuration holds
@@ -120,14 +121,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-def shown_shards(shards: Any, scenes: str) -> Any:
-    """``data.shards``, or SCENES for the embedded ones in the folder `scenes`, which a resolved configuration lists."""
-    if shards is None:
-        return SCENES
-    drawn = isinstance(shards, list) and all(isinstance(each, str) for each in shards)
-    return SCENES if drawn and {str(Path(each).parent) for each in shards} == {str(Path(scenes))} else shards
 
 
 def _short(value: Any) -> str:

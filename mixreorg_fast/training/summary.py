@@ -11,7 +11,7 @@ from .. import devices
 from ..config import Config
 from ..ops.attention import Packing, chosen
 from .distributed import World
-from .run_folder import SCENES, shown_shards
+from .run_folder import SCENES
 
 WAYS = ("image_to_text", "text_to_image")
 PICTURES = ("segmentation.png", "segments.png", "mixing.png", "losses.png")
@@ -36,8 +36,7 @@ def summary(config: Config, world: World) -> str:
 
 def opening(config: Config, samples: int, module: nn.Module, steps: int) -> str:
     """Data, model, steps and folder; `module`: as it is before DeepSpeed partitions its parameters."""
-    scenes = shown_shards(config.data.shards, config.data.scenes.folder) == SCENES
-    data = f"{SCENES} ({config.data.scenes.folder})" if scenes else "data.shards"
+    data = f"{SCENES} ({config.data.scenes.folder})" if config.data.is_scenes else "data.shards"
     method = {"mixreorg": "MixReorg", "groupvit": "GroupViT"}[config.model.method]
     millions = sum(parameter.numel() for parameter in module.parameters()) / 1e6
     return (

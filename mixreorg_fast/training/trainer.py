@@ -143,7 +143,11 @@ class Trainer:
         on_main(self.world, open_log)
         with _full_disk_in_one_line(self.run_folder):
             try:
-                with self._loader(self.step) as loader, StopRequest() as stop:
+                with (
+                    _out_of_memory_in_one_line(self.config, self.micro_batch),
+                    self._loader(self.step) as loader,
+                    StopRequest() as stop,
+                ):
                     images = self._loop(loader, log, watch, stop)
             finally:
                 if log is not None:
@@ -441,6 +445,23 @@ def _full_disk_in_one_line(run: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise RankError(f"{run} cannot be written: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _out_of_memory_in_one_line(config: Config, micro_batch: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        settings = config.train
+        groups = micro_batch * settings.accumulation // config.group_size
+        splits = [n for n in range(settings.accumulation + 1, groups + 1) if groups % n == 0]
+        choices = [f"train.accumulation={splits[0]} with train.grad_cache=true"] if splits else []
+        if not settings.checkpoint_activations:
+            choices.append("train.checkpoint_activations=true")
+        choices.append(f"a train.batch below {settings.batch}")
+        raise RankError(
+            f"out of memory with {micro_batch} images per rank and micro-step; set {', or '.join(choices)}"
+        ) from error
 
 
 def _peak_memory(device: torch.device) -> int:

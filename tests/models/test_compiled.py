@@ -1,13 +1,15 @@
 """The step as torch.compile and CUDA see it: no graph break, few graphs, no waiting for the host."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
-import torch.nn.functional as F
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.backends.registry import lookup_backend
 
 from mixreorg_fast import ops
-from mixreorg_fast.models import Batch, MixReorg, mixreorg
-from mixreorg_fast.models.layers import call
+from mixreorg_fast.models import Batch, MixReorg, layers
+from mixreorg_fast.models.layers import Projection, compiled_call
 from tests.tiny import fill, random_batch, tiny_config
 
 
@@ -27,30 +29,76 @@ def gradients(model: MixReorg, batch: Batch) -> tuple[torch.Tensor, list[torch.T
     return loss.detach(), torch.autograd.grad(loss, list(model.parameters()))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.gpu)])
-@torch._dynamo.config.patch(recompile_limit=64)
-def test_compiled_blocks_change_nothing_and_share_graphs(recompute, backend, device, monkeypatch):
-    """Every part is traced whole (fullgraph raises on a break), and blocks of one shape are one graph."""
+class Graphs:
+    """Stands for torch.compile's backend, and keeps the shapes of each graph's inputs, None for symbolic sizes."""
+
+    def __init__(self, backend: str = "eager"):
+        self.shapes: list[list[tuple]] = []
+        self._compile = lookup_backend(backend)
+
+    def __call__(self, graph, inputs):
+        values = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+        shapes = [x.shape if isinstance(x, torch.Tensor) else (x,) for x in values]
+        known = lambda n: n.node.maybe_as_int() if isinstance(n, torch.SymInt) else n  # noqa: E731
+        self.shapes.append([tuple(map(known, shape)) for shape in shapes])
+        return self._compile(graph, inputs)
+
+    @property
+    def symbolic(self) -> list[list[tuple]]:
+        return [shapes for shapes in self.shapes if any(None in shape for shape in shapes)]
+
+
+@pytest.fixture
+def graphs(request, monkeypatch):
+    """:class:`Graphs` of whatever is compiled in this test; the backend is the test's, by default none."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend(backend)
-    whole = torch.compile(call, fullgraph=True, backend=counter)
-    monkeypatch.setattr(mixreorg, "compiled_call", lambda cuda_graphs: whole)
+    compiled_call.cache_clear()
+    graphs = Graphs(getattr(request, "param", "eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
+    yield graphs
+    compiled_call.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("graphs", ["eager", pytest.param("inductor", marks=pytest.mark.gpu)], indirect=True)
+def test_compiled_parts_change_nothing_and_share_graphs(recompute, graphs, device):
+    """Every part is traced whole (fullgraph raises on a break), blocks of one shape are one graph, images have static
+    graphs, and captions of other lengths compile nothing anew."""
     plain = module(train={"compile": False}).to(device)
     compiled = module(train={"compile": True, "checkpoint_activations": recompute}).to(device)
-    for step in range(2):  # captions of the second step have other lengths
+    for step in range(3):
         batch = on(device, random_batch(plain.config, 8, seed=step, nouns=2))
         (loss, grads), (expected, truth) = gradients(compiled, batch), gradients(plain, batch)
         torch.testing.assert_close(loss, expected)
         for grad, exact in zip(grads, truth, strict=True):
             torch.testing.assert_close(grad, exact, rtol=1e-4, atol=1e-5)
         if step == 0:
-            first = counter.frame_count
-    # Image blocks: alone without and with stochastic depth, with the mixed ones, of the three branches in stages 2
-    # and 3; text blocks; queries and segments of two grouping blocks each.
-    assert first <= 10
-    # Packed rows of another number, and other buckets of them.
-    assert counter.frame_count <= first + 2
+            first = len(graphs.shapes)
+    # Image blocks: without and with stochastic depth, alone and with the mixed ones in stage 1, of the three branches
+    # in stages 2 and 3. Before, between and after the stages 6. Captions 2, projections 2, the measures of use.
+    assert first <= 16
+    assert len(graphs.shapes) == first
+    # Symbolic are the blocks and the last norm of captions; no other tokens, of images, are in those graphs.
+    assert len(graphs.symbolic) == 2
+    channels = {shape[-1] for shapes in graphs.symbolic for shape in shapes if None in shape[:-1]}
+    assert channels == {plain.config.model.text.width}
+
+
+@torch.no_grad()
+def test_statistics_of_all_ranks_are_in_the_graph_of_a_projection(graphs, monkeypatch):
+    """Two ranks with the same rows, pretended: the sum over ranks is an operation of the graph."""
+    projection = Projection(8, 12, 4)
+    fill(projection)
+    alone, rows = copy.deepcopy(projection), torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    expected = alone(rows, 4)
+    monkeypatch.setattr(layers, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.mul_(2))
+    found = projection(rows, 4, run=compiled_call())
+    assert len(graphs.shapes) == 1
+    torch.testing.assert_close(found, expected)
+    assert projection.norm.num_batches_tracked == 1
+    torch.testing.assert_close(projection.norm.running_mean, alone.norm.running_mean)
 
 
 def test_losses_and_projections_are_one_graph():
@@ -62,12 +110,11 @@ def test_losses_and_projections_are_one_graph():
 
     def tail(patches, groups, texts):
         stage = backbone.image_encoder.stages[0]
-        patches, queries = stage.grouping.queries(patches, groups)
-        q, k, v = stage.grouping.project(patches, queries)
+        queries, q, k, v = stage.grouping.prepare(patches, groups)
         out, first = ops.grouping_attention(q, k, v, seed=3, return_assignment="used")
         segments = stage.grouping.finish(queries, out)
         rows = torch.cat([segments.mean(1), segments.flatten(0, 1)])
-        embeddings = F.normalize(backbone.image_projection(rows, statistics_rows=8), dim=-1)
+        embeddings = backbone.image_projection(rows, statistics_rows=8)
         images, segments = embeddings[:8], embeddings[8:].unflatten(0, (8, -1))
         second = torch.eye(segments.shape[1]).expand(8, -1, -1)
         multiplier = backbone.logit_multiplier()

@@ -68,6 +68,30 @@ def test_a_branch_without_a_loss_costs_nothing_and_changes_nothing(absent):
         torch.testing.assert_close(got.grad, expected.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("hard", [True, False])
+def test_maps_are_asked_for_where_they_are_read(hard, monkeypatch):
+    """Of the mixed branch alone; what is measured of the original's use of segments is what its maps would say."""
+    model = module(model={"hard_assignment": hard})
+    asked, maps = [], []
+    grouping_attention = ops.grouping_attention
+
+    def recording(*args, return_assignment, **settings):
+        asked.append(return_assignment)
+        if return_assignment == "winner":
+            maps.append(grouping_attention(*args, return_assignment="used", **settings)[1])
+        return grouping_attention(*args, return_assignment=return_assignment, **settings)
+
+    monkeypatch.setattr(ops, "grouping_attention", recording)
+    out = model(random_batch(model.config, 8))
+    assert asked == ["winner", "used", "none"] * 2
+    first, second = maps
+    owner = second.argmax(1).gather(1, first.argmax(1))
+    shares = torch.nn.functional.one_hot(owner, second.shape[1]).float().mean(1)
+    assert torch.equal(out["groups_used"], (shares > 0).sum(1).float().mean())
+    assert torch.equal(out["group_entropy"], torch.special.entr(shares).sum(1).mean())
+    assert out["groups_used"] > 1
+
+
 def test_schedules_run_to_the_settings_of_evaluation():
     schedule = {"share": 0.5, "tau_start": 4.0, "noise_end": 0.0, "soft_start": True, "mixed_start": 0.0}
     model = module(model={"tau": 0.25}, schedule=schedule)

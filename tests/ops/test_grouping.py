@@ -210,6 +210,22 @@ def test_nan_is_not_hidden(impl, device):
         assert any(grad[1].isnan().any() for grad in grads)
 
 
+def test_whole_rows_are_prefetched_where_the_device_can(monkeypatch):
+    kernels = pytest.importorskip("mixreorg_fast.kernels.grouping")
+    assert kernels._prefetch_bytes(torch.empty(2, 3, 16, device="meta")) == 0  # not interpreted
+    monkeypatch.setattr(kernels, "INTERPRET", False)
+    for capability, dtype, width, size in (
+        (90, torch.bfloat16, 384, 768),
+        (120, torch.float32, 8, 32),
+        (89, torch.bfloat16, 384, 0),  # has no such instruction
+        (90, torch.bfloat16, 100, 0),  # rows of 200 bytes: no multiple of 16
+    ):
+        monkeypatch.setattr(kernels, "architecture", lambda _, capability=capability: capability)
+        rows = torch.empty(2, 3, 2 * width, dtype=dtype, device="meta")
+        assert kernels._prefetch_bytes(rows[..., :width], rows[..., width:]) == size
+    assert kernels._prefetch_bytes(torch.empty(2, 3, 17, device="meta")[..., 1:]) == 0  # rows not aligned
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_no_images_and_no_patches(impl, device):
     q, k, v = (torch.zeros(0, n, 16, device=device, requires_grad=True) for n in (8, 11, 11))
@@ -220,6 +236,23 @@ def test_no_images_and_no_patches(impl, device):
     out = ops.grouping_attention(q, k, v, impl=impl)
     assert torch.equal(out, torch.zeros_like(out))
     assert torch.equal(torch.autograd.grad(out.sum(), q)[0], torch.zeros_like(q))
+
+
+@pytest.mark.parametrize("settings", [TRAINING, SOFT])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_winners_are_those_of_the_used_assignment(impl, settings, device, poisoned_memory):
+    q, k, v = make((2, 6, 37, 16), torch.float32, device, settings)
+    expected, used = ops.grouping_attention(q, k, v, return_assignment="used", impl=impl, **settings)
+    out, winner = ops.grouping_attention(q, k, v, return_assignment="winner", impl=impl, **settings)
+    assert torch.equal(out, expected)
+    assert winner.dtype == torch.int64 and not winner.requires_grad
+    assert torch.equal(winner, used.argmax(dim=1)) and winner.unique().numel() > 3
+    for with_map, without in zip(*(torch.autograd.grad(o.sum(), (q, k, v)) for o in (expected, out)), strict=True):
+        torch.testing.assert_close(without, with_map)
+    k = k.detach().clone()
+    k[1, 4, 3] = float("nan")  # an image that is to be skipped, not to end the run by an index out of range
+    _, winner = ops.grouping_attention(q, k, v, return_assignment="winner", impl=impl, **settings)
+    assert winner.min() >= 0 and winner.max() < 6
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 30, 32), (1, 64, 70, 32)])  # one tile; several
@@ -301,7 +334,7 @@ def test_errors_name_what_is_wrong(device):
         ValueError, match=r"expected q \[B, G, C\] and k, v \[B, N, C\], got \[1, 3, 16\], \[1, 4, 16\]"
     ):
         ops.grouping_attention(q, k[:, :4], v)
-    with pytest.raises(ValueError, match="return_assignment must be none, soft or used, got 'hard'"):
+    with pytest.raises(ValueError, match="return_assignment must be none, soft, used or winner, got 'hard'"):
         ops.grouping_attention(q, k, v, return_assignment="hard")
     with pytest.raises(RuntimeError, match=r"cannot run on float32 \[1, 3, 16\].*several dtypes.*bfloat16"):
         ops.grouping_attention(q, k, v.bfloat16(), impl="triton")

@@ -24,6 +24,7 @@ from mixreorg_fast.errors import UserError, run_command
 from mixreorg_fast.models import MixReorg
 from mixreorg_fast.training import checkpoint
 from mixreorg_fast.training import trainer as module
+from mixreorg_fast.training.distributed import leave
 from mixreorg_fast.training.trainer import Trainer, train
 from mixreorg_fast.training.watch import launchers
 
@@ -65,6 +66,8 @@ def inject(faults: dict) -> None:
         return out
 
     def losses(*arguments) -> dict:
+        if faults.get("memory") == [step, int(os.environ["RANK"])]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         out = losses_of(*arguments)
         return out | {"loss": out["loss"] * (1e6 if step in faults.get("spike", []) else 1.0)}
 
@@ -106,4 +109,6 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(sys.argv[-1])))
+    code = run_command(lambda: main(sys.argv[-1]))
+    leave(code)
+    sys.exit(code)

@@ -244,6 +244,18 @@ def test_grad_cache_trains_as_one_big_batch(folder, reference):
         assert cached[3][name] == pytest.approx(whole[3][name], rel=1e-2), name
 
 
+def test_a_rank_without_memory_says_what_to_set(folder):
+    """And ends, and with it the others, which wait for it."""
+    settings = config(folder, "memory", batch=16, accumulation=1, timeout=60.0)
+    code, output = finish(start(folder, (settings, {"memory": (3, 1)})))
+    assert code == 2, output[-3000:]
+    (line,) = (line for line in output.splitlines() if "out of memory" in line)
+    assert line.startswith("error: out of memory with 8 images per rank and micro-step; set train.accumulation=2 with")
+    assert line.endswith("train.grad_cache=true, or train.checkpoint_activations=true, or a train.batch below 16")
+    assert "[rank1]: Traceback" not in output and "no progress" not in output
+    assert steps(folder / "runs" / "memory") == [2]
+
+
 def test_preparing_may_take_longer_than_collectives_waited(folder, reference):
     assert list(reports_of(folder / "runs" / "whole")) == [1, 2, 3]
 

@@ -70,7 +70,7 @@ def test_what_a_run_says(run):
     assert lines[0].startswith("1 × CPU")
     place = f"in {folder / 'runs' / 'run'}"
     assert lines[1].startswith("24 samples of the embedded scenes") and lines[1].endswith(f"2 steps, {place}")
-    assert "MixReorg of 0.0 million parameters" in lines[1]
+    assert "MixReorg of 0.1 million parameters" in lines[1]
     assert "for the remaining 1 steps, then the scores" in err
     assert lines[2].startswith("scenes: mIoU ") and "all background scores" in lines[2] and "oracle" in lines[2]
     assert any(line.startswith("oracle: the mIoU if every segment") for line in lines)

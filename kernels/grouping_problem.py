@@ -1,0 +1,107 @@
+"""How the grouping attention cuts a call into tiles, and the configurations that they are launched with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .variants import ARCHITECTURES, Config, cdiv, next_power_of_2
+
+
+def _on(*architectures: int, channels: int, warps: int, stages: int = 2) -> dict[int, Config]:
+    config = Config({"BLOCK_CHANNELS": channels}, num_warps=warps, num_stages=stages)
+    return dict.fromkeys(architectures or ARCHITECTURES, config)
+
+
+# By kernel and element size, then by the tile's elements at most, then by architecture. docs/kernels.md says why.
+CONFIGS = {
+    ("forward", 2): {
+        2**12: _on(channels=64, warps=4),
+        2**13: _on(channels=64, warps=8),
+        2**14: {
+            **_on(80, 86, 89, channels=64, warps=16),
+            **_on(90, channels=128, warps=16),
+            **_on(120, channels=32, warps=16),
+        },
+    },
+    ("backward", 2): {
+        2**12: _on(channels=64, warps=4),
+        2**13: {**_on(channels=32, warps=8), **_on(90, channels=64, warps=8)},
+        2**14: {
+            **_on(80, 86, 89, 120, channels=32, warps=8),
+            **_on(90, channels=64, warps=8, stages=3),
+        },
+    },
+    ("backward with map", 2): {
+        2**12: _on(channels=64, warps=4),
+        2**13: {**_on(channels=32, warps=8), **_on(90, channels=64, warps=8)},
+        2**14: {
+            **_on(80, channels=32, warps=8, stages=3),
+            **_on(86, 89, 90, 120, channels=32, warps=8),
+        },
+    },
+    ("aggregate", 2): {2**13: {**_on(channels=32, warps=8), **_on(90, channels=128, warps=8)}},
+    ("forward", 4): {2**12: _on(channels=32, warps=8)},
+    ("backward", 4): {2**12: _on(channels=32, warps=8)},
+    ("backward with map", 4): {2**12: _on(channels=32, warps=8)},
+    ("aggregate", 4): {2**12: {**_on(channels=32, warps=8), **_on(100, channels=32, warps=8, stages=1)}},
+}
+CANDIDATES = [
+    Config({"BLOCK_CHANNELS": channels}, num_warps=warps, num_stages=stages)
+    for channels in (32, 64, 128)
+    for warps in (4, 8, 16)
+    for stages in (2, 3, 4)
+]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The sizes of a call, and how its images are cut into tiles of patches."""
+
+    batch: int
+    groups: int
+    patches: int
+    channels: int
+    itemsize: int
+    architecture: int
+    with_soft: bool = False  # a soft map or assignment, which takes registers of its own
+
+    @property
+    def block_groups(self) -> int:
+        return max(16, next_power_of_2(self.groups))
+
+    @property
+    def block_patches(self) -> int:
+        """The whole image if a program's registers hold it, as they do the model's at 224 px in 16 bits."""
+        tensor_memory = self.architecture // 10 == 10  # a product's way through it costs registers
+        if self.itemsize == 4:
+            whole = part = 2**12 if self.architecture < 100 else 2**11
+        elif self.with_soft or self.block_groups > 64 or self.channels % 64 > 0 or tensor_memory:
+            whole = part = 2**13
+        else:
+            whole, part = 2**14, 2**13
+        block = max(16, next_power_of_2(self.patches))
+        return block if block * self._width <= whole else part // self._width
+
+    @property
+    def _width(self) -> int:
+        """Of a tile: groups, or a block of channels."""
+        return max(64, self.block_groups)
+
+    @property
+    def tiles(self) -> int:
+        return max(1, cdiv(self.patches, self.block_patches))
+
+    @property
+    def constexprs(self) -> dict[str, object]:
+        return {
+            "GROUPS": self.groups,
+            "CHANNELS": self.channels,
+            "BLOCK_PATCHES": self.block_patches,
+            "BLOCK_GROUPS": self.block_groups,
+        }
+
+    def configurations(self, kernel: str) -> dict[int, Config]:
+        """The table for `kernel`'s tiles of this size."""
+        tables = CONFIGS[kernel, self.itemsize]
+        elements = self.block_patches * self._width
+        return tables[min(most for most in tables if most >= elements)]

@@ -1,0 +1,132 @@
+"""What the grouping attention's kernels do with a tile of patches by groups, or of rows by channels.
+
+Columns of a tile are groups in the order of :func:`group_of_column`, which noise wants; memory is in natural order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .precision import exp2, reciprocal, rounded, upcast
+
+
+@triton.jit
+def group_of_column(BLOCK_GROUPS: tl.constexpr):
+    """The group of each column of a tile: 0, 4, 8, …, 1, 5, 9, …"""
+    column = tl.arange(0, BLOCK_GROUPS)
+    return column % (BLOCK_GROUPS // 4) * 4 + column // (BLOCK_GROUPS // 4)
+
+
+@triton.jit
+def _tile(row, row_exists, first, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """Offsets and mask of channels ``first`` to ``first + BLOCK_CHANNELS`` of the rows that start at offsets `row`."""
+    channel = first + tl.arange(0, BLOCK_CHANNELS)[None, :]
+    mask = row_exists[:, None]
+    if CHANNELS % BLOCK_CHANNELS > 0:
+        mask &= channel < CHANNELS
+    return row[:, None] + channel, mask
+
+
+@triton.jit
+def load_rows(
+    base, row, row_exists, first, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, EVICT: tl.constexpr = ""
+):
+    """A tile of rows that start at ``base + row``; what does not exist is 0."""
+    offset, mask = _tile(row, row_exists, first, CHANNELS, BLOCK_CHANNELS)
+    return upcast(tl.load(base + offset, mask=mask, other=0.0, eviction_policy=EVICT))
+
+
+@triton.jit
+def store_rows(base, row, row_exists, first, x, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    offset, mask = _tile(row, row_exists, first, CHANNELS, BLOCK_CHANNELS)
+    tl.store(base + offset, rounded(x, base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def prefetch_rows(base, row, row_exists, BYTES: tl.constexpr):
+    """The L2 cache fetches whole rows of so many bytes, which are read later."""
+    tl.inline_asm_elementwise(
+        """{
+            .reg .pred exists;
+            setp.ne.s32 exists, $2, 0;
+            @exists cp.async.bulk.prefetch.L2.global [$1], $3;
+            mov.b32 $0, 0;
+        }""",
+        "=r,l,r,r",
+        [(base + row).to(tl.int64), row_exists.to(tl.int32), BYTES],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def load_map(base, patch, group, patches, GROUPS: tl.constexpr):
+    """A tile ``[P, G]`` of an image's map ``[GROUPS, patches]``; what does not exist is 0."""
+    mask = (patch < patches)[:, None] & (group < GROUPS)[None, :]
+    return tl.load(base + (group[None, :] * patches + patch[:, None]), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_map(base, patch, group, x, patches, GROUPS: tl.constexpr):
+    mask = (patch < patches)[:, None] & (group < GROUPS)[None, :]
+    tl.store(base + (group[None, :] * patches + patch[:, None]), rounded(x, base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def inner_products(
+    products,
+    patch_base,
+    patch_row,
+    patch_exists,
+    group_base,
+    group_row,
+    group_exists,
+    CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    EVICT: tl.constexpr = "",
+):
+    """fp32 ``[P, G] <- products + [P, C] @ [C, G]``, each row read once; EVICT: the cache policy of the patches."""
+    for first in range(0, CHANNELS, BLOCK_CHANNELS):
+        x = load_rows(patch_base, patch_row, patch_exists, first, CHANNELS, BLOCK_CHANNELS, EVICT)
+        y = load_rows(group_base, group_row, group_exists, first, CHANNELS, BLOCK_CHANNELS)
+        products = tl.dot(x, tl.trans(y), products, input_precision="ieee")
+    return products
+
+
+@triton.jit
+def weighted_sums(weights, x):
+    """fp32 ``[G, C] <- [P, G], [P, C]``, of operands. The weights stand second: that operand of a product is read from
+    shared memory, while a first one that comes from registers would be spread over them, a copy per warp."""
+    return tl.trans(tl.dot(tl.trans(x), weights, input_precision="ieee"))
+
+
+@triton.jit
+def mask_groups(logits, group, GROUPS: tl.constexpr):
+    """-inf in the columns that are no groups."""
+    if group.shape[0] > GROUPS:
+        logits = tl.where((group < GROUPS)[None, :], logits, float("-inf"))
+    return logits
+
+
+@triton.jit
+def softmax(logits):
+    """Over the groups, of logits in units of log(2); columns that are no groups hold -inf."""
+    weights = exp2(logits - tl.max(logits, axis=1)[:, None])
+    return weights * reciprocal(tl.sum(weights, axis=1))[:, None]
+
+
+@triton.jit
+def winners(logits, group):
+    """The group with the largest logit ``[P]``, the lowest among equals; BLOCK_GROUPS for a patch with a NaN."""
+    largest = tl.max(tl.where(logits == logits, logits, float("inf")), axis=1)  # which no finite logit equals
+    return tl.min(tl.where(logits == largest[:, None], group[None, :], group.shape[0]), axis=1)
+
+
+@triton.jit
+def one_hot(winner, group):
+    """fp32 ``[P, G]``, and the number of patches of each group ``[G]``: NaN everywhere if one patch has a NaN."""
+    weights = (winner[:, None] == group[None, :]).to(tl.float32)
+    total = tl.sum(weights, axis=0)
+    return weights, tl.where(tl.max(winner) == group.shape[0], float("nan"), total)
