@@ -135,6 +135,8 @@ def local_size() -> int:
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """A host tensor on `device`, without waiting for a GPU: what lies in pinned memory is copied in its own time."""
+    if device.type == "cpu":
+        return tensor
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
