@@ -248,7 +248,7 @@ def test_a_rank_without_memory_says_what_to_set(folder):
     """And ends, and with it the others, which wait for it."""
     settings = config(folder, "memory", batch=16, accumulation=1, timeout=60.0)
     code, output = finish(start(folder, (settings, {"memory": (3, 1)})))
-    assert code == 2, output[-3000:]
+    assert code in (1, 2), output[-3000:]  # that of rank 1, or of rank 0, which loses its connection to it
     (line,) = (line for line in output.splitlines() if "out of memory" in line)
     assert line.startswith("error: out of memory with 8 images per rank and micro-step; set train.accumulation=2 with")
     assert line.endswith("train.grad_cache=true, or train.checkpoint_activations=true, or a train.batch below 16")
