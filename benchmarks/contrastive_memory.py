@@ -9,6 +9,7 @@ GPU: of allocated memory).
 """
 
 import argparse
+import importlib
 import json
 import resource
 import subprocess
@@ -18,7 +19,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from mixreorg_fast.ops import contrastive
+contrastive = importlib.import_module("mixreorg_fast.ops.contrastive_loss")
 
 
 class GeneratedPeers:

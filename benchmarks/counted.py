@@ -25,9 +25,10 @@ from torch.utils.flop_counter import flop_registry
 from mixreorg_fast import ledger, ops
 from mixreorg_fast.kernels.offline import Launch, offline
 from mixreorg_fast.ops import registration
-from mixreorg_fast.ops.tokens import blend_tokens_reference, mix_tokens_reference, restore_tokens_reference
+from mixreorg_fast.ops.decode_segments import decode_segments_reference
+from mixreorg_fast.ops.token_mixing import blend_tokens_reference, mix_tokens_reference, restore_tokens_reference
 
-from . import harness, test_contrastive, test_grouping_attention, test_mixed_segmentation
+from . import harness, test_contrastive_loss, test_grouping_attention, test_mixed_segmentation_loss
 
 RESULTS = harness.RESULTS / "counted.json"
 ARCHITECTURE = 90
@@ -60,7 +61,7 @@ def operations() -> Iterator[Op]:
         shape,
         [x],
         lambda: ops.patch_mix(x, plan, impl="triton"),
-        lambda: ops.mixing.patch_mix_reference(x, plan.source),
+        lambda: ops.patch_mixing.patch_mix_reference(x, plan.source),
         "85 % of copy bandwidth",
     )
     yield Op(
@@ -68,7 +69,7 @@ def operations() -> Iterator[Op]:
         shape,
         [mixed, x],
         lambda: ops.patch_blend(mixed, x, plan, 0.5, impl="triton"),
-        lambda: ops.mixing.patch_blend_reference(mixed, x, plan.source, 0.5),
+        lambda: ops.patch_mixing.patch_blend_reference(mixed, x, plan.source, 0.5),
         "85 % of copy bandwidth",
     )
     yield from _whole_tokens(plan)
@@ -97,7 +98,7 @@ def operations() -> Iterator[Op]:
         f"{IMAGES}x{GROUPS}x{PATCHES} G2={SEGMENTS} K={K}",
         [first, second, segments, texts, scale],
         lambda: ops.mixed_segmentation_loss(first, second, segments, texts, plan, scale, impl="triton"),
-        lambda: test_mixed_segmentation.eager(first, second, segments, texts, plan, scale),
+        lambda: test_mixed_segmentation_loss.eager(first, second, segments, texts, plan, scale),
         "5× eager",
     )
     for rows, target in ((32768, "1.5× eager"), (4096, "")):
@@ -107,7 +108,7 @@ def operations() -> Iterator[Op]:
             f"{rows}x{WIDTH}",
             [image, text, scale],
             lambda image=image, text=text: ops.contrastive_loss(image, text, scale, impl="triton"),
-            lambda image=image, text=text: test_contrastive.eager(image, text, scale),
+            lambda image=image, text=text: test_contrastive_loss.eager(image, text, scale),
             target,
             flops=2 * 2 * rows * rows * WIDTH,
         )
@@ -117,7 +118,7 @@ def operations() -> Iterator[Op]:
         "64x8x28x37 to 512x683 T=150",
         [],
         lambda: ops.decode_segments(maps, scores, (512, 683), impl="triton"),
-        lambda: ops.decoding.decode_segments_reference(maps, scores, (512, 683)),
+        lambda: decode_segments_reference(maps, scores, (512, 683)),
         "3× an eager look-up",
     )
 

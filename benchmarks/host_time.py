@@ -24,10 +24,10 @@ from triton.runtime.jit import JITFunction
 
 from mixreorg_fast import ops
 from mixreorg_fast.kernels import offline, variants
-from mixreorg_fast.ops.mixing import patch_blend_reference, patch_mix_reference
-from mixreorg_fast.ops.tokens import blend_tokens_reference, mix_tokens_reference, restore_tokens_reference
+from mixreorg_fast.ops.patch_mixing import patch_blend_reference, patch_mix_reference
+from mixreorg_fast.ops.token_mixing import blend_tokens_reference, mix_tokens_reference, restore_tokens_reference
 
-from . import test_contrastive, test_grouping_attention, test_mixed_segmentation
+from . import test_contrastive_loss, test_grouping_attention, test_mixed_segmentation_loss
 from .test_train_step import random_plan
 
 BATCH, PATCHES, GROUPS, SEGMENTS, WIDTH, GROUP_SIZE = 4, 16, 16, 4, 16, 4
@@ -103,11 +103,11 @@ def cases() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
         ),
         "mixed_segmentation_loss": (
             lambda: ops.mixed_segmentation_loss(first, second, segments, texts, plan, scale, **impl),
-            lambda: test_mixed_segmentation.eager(first, second, segments, texts, plan, scale),
+            lambda: test_mixed_segmentation_loss.eager(first, second, segments, texts, plan, scale),
         ),
         "contrastive_loss": (
             lambda: ops.contrastive_loss(image, texts, scale, **impl),
-            lambda: test_contrastive.eager(image, texts, scale),
+            lambda: test_contrastive_loss.eager(image, texts, scale),
         ),
         "decode_segments": (
             lambda: ops.decode_segments(maps, scores, (8, 8), **impl),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mixreorg_fast.models.mixreorg import _GROUPING, Batch
-from mixreorg_fast.ops.grouping import grouping_noise
+from mixreorg_fast.ops.grouping_attention import grouping_noise
 
 from . import harness, test_train_step
 from .harness import CPU_BF16, DEVICE, ON_GPU

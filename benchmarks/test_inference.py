@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from mixreorg_fast import accelerate, ops
 from mixreorg_fast.config import ModelConfig, TextConfig
 from mixreorg_fast.evaluation.classes import ADE20K
-from mixreorg_fast.inference.decoding import decode, decode_groupvit_reference, window_boxes
+from mixreorg_fast.inference.class_scores import class_scores
+from mixreorg_fast.inference.windows import decode, decode_groupvit_reference, window_boxes
 from mixreorg_fast.models import GroupViT
 from mixreorg_fast.models.convert import save_huggingface
-from mixreorg_fast.models.decoding import class_scores
 
 from .harness import CPU_BF16, DEVICE, ON_GPU, Case, Work, matrix
-from .test_decoding import dense
+from .test_decode_segments import dense
 
 CLASSES, VOCABULARY = 150, 49408
 # GroupViT's full size. Batch, the network's input, the photo.

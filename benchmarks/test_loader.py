@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from mixreorg_fast.config import Config, parse_config
-from mixreorg_fast.data.build import Pair, write_shard
+from mixreorg_fast.data.shards.build import Pair, write_shard
 from mixreorg_fast.models import Batch
 
 from . import test_train_step
@@ -61,7 +61,7 @@ def configuration() -> tuple[Config, tempfile.TemporaryDirectory]:
 
 @functools.cache
 def batches() -> Iterator:
-    from mixreorg_fast.data.loader import TrainLoader, tokenizer_for
+    from mixreorg_fast.data.reading.loader import TrainLoader, tokenizer_for
 
     config, folder = configuration()
     with mock.patch.dict(os.environ, XDG_CACHE_HOME=folder.name):  # where the shards' index goes
@@ -78,7 +78,7 @@ def test_waiting(record):
     config = test_train_step.configuration("mixreorg", DTYPE)
 
     def train() -> tuple[float, float]:
-        from mixreorg_fast.data.loader import TrainLoader, tokenizer_for
+        from mixreorg_fast.data.reading.loader import TrainLoader, tokenizer_for
 
         data, folder = configuration()
         step = test_train_step.ours(config)

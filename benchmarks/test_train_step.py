@@ -29,10 +29,10 @@ from mixreorg_fast.config import Config, parse_config
 from mixreorg_fast.models import Batch, MixReorg
 from mixreorg_fast.models.convert import save_huggingface
 from mixreorg_fast.models.encoders import TextEncoder
-from mixreorg_fast.ops.tokens import blend_tokens_reference, mix_tokens_reference, restore_tokens_reference
+from mixreorg_fast.ops.token_mixing import blend_tokens_reference, mix_tokens_reference, restore_tokens_reference
 from mixreorg_fast.training.optimisation import optimizer
 
-from . import harness, test_contrastive, test_grouping_attention, test_mixed_segmentation
+from . import harness, test_contrastive_loss, test_grouping_attention, test_mixed_segmentation_loss
 from .harness import CPU_BF16, DEVICE, ON_GPU, Case, Mode, Work, matrix
 from .report import LARGEST_BATCH
 
@@ -167,7 +167,7 @@ def random_drops(model: MixReorg, batch: Batch) -> Tensor | None:
 
 def plain_mixed_segmentation(first, second, segments, texts, plan, scale, **_) -> tuple[Tensor, Tensor]:
     """The loss, and the share of patches whose source is found."""
-    logits = test_mixed_segmentation.eager_logits(first, second, segments, texts, scale)
+    logits = test_mixed_segmentation_loss.eager_logits(first, second, segments, texts, scale)
     accuracy = (logits.detach().argmax(-1) == plan.labels).float().mean()
     return F.cross_entropy(logits.flatten(0, 1), plan.labels.flatten()), accuracy
 
@@ -188,7 +188,7 @@ def reference(same_draws: bool = False) -> Iterator[None]:
         "grouping_attention": lambda q, k, v, *, seed, return_assignment, **_: test_grouping_attention.eager(
             q, k, v, seed, return_assignment
         ),
-        "contrastive_loss": lambda image, text, scale, **_: test_contrastive.eager(image, text, scale),
+        "contrastive_loss": lambda image, text, scale, **_: test_contrastive_loss.eager(image, text, scale),
         "mixed_segmentation_loss": plain_mixed_segmentation,
     }
     with contextlib.ExitStack() as stack:

@@ -20,9 +20,9 @@ from .config import ScenesConfig, find_config, load_config
 from .devices import choose
 from .errors import UserError, extra
 from .evaluation.evaluate import load_on_device
+from .images import load_image
+from .inference.class_scores import segment_of_pixels
 from .inference.overlay import blend, segment_palette
-from .models.decoding import segment_of_pixels
-from .models.images import load_image
 from .models.weights import find_weights
 from .names import MASK_CLASSES, parse_classes
 
@@ -178,8 +178,8 @@ class Segmenter:
 def sample_scenes(config: ScenesConfig, folder: Path) -> list[list[str]]:
     """Scenes of the kind trained on, but never trained on, drawn into `folder`: per scene its path and class names,
     those of what it shows and of as many other kinds as make NAMED."""
-    from .data.drawing import Painter
-    from .data.scenes import KINDS, held_out_combinations, plan_scene, render
+    from .data.scenes.drawing import Painter
+    from .data.scenes.scenes import KINDS, held_out_combinations, plan_scene, render
 
     painter, held_out = Painter(SAMPLE_SIDE, config.seed), held_out_combinations(config.seed)
     samples = []

@@ -12,11 +12,11 @@ import torch
 
 from mixreorg_fast import load
 from mixreorg_fast.config import Config, parse_config
-from mixreorg_fast.data.build import write_shard
-from mixreorg_fast.data.loader import TrainLoader
-from mixreorg_fast.data.shards import ShardSet, open_shard, scan
-from mixreorg_fast.data.tokenizer import Tokenizer
-from mixreorg_fast.data.verify import verify_shard
+from mixreorg_fast.data.reading.loader import TrainLoader
+from mixreorg_fast.data.shards.build import write_shard
+from mixreorg_fast.data.shards.shards import ShardSet, open_shard, scan
+from mixreorg_fast.data.shards.verify import verify_shard
+from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.models import GroupViT, weights
 from tests.data.conftest import own_cache, pairs  # noqa: F401, the fixture is used by its name

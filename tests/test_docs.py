@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mixreorg_fast.cli import main
-from mixreorg_fast.data.tokenizer import Tokenizer
+from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.models import GroupViT
 from mixreorg_fast.models.convert import save_huggingface

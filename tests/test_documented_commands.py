@@ -21,7 +21,7 @@ import pytest
 from mixreorg_fast.cli import command as command_of
 from mixreorg_fast.cli import main
 from mixreorg_fast.config import find_config, load_config
-from mixreorg_fast.data.tokenizer import Tokenizer
+from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.models import GroupViT
 from mixreorg_fast.models.weights import save
 from tests.evaluation.fakes import draw_mask, draw_photo

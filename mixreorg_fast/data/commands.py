@@ -7,9 +7,9 @@ import os
 
 from ..config import ScenesConfig
 from ..errors import UserError
-from .build import build
-from .scenes import ensure_scenes
-from .verify import verify
+from .scenes.scenes import ensure_scenes
+from .shards.build import build
+from .shards.verify import verify
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

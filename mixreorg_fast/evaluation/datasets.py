@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..data.shards import how_to_make
+from ..data.shards.shards import how_to_make
 from ..errors import UserError, nearest
-from ..models.images import load_image
+from ..images import load_image
 from . import classes as names
 from .metrics import IGNORE
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..images import to_pixels
 from ..inference.fonts import draw_text, length, wrap
 from ..inference.overlay import INK, PAPER, blend, class_palette, colourise, legend, save_picture, segment_palette
-from ..models.images import to_pixels
 from .metrics import IGNORE
 
 CELL, GAP, TITLE = 224, 8, 17

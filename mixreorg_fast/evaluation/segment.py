@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 from ..errors import UserError
+from ..images import find_images
 from ..inference.fonts import drawable
 from ..inference.overlay import save_labels, save_picture
 from ..inference.segmenter import Segmenter
-from ..models.images import find_images
 from ..names import MASK_CLASSES, parse_classes, read_classes
 from .evaluate import add_view_arguments, load_on_device, settings_from
 from .outputs import AREAS, Outputs, mask_of, notes, written_here
@@ -67,7 +67,7 @@ def find_photos(sources: list[str], recursive: bool) -> dict[Path, Path]:
     Overlays and masks of earlier runs are left out of folders.
 
     Raises:
-        UserError: as :func:`~mixreorg_fast.models.images.find_images`; no photo but those.
+        UserError: as :func:`~mixreorg_fast.images.find_images`; no photo but those.
     """
     found: dict[Path, Path] = {}
     for source in map(Path, sources):

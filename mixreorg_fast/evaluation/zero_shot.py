@@ -19,8 +19,8 @@ from ..config import InferenceConfig
 from ..errors import RankError, UserError
 from ..files import saving
 from ..inference.overlay import save_labels
+from ..inference.prompts import text_classifier
 from ..inference.segmenter import Segmenter
-from ..models.prompts import text_classifier
 from . import metrics
 from .datasets import Sample, SegmentationDataset
 

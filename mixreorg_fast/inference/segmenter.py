@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..config import InferenceConfig
 from ..errors import UserError
-from ..models.decoding import class_scores
-from ..models.images import load_image, network_size, to_tensor
-from ..models.prompts import text_classifier
+from ..images import load_image, network_size, to_tensor
 from ..names import parse_classes
-from .decoding import Box, Decoded, decode, window_boxes
+from .class_scores import class_scores
 from .overlay import class_palette, kind_of, label_counts, overlay, save_labels, save_picture
+from .prompts import text_classifier
+from .windows import Box, Decoded, decode, window_boxes
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,7 @@ class Segmenter:
 
     Args:
         model: a :class:`~mixreorg_fast.models.GroupViT` in evaluation mode.
-        texts: ``[T, D]`` from :func:`~mixreorg_fast.models.prompts.text_classifier`.
+        texts: ``[T, D]`` from :func:`~mixreorg_fast.inference.prompts.text_classifier`.
         settings: `background_threshold` None means that there is no background here.
         classes: names of the labels, for :meth:`photo`.
         batch: photos of one network size, or windows, per forward pass.
@@ -172,7 +172,7 @@ class Segmenter:
         """Segment one photo.
 
         Args:
-            source: as of :func:`~mixreorg_fast.models.images.load_image`.
+            source: as of :func:`~mixreorg_fast.images.load_image`.
         Raises:
             UserError: as there.
         """

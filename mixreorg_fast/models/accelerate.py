@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .decoding import class_scores, image_threshold
+from ..inference.class_scores import class_scores, image_threshold
 
 if TYPE_CHECKING:
     from transformers import GroupViTModel

@@ -17,7 +17,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..data.tokenizer import END, START, Tokenizer
+from ..data.text.tokenizer import END, START, Tokenizer
 from ..errors import UserError
 from ..files import atomic_path, write_json
 from . import pth, weights

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import InferenceConfig, ModelConfig
 from ..errors import UserError
-from .decoding import class_scores, image_threshold
+from ..inference.class_scores import class_scores, image_threshold
 from .encoders import ImageEncoder, TextEncoder
 from .layers import Projection
 
 if TYPE_CHECKING:
-    from ..data.tokenizer import Tokenizer
+    from ..data.text.tokenizer import Tokenizer
     from ..inference.segmenter import Segmentation
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -174,7 +174,7 @@ class GroupViT(nn.Module):
 
         Args:
             image: a path, bytes, a binary file, a Pillow image or an array (see
-                :func:`~mixreorg_fast.models.images.load_image`); or a list or tuple of them, which gives a list.
+                :func:`~mixreorg_fast.images.load_image`); or a list or tuple of them, which gives a list.
             classes: names, such as ``"cat, dog, sofa"`` or ``["cat", "dog", "sofa"]``
                 (see :func:`~mixreorg_fast.names.parse_classes`).
             templates: one prompt template, several, or the name of a set

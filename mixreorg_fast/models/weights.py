@@ -64,7 +64,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> GroupViT:
     load_state(model, folder)
     tokenizer = folder / TOKENIZER
     if tokenizer.exists():
-        from ..data.tokenizer import Tokenizer
+        from ..data.text.tokenizer import Tokenizer
 
         model.tokenizer = Tokenizer.load(tokenizer)
     return model.to(device).eval()

@@ -5,14 +5,14 @@ tests and benchmarks.
 """
 
 from .attention import attention
-from .contrastive import contrastive_loss
-from .decoding import decode_segments
-from .grouping import grouping_attention
+from .contrastive_loss import contrastive_loss
+from .decode_segments import decode_segments
+from .grouping_attention import grouping_attention
 from .linear import linear
-from .mixed_segmentation import mixed_segmentation_loss
-from .mixing import MixPlan, patch_blend, patch_mix, patch_restore
+from .mixed_segmentation_loss import mixed_segmentation_loss
+from .patch_mixing import MixPlan, patch_blend, patch_mix, patch_restore
 from .stochastic_depth import stochastic_depth
-from .tokens import blend_tokens, mix_tokens, restore_tokens
+from .token_mixing import blend_tokens, mix_tokens, restore_tokens
 
 __all__ = [
     "MixPlan",

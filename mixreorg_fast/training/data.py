@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from .. import devices
 from ..config import Config
-from ..data.decoding import Decoder
-from ..data.loader import TrainLoader, reading_threads, shard_sets, training_shards
-from ..data.shards import Bad, ShardSet, expand, open_shard, open_shards
-from ..data.verify import is_ready, too_many_bad, verifying
+from ..data.reading.decoder import Decoder
+from ..data.reading.loader import TrainLoader, reading_threads, shard_sets, training_shards
+from ..data.shards.shards import Bad, ShardSet, expand, open_shard, open_shards
+from ..data.shards.verify import is_ready, too_many_bad, verifying
 from ..errors import UserError
 from ..files import atomic_path
 from .distributed import World, mean_over_ranks, on_main

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from ..config import Config, EvalDatasetConfig
-from ..data.loader import shard_sets, tokenizer_for, training_shards
-from ..data.scenes import ensure_scenes
-from ..data.shards import expand, open_shard, open_shards
-from ..data.tokenizer import Tokenizer
+from ..data.reading.loader import shard_sets, tokenizer_for, training_shards
+from ..data.scenes.scenes import ensure_scenes
+from ..data.shards.shards import expand, open_shard, open_shards
+from ..data.text.tokenizer import Tokenizer
 from ..errors import UserError
 from ..evaluation.datasets import open_dataset
 from ..files import write_json

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 
 from .. import devices
 from ..config import Config
-from ..data.loader import Batch as LoadedBatch
-from ..data.loader import TrainLoader
-from ..data.tokenizer import Tokenizer
+from ..data.reading.loader import Batch as LoadedBatch
+from ..data.reading.loader import TrainLoader
+from ..data.text.tokenizer import Tokenizer
 from ..errors import RankError, UserError
 from ..files import write_json
 from ..models import Batch, MixReorg, weights

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .. import ops
 from ..config import Config
-from ..data.loader import ValidationLoader, validation_shards
-from ..data.shards import ShardSet
-from ..data.tokenizer import Tokenizer
+from ..data.reading.loader import ValidationLoader, validation_shards
+from ..data.shards.shards import ShardSet
+from ..data.text.tokenizer import Tokenizer
 from ..evaluation.datasets import open_dataset
 from ..evaluation.pictures import dataset_figure, mixing_figure, segments_figure
 from ..evaluation.retrieval import retrieval_at_1

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from mixreorg_fast.config import Config, parse_config
-from mixreorg_fast.data.build import build, write_shard
-from mixreorg_fast.data.sources import Pair
-from mixreorg_fast.data.tokenizer import Tokenizer
+from mixreorg_fast.data.shards.build import build, write_shard
+from mixreorg_fast.data.shards.sources import Pair
+from mixreorg_fast.data.text.tokenizer import Tokenizer
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 210)}
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from mixreorg_fast.config import parse_config
-from mixreorg_fast.data.loader import TrainLoader, training_shards
-from mixreorg_fast.data.tokenizer import Tokenizer
+from mixreorg_fast.data.reading.loader import TrainLoader, training_shards
+from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.training import data
 from mixreorg_fast.training.distributed import World

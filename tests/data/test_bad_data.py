@@ -19,11 +19,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mixreorg_fast.data.build import write_shard
-from mixreorg_fast.data.loader import TrainLoader, training_shards
-from mixreorg_fast.data.shards import index_places
-from mixreorg_fast.data.sources import Pair
-from mixreorg_fast.data.verify import verify
+from mixreorg_fast.data.reading.loader import TrainLoader, training_shards
+from mixreorg_fast.data.shards.build import write_shard
+from mixreorg_fast.data.shards.shards import index_places
+from mixreorg_fast.data.shards.sources import Pair
+from mixreorg_fast.data.shards.verify import verify
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.training.data import BadSamples, check_bad, order_digest, ready_shards
 from mixreorg_fast.training.distributed import World
@@ -233,7 +233,7 @@ class TestReady:
 
     def test_read_only_folders(self, plain, three, monkeypatch):
         """The index goes to the cache folder (staged: root may write anywhere)."""
-        from mixreorg_fast.data import shards
+        from mixreorg_fast.data.shards.shards import shards
 
         write = shards.write_atomically
 

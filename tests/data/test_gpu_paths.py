@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from mixreorg_fast.config import AugmentConfig, DataConfig
-from mixreorg_fast.data import augment
-from mixreorg_fast.data.augment import training_graph, validation_graph
-from mixreorg_fast.data.decoding import feed, take
-from mixreorg_fast.data.loader import MOST_THREADS, TrainLoader, ValidationLoader, reading_threads
-from mixreorg_fast.data.shards import open_shards
+from mixreorg_fast.data.reading import augment
+from mixreorg_fast.data.reading.augment import training_graph, validation_graph
+from mixreorg_fast.data.reading.decoder import feed, take
+from mixreorg_fast.data.reading.loader import MOST_THREADS, TrainLoader, ValidationLoader, reading_threads
+from mixreorg_fast.data.shards.shards import open_shards
 
 from .conftest import photo
 
@@ -75,7 +75,7 @@ def test_dalis_own_share_of_the_jpeg_hardware_is_left_alone(operators):
 
 
 def test_the_loaders_pass_the_share_on(config, tokenizer, shards, monkeypatch):
-    from mixreorg_fast.data import loader as module
+    from mixreorg_fast.data.reading import loader as module
 
     seen = []
     for name in ("training_graph", "validation_graph"):

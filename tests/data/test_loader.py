@@ -11,9 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mixreorg_fast.data.augment import MEAN, STD
-from mixreorg_fast.data.build import write_shard
-from mixreorg_fast.data.loader import (
+from mixreorg_fast.data.reading.augment import MEAN, STD
+from mixreorg_fast.data.reading.loader import (
     Batch,
     TrainLoader,
     ValidationLoader,
@@ -23,8 +22,9 @@ from mixreorg_fast.data.loader import (
     training_shards,
     validation_shards,
 )
-from mixreorg_fast.data.shards import open_shards
-from mixreorg_fast.data.sources import Pair
+from mixreorg_fast.data.shards.build import write_shard
+from mixreorg_fast.data.shards.shards import open_shards
+from mixreorg_fast.data.shards.sources import Pair
 from mixreorg_fast.errors import UserError
 
 from .conftest import bomb, pairs, photo

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mixreorg_fast.config import AugmentConfig
-from mixreorg_fast.data.augment import crop_boxes, draw
-from mixreorg_fast.data.order import Mixture, Order, Purpose, stand_in, uniforms
+from mixreorg_fast.data.reading.augment import crop_boxes, draw
+from mixreorg_fast.data.reading.order import Mixture, Order, Purpose, stand_in, uniforms
 
 
 @pytest.mark.parametrize("window", [1, 3, 100])

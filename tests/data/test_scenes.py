@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from mixreorg_fast.config import ScenesConfig
-from mixreorg_fast.data.drawing import GROUNDS, PATTERNS, SHAPES, Painter, Placed
-from mixreorg_fast.data.scenes import (
+from mixreorg_fast.data.scenes.drawing import GROUNDS, PATTERNS, SHAPES, Painter, Placed
+from mixreorg_fast.data.scenes.scenes import (
     COLOURS,
     KIND_WORDS,
     KINDS,
@@ -26,7 +26,7 @@ from mixreorg_fast.data.scenes import (
     plan_scene,
     render,
 )
-from mixreorg_fast.data.shards import open_shards
+from mixreorg_fast.data.shards.shards import open_shards
 from mixreorg_fast.errors import UserError
 
 
@@ -96,7 +96,7 @@ def test_same_settings_give_the_same_bytes(made, tmp_path):
 def test_processes_at_once_draw_once(tmp_path):
     code = (
         "import sys; from mixreorg_fast.config import ScenesConfig;"
-        "from mixreorg_fast.data.scenes import ensure_scenes;"
+        "from mixreorg_fast.data.scenes.scenes import ensure_scenes;"
         "print(ensure_scenes(ScenesConfig(folder=sys.argv[1], train=30, val=2, size=32), workers=1, progress=False)"
         ".train[0].stat().st_ino)"
     )

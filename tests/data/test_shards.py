@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from mixreorg_fast import cli
-from mixreorg_fast.data import shards as shards_module
-from mixreorg_fast.data.build import build, write_shard
-from mixreorg_fast.data.shards import (
+from mixreorg_fast.data.shards import shards as shards_module
+from mixreorg_fast.data.shards.build import build, write_shard
+from mixreorg_fast.data.shards.shards import (
     LONGEST_CAPTION,
     captions_of,
     expand,
@@ -27,8 +27,8 @@ from mixreorg_fast.data.shards import (
     report_places,
     scan,
 )
-from mixreorg_fast.data.sources import NounFinder
-from mixreorg_fast.data.verify import verify
+from mixreorg_fast.data.shards.sources import NounFinder
+from mixreorg_fast.data.shards.verify import verify
 from mixreorg_fast.errors import UserError
 
 from .conftest import pairs

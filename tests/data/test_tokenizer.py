@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from mixreorg_fast.data.tokenizer import END, START, Tokenizer
+from mixreorg_fast.data.text.tokenizer import END, START, Tokenizer
 from mixreorg_fast.errors import UserError
 
 CAPTIONS = ["A red dog on the grass.", "Two blue dogs in the snow", "the DOG is red", "ein großer Hund 🐕"] * 5
@@ -49,7 +49,7 @@ def test_case_is_ignored_and_any_text_can_be_encoded():
 
 def test_training_is_deterministic_across_processes(tmp_path):
     code = (
-        "import sys, json; from mixreorg_fast.data.tokenizer import Tokenizer;"
+        "import sys, json; from mixreorg_fast.data.text.tokenizer import Tokenizer;"
         "Tokenizer.train(json.loads(sys.argv[1]), 300).save(sys.argv[2])"
     )
     subprocess.run([sys.executable, "-c", code, json.dumps(CAPTIONS), str(tmp_path / "there")], check=True)

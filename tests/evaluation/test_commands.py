@@ -11,7 +11,7 @@ from PIL import Image
 
 from mixreorg_fast.cli import main
 from mixreorg_fast.config import InferenceConfig, ModelConfig, TextConfig
-from mixreorg_fast.data.tokenizer import Tokenizer
+from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.models import GroupViT
 from mixreorg_fast.models.weights import save
 

@@ -15,11 +15,11 @@ from mixreorg_fast.errors import UserError
 from mixreorg_fast.evaluation import metrics
 from mixreorg_fast.evaluation.datasets import open_dataset
 from mixreorg_fast.evaluation.zero_shot import evaluate, settings_for
-from mixreorg_fast.inference.decoding import Box, decode, decode_groupvit_reference, window_boxes
+from mixreorg_fast.inference.class_scores import class_scores, image_threshold
+from mixreorg_fast.inference.prompts import text_classifier
 from mixreorg_fast.inference.segmenter import Segmenter
+from mixreorg_fast.inference.windows import Box, decode, decode_groupvit_reference, window_boxes
 from mixreorg_fast.models import GroupViT
-from mixreorg_fast.models.decoding import class_scores, image_threshold
-from mixreorg_fast.models.prompts import text_classifier
 
 
 def random_windows(boxes: list[Box], groups: int, classes: int, patch: int, seed: int = 0):
@@ -56,7 +56,7 @@ def test_strips_and_chunks_change_nothing(monkeypatch):
     boxes = window_boxes(64, 112, 64, 32)
     maps, scores = random_windows(boxes, 6, 20, patch=8)
     expected = decode(maps, scores, boxes, (64, 112), (150, 260), 0.3).labels
-    monkeypatch.setattr("mixreorg_fast.inference.decoding.CHUNK", 1000)
+    monkeypatch.setattr("mixreorg_fast.inference.windows.CHUNK", 1000)
     assert torch.equal(decode(maps, scores, boxes, (64, 112), (150, 260), 0.3).labels, expected)
 
 
@@ -110,7 +110,7 @@ def test_photos_above_the_bound_are_decoded_smaller(monkeypatch):
     maps, scores = random_windows([Box(0, 0, 64, 64)], 4, 6, patch=8)
     arguments = (maps, scores, [Box(0, 0, 64, 64)], (64, 64), (600, 600), 0.3, "direct")
     exact = decode(*arguments).labels
-    monkeypatch.setattr("mixreorg_fast.inference.decoding.MAX_DECODED", 150 * 150)
+    monkeypatch.setattr("mixreorg_fast.inference.windows.MAX_DECODED", 150 * 150)
     assert (decode(*arguments).labels == exact).float().mean() > 0.97
 
 
@@ -253,7 +253,7 @@ def test_largest_photos_of_150_classes_stay_within_memory():
     code = """
 import resource, torch
 torch.set_num_threads(1)
-from mixreorg_fast.inference.decoding import decode, window_boxes
+from mixreorg_fast.inference.windows import decode, window_boxes
 for decoding in ("groupvit", "direct"):
     boxes = window_boxes(448, 672, 448, 224)
     maps, scores = torch.randn(len(boxes), 8, 28, 28).softmax(1), torch.rand(len(boxes), 8, 150)

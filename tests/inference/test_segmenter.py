@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mixreorg_fast.data.tokenizer import Tokenizer
+from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.models import GroupViT
 from tests.evaluation.fakes import draw_photo

@@ -10,7 +10,7 @@ import torch
 import mixreorg_fast
 from mixreorg_fast import accelerate
 from mixreorg_fast.cli import main
-from mixreorg_fast.ops.grouping import grouping_noise
+from mixreorg_fast.ops.grouping_attention import grouping_noise
 
 from .huggingface import SMALL, VOCABULARY, random_ids, random_images, random_model, state_equal, transformers
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import mixreorg_fast
 from mixreorg_fast.cli import main
-from mixreorg_fast.data.tokenizer import Tokenizer
+from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.models import pth, weights
 from mixreorg_fast.models.convert import read_tokenizer
 

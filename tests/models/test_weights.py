@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import mixreorg_fast
 from mixreorg_fast.config import InferenceConfig, parse_config
-from mixreorg_fast.data.tokenizer import Tokenizer
+from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
+from mixreorg_fast.inference.class_scores import segment_of_pixels
 from mixreorg_fast.models import GroupViT, weights
-from mixreorg_fast.models.decoding import segment_of_pixels
 from mixreorg_fast.models.encoders import resize_positions
 from tests.tiny import fill, tiny_config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 
 import pytest
@@ -11,11 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from mixreorg_fast import ops
-from mixreorg_fast.kernels import contrastive as contrastive_kernels
-from mixreorg_fast.ops import contrastive, mixed_segmentation
-from mixreorg_fast.ops.mixing import MixPlan
+from mixreorg_fast.kernels import contrastive_loss as contrastive_kernels
+from mixreorg_fast.ops.patch_mixing import MixPlan
 
 from .guarded import Guard, assert_within_bounds, guarded
+
+contrastive = importlib.import_module("mixreorg_fast.ops.contrastive_loss")
+mixed_segmentation = importlib.import_module("mixreorg_fast.ops.mixed_segmentation_loss")
 
 SIDES = ("end", "start")
 MIXING = [(4, 5, 16, 2), (6, 13, 100, 3), (3, 1, 7, 1)]  # images, patches, channels, group size

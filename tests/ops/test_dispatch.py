@@ -67,7 +67,7 @@ def test_autocast_casts_floats_only():
 def small_gpu(monkeypatch):
     """``small_gpu(launcher)``: tensors count as a GPU's, and this launcher of the mixing kernels wants too much."""
     triton = pytest.importorskip("triton")
-    from mixreorg_fast.kernels import mixing
+    from mixreorg_fast.kernels import patch_mixing as mixing
 
     def refuse(*arguments):
         raise triton.runtime.errors.OutOfResources(200_000, 101_376, "shared memory")
@@ -96,7 +96,7 @@ def test_auto_leaves_a_kernel_that_has_no_resources(launcher, small_gpu, monkeyp
     assert record.message.startswith("patch_blend: the kernel cannot run on cpu, PyTorch takes over: out of resource")
     assert "200000" in record.message and "\n" not in record.message
     plan = ops.MixPlan.sample(4, 3, 2, seed=1, impl="torch")
-    monkeypatch.setattr("mixreorg_fast.ops.mixing.gather", lambda *inputs: pytest.fail("PyTorch was taken"))
+    monkeypatch.setattr("mixreorg_fast.ops.patch_mixing.gather", lambda *inputs: pytest.fail("PyTorch was taken"))
     ops.patch_mix(torch.zeros(4, 3, 4), plan)  # other ops keep their kernels
 
 
@@ -108,7 +108,7 @@ def test_a_forced_kernel_without_resources_is_refused(small_gpu):
 
 
 def test_backward_is_tried_once_and_not_while_activations_are_recomputed(small_gpu, monkeypatch):
-    from mixreorg_fast.kernels import mixing
+    from mixreorg_fast.kernels import patch_mixing as mixing
 
     calls = []
     backward = mixing.blend_backward

@@ -31,7 +31,7 @@ def test_eager_calls_pass_the_dispatcher_by(inputs, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("the custom op was called")
 
-    monkeypatch.setattr(ops.mixing._patch_gather, "op", refuse)
+    monkeypatch.setattr(ops.patch_mixing._patch_gather, "op", refuse)
     x, plan = inputs
     out = ops.patch_mix(x, plan, impl="triton")
     assert torch.equal(out, ops.patch_mix(x, plan, impl="torch"))
@@ -43,7 +43,7 @@ def test_eager_calls_inspect_no_signature(inputs, monkeypatch):
     """PyTorch's Function.apply does where there is a setup_context, which was a fifth of an op's host time."""
     x, plan = inputs
     monkeypatch.setattr("inspect.signature", lambda *_: pytest.fail("a signature was inspected"))
-    out = ops.mixing._patch_gather(x, plan.source, plan.inverse)
+    out = ops.patch_mixing._patch_gather(x, plan.source, plan.inverse)
     torch.autograd.grad(out.sum(), x)
 
 

@@ -16,8 +16,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from mixreorg_fast.config import merged
-from mixreorg_fast.data.loader import Batch
-from mixreorg_fast.data.tokenizer import Tokenizer
+from mixreorg_fast.data.reading.loader import Batch
+from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.models import encoders
 from mixreorg_fast.training import trainer as module
 from mixreorg_fast.training.distributed import initialise

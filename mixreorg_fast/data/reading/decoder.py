@@ -1,0 +1,124 @@
+"""What training's decoder can and cannot read: the header of a photo, and the photos that make a batch fail."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import UserError, extra
+from ..shards.shards import LARGEST_PHOTO
+from .augment import validation_graph
+
+# Photos that are decoded together: so many, and unless it is a single one, so many pixels (200 MB).
+BATCH, PIXELS = 64, 1 << 26
+
+
+class Decoder:
+    """NVIDIA DALI's decoder, the one that training uses on `device`, and its parser of headers.
+
+    Raises:
+        UserError: DALI is not installed.
+    """
+
+    def __init__(self, device: torch.device, threads: int) -> None:
+        try:
+            import nvidia.dali  # noqa: F401
+            from nvidia import nvimgcodec
+        except ImportError:
+            raise UserError(
+                f"NVIDIA DALI is not installed; training reads its data with it: {extra('train')}"
+            ) from None
+        self._stream = nvimgcodec.CodeStream
+        self._device, self._threads = device, threads
+        self._pipeline: Any = None
+
+    def size(self, photo: bytes) -> tuple[int, int]:
+        """Height and width as they will be decoded, from the header alone (2 µs).
+
+        What fails here must not enter a pipeline: DALI 2.4 may crash in the operators behind the decoder.
+
+        Raises:
+            ValueError: the header is none that the decoder knows, or the photo is too large to be decoded.
+        """
+        if not photo:
+            raise ValueError("empty image")
+        try:
+            stream = self._stream(photo)
+            height, width = stream.height, stream.width
+        except RuntimeError:
+            raise ValueError("not an image") from None
+        if height * width > LARGEST_PHOTO:
+            raise ValueError(f"{width} x {height} pixels, more than {LARGEST_PHOTO}")
+        return (width, height) if _turned(photo) else (height, width)
+
+    def failing(self, photos: Sequence[np.ndarray]) -> dict[int, str]:
+        """Places and reasons of the encoded photos (uint8 ``[bytes]``, their headers sound) that cannot be decoded."""
+        bad: dict[int, str] = {}
+        batch: list[int] = []
+        pixels = 0
+        for place, photo in enumerate(photos):
+            height, width = self.size(photo.tobytes())
+            if batch and (len(batch) == BATCH or pixels + height * width > PIXELS):
+                self._search(photos, batch, bad)
+                batch, pixels = [], 0
+            batch.append(place)
+            pixels += height * width
+        if batch:
+            self._search(photos, batch, bad)
+        return bad
+
+    def _search(self, photos: Sequence[np.ndarray], places: list[int], bad: dict[int, str]) -> None:
+        """Decode a batch; halve it as long as it fails."""
+        if self._pipeline is None:
+            self._pipeline = validation_graph(32, device=self._device, batch=BATCH, threads=self._threads)
+        try:
+            feed(self._pipeline, {"encoded": [photos[place] for place in places]})
+            self._pipeline.schedule_run()
+            take(self._pipeline, self._device)
+        except RuntimeError:
+            if len(places) == 1:
+                bad[places[0]] = "cannot be decoded (cut short or damaged)"
+                return
+            middle = len(places) // 2
+            self._search(photos, places[:middle], bad)
+            self._search(photos, places[middle:], bad)
+
+
+def feed(pipeline: Any, inputs: dict[str, Any]) -> None:
+    for name, data in inputs.items():
+        pipeline.feed_input(name, data)
+
+
+def take(pipeline: Any, device: torch.device) -> Tensor:
+    """The oldest batch in flight, copied out of DALI's buffers, fp32 ``[B, 3, S, S]``.
+
+    On a GPU the copy is in the order of the current stream. DALI binds its outputs to that stream, so their memory is
+    used again only after the copy. DALI's memory is not lent to PyTorch by DLPack: DALI calls cudaDeviceSynchronize
+    before it frees what was lent, in a thread of its own, and that breaks a CUDA graph which is being captured.
+    """
+    from nvidia.dali.plugin.pytorch import feed_ndarray
+
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    (output,) = pipeline.share_outputs(cuda_stream=stream)
+    try:
+        batch = output.as_tensor()
+        return feed_ndarray(batch, torch.empty(batch.shape(), device=device), cuda_stream=stream)
+    finally:
+        pipeline.release_outputs()
+
+
+def _turned(photo: bytes) -> bool:
+    """Whether the EXIF orientation, which the decoder heeds, swaps height and width."""
+    if b"Exif\0\0" not in photo[:4096]:
+        return False
+    from PIL import Image
+
+    with contextlib.suppress(Exception):  # a damaged EXIF block; the crop's shape is then a little off, nothing else
+        return Image.open(io.BytesIO(photo)).getexif().get(0x0112, 1) >= 5
+    return False

@@ -1,0 +1,1 @@
+"""WebDataset shards on disk: reading, building from other layouts, verifying."""

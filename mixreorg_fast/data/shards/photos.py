@@ -1,0 +1,247 @@
+"""Photo files as a source of samples: listed by a table, or each beside a text file with its captions."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ...errors import UserError, nearest
+from .pairs import CAPTION_COLUMNS, Pair, checked, find_column
+from .shards import IMAGE_EXTENSIONS, Bad
+
+# What the table of a folder may be called. The first needs no header, and quotes mean nothing in it.
+TABLES = ("captions.tsv", "captions.csv", "captions.txt")
+PLAIN = TABLES[0]
+# Names of columns, in any case.
+FILE_COLUMNS = ("image", "file_name", "filename", "filepath", "image_path", "image_name", "path", "file", "photo")
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Photo files with their captions, one sample per photo."""
+
+    root: Path  # the folder of photos
+    # Name of the photo, and its captions; None: they are the lines of the text file beside it.
+    items: tuple[tuple[str, tuple[str, ...] | None], ...]
+    table: Path | None = None
+    left_out: tuple[Bad, ...] = ()  # lines of the table, or files, that give no sample
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, part: slice) -> Photos:
+        return replace(self, items=self.items[part])
+
+    def __iter__(self) -> Iterator[Pair | Bad]:
+        source = str(self.table or self.root)
+        for name, captions in self.items:
+            photo = self.root / name
+            try:
+                image = photo.read_bytes()
+                text = photo.with_suffix(".txt").read_bytes() if captions is None else "\n".join(captions).encode()
+            except FileNotFoundError:
+                yield Bad(source, name, f"no such photo in {self.root}")
+            except OSError as error:
+                yield Bad(source, name, f"cannot be read: {error.strerror}")
+            else:
+                # A dot in a key would end it early.
+                key = Path(os.path.relpath(photo, self.root)).with_suffix("").as_posix().replace(".", "_")
+                pair = checked(source, key, image, text)
+                yield pair if isinstance(pair, Pair) else pair._replace(key=name)
+
+    def files(self) -> list[Path]:
+        """The table; else the folders, whose times change when a file comes or goes."""
+        if self.table is not None:
+            return [self.table]
+        return [self.root / folder for folder in sorted({os.path.dirname(name) for name, _ in self.items})]
+
+
+def table_of(path: Path) -> Path | None:
+    """The table that `path` is, or that lies in the folder `path`."""
+    if path.is_dir():
+        return next((path / name for name in TABLES if (path / name).is_file()), None)
+    return path if path.suffix.lower() in (".csv", ".tsv", ".txt") else None
+
+
+def has_pair(root: Path) -> bool:
+    """Whether some photo of a folder or its subfolders has a text file of the same name."""
+    for _, _, names in os.walk(root):
+        there = set(names)
+        if any(_is_photo(name) and f"{os.path.splitext(name)[0]}.txt" in there for name in names):
+            return True
+    return False
+
+
+def beside_texts(root: Path) -> Photos:
+    """The photos of a folder and its subfolders that have a text file of the same name, in alphabetical order."""
+    names = sorted(
+        os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root) for name in names
+    )
+    photos = {name: os.path.splitext(name)[0] for name in names if _is_photo(name)}
+    texts = {name: os.path.splitext(name)[0] for name in names if name.endswith(".txt")}
+    alone = {name: "file name is not UTF-8" for name in names if not _is_text([name])}
+    for files, others, lack in ((photos, texts, "no .txt"), (texts, photos, "no photo")):
+        stems = set(others.values())
+        alone |= {name: f"{lack} of the same name" for name, stem in files.items() if stem not in stems}
+    items = tuple((name, None) for name in photos if name not in alone)
+    return Photos(root, items, left_out=tuple(Bad(str(root), name, alone[name]) for name in sorted(alone)))
+
+
+def listed(
+    table: Path,
+    *,
+    split: str | None = None,
+    images: str | Path | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+) -> Photos:
+    """The photos that a table names, with the captions of all of their lines, in the order of their first ones.
+
+    Args:
+        split: only the photos whose stems are the lines of ``splits/<split>.txt`` beside the table.
+        images: the folder of photos; None: the table's, or ``images`` in it.
+        image_column, caption_column: as :func:`read_table`.
+
+    Raises:
+        UserError: as :func:`read_table`; there is no such split, or no photo of it has a caption.
+    """
+    captions, left_out = read_table(table, image_column, caption_column)
+    if split is not None:
+        stems = _read_split(table.parent, split)
+        captions = {name: texts for name, texts in captions.items() if Path(name).stem in stems}
+        if not captions:
+            raise UserError(f"{table}: no photo of split '{split}' has a caption; its lines should be stems of photos")
+    usual = [table.parent / "images", table.parent / "Images", table.parent]
+    root = _folder_of(captions, usual if images is None else [Path(images)])
+    inside = os.path.join(os.path.abspath(root), "")
+    for name in list(captions):
+        if not os.path.normpath(os.path.join(inside, name)).startswith(inside):
+            reason = f"leads out of {root}, the folder of photos (--images names another)"
+            left_out.append(Bad(str(table), name, reason))
+            del captions[name]
+    items = tuple((name, tuple(texts)) for name, texts in captions.items())
+    return Photos(root, items, table, tuple(left_out))
+
+
+def read_table(
+    path: Path, image_column: str | None = None, caption_column: str | None = None
+) -> tuple[dict[str, list[str]], list[Bad]]:
+    """Captions by photo, and the lines without one of the two.
+
+    Commas, tabs, semicolons or bars separate the columns, whichever the first line has most of; fields may be quoted
+    as in CSV. The first line names the columns, unless it begins with the name of a photo: then the lines are photo,
+    caption. ``captions.tsv`` may always do without a header, and a quote is a part of its captions.
+
+    Args:
+        image_column, caption_column: names in the header; None: the usual ones.
+
+    Raises:
+        UserError: the table is empty or no text; it has no such columns.
+    """
+    plain = path.name == PLAIN
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            lines = file.readlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    delimiter = "\t" if plain or not lines else max("\t,;|", key=lines[0].count)
+    places: tuple[int, int] | None = None
+    captions: dict[str, list[str]] = {}
+    left_out: list[Bad] = []
+    rows = _rows(lines, delimiter, csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL)
+    for row, (number, cells, problem) in enumerate(rows):
+        if row == 0 and problem and not plain:
+            raise UserError(f"{path}: line {number}: {problem}; expected the names of columns")
+        if row == 0 and not problem:
+            places = _places(path, cells, image_column, caption_column)
+            if places is not None:
+                continue
+        if places is None:
+            name, caption = cells[0], delimiter.join(cells[1:])
+        else:
+            name, caption = (cells[place] if place < len(cells) else "" for place in places)
+        name, caption = name.strip(), " ".join(caption.split())
+        if not problem and not (name and caption):
+            problem = f"no {'caption' if name else 'photo'} in this line"
+        if problem:
+            left_out.append(Bad(str(path), f"line {number}", problem))
+        else:
+            captions.setdefault(name, []).append(caption)
+    if not captions and not left_out:
+        raise UserError(f"{path}: empty; expected a photo and a caption per line")
+    return captions, left_out
+
+
+def _rows(lines: Sequence[str], delimiter: str, quoting: int) -> Iterator[tuple[int, list[str], str]]:
+    """Number of the first line, cells, and what is wrong with them, of each row that is not blank.
+
+    After a line with an error (such as a quote that is not closed) reading continues with the next line.
+    """
+    at = 0
+    while at < len(lines):
+        rest = (lines[number] for number in range(at, len(lines)))
+        reader = csv.reader(rest, delimiter=delimiter, quoting=quoting, strict=True)
+        first = at
+        try:
+            for cells in reader:
+                if any(cell.strip() for cell in cells):
+                    yield first + 1, cells, "" if _is_text(cells) else "not UTF-8"
+                first = at + reader.line_num
+            return
+        except csv.Error as error:
+            yield first + 1, [""], f"malformed: {error}"
+            at = first + 1
+
+
+def _places(
+    path: Path, first: Sequence[str], image_column: str | None, caption_column: str | None
+) -> tuple[int, int] | None:
+    """Which columns hold photos and captions, by the header; None where the `first` line is none."""
+    names = [name.strip() for name in first]
+    lower = {name.lower() for name in names}
+    if image_column is None and lower & {"url", "image_url"} and not lower & set(FILE_COLUMNS):
+        raise UserError(
+            f"{path}: its photos are on the web (there are: {', '.join(names)}); download them with img2dataset and "
+            f"build from its output, or name a column of files with --image-column"
+        )
+    try:
+        image = find_column(path, "image", image_column, FILE_COLUMNS, names)
+        caption = find_column(path, "caption", caption_column, CAPTION_COLUMNS, names)
+    except UserError:
+        if image_column or caption_column or not (path.name == PLAIN or _is_photo(names[0])):
+            raise
+        return None
+    return names.index(image), names.index(caption)
+
+
+def _folder_of(names: Iterable[str], folders: Sequence[Path]) -> Path:
+    """The first of `folders` in which one of the first hundred photos lies, else the first that exists."""
+    some = list(itertools.islice(names, 100))
+    holds = (folder for folder in folders if any((folder / name).is_file() for name in some))
+    return next(holds, next(filter(Path.is_dir, folders), folders[-1]))
+
+
+def _read_split(folder: Path, split: str) -> set[str]:
+    path = folder / "splits" / f"{split}.txt"
+    try:
+        return {line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
+    except OSError:
+        splits = [p.stem for p in sorted((folder / "splits").glob("*.txt"))]
+        raise UserError(f"no split file {path}{nearest(split, splits)}") from None
+
+
+def _is_photo(name: str) -> bool:
+    return os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
+
+
+def _is_text(cells: Sequence[str]) -> bool:
+    """Whether the cells were UTF-8: other bytes were read as surrogates."""
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

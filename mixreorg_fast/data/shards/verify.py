@@ -1,0 +1,121 @@
+"""Verifying shards: every photo is decoded by the decoder that training uses, before training reads it.
+
+One photo that cannot be decoded would lose the whole batch it is in. So the index of a shard is made without the
+samples that are of no use, and those are listed with reasons beside it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ... import devices
+from ..reading.decoder import BATCH, Decoder
+from .processes import advance, pool
+from .shards import LeftOut, Shard, captions_of, expand, indexed, open_shard, scan, write_index
+
+
+def verify(
+    patterns: str | Sequence[str], *, workers: int = 1, progress: bool = True, device: str | None = None
+) -> Iterator[Shard]:
+    """Verify shards whether they were verified before or not, in `workers` processes (four a GPU at most).
+
+    Args:
+        device: "cpu" or "cuda", whose decoder to use; None: as training chooses.
+
+    Yields:
+        the shards in order, as they are indexed now.
+
+    Raises:
+        UserError: as :func:`~mixreorg_fast.data.shards.shards.expand` and :func:`~mixreorg_fast.devices.choose`; DALI is
+            not installed.
+    """
+    kind = devices.choose(device).type
+    paths = [path for path in expand(patterns) if path.is_file()]
+    if kind == "cuda":  # each process has a context of its own there
+        workers = min(workers, 4 * torch.cuda.device_count())
+    total = sum(path.stat().st_size for path in paths)
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not progress) as bar,
+        pool(min(workers, len(paths)), bar) as run,
+    ):
+        yield from run(partial(verify_shard, kind=kind), paths)
+
+
+def verify_shard(path: Path, kind: str = "cpu") -> Shard:
+    """Verify one shard with this process's decoder on a `kind` of device; returns it as it is indexed now."""
+    for read in verifying(path, _own_decoder(kind)):
+        advance(read)
+    return open_shard(path)
+
+
+def verifying(path: Path, decoder: Decoder) -> Iterator[int]:
+    """Verify one shard a batch at a time, for callers that have other things to do in between.
+
+    Yields:
+        bytes of the tar that have been read since the last time.
+    """
+    status = os.stat(path)
+    samples, left_out = scan(path)
+    sound: list[dict] = []
+    done = 0
+    with open(path, "rb") as file:
+        for first in range(0, len(samples), BATCH):
+            batch = samples[first : first + BATCH]
+            problems = _problems(file.fileno(), batch, decoder)
+            for sample, reason in zip(batch, problems, strict=True):
+                if reason is None:
+                    sound.append(sample)
+                else:
+                    left_out.append(LeftOut(sample["key"].decode(errors="replace"), reason))
+            at = batch[-1]["start"] + batch[-1]["span"]
+            yield max(0, at - done)
+            done = max(done, at)
+    write_index(path, status, sound, left_out, verified=True)
+    yield max(0, status.st_size - done)
+
+
+def is_ready(path: Path, *, verified: bool) -> bool:
+    """Whether a shard has a fitting index, and was `verified` if that is asked for."""
+    shard = indexed(path)
+    return shard is not None and (shard.verified or shard.gone or not verified)
+
+
+def too_many_bad(bad: int, usable: int, limit: float) -> bool:
+    """Whether `bad` samples beside `usable` ones are more than the share `limit`."""
+    return bad > limit * (bad + usable)
+
+
+def _problems(file: int, samples: list[dict], decoder: Decoder) -> list[str | None]:
+    """For each sample why it is of no use, or None."""
+    reasons: list[str | None] = [None] * len(samples)
+    photos: dict[int, np.ndarray] = {}
+    for place, sample in enumerate(samples):
+
+        def member(name: str, sample: dict = sample) -> bytes:
+            return os.pread(file, sample[f"{name}_size"], sample["start"] + sample[f"{name}_at"])
+
+        try:
+            captions_of(member("text"))
+            photo = member("image")
+            decoder.size(photo)
+            photos[place] = np.frombuffer(photo, np.uint8)
+        except ValueError as error:
+            reasons[place] = str(error)
+    places = list(photos)
+    for number, reason in decoder.failing(list(photos.values())).items():
+        reasons[places[number]] = reason
+    return reasons
+
+
+@cache
+def _own_decoder(kind: str) -> Decoder:
+    """This process's decoder on a kind of device: building one takes longer than a small shard."""
+    index = os.getpid() % torch.cuda.device_count() if kind == "cuda" else None
+    return Decoder(torch.device(kind, index), 1)

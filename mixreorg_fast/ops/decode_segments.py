@@ -1,0 +1,97 @@
+"""From segments to pixel labels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import Impl, choose, falls_back, triton_reasons
+from .registration import kernel
+
+
+def decode_segments_reference(
+    assignment: Tensor,
+    scores: Tensor,
+    size: tuple[int, int],
+    threshold: Tensor | None = None,
+    *,
+    upcast: torch.dtype = torch.float32,
+) -> Tensor:
+    """Labels by the definition: upsample, arg-max over groups, look the segment's best class up."""
+    maps = F.interpolate(assignment.to(upcast), size=size, mode="bilinear", align_corners=False)
+    segment = maps.max(dim=1).indices  # [B, H, W]; on a CPU argmax takes 15 times as long
+    best, label = scores.to(upcast).max(dim=2)  # [B, G]
+    if threshold is not None:
+        label = torch.where(best < threshold[:, None], 0, label + 1)
+    return label.gather(1, segment.flatten(1)).view_as(segment)
+
+
+@falls_back
+def decode_segments(
+    assignment: Tensor,
+    scores: Tensor,
+    size: tuple[int, int],
+    *,
+    background_threshold: Tensor | float | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Label every pixel with the best class of its segment.
+
+    The class depends on the pixel only through its segment: an arg-max over G upsampled maps and a look-up, never an
+    ``[H, W, T]`` tensor.
+
+    Equivalent to ``interpolate(assignment, size, mode="bilinear").argmax(1)`` looked up in ``scores.argmax(2)``.
+
+    Args:
+        assignment: ``[B, G, h, w]``, upsampled bilinearly (align_corners=False) to `size` = (H, W) in fp32.
+        scores: ``[B, G, T]``, class scores of each segment. Both fp32, bf16 or fp16, finite, any strides.
+        background_threshold: float or ``[B]``. With it, label 0 is background (the segment's best score is below it)
+            and class t is t + 1; without it, class t is t.
+    Returns:
+        int64 ``[B, H, W]``. Deterministic, not differentiable. Ties take the lowest segment and class.
+    Raises:
+        ValueError: shapes that do not fit together. RuntimeError: `impl` cannot run here.
+    """
+    height, width = size
+    if (
+        assignment.dim() != 4
+        or scores.dim() != 3
+        or assignment.shape[:2] != scores.shape[:2]
+        or 0 in (*assignment.shape[1:], scores.shape[2])
+    ):
+        raise ValueError(
+            f"decode_segments: expected assignment [B, G, h, w] and scores [B, G, T], none of them empty, got "
+            f"{list(assignment.shape)} and {list(scores.shape)}"
+        )
+    if height < 1 or width < 1:
+        raise ValueError(f"decode_segments: size must be two positive numbers, got {tuple(size)}")
+    assignment, scores = assignment.detach(), scores.detach()
+    threshold = _threshold(background_threshold, assignment)
+    inputs = (assignment, scores)
+    if choose("decode_segments", impl, {"triton": lambda: triton_reasons(*inputs), "torch": list}, inputs) == "triton":
+        return _decode_segments(assignment, scores, height, width, threshold)
+    return decode_segments_reference(assignment, scores, (height, width), threshold)
+
+
+def _threshold(threshold: Tensor | float | None, assignment: Tensor) -> Tensor | None:
+    """One fp32 number per image."""
+    batch = assignment.shape[0]
+    if threshold is None:
+        return None
+    if not isinstance(threshold, Tensor):
+        return torch.full((batch,), threshold, dtype=torch.float32, device=assignment.device)
+    if threshold.shape not in ((), (1,), (batch,)):
+        raise ValueError(f"decode_segments: background_threshold must be a number or [{batch}], got {threshold.shape}")
+    return threshold.to(assignment.device, torch.float32).expand(batch)
+
+
+def _fake_labels(assignment: Tensor, scores: Tensor, height: int, width: int, threshold: Tensor | None) -> Tensor:
+    return assignment.new_empty((assignment.shape[0], height, width), dtype=torch.int64)
+
+
+@kernel("decode_segments", fake=_fake_labels)
+def _decode_segments(assignment: Tensor, scores: Tensor, height: int, width: int, threshold: Tensor | None) -> Tensor:
+    from ..kernels.decode_segments import decode_forward
+
+    return decode_forward(assignment, scores, height, width, threshold)

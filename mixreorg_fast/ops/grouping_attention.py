@@ -1,0 +1,232 @@
+"""The grouping attention of GroupViT (CVPR 2022, section 3.2, equations 5 to 7)."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .dispatch import Impl, autocast, choose, falls_back, triton_reasons, without_autocast
+from .philox import gumbel, philox, seed_tensor
+from .registration import kernel
+
+ReturnAssignment = Literal["none", "soft", "used", "winner"]
+MOST_GROUPS = 128  # of the kernels: a tile holds all groups, and a winner is one byte
+
+
+def grouping_noise(
+    batch: int, groups: int, patches: int, seed: int | Tensor, first_image: int = 0, device: torch.device | None = None
+) -> Tensor:
+    """Gumbel noise fp32 ``[B, G, N]``, a pure function of (seed, first_image + b, g, n).
+
+    One Philox call gives four consecutive groups.
+    """
+    image = first_image + torch.arange(batch, device=device)[:, None, None]
+    quad = torch.arange((groups + 3) // 4, device=device)[:, None]
+    patch = torch.arange(patches, device=device)
+    bits = torch.stack(philox(seed, patch, quad, image & 0xFFFFFFFF, image >> 32), dim=2)  # [B, quads, 4, N]
+    return gumbel(bits.flatten(1, 2)[:, :groups])
+
+
+def grouping_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    hard: bool = True,
+    seed: int | Tensor | None = None,
+    first_image: int = 0,
+    tau: float = 1.0,
+    eps: float = 1.0,
+    upcast: torch.dtype | None = None,
+    operands: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, soft and used assignment by the definition, computed and returned in `upcast` (default: fp32, or the
+    inputs' dtype if that is wider).
+
+    With `operands` it rounds to that dtype what the kernels multiply with 16-bit inputs: the assignment, and the
+    gradient of the logits.
+    """
+    upcast = torch.promote_types(q.dtype, torch.float32) if upcast is None else upcast
+    q, k, v = q.to(upcast), k.to(upcast), v.to(upcast)
+    logits = (q @ k.mT) * scale  # [B, G, N] <- [B, G, C] @ [B, C, N]
+    if operands is not None and logits.requires_grad:
+        logits.register_hook(lambda gradient: gradient.to(operands).to(upcast))
+    soft = torch.softmax(logits / tau, dim=1)
+    if seed is None:
+        used = soft
+    else:
+        noise = grouping_noise(*logits.shape, seed, first_image, logits.device).to(upcast)
+        used = torch.softmax((logits + noise) / tau, dim=1)
+    if hard:
+        one_hot = torch.zeros_like(used).scatter_(1, used.argmax(dim=1, keepdim=True), 1.0)
+        used = one_hot + (used - used.detach())  # straight-through; the added difference is exactly 0
+    total = used.sum(dim=2, keepdim=True) + eps
+    weights = used if operands is None else used + (used.to(operands).to(upcast) - used).detach()
+    return (weights / total) @ v, soft, used  # [B, G, C] <- [B, G, N] @ [B, N, C]
+
+
+@falls_back
+def grouping_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    hard: bool = True,
+    seed: int | Tensor | None = None,
+    first_image: int = 0,
+    tau: float = 1.0,
+    eps: float = 1.0,
+    return_assignment: ReturnAssignment = "none",
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Assign patches to groups by a softmax **over groups** and average each group's patches.
+
+    ``a = softmax((q @ k.mT * scale + noise) / tau, dim=groups)``, hard one-hot with a straight-through gradient,
+    ``out = (a / (a.sum(patches) + eps)) @ v``. GroupViT (CVPR 2022), equations 5 to 7; docs/kernels.md has the
+    gradients. The kernels keep one byte per patch for backward and no map of groups by patches unless it is returned
+    (with ``hard=False``, and images of several tiles in backward, one).
+
+    Args:
+        q: ``[B, G, C]``. k, v: ``[B, N, C]``. fp32, bf16 or fp16, of one dtype; products accumulate in fp32. Views are
+            read in place where the channels lie together. Under autocast they are taken in its dtype.
+        scale: of the logits; default ``C ** -0.5``.
+        hard: one-hot assignment (ties take the lowest group); its gradient is the soft one's.
+        seed: int or 0-d int64 tensor; switches Gumbel noise on. The noise depends on (seed, first_image + b, g, n)
+            alone and is never stored. A tensor is read where it lies: the same graph draws anew with every value.
+        tau: temperature of the softmax. eps: added to each group's number of patches.
+        return_assignment: "soft" adds ``softmax(logits / tau)`` without noise, "used" the assignment that formed the
+            output, fp32 ``[B, G, N]``; both differentiable. "winner" adds the group with most of each patch in the
+            assignment that formed the output, int64 ``[B, N]``; no map is written for it where that was hard.
+    Returns:
+        ``[B, G, C]`` in the dtype of `v`, or a pair with the assignment. Deterministic.
+    Raises:
+        ValueError: shapes that do not fit together. RuntimeError: `impl` cannot run here.
+    """
+    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"grouping_attention: expected q [B, G, C] and k, v [B, N, C], got {list(q.shape)}, {list(k.shape)}, "
+            f"{list(v.shape)}"
+        )
+    if return_assignment not in get_args(ReturnAssignment):
+        raise ValueError(
+            f"grouping_attention: return_assignment must be none, soft, used or winner, got {return_assignment!r}"
+        )
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    q, k, v = autocast(q, k, v)
+    reasons = {"triton": lambda: _not_supported_reasons(q, k, v), "torch": list}
+    if choose("grouping_attention", impl, reasons, (q, k, v)) == "triton":
+        seed = None if seed is None else seed_tensor(seed, q.device)
+        written = return_assignment
+        if return_assignment == "winner":
+            written = "none" if hard else "used"
+        out, assignment, winner, _ = _grouping_attention(q, k, v, seed, first_image, scale, tau, eps, hard, written)
+        if return_assignment == "winner":
+            # A patch with a NaN has no winner, but its number is to be an index as all others.
+            assignment = winner.clamp(max=q.shape[1] - 1).long() if hard else assignment.argmax(dim=1)
+    else:
+        with without_autocast(q):
+            out, soft, used = grouping_attention_reference(
+                q, k, v, scale=scale, hard=hard, seed=seed, first_image=first_image, tau=tau, eps=eps
+            )
+        out, assignment = out.to(v.dtype), soft if return_assignment == "soft" else used
+        if return_assignment == "winner":
+            assignment = used.argmax(dim=1)
+    return out if return_assignment == "none" else (out, assignment)
+
+
+def _not_supported_reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+    reasons = triton_reasons(q, k, v)
+    if not q.dtype == k.dtype == v.dtype:
+        reasons.append(f"inputs of several dtypes ({q.dtype}, {k.dtype}, {v.dtype})")
+    if q.shape[1] > MOST_GROUPS:
+        reasons.append(f"{q.shape[1]} groups, at most {MOST_GROUPS}")
+    return reasons
+
+
+# The Triton path.
+
+
+def _fake_gradients(grad_out: Tensor, grad_assignment: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@kernel("grouping_attention_backward", fake=_fake_gradients)
+def _grouping_attention_backward(
+    grad_out: Tensor,
+    grad_assignment: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seed: Tensor | None,
+    out: Tensor,
+    winner: Tensor,
+    total: Tensor,
+    first_image: int,
+    scale: float,
+    tau: float,
+    eps: float,
+    hard: bool,
+    return_assignment: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels.grouping_attention import grouping_backward
+
+    saved = (q, k, v, seed, out, winner, total)
+    return grouping_backward(grad_out, grad_assignment, *saved, first_image, scale, tau, eps, hard, return_assignment)
+
+
+def _fake_outputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seed: Tensor | None,
+    first_image: int,
+    scale: float,
+    tau: float,
+    eps: float,
+    hard: bool,
+    return_assignment: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, groups, patches = *q.shape[:2], k.shape[1]
+    assignment = q.new_empty((batch, groups, 0 if return_assignment == "none" else patches), dtype=torch.float32)
+    winner = q.new_empty((batch, patches if hard else 0), dtype=torch.uint8)
+    return v.new_empty(q.shape), assignment, winner, q.new_empty((batch, groups), dtype=torch.float32)
+
+
+def _save(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    q, k, v, seed, *ctx.numbers = inputs
+    out, _, winner, total = output
+    ctx.mark_non_differentiable(winner, total)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, seed, out, winner, total)
+
+
+def _gradient(ctx, grad_out: Tensor | None, grad_assignment: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # once: under activation checkpointing every access unpacks them
+    if grad_out is None:
+        grad_out = torch.zeros_like(saved[4])
+    if ctx.numbers[-1] == "none":
+        grad_assignment = None
+    grads = _grouping_attention_backward(grad_out, grad_assignment, *saved, *ctx.numbers)
+    return *grads, None, *(None for _ in ctx.numbers)
+
+
+@kernel("grouping_attention", fake=_fake_outputs, save=_save, gradient=_gradient)
+def _grouping_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seed: Tensor | None,
+    first_image: int,
+    scale: float,
+    tau: float,
+    eps: float,
+    hard: bool,
+    return_assignment: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from ..kernels.grouping_attention import grouping_forward
+
+    return grouping_forward(q, k, v, seed, first_image, scale, tau, eps, hard, return_assignment)

@@ -1,0 +1,219 @@
+"""The segmentation loss of mixed images (MixReorg, ICCV 2023, section 3; the formula is ours: docs/losses.md)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .contrastive_loss import multiplier
+from .dispatch import Impl, choose, falls_back, triton_reasons, without_autocast
+from .patch_mixing import MixPlan
+from .registration import kernel
+
+Negatives = Literal["group", "batch"]
+
+
+def mixed_segmentation_logits(
+    first: Tensor,
+    second: Tensor,
+    segments: Tensor,
+    texts: Tensor,
+    group_size: int,
+    logit_scale: Tensor | float,
+    *,
+    negatives: Negatives = "group",
+    upcast: torch.dtype = torch.float32,
+) -> Tensor:
+    """Logits of each patch over the K texts of its mixing group, ``[B, N, K]``, or over all T texts, ``[B, N, T]``;
+    in `upcast`, under autocast too.
+
+    Re-associated as ``firstᵀ (secondᵀ (segments · textsᵀ))``: G1 x K numbers per image, never ``[B, N, G2]``.
+    """
+    with without_autocast(first):
+        first, second, segments, texts = (x.to(upcast) for x in (first, second, segments, texts))
+        if negatives == "group":
+            texts = texts.unflatten(0, (-1, group_size)).repeat_interleave(group_size, dim=0)  # [B, K, D]
+        scores = segments @ texts.mT * logit_scale  # [B, G2, K]
+        return first.mT @ (second.mT @ scores)  # [B, N, K] <- [B, N, G1] @ ([B, G1, G2] @ [B, G2, K])
+
+
+def mixed_segmentation_loss_reference(
+    first: Tensor,
+    second: Tensor,
+    segments: Tensor,
+    texts: Tensor,
+    source: Tensor,
+    group_size: int,
+    logit_scale: Tensor | float,
+    *,
+    negatives: Negatives = "group",
+    first_text: int = 0,
+    return_accuracy: bool = False,
+    upcast: torch.dtype = torch.float32,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The mean cross-entropy, and the accuracy if wanted, computed in `upcast`; `source` ``[B, N]`` are absolute image
+    indices."""
+
+    def logits(texts: Tensor, negatives: Negatives) -> Tensor:
+        return mixed_segmentation_logits(
+            first, second, segments, texts, group_size, logit_scale, negatives=negatives, upcast=upcast
+        )
+
+    all_logits, labels = logits(texts, negatives), (source % group_size).long()
+    targets = labels if negatives == "group" else (source + first_text).long()
+    loss = F.cross_entropy(all_logits.flatten(0, 1), targets.flatten())
+    if not return_accuracy:
+        return loss
+    with torch.no_grad():
+        own_texts = slice(first_text, first_text + len(first))
+        of_group = all_logits if negatives == "group" else logits(texts[own_texts], "group")
+        return loss, (of_group.argmax(-1) == labels).float().mean()
+
+
+@falls_back
+def mixed_segmentation_loss(
+    first: Tensor,
+    second: Tensor,
+    segments: Tensor,
+    texts: Tensor,
+    plan: MixPlan,
+    logit_scale: Tensor | float,
+    *,
+    negatives: Negatives = "group",
+    first_text: int = 0,
+    return_accuracy: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy of every mixed patch against the image it came from, over the texts of its mixing group.
+
+    For image b of the group with the texts t_0..t_{K-1},
+    ``logits[n, k] = logit_scale * (first[b].T @ second[b].T @ segments[b] @ t.T)[n, k]`` and
+    ``loss = mean over b, n of (logsumexp(logits[n]) - logits[n, source[b, n] % K])``.
+
+    Args:
+        first: ``[B, G1, N]``, assignment of patches to stage-1 segments. second: ``[B, G2, G1]``.
+        segments: ``[B, G2, D]`` and texts: ``[B, D]``, L2-normalised by the caller. The four may differ in dtype
+            (fp32, bf16, fp16) and have any strides (the kernel copies what is not contiguous).
+        plan: the mixing of these B images.
+        logit_scale: the multiplier of the cosines, a number or a tensor of one element.
+        negatives: "batch" holds every patch against all texts instead of its group's: then segments must name their
+            image rather than tell it from its partners. The texts may be those of more images (of other ranks),
+            ``[T, D]``, the B images' own from number `first_text` on. In PyTorch only; holds ``[B, N, T]``.
+        return_accuracy: adds the share of patches whose largest logit over the texts of their group (whatever
+            `negatives` are, the lowest among equals) is that of their image.
+    Returns:
+        0-d fp32, the mean over B·N patches, or a pair with the accuracy, 0-d fp32; computed in fp32 from inputs of any
+        dtype, under autocast too. The loss is differentiable in all five; deterministic. Backward recomputes: nothing
+        but the inputs is kept.
+    Raises:
+        ValueError: shapes that do not fit together, a batch that does not split into groups of the plan's size.
+        RuntimeError: `impl` cannot run here.
+    """
+    own_texts = texts if negatives == "group" else texts[first_text : first_text + len(first)]
+    _check(first, second, segments, own_texts, plan)
+    inputs = (first, second, segments, texts, plan.source)
+    implementations = {"triton": lambda: _triton_reasons(*inputs, plan.group_size, negatives), "torch": list}
+    scale = multiplier(logit_scale, first.device)
+    if choose("mixed_segmentation_loss", impl, implementations, inputs) == "triton":
+        losses, correct = _mixed_segmentation(*inputs, scale.float(), plan.group_size)
+        return (losses.mean(), correct.float().mean()) if return_accuracy else losses.mean()
+    return mixed_segmentation_loss_reference(
+        *inputs,
+        plan.group_size,
+        scale,
+        negatives=negatives,
+        first_text=first_text,
+        return_accuracy=return_accuracy,
+        upcast=torch.promote_types(first.dtype, torch.float32),
+    )
+
+
+def _check(first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, plan: MixPlan) -> None:
+    fits = (
+        (first.dim(), second.dim(), segments.dim()) == (3, 3, 3)
+        and second.shape == (first.shape[0], segments.shape[1], first.shape[1])
+        and texts.shape == (first.shape[0], segments.shape[2])
+        and segments.shape[0] == first.shape[0]
+        and plan.source.shape == (first.shape[0], first.shape[2])
+    )
+    if not fits:
+        raise ValueError(
+            "mixed_segmentation_loss: expected first [B, G1, N], second [B, G2, G1], segments [B, G2, D], "
+            f"texts [B, D] and a plan of [B, N], got {list(first.shape)}, {list(second.shape)}, "
+            f"{list(segments.shape)}, {list(texts.shape)} and {list(plan.source.shape)}"
+        )
+    if plan.group_size < 1 or len(first) % plan.group_size:
+        raise ValueError(
+            f"mixed_segmentation_loss: {len(first)} images do not split into mixing groups of {plan.group_size}"
+        )
+
+
+def _triton_reasons(
+    first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, source: Tensor, group_size: int, negatives: str
+) -> list[str]:
+    reasons = triton_reasons(first, second, segments, texts, source)
+    if negatives == "batch":
+        reasons.append("negatives of the whole batch")
+    if not reasons:
+        from ..kernels.mixed_segmentation_loss import MAX_FIRST_GROUPS, MAX_GROUP_SIZE, MAX_SECOND_GROUPS
+
+        for what, size, most in (
+            ("G1", first.shape[1], MAX_FIRST_GROUPS),
+            ("G2", second.shape[1], MAX_SECOND_GROUPS),
+            ("group_size", group_size, MAX_GROUP_SIZE),
+        ):
+            if size > most:
+                reasons.append(f"{what} = {size} is above {most}")
+    return reasons
+
+
+# The Triton path.
+
+
+def _fake_gradients(grad, first, second, segments, texts, source, scale, group_size):
+    return *(x.new_empty(x.shape) for x in (first, second, segments, texts)), torch.empty_like(scale)
+
+
+@kernel("mixed_segmentation_backward", fake=_fake_gradients)
+def _mixed_segmentation_backward(
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    segments: Tensor,
+    texts: Tensor,
+    source: Tensor,
+    scale: Tensor,
+    group_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from ..kernels.mixed_segmentation_loss import mixed_segmentation_backward
+
+    return mixed_segmentation_backward(grad, first, second, segments, texts, source, scale, group_size)
+
+
+def _fake_losses(first, second, segments, texts, source, scale, group_size):
+    patches = first.shape[0], first.shape[2]
+    return first.new_empty(patches, dtype=torch.float32), first.new_empty(patches, dtype=torch.bool)
+
+
+def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.group_size = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors)
+
+
+def _gradient(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
+    *gradients, scale = _mixed_segmentation_backward(grad, *ctx.saved_tensors, ctx.group_size)
+    return *gradients, None, scale, None
+
+
+@kernel("mixed_segmentation", fake=_fake_losses, save=_save, gradient=_gradient)
+def _mixed_segmentation(
+    first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, source: Tensor, scale: Tensor, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """The loss of each patch, fp32 ``[B, N]``, and whether its image has its largest logit, bool; `scale` 0-d fp32."""
+    from ..kernels.mixed_segmentation_loss import mixed_segmentation_forward
+
+    return mixed_segmentation_forward(first, second, segments, texts, source, scale, group_size)
