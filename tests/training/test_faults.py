@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from mixreorg_fast.config import ScenesConfig, merged
-from mixreorg_fast.data.scenes.scenes import ensure_scenes
+from mixreorg_fast.data.scenes.folder import ensure_scenes
 from mixreorg_fast.training import checkpoint
 from mixreorg_fast.training.guard import SETTLED, StepGuard
 from tests.tiny import tiny_config

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mixreorg_fast.config import ScenesConfig
-from mixreorg_fast.data.scenes.scenes import ensure_scenes
+from mixreorg_fast.data.scenes.folder import ensure_scenes
 
 from .test_faults import STEPS, config
 
