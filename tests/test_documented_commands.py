@@ -216,6 +216,7 @@ def train(command: str, folder: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
+@pytest.mark.launch
 def test_commands_run_in_order(place, monkeypatch, capsys):
     pytest.importorskip("deepspeed")
     monkeypatch.chdir(place)

@@ -142,6 +142,7 @@ def environment_of_install(machine) -> dict[str, str]:
     return {} if value == "unset" else {"DS_IGNORE_CUDA_DETECTION": value}
 
 
+@pytest.mark.launch
 def test_deepspeed_builds_beside_a_gpu_without_nvcc(machine, tmp_path):
     folder = str(tmp_path / "wheels")
     command = [sys.executable, "-m", "pip", "--retries", "0", "--timeout", "20"]
@@ -165,6 +166,7 @@ def test_deepspeed_builds_beside_a_gpu_without_nvcc(machine, tmp_path):
     assert done.returncode != 0 and "MissingCUDAException" in done.stdout + done.stderr
 
 
+@pytest.mark.launch
 def test_deepspeed_is_imported_without_warnings():
     pytest.importorskip("deepspeed")
     code = "from mixreorg_fast.training.distributed import import_deepspeed as load; print(load().__version__)"

@@ -265,6 +265,7 @@ def ranks_of_one_node(rank: int) -> dict[str, str]:
     return {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_SIZE": "2"}
 
 
+@pytest.mark.launch
 def test_two_ranks_share_the_work_and_the_account(tmp_path):
     for number in range(4):
         write_shard(tmp_path / f"{number}.tar", [*pairs(10, 10 * number), Pair(f"bad{number}", b"no", "jpg", ["x"])])

@@ -93,6 +93,7 @@ def test_same_settings_give_the_same_bytes(made, tmp_path):
     assert digest(made.evaluation.parent) == digest(again.evaluation.parent)
 
 
+@pytest.mark.launch
 def test_processes_at_once_draw_once(tmp_path):
     code = (
         "import sys; from mixreorg_fast.config import ScenesConfig;"
