@@ -134,7 +134,7 @@ def parse(command: str) -> None:
             assert word != "-c" or (ROOT / words[place + 1]).is_file()
             if word.startswith("."):
                 extras = re.findall(r"[\w-]+", word)
-                assert all(f'"{extra}": [' in (ROOT / "setup.py").read_text() for extra in extras), word
+                assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras), word
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2]) is not None
     elif words[0] == "pytest":

@@ -1,14 +1,12 @@
 """``make`` on other machines: what is installed there, and with which environment; nothing is, the tools are stubs."""
 
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import setuptools
 from packaging.requirements import Requirement
 
 from mixreorg_fast.devices import OLDEST_DRIVER
@@ -195,12 +193,10 @@ def pins(name: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def declared(monkeypatch) -> dict:
-    """What setup.py declares."""
-    said = {}
-    monkeypatch.setattr(setuptools, "setup", lambda **about: said.update(about))
-    runpy.run_path(str(ROOT / "setup.py"))
-    return said
+def declared() -> dict:
+    """The `[project]` table of pyproject.toml."""
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 @pytest.mark.parametrize(
@@ -213,9 +209,9 @@ def declared(monkeypatch) -> dict:
 def test_every_requirement_is_pinned_within_its_range(declared, file, extra, torch, triton, dali):
     pinned = pins(file)
     assert (pinned["torch"], pinned["triton"], pinned["deepspeed"]) == (torch, triton, DEEPSPEED) and dali in pinned
-    wanted = list(declared["install_requires"])
+    wanted = list(declared["dependencies"])
     for name in (extra, "gpu", "hf", "demo", "dev"):
-        wanted += declared["extras_require"][name]
+        wanted += declared["optional-dependencies"][name]
     requirements = [Requirement(text) for text in wanted]
     for requirement in requirements:
         assert requirement.specifier.contains(pinned[requirement.name]), requirement
