@@ -146,9 +146,9 @@ def _as_on_a_gpu(launches: Launches) -> Iterator[None]:
             if hasattr(MixReorg, name):
                 stack.enter_context(mock.patch.object(MixReorg, name, in_region(name, region)))
         stack.enter_context(mock.patch.object(encoders.Packing, "of", packing))
-        stack.enter_context(mock.patch.object(dispatch, "_passed_over", lambda op, inputs: []))
+        stack.enter_context(mock.patch.object(dispatch, "passed_over", lambda op, inputs: []))
         # What counts is not traced.
-        traces = mock.patch.object(registration, "_traces", lambda tensor: torch.compiler.is_compiling())
+        traces = mock.patch.object(registration, "traces", lambda tensor: torch.compiler.is_compiling())
         stack.enter_context(traces)
         compiling = functools.partial(torch.compile, backend=launches.backend())
         stack.enter_context(mock.patch.object(torch, "compile", compiling))
