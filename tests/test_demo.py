@@ -21,7 +21,7 @@ from PIL import Image
 from mixreorg_fast import demo
 from mixreorg_fast.cli import main
 from mixreorg_fast.config import ScenesConfig, find_config, load_config
-from mixreorg_fast.data.scenes.scenes import KINDS, held_out_combinations, plan_scene
+from mixreorg_fast.data.scenes.folder import KINDS, held_out_combinations, plan_scene
 from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.models import GroupViT
@@ -192,6 +192,7 @@ def status(url: str, **request) -> int:
         return error.code
 
 
+@pytest.mark.launch
 def test_no_file_but_the_pages_own_is_served(server):
     assert status(server.url) == 200
     own = next(server.folder.glob("mixreorg-demo-*/uploads/*/scene*.png"))
@@ -202,6 +203,7 @@ def test_no_file_but_the_pages_own_is_served(server):
         assert status(f"{server.url}gradio_api/{path}") == 404
 
 
+@pytest.mark.launch
 def test_uploads_are_bounded(server):
     body = b"--x\r\nContent-Disposition: form-data; name=files; filename=a.jpg\r\n\r\n%b\r\n--x--\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
@@ -215,6 +217,7 @@ def test_uploads_are_bounded(server):
         connection.close()
 
 
+@pytest.mark.launch
 def test_it_listens_at_one_address_and_says_when_it_cannot(server, weights, capsys):
     host, port = server.url.split("/")[2].split(":")
     assert host == "127.0.0.1"
@@ -289,6 +292,8 @@ class Page:
         self.find("#photo input[type=file]").send_keys(str(path))
 
 
+@pytest.mark.browser
+@pytest.mark.launch
 def test_the_page_in_a_browser(browser, server, tmp_path):
     page = Page(browser, server.url)
     page.find("tr.tr-body").click()  # a sample scene
