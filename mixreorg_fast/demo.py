@@ -19,17 +19,17 @@ from PIL import Image
 from .config import ScenesConfig, find_config, load_config
 from .devices import choose
 from .errors import UserError, extra
-from .evaluation.evaluate import load_on_device
 from .images import load_image
-from .inference.class_scores import segment_of_pixels
+from .inference.options import add_device, add_option, load_on_device
 from .inference.overlay import blend, segment_palette
+from .inference.windows import segment_of_pixels
 from .models.weights import find_weights
 from .names import MASK_CLASSES, parse_classes
 
 if TYPE_CHECKING:
     import gradio
 
-    from .models import GroupViT
+    from .inference.model import Model
 
 MAX_UPLOAD = 20 << 20  # bytes
 MAX_PIXELS = 50_000_000  # 150 MB as RGB
@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", action="store_true", help="train on embedded scenes where there are no weights")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
-    parser.add_argument("--short-side", type=int, metavar="PX", help="of the network's input (default: the weights')")
-    parser.add_argument("--device", default=None, help="default: the GPU, or the CPU of a machine without")
+    add_option(parser, "short_side")
+    add_device(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -78,7 +78,8 @@ def main(args: argparse.Namespace) -> int:
         weights = args.weights or embedded_run(args.train, device)
         model, scenes = load_on_device(str(weights), args.device), scenes_of(weights)
         samples = [] if scenes is None else sample_scenes(scenes, Path(folder.name))
-        page = build(Segmenter(model, args.short_side), samples)
+        model.inference = model.inference.with_options(short_side=args.short_side)
+        page = build(model, samples)
         url = serve(page, args.host, args.port)
         # So that being told to end leaves no uploads behind, either.
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -150,29 +151,19 @@ class View(NamedTuple):
     areas: dict[str, float]  # share of each class
 
 
-class Segmenter:
-    """Photos and class names in, pictures out.
+def view(model: Model, path: str, names: str, threshold: float) -> View:
+    """Segment the photo at `path` by the class `names`; a `threshold` above 0 allows for background.
 
-    Args:
-        short_side: pixels at which the network sees a photo; None: as the weights say.
+    Raises:
+        UserError: no picture, too large a picture, or no list of names.
     """
-
-    def __init__(self, model: GroupViT, short_side: int | None = None) -> None:
-        self.model, self.short_side = model, short_side
-
-    def __call__(self, path: str, names: str, threshold: float) -> View:
-        """Segment the photo at `path` by the class `names`; a `threshold` above 0 allows for background.
-
-        Raises:
-            UserError: no picture, too large a picture, or no list of names.
-        """
-        classes = parse_classes(names, "class names", most=MASK_CLASSES)
-        photo = load_image(path, max_pixels=MAX_PIXELS)
-        photo.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-        found = self.model.segment(photo, classes, short_side=self.short_side, background_threshold=threshold)
-        grey, colours = photo.convert("L").convert("RGB"), segment_palette()
-        stages = [segment_of_pixels(maps[None], (photo.height, photo.width))[0].cpu() for maps in found.stages]
-        return View(found.overlay(), [blend(grey, segments, colours, 0.6) for segments in stages], found.areas)
+    classes = parse_classes(names, "class names", most=MASK_CLASSES)
+    photo = load_image(path, max_pixels=MAX_PIXELS)
+    photo.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    found = model.segment(photo, classes, background_threshold=threshold)
+    grey, colours = photo.convert("L").convert("RGB"), segment_palette()
+    stages = [segment_of_pixels(maps[None], (photo.height, photo.width))[0].cpu() for maps in found.stages]
+    return View(found.overlay(), [blend(grey, segments, colours, 0.6) for segments in stages], found.areas)
 
 
 def sample_scenes(config: ScenesConfig, folder: Path) -> list[list[str]]:
@@ -193,11 +184,11 @@ def sample_scenes(config: ScenesConfig, folder: Path) -> list[list[str]]:
     return samples
 
 
-def build(segmenter: Segmenter, samples: list[list[str]]) -> gradio.Blocks:
+def build(model: Model, samples: list[list[str]]) -> gradio.Blocks:
     """The page, with `samples` (a picture's path, class names) to click; Gradio's environment has to be set before."""
     import gradio as gr
 
-    nothing = [None] * (2 + len(segmenter.model.config.groups))
+    nothing = [None] * (2 + len(model.config.groups))
 
     def asked(path: str | None, names: str, threshold: float) -> tuple:
         """What a click or Enter gives: they need a photo."""
@@ -207,10 +198,10 @@ def build(segmenter: Segmenter, samples: list[list[str]]) -> gradio.Blocks:
         if path is None:
             return "", *nothing
         try:
-            view = segmenter(path, names, threshold)
+            seen = view(model, path, names, threshold)
         except UserError as error:
             return f"**{_for_people(error, path)}**", *nothing
-        return "", view.overlay, *view.stages, view.areas
+        return "", seen.overlay, *seen.stages, seen.areas
 
     # Hands over the upload as it is: load_image reads more kinds than Gradio, and says what is wrong with one. Made
     # this way, since Gradio's metaclass would write a .pyi beside this file.
@@ -228,7 +219,7 @@ def build(segmenter: Segmenter, samples: list[list[str]]) -> gradio.Blocks:
                 photo = Photo(label="Photo", sources=["upload", "clipboard"], elem_id="photo")
                 first = samples[0][1] if samples else "cat, dog, sofa"
                 names = gr.Textbox(first, label="Class names, between commas", max_length=4000, elem_id="names")
-                usual = segmenter.model.inference.background_threshold or 0
+                usual = model.inference.background_threshold or 0
                 threshold = gr.Slider(
                     0, 1, usual, step=0.01, label="Background threshold (0: none)", elem_id="background"
                 )
@@ -240,7 +231,7 @@ def build(segmenter: Segmenter, samples: list[list[str]]) -> gradio.Blocks:
         with gr.Row():
             stages = [
                 gr.Image(label=f"Segments of stage {i}", elem_id=f"stage{i}", **picture)
-                for i in range(1, len(segmenter.model.config.groups) + 1)
+                for i in range(1, len(model.config.groups) + 1)
             ]
         if samples:
             gr.Examples(samples, [photo, names], label="Scenes", cache_examples=False)

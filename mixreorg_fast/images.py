@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .errors import UserError, nearest
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
 MAX_PIXELS = 178_956_970  # the size at which Pillow itself takes a file for a decompression bomb (half a GiB as RGB)
 MAX_LONG_SIDE = 2048  # GroupViT's test pipeline: short side 448, but no side above 2048
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..images import to_pixels
+from ..images import IMAGENET_MEAN, IMAGENET_STD, to_pixels
 from ..inference.fonts import draw_text, length, wrap
 from ..inference.overlay import INK, PAPER, blend, class_palette, colourise, legend, save_picture, segment_palette
 from .metrics import IGNORE
 
 CELL, GAP, TITLE = 224, 8, 17
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 class Row(NamedTuple):
@@ -54,8 +53,8 @@ def mixing_figure(
     mixed: Tensor,
     restored: Tensor,
     path: str | Path,
-    mean: Sequence[float] = IMAGENET["mean"],
-    std: Sequence[float] = IMAGENET["std"],
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
 ) -> None:
     """A PNG at `path`: per row an image, the mixed image at its place in the group, the restored image.
 
@@ -72,8 +71,8 @@ def segments_figure(
     images: Tensor,
     assignment: Tensor,
     path: str | Path,
-    mean: Sequence[float] = IMAGENET["mean"],
-    std: Sequence[float] = IMAGENET["std"],
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
 ) -> None:
     """A PNG at `path`: per row an image and its segments.
 

@@ -28,7 +28,7 @@ def retrieval_at_1(model: Any, batches: Iterable[tuple[Tensor, Tensor]], chunk: 
     Raises:
         UserError: no pairs.
     """
-    device = next(model.parameters()).device
+    device = model.device
     was_training = model.training
     model.eval()
     try:

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from ..config import InferenceConfig
 from ..errors import RankError, UserError
 from ..files import saving
+from ..inference.model import Model
 from ..inference.overlay import save_labels
-from ..inference.prompts import text_classifier
 from ..inference.segmenter import Segmenter
 from . import metrics
 from .datasets import Sample, SegmentationDataset
@@ -47,22 +47,17 @@ def settings_for(
     return settings.with_options(background_threshold=next((value for value in given if value is not None), None))
 
 
-def segmenter_for(
-    model: Any, dataset: SegmentationDataset, settings: InferenceConfig, tokenizer: Any = None, batch: int = 8
-) -> Segmenter:
+def segmenter_for(model: Model, dataset: SegmentationDataset, settings: InferenceConfig, batch: int = 8) -> Segmenter:
     """A segmenter of the photos of `dataset` by its classes; `settings` as of :func:`settings_for`.
 
     Raises:
         UserError: as :class:`~mixreorg_fast.inference.segmenter.Segmenter`.
     """
-    tokenizer = model.tokenizer if tokenizer is None else tokenizer
-    texts = text_classifier(model, tokenizer, dataset.prompts, settings.templates)
-    return Segmenter(model, texts, settings, dataset.classes, batch)
+    return Segmenter(model, dataset.prompts, settings, dataset.classes, batch)
 
 
 def evaluate(
-    model: Any,
-    tokenizer: Any,
+    model: Model,
     dataset: SegmentationDataset,
     settings: InferenceConfig | None = None,
     limit: int | None = None,
@@ -116,7 +111,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        segmenter = segmenter_for(model, dataset, settings, tokenizer, batch)
+        segmenter = segmenter_for(model, dataset, settings, batch)
         indices = chosen(len(dataset), limit)
         left = [index for index in indices[rank::world] if index not in tally.done]
         started = time.monotonic()
@@ -125,7 +120,7 @@ def evaluate(
             for numbered, inputs in _batches(segmenter, dataset, left):
                 sizes = [sample.mask.shape for _, sample in numbered]
                 for (index, sample), decoded in zip(numbered, segmenter(inputs, sizes), strict=True):
-                    truth = torch.from_numpy(sample.mask).to(segmenter.device)
+                    truth = torch.from_numpy(sample.mask).to(model.device)
                     tally.add(index, truth, decoded.labels, decoded.segments, decoded.count, decoded.windows)
                     if predictions is not None:
                         save_labels(Path(predictions) / f"{sample.name}.png", decoded.labels, dataset.has_background)
@@ -138,7 +133,7 @@ def evaluate(
         raise RankError(str(error)) from None  # a photo or file of this rank's share: the others know nothing of it
     finally:
         model.train(was_training)
-    total = tally.over_ranks(segmenter.device)
+    total = tally.over_ranks(model.device)
     if kept is not None:
         kept.unlink(missing_ok=True)
     iou = [None if math.isnan(value) else value for value in metrics.per_class_iou(total.matrix).tolist()]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..inference.class_scores import class_scores, image_threshold
+from .class_scores import class_scores, image_threshold
 
 if TYPE_CHECKING:
     from transformers import GroupViTModel

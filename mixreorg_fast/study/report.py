@@ -14,9 +14,9 @@ from ..evaluation.metrics import FREQUENT, IGNORE
 from ..evaluation.pictures import save_grid
 from ..evaluation.zero_shot import segmenter_for, settings_for
 from ..files import atomic_path, saving
+from ..inference.model import load
 from ..inference.overlay import blend, class_palette, colourise, segment_palette
 from ..ledger import between_markers, file_stem
-from ..models.weights import load
 from .plan import Run
 from .rows import read_metrics
 

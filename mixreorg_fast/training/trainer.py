@@ -104,7 +104,6 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         module = MixReorg(config)
-        module.backbone.tokenizer, module.backbone.inference = self.tokenizer, config.inference
         if source is not None:
             checkpoint.restore_weights(module, source)
         elif config.model.init is not None:
@@ -366,9 +365,8 @@ class Trainer:
     def _validate(self, log: MetricsLog | None) -> None:
         """Score a part of the evaluation data; keep the weights whose mean mIoU is the best so far."""
         state = checkpoint.portable_state(self.engine)
-        backbone = self.engine.module.backbone
-        model = validation.evaluation_model(backbone, state, self.world)
-        scores = validation.score(model, self.config, self.tokenizer, self.world, limit=self.config.eval.every_images)
+        model = validation.evaluation_model(self.config, self.tokenizer, state, self.world)
+        scores = validation.score(model, self.config, self.world, limit=self.config.eval.every_images)
         figures = validation.headline(scores)
         values = [value["mIoU"] for value in scores.values() if "mIoU" in value]
         mean = sum(values) / len(values) if values else None
@@ -379,7 +377,7 @@ class Trainer:
             log.write(self.step, {"validation": figures})
             log.say(f"step {self.step}: " + ", ".join(f"{name} {value:.1f}" for name, value in figures.items()))
             if better:
-                weights.save(backbone, self.run_folder / "best", state)
+                model.save(self.run_folder / "best")
 
     def _save(self) -> Path:
         state = {
@@ -390,16 +388,17 @@ class Trainer:
             "order": self._order,
             "best": self.best,
         }
-        return checkpoint.save(self.run_folder, self.step, self.engine, self.world, state, self.config.checkpoint.keep)
+        keep = self.config.checkpoint.keep
+        return checkpoint.save(self.run_folder, self.step, self.engine, self.world, state, keep, self.tokenizer)
 
     def _finish(self, images: torch.Tensor) -> dict[str, Any]:
         state = checkpoint.portable_state(self.engine)
-        model = validation.evaluation_model(self.engine.module.backbone, state, self.world)
-        scores = validation.score(model, self.config, self.tokenizer, self.world, limit=None)
+        model = validation.evaluation_model(self.config, self.tokenizer, state, self.world)
+        scores = validation.score(model, self.config, self.world, limit=None)
         if self.world.is_main:
             if scores:
                 write_json(self.run_folder / "eval.json", scores)
-            validation.draw(model, self.config, self.tokenizer, images, self.run_folder)
+            validation.draw(model, self.config, images, self.run_folder)
             print(closing(scores, self.config), flush=True)
         return scores
 

@@ -9,10 +9,10 @@ from mixreorg_fast.evaluation.pictures import Row
 from mixreorg_fast.evaluation.zero_shot import segmenter_for
 
 
-def test_figures(model, tokenizer, plain, tmp_path):
+def test_figures(model, plain, tmp_path):
     dataset = open_dataset("plain", plain)
     settings = InferenceConfig(short_side=64, background_threshold=0.4)
-    segmenter = segmenter_for(model, dataset, settings, tokenizer)
+    segmenter = segmenter_for(model, dataset, settings)
     pictures.dataset_figure(segmenter, dataset, tmp_path / "runs" / "segmentation.png", count=3)
     figure = Image.open(tmp_path / "runs" / "segmentation.png")
     assert figure.width == 4 * (pictures.CELL + pictures.GAP) + pictures.GAP

@@ -10,7 +10,7 @@ import torch
 import mixreorg_fast
 from mixreorg_fast.cli import main
 from mixreorg_fast.models import GroupViT
-from mixreorg_fast.models.encoders import resize_positions
+from mixreorg_fast.models.image_encoder import resize_positions
 from tests.tiny import tiny_config
 
 from .huggingface import SMALL, VOCABULARY, build, random_ids, random_images, random_model

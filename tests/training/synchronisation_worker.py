@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from mixreorg_fast.config import merged
 from mixreorg_fast.data.reading.loader import Batch
 from mixreorg_fast.data.text.tokenizer import Tokenizer
-from mixreorg_fast.models import encoders
+from mixreorg_fast.models import text_encoder
 from mixreorg_fast.training import trainer as module
 from mixreorg_fast.training.distributed import initialise
 from mixreorg_fast.training.trainer import Trainer
@@ -95,7 +95,7 @@ def run(case: dict, world, folder: Path) -> dict[str, list[str]]:
 
 def main(out: str) -> None:
     torch.set_num_threads(1)
-    encoders.BUCKETED = {"cpu"}
+    text_encoder.BUCKETED = {"cpu"}
     module.order_digest = lambda config: ""  # there are no shards
     module._Window.means = lambda *_: {}
     module.BadSamples.count = lambda *_: 0

@@ -1,11 +1,9 @@
-"""What the final segments of an image say about classes (GroupViT, CVPR 2022)."""
+"""Class scores of an image's final segments (GroupViT, CVPR 2022)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from .. import ops
 
 
 def class_scores(embeddings: Tensor, image: Tensor, texts: Tensor, logit_scale: Tensor | float, top: int = 5) -> Tensor:
@@ -34,16 +32,6 @@ def class_scores(embeddings: Tensor, image: Tensor, texts: Tensor, logit_scale: 
 def image_threshold(scores: Tensor, threshold: float) -> Tensor:
     """``min(threshold, the image's best score)``: ``[B]`` from scores ``[B, G, T]``.
 
-    So the surest segment of an image is never background.
+    With this threshold the segment of the best score is never background.
     """
     return scores.flatten(1).amax(dim=1).clamp(max=threshold)
-
-
-def segment_of_pixels(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """The most probable segment of every pixel: int64 ``[B, H, W]`` from soft maps ``[B, G, h, w]``.
-
-    The maps are upsampled bilinearly to `size` (align_corners=False).
-    """
-    # Classes that are the segments themselves: the label of a pixel is then its segment.
-    own = torch.eye(maps.shape[1], device=maps.device).expand(len(maps), -1, -1)
-    return ops.decode_segments(maps, own, size)
