@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 
 from mixreorg_fast.config import Config, parse_config
+from mixreorg_fast.data.reading.train_loader import TrainLoader
+from mixreorg_fast.data.reading.training_set import TrainingSet
 from mixreorg_fast.data.shards.build import Pair, write_shard
 from mixreorg_fast.models import Batch
 
@@ -61,11 +63,15 @@ def configuration() -> tuple[Config, tempfile.TemporaryDirectory]:
 
 @functools.cache
 def batches() -> Iterator:
-    from mixreorg_fast.data.reading.loader import TrainLoader, tokenizer_for
-
     config, folder = configuration()
     with mock.patch.dict(os.environ, XDG_CACHE_HOME=folder.name):  # where the shards' index goes
-        return TrainLoader(config, tokenizer_for(config), micro_batch=BATCH)
+        return loader(config, BATCH)
+
+
+def loader(config: Config, images: int) -> TrainLoader:
+    """Batches of so many images with a tokenizer of their captions."""
+    training_set = TrainingSet.open(config)
+    return TrainLoader(config, training_set, training_set.train_tokenizer(config.data.vocab_size), micro_batch=images)
 
 
 def next_batch() -> torch.Tensor:
@@ -78,20 +84,18 @@ def test_waiting(record):
     config = test_train_step.configuration("mixreorg", DTYPE)
 
     def train() -> tuple[float, float]:
-        from mixreorg_fast.data.reading.loader import TrainLoader, tokenizer_for
-
         data, folder = configuration()
         step = test_train_step.ours(config)
         with (
             mock.patch.dict(os.environ, XDG_CACHE_HOME=folder.name),
-            TrainLoader(data, tokenizer_for(data), micro_batch=images) as loader,
+            loader(data, images) as pairs,
         ):
             waited = 0.0
             for number in range(steps + 3):
                 if number == 3:  # compiled and warm
                     start, waited = synchronized_time(), 0.0
                 before = time.perf_counter()
-                batch = next(loader)
+                batch = next(pairs)
                 waited += time.perf_counter() - before
                 step(Batch(batch.images, batch.ids, batch.lengths, torch.tensor(number, device=DEVICE)))
             return waited, synchronized_time() - start

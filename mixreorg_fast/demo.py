@@ -170,7 +170,7 @@ def sample_scenes(config: ScenesConfig, folder: Path) -> list[list[str]]:
     """Scenes of the kind trained on, but never trained on, drawn into `folder`: per scene its path and class names,
     those of what it shows and of as many other kinds as make NAMED."""
     from .data.scenes.drawing import Painter
-    from .data.scenes.scenes import KINDS, held_out_combinations, plan_scene, render
+    from .data.scenes.folder import KINDS, held_out_combinations, plan_scene, render
 
     painter, held_out = Painter(SAMPLE_SIDE, config.seed), held_out_combinations(config.seed)
     samples = []

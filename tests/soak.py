@@ -12,7 +12,8 @@ import torch
 
 from mixreorg_fast import load
 from mixreorg_fast.config import Config, parse_config
-from mixreorg_fast.data.reading.loader import TrainLoader
+from mixreorg_fast.data.reading.train_loader import TrainLoader
+from mixreorg_fast.data.reading.training_set import TrainingSet
 from mixreorg_fast.data.shards.build import write_shard
 from mixreorg_fast.data.shards.shards import ShardSet, open_shard, scan
 from mixreorg_fast.data.shards.verify import verify_shard
@@ -82,11 +83,12 @@ def test_shards(tmp_path, capsys):
     for path in tmp_path.glob("*.tar"):
         if path not in verified:
             path.unlink()
-    with TrainLoader(config, tokenizer, micro_batch=32) as loader:
-        for _ in range(-(-loader.samples // 32)):
+    training_set = TrainingSet.open(config)
+    with TrainLoader(config, training_set, tokenizer, micro_batch=32) as loader:
+        for _ in range(-(-len(training_set) // 32)):
             assert torch.isfinite(next(loader).images).all()
         counts["bad in training"] = len(loader.bad_samples)
-        assert loader.samples == counts["samples"] - counts["incomplete samples"] - counts["broken samples"]
+        assert len(training_set) == counts["samples"] - counts["incomplete samples"] - counts["broken samples"]
     with capsys.disabled():
         print(f"\nshards: {dict(counts)}")
 

@@ -244,6 +244,7 @@ def test_losses_of_all_implementations_agree(monkeypatch):
         assert len(set(first)) == 3
 
 
+@pytest.mark.launch
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_host_time_is_measured_without_a_gpu():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

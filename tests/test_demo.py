@@ -21,7 +21,7 @@ from PIL import Image
 from mixreorg_fast import demo
 from mixreorg_fast.cli import main
 from mixreorg_fast.config import ScenesConfig, find_config, load_config
-from mixreorg_fast.data.scenes.scenes import KINDS, held_out_combinations, plan_scene
+from mixreorg_fast.data.scenes.folder import KINDS, held_out_combinations, plan_scene
 from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.inference.model import Model, load
@@ -190,6 +190,7 @@ def status(url: str, **request) -> int:
         return error.code
 
 
+@pytest.mark.launch
 def test_no_file_but_the_pages_own_is_served(server):
     assert status(server.url) == 200
     own = next(server.folder.glob("mixreorg-demo-*/uploads/*/scene*.png"))
@@ -200,6 +201,7 @@ def test_no_file_but_the_pages_own_is_served(server):
         assert status(f"{server.url}gradio_api/{path}") == 404
 
 
+@pytest.mark.launch
 def test_uploads_are_bounded(server):
     body = b"--x\r\nContent-Disposition: form-data; name=files; filename=a.jpg\r\n\r\n%b\r\n--x--\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
@@ -213,6 +215,7 @@ def test_uploads_are_bounded(server):
         connection.close()
 
 
+@pytest.mark.launch
 def test_it_listens_at_one_address_and_says_when_it_cannot(server, weights, capsys):
     host, port = server.url.split("/")[2].split(":")
     assert host == "127.0.0.1"
@@ -307,6 +310,8 @@ def test_a_file_of_the_wrong_kind_gets_a_line(browser, server):
     page.until(lambda: page.find("#message").text == wanted)
 
 
+@pytest.mark.browser
+@pytest.mark.launch
 def test_the_page_in_a_browser(browser, server, tmp_path):
     page = Page(browser, server.url)
     page.find("tr.tr-body").click()  # a sample scene

@@ -15,6 +15,8 @@ from PIL import Image
 
 import mixreorg_fast
 
+pytestmark = pytest.mark.launch
+
 pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[1]
 COLOURS = ["red", "green", "blue", "white"]

@@ -7,7 +7,7 @@ import os
 
 from ..config import ScenesConfig
 from ..errors import UserError
-from .scenes.scenes import ensure_scenes
+from .scenes.folder import ensure_scenes
 from .shards.build import build
 from .shards.verify import verify
 

@@ -1,4 +1,4 @@
-"""The shards as all ranks see them: made ready before training reads them, and what of them is of no use."""
+"""The training set on all ranks: indexed and verified together before training, and an account of its bad samples."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from tqdm import tqdm
 from .. import devices
 from ..config import Config
 from ..data.reading.decoder import Decoder
-from ..data.reading.loader import TrainLoader, reading_threads, shard_sets, training_shards
-from ..data.shards.shards import Bad, ShardSet, expand, open_shard, open_shards
-from ..data.shards.verify import is_ready, too_many_bad, verifying
+from ..data.reading.samples import reading_threads
+from ..data.reading.training_set import TrainingSet, shard_sets
+from ..data.shards.shards import Bad, expand, open_shard
+from ..data.shards.verify import is_ready, verifying
 from ..errors import UserError
 from ..files import atomic_path
 from .distributed import World, mean_over_ranks, on_main
@@ -28,104 +29,104 @@ SLICE = 5.0
 NETWORK_DISK = 65.0
 
 
-def ready_shards(config: Config, world: World) -> None:
-    """Index every shard of the run that is not yet, having decoded its photos (unless ``data.verify`` is off).
+def open_training_set(config: Config, world: World) -> TrainingSet:
+    """Index every shard of the run that has no index, having decoded its photos (unless ``data.verify`` is off), and
+    open the training set. The embedded scenes are not decoded: this program wrote them.
 
-    The ranks share the work; call on every rank. It may take hours, but no exchange waits for longer than a slice of
-    it. What was done when it is interrupted need not be done again. The embedded scenes were encoded here and are
-    left as they are.
+    The ranks share the work; call on every rank. The work may take hours, but no exchange between ranks waits longer
+    than a slice of it. After an interruption, finished shards are not indexed again.
+
+    Args:
+        config: with ``data.shards`` set (:func:`~mixreorg_fast.data.scenes.folder.with_scenes`).
 
     Raises:
-        UserError: no shards; the ranks see different ones.
+        UserError: no shards; the ranks see different shards.
     """
-    if config.data.shards is None:
-        return
-    patterns = [pattern for pattern, _ in shard_sets(config.data)]
-    paths = on_main(world, lambda: list(dict.fromkeys(path for pattern in patterns for path in expand(pattern))))
-    local = devices.local_rank(), devices.local_size()
-    # First all ranks together. What a node does not see then lies on disks of its own: its ranks do that.
-    for rank, size in ((world.rank, world.size), local):
-        mine = _unready(paths, config)[rank::size]
-        work = _verify(mine, config, world) if config.data.verify else _index(mine)
-        if not _work_together(work, mine, world):
-            break
-        if world.size > local[1]:
-            _wait_for_files(paths, config)
-    _compare(training_shards(config, warn=False), world)
+    if not config.data.is_scenes:
+        patterns = [pattern for pattern, _ in shard_sets(config.data)]
+        paths = on_main(world, lambda: list(dict.fromkeys(path for pattern in patterns for path in expand(pattern))))
+        local = devices.local_rank(), devices.local_size()
+        # First all ranks together. What a node does not see then lies on another node's disks: that node's ranks do it.
+        for rank, size in ((world.rank, world.size), local):
+            mine = _unready(paths, config)[rank::size]
+            work = _verify(mine, config, world) if config.data.verify else _index(mine)
+            if not _work_together(work, mine, world):
+                break
+            if world.size > local[1]:
+                _wait_for_files(paths, config)
+    training_set = TrainingSet.open(config, warn=world.is_main)
+    _compare(training_set, world)
+    return training_set
 
 
-def check_bad(shards: ShardSet, config: Config) -> None:
+def check_bad(training_set: TrainingSet, config: Config) -> None:
     """
     Raises:
         UserError: the indexes leave out more than ``data.max_bad`` of the samples.
     """
-    if too_many_bad(shards.lost, len(shards), config.data.max_bad):
+    lost, total = training_set.lost, training_set.lost + len(training_set)
+    if lost > config.data.max_bad * total:
+        examples = [": ".join(filter(None, bad)) for bad in training_set.bad[:1]]
         raise UserError(
-            f"{_too_many(shards.lost, len(shards) + shards.lost, config)}; SHARD.broken.tsv beside each shard lists "
-            f"them, such as {': '.join(filter(None, shards.bad[0]))}"
+            f"{_too_many(lost, total, config)}; SHARD.broken.tsv beside each shard lists them, such as {examples[0]}"
         )
 
 
-def order_digest(config: Config) -> str:
-    """What the order of samples depends on besides the seed: when it changes, positions mean other samples."""
-    digest = hashlib.sha256()
-    for pattern, weight in shard_sets(config.data):
-        digest.update(f"{weight} {open_shards(pattern, warn=False).sizes.tolist()}\n".encode())
-    return digest.hexdigest()
-
-
 class BadSamples:
-    """Account of the samples of no use over all ranks, in ``bad_samples.tsv`` of the run folder: shard, key, reason.
+    """Account of the bad samples over all ranks, in ``bad_samples.tsv`` of the run folder: shard, key, reason.
 
     Args:
         samples: consumed by the run so far.
     """
 
-    def __init__(self, config: Config, world: World, samples: int) -> None:
-        self._config, self._world = config, world
+    def __init__(self, config: Config, world: World, training_set: TrainingSet, samples: int) -> None:
+        self._config, self._world, self._training_set = config, world, training_set
         self._path = config.run_folder / "bad_samples.tsv"
         self._found: dict[tuple[str, str], Bad] = {}
         self._sent = 0
         self._before = -1.0
         self._consumed = samples
-        self._count = self._total = 0
+        self._count = 0
 
-    def count(self, loader: TrainLoader) -> int:
-        """How many there are, those that the shards' indexes leave out included. Call on every rank.
+    @property
+    def _total(self) -> int:
+        return len(self._training_set) + self._training_set.lost
+
+    def count(self, own: list[Bad]) -> int:
+        """How many there are, including those that the shards' indexes leave out. Call on every rank.
+
+        Args:
+            own: those that this rank has found so far while reading.
 
         Raises:
             UserError: they are more than ``data.max_bad`` of all.
         """
-        own = loader.bad_samples
         (mean,) = mean_over_ranks(torch.tensor([float(len(own))], device=self._world.device), self._world)
         if mean == self._before:
             return self._count
         self._before = mean
-        parts: list[list[Bad]] = [own[self._sent :]]
-        if self._world.size > 1:
-            parts = [[] for _ in range(self._world.size)]
-            dist.all_gather_object(parts, own[self._sent :])
+        parts = _gathered(own[self._sent :], self._world)
         self._sent = len(own)
         self._found.update({(bad.shard, bad.key): bad for part in parts for bad in part})
-        self._count, self._total = loader.lost + len(self._found), loader.samples + loader.lost
+        self._count = self._training_set.lost + len(self._found)
         if self._world.is_main and self._count:
-            self._list(loader)
-        # `samples` of the indexes include those found now.
-        if too_many_bad(self._count, self._total - self._count, self._config.data.max_bad):
+            self._list()
+        if self._count > self._config.data.max_bad * self._total:
             raise UserError(f"{_too_many(self._count, self._total, self._config)}; {self._path} lists them")
         return self._count
 
-    def remark(self, samples: int, loader: TrainLoader) -> str | None:
-        """What to say of the epoch that has ended since the last time; `samples`: consumed by the run so far."""
-        epoch, before = samples // loader.samples, self._consumed // loader.samples
+    def remark(self, samples: int) -> str | None:
+        """What to say of the epoch that has ended since the last call; `samples`: consumed by the run so far."""
+        epoch, before = (consumed // len(self._training_set) for consumed in (samples, self._consumed))
         self._consumed = samples
         if epoch == before:
             return None
-        found = f"{self._count} of {self._total} samples were of no use" if self._count else "every sample was of use"
-        return f"epoch {epoch} ended: {found}" + (f" ({self._path})" if self._count else "")
+        if not self._count:
+            return f"epoch {epoch} ended: every sample was used"
+        return f"epoch {epoch} ended: {self._count} of {self._total} samples could not be used ({self._path})"
 
-    def _list(self, loader: TrainLoader) -> None:
-        lines = {str(bad): None for bad in (*loader.left_out, *self._found.values())}
+    def _list(self) -> None:
+        lines = {str(bad): None for bad in (*self._training_set.bad, *self._found.values())}
         if self._path.is_file():  # of the run before it was resumed
             lines = dict.fromkeys(self._path.read_text(encoding="utf-8").splitlines()) | lines
         with atomic_path(self._path) as temporary:
@@ -141,7 +142,7 @@ def _unready(paths: Sequence[Path], config: Config) -> list[Path]:
 
 
 def _wait_for_files(paths: Sequence[Path], config: Config) -> None:
-    """Give what other nodes wrote to a network disk time to appear: its clients look again after a minute at most."""
+    """Wait for files that other nodes wrote to a network disk: its clients may look only once a minute."""
     until = time.monotonic() + NETWORK_DISK
     while _unready(paths, config) and time.monotonic() < until:
         time.sleep(1)
@@ -162,7 +163,7 @@ def _index(paths: Sequence[Path]) -> Iterator[int]:
 
 
 def _work_together(work: Iterator[int], paths: Sequence[Path], world: World) -> bool:
-    """Go through this rank's `work` until every rank is through with its own, and show how far all are.
+    """Go through this rank's `work` until every rank has finished its own, and show the progress of all.
 
     Returns:
         whether any rank had something to do.
@@ -193,12 +194,15 @@ def _work_together(work: Iterator[int], paths: Sequence[Path], world: World) -> 
     return True
 
 
-def _compare(shards: ShardSet, world: World) -> None:
-    """See that all ranks have the same samples in the same order, without which they would drift apart unnoticed."""
+def _compare(training_set: TrainingSet, world: World) -> None:
+    """
+    Raises:
+        UserError: a rank has other samples, or another order, than rank 0. They would drift apart unnoticed.
+    """
     digest = hashlib.sha256()
-    for shard in shards.shards:
+    for shard in training_set.shards.shards:
         digest.update(f"{shard.path.name} {len(shard.samples)} {shard.broken}\n".encode())
-    answers = _gathered((digest.hexdigest(), len(shards), socket.gethostname()), world)
+    answers = _gathered((digest.hexdigest(), len(training_set), socket.gethostname()), world)
     first, samples, host = answers[0]
     for rank, (other, count, name) in enumerate(answers):
         if other != first:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..config import Config, EvalDatasetConfig
-from ..data.reading.loader import shard_sets, tokenizer_for, training_shards
-from ..data.scenes.scenes import ensure_scenes
+from ..config import Config
+from ..data.reading.training_set import TrainingSet, shard_sets
 from ..data.shards.shards import expand, open_shard, open_shards
 from ..data.text.tokenizer import Tokenizer
 from ..errors import UserError
@@ -18,18 +16,6 @@ from ..files import write_json
 from ..models import weights
 from .data import check_bad
 from .metrics import import_wandb
-
-# Like GroupViT's, set for the data: at 0.95, VOC's, little but the surest segment is no background, and that may be one
-# without a pixel. Both methods score best at 0.2 or 0.3.
-SCENES_THRESHOLD = 0.3
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A configuration with every default that depends on data filled in."""
-
-    config: Config
-    samples: int  # in the training set
 
 
 def check_inputs(config: Config, resuming: bool, world_size: int = 1) -> None:
@@ -45,7 +31,7 @@ def check_inputs(config: Config, resuming: bool, world_size: int = 1) -> None:
         checks.append(partial(expand, config.data.val_shards))
     checks.append(partial(_check_batch, config, world_size))
     checks += [partial(open_dataset, entry.dataset, entry.root, entry.split) for entry in config.eval.datasets]
-    if not resuming and (config.data.tokenizer or config.model.init):
+    if not resuming:
         checks.append(partial(_tokenizer, config, resuming))
     if config.log.wandb is not None:
         checks.append(import_wandb)
@@ -62,67 +48,53 @@ def check_inputs(config: Config, resuming: bool, world_size: int = 1) -> None:
         raise UserError(*problems)
 
 
-def prepare(config: Config, resuming: bool) -> Prepared:
-    """Complete `config`, make the embedded data and the tokenizer where needed, write ``config.json``.
+def prepare(config: Config, training_set: TrainingSet, resuming: bool) -> Config:
+    """Make the tokenizer where needed, complete `config` by its size, write both into the run folder.
 
     Runs on one rank. Raises:
         UserError: too many samples of the training set cannot be used.
     """
-    if config.data.shards is None:
-        config = _with_scenes(config)
-    shards = training_shards(config)
-    check_bad(shards, config)
-    _check_batch(config)
+    check_bad(training_set, config)
+    _refuse_few(len(training_set), config)
     if config.data.val_shards is not None:
         open_shards(config.data.val_shards)
-    tokenizer = _tokenizer(config, resuming)
+    tokenizer = _tokenizer(config, resuming) or training_set.train_tokenizer(config.data.vocab_size)
     text = config.model.text.model_copy(update={"vocab_size": tokenizer.vocab_size})
     config = config.model_copy(update={"model": config.model.model_copy(update={"text": text})})
     run = config.run_folder
     run.mkdir(parents=True, exist_ok=True)
     tokenizer.save(run)
     write_json(run / "config.json", config.model_dump(mode="json"))
-    return Prepared(config, len(shards))
+    return config
 
 
-def _check_batch(config: Config, world_size: int = 1) -> None:
+def _check_batch(config: Config, world_size: int) -> None:
     """
     Raises:
         UserError: there are no shards, or fewer samples than a batch.
     """
-    if config.data.shards is None:
-        samples = config.data.scenes.train
-    else:
-        samples = 0
+    samples = config.data.scenes.train if config.data.shards is None else 0
+    if config.data.shards is not None:
         for path in (path for pattern, _ in shard_sets(config.data) for path in expand(pattern)):
             samples += len(open_shard(path).samples)
             if samples >= config.train.batch:  # the first shards suffice: to index all is the work of all ranks
                 return
+    _refuse_few(samples, config, world_size)
+
+
+def _refuse_few(samples: int, config: Config, world_size: int = 1) -> None:
     if samples < config.train.batch:
         unit = config.batch_unit(world_size)
         fits = f"nearest: {samples // unit * unit}" if samples >= unit else f"at least {unit} are needed"
         raise UserError(f"train.batch {config.train.batch} is more than the {samples} samples of data.shards ({fits})")
 
 
-def _with_scenes(config: Config) -> Config:
-    """The embedded scenes as training, retrieval and, unless others are named, evaluation data."""
-    scenes = ensure_scenes(config.data.scenes)
-    shards, pairs = (list(map(str, paths)) for paths in (scenes.train, scenes.val))
-    data = config.data.model_copy(update={"shards": shards, "val_shards": config.data.val_shards or pairs})
-    evaluation = config.eval
-    if not evaluation.datasets:
-        folders = {"scenes": scenes.evaluation, "scenes_unseen": scenes.unseen, "scenes_small": scenes.small}
-        datasets = [
-            EvalDatasetConfig(name=name, root=str(folder), background_threshold=SCENES_THRESHOLD)
-            for name, folder in folders.items()
-        ]
-        evaluation = evaluation.model_copy(update={"datasets": datasets})
-    return config.model_copy(update={"data": data, "eval": evaluation})
-
-
-def _tokenizer(config: Config, resuming: bool) -> Tokenizer:
+def _tokenizer(config: Config, resuming: bool) -> Tokenizer | None:
+    """The tokenizer that is there already; None: it is to be trained on the captions."""
     if resuming:  # ids must go on meaning what they meant
         return Tokenizer.load(config.run_folder / weights.TOKENIZER)
-    if config.model.init is not None and config.data.tokenizer is None:
+    if config.data.tokenizer is not None:
+        return Tokenizer.load(config.data.tokenizer)
+    if config.model.init is not None:
         return Tokenizer.load(weights.find_weights(Path(config.model.init)) / weights.TOKENIZER)
-    return tokenizer_for(config)
+    return None

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, are_scenes
+from ..data.reading.training_set import TrainingSet
 from ..errors import UserError
 from ..models import weights
 from . import checkpoint
-from .data import order_digest
 
 # What a run is made of; everything else may change when it is resumed.
 MADE_OF = ("seed", "model", "mixing", "loss", "schedule", "data", "train.batch")
@@ -34,7 +34,7 @@ def refuse_another(config: Config, resume: str) -> None:
         return
     found = differences(was, config.model_dump(mode="json"))
     moved = set(found) == {"data.shards"} and SCENES not in found["data.shards"]
-    if moved and order_digest(config) == _json(kept[-1] / checkpoint.STATE).get("order"):
+    if moved and TrainingSet.open(config).digest == _json(kept[-1] / checkpoint.STATE).get("order"):
         return  # the same shards in another place
     if found:
         shown = ", ".join(f"{key}: {_short(old)} → {_short(new)}" for key, (old, new) in list(found.items())[:SHOWN])

@@ -19,14 +19,16 @@ from safetensors.torch import save_file
 
 from .. import devices
 from ..config import Config
-from ..data.reading.loader import Batch as LoadedBatch
-from ..data.reading.loader import TrainLoader
+from ..data.reading.pairs import Pairs
+from ..data.reading.train_loader import TrainLoader
+from ..data.reading.training_set import TrainingSet
+from ..data.scenes.folder import with_scenes
 from ..data.text.tokenizer import Tokenizer
 from ..errors import RankError, UserError
 from ..files import write_json
 from ..models import Batch, MixReorg, weights
 from . import checkpoint, run_folder, validation
-from .data import BadSamples, order_digest, ready_shards
+from .data import BadSamples, open_training_set
 from .distributed import World, import_deepspeed, initialise, mean_over_ranks, on_main, wait_patiently
 from .guard import StepGuard
 from .metrics import MetricsLog
@@ -67,10 +69,11 @@ def train(config: Config, resume: str = "auto", device: str | None = None) -> di
         return scores
     on_main(world, lambda: check_inputs(config, bool(checkpoint.find(config.run_folder, resume)), world.size))
     source, state = on_main(world, lambda: run_folder.checkpoint_to_resume(config, resume))
-    ready_shards(config, world)
-    prepared = on_main(world, lambda: prepare(config, resuming=source is not None))
+    config = on_main(world, lambda: with_scenes(config))
+    training_set = open_training_set(config, world)
+    config = on_main(world, lambda: prepare(config, training_set, resuming=source is not None))
     with Watch(world, config.train.timeout, config.run_folder) as watch:
-        return Trainer(prepared.config, prepared.samples, world, source, state).run(watch)
+        return Trainer(config, training_set, world, source, state).run(watch)
 
 
 def micro_step_seed(seed: int, position: int) -> int:
@@ -82,11 +85,13 @@ def micro_step_seed(seed: int, position: int) -> int:
 class Trainer:
     """One run on one rank, new or going on from the checkpoint `source` with its `state`."""
 
-    def __init__(self, config: Config, samples: int, world: World, source: Path | None, state: dict[str, Any]):
-        self.config, self.world = config, world
+    def __init__(
+        self, config: Config, training_set: TrainingSet, world: World, source: Path | None, state: dict[str, Any]
+    ):
+        self.config, self.training_set, self.world = config, training_set, world
         self.run_folder = config.run_folder
         self.tokenizer = Tokenizer.load(self.run_folder / weights.TOKENIZER)
-        self.steps, self.warmup = schedule_length(config, samples)
+        self.steps, self.warmup = schedule_length(config, len(training_set))
         self.micro_batch = config.micro_batch(world.size)
         self.step, self.best = state.get("step", 0), state.get("best")
         self._grad_cache = config.train.grad_cache and config.train.accumulation > 1
@@ -96,9 +101,8 @@ class Trainer:
         self._stage_0_norm = 0.0
         self._asked: torch.Tensor | None = None
         self._outcome: tuple[float, int] | None = None
-        self._bad = BadSamples(config, world, self.step * config.train.batch)
-        self._order = order_digest(config)
-        if world.is_main and state.get("order", self._order) != self._order:
+        self._bad = BadSamples(config, world, training_set, self.step * config.train.batch)
+        if world.is_main and state.get("order", training_set.digest) != training_set.digest:
             print("warning: data.shards are not what they were: from here on samples come in another order", flush=True)
         self._own_time, self._rank_times = Stopwatch(world.device), RankTimes(world, config.log.slow_rank)
 
@@ -109,7 +113,7 @@ class Trainer:
         elif config.model.init is not None:
             weights.load_state(module.backbone, weights.find_weights(config.model.init))
         if world.is_main:
-            print(opening(config, samples, module, self.steps), flush=True)
+            print(opening(config, len(training_set), module, self.steps), flush=True)
         module.to(world.device)
         deepspeed = import_deepspeed()
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -164,6 +168,7 @@ class Trainer:
         """Batches from `step` on."""
         return TrainLoader(
             self.config,
+            self.training_set,
             self.tokenizer,
             micro_batch=self.micro_batch,
             rank=self.world.rank,
@@ -176,7 +181,7 @@ class Trainer:
         self, loader: TrainLoader, log: MetricsLog | None, watch: Watch, stop: StopRequest
     ) -> torch.Tensor | None:
         """All remaining steps; returns images of the last micro-step, for the pictures, or None after a signal."""
-        batches: Iterator[LoadedBatch] = iter(loader)
+        batches: Iterator[Pairs] = iter(loader)
         window = _Window(loader, self._own_time)
         # The texts' projection is the first exchange between ranks: who has not come here is who the others wait for.
         self.engine.module.backbone.text_projection.register_forward_pre_hook(lambda *_: self._at_exchange(watch))
@@ -224,7 +229,7 @@ class Trainer:
                 return None
         return next(batches).images if self._shown is None else self._shown
 
-    def _micro_steps(self, batches: Iterator[LoadedBatch], watch: Watch) -> Iterator[tuple]:
+    def _micro_steps(self, batches: Iterator[Pairs], watch: Watch) -> Iterator[tuple]:
         """The arguments of each of the step's calls of the engine."""
         count = self.config.train.accumulation
         if not self._grad_cache:
@@ -239,7 +244,7 @@ class Trainer:
         for batch, features in zip(others, cached, strict=True):
             yield batch, (), features.gradients()
 
-    def _next(self, batches: Iterator[LoadedBatch], watch: Watch) -> Batch:
+    def _next(self, batches: Iterator[Pairs], watch: Watch) -> Batch:
         watch.at(self.step + 1, "waiting for data")
         self._own_time.start()
         loaded = next(batches)
@@ -274,7 +279,7 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0 and self.step < self.steps
 
-    def _batch(self, loaded: LoadedBatch) -> Batch:
+    def _batch(self, loaded: Pairs) -> Batch:
         # Of the batch that the losses are over: the position of its first image in the run, and that of ours in it.
         first = self.world.rank * self.micro_batch
         if self._grad_cache:
@@ -329,7 +334,7 @@ class Trainer:
 
     def _report(self, window: _Window, loader: TrainLoader, log: MetricsLog | None, norm: float) -> None:
         means = window.means(self.world)
-        bad = self._bad.count(loader)
+        bad = self._bad.count(loader.bad_samples)
         seconds, waited = window.times(loader)
         steps = window.steps
         times = self._rank_times.gather(self._own_time.seconds() / steps)
@@ -357,7 +362,7 @@ class Trainer:
         if not self._told_time and self.step < self.steps:
             self._told_time = True
             log.say(expected(left, self.steps - self.step))
-        if (ended := self._bad.remark(values["samples"], loader)) is not None:
+        if (ended := self._bad.remark(values["samples"])) is not None:
             log.say(ended)
         if (remark := self._rank_times.remark(times)) is not None:
             log.say(f"step {self.step}: {remark}")
@@ -385,7 +390,7 @@ class Trainer:
             "guard": self.guard.state(),
             "seed": self.config.seed,
             "batch": self.config.train.batch,
-            "order": self._order,
+            "order": self.training_set.digest,
             "best": self.best,
         }
         keep = self.config.checkpoint.keep

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import ops
 from ..config import Config
-from ..data.reading.loader import ValidationLoader, validation_shards
-from ..data.shards.shards import ShardSet
+from ..data.reading.validation_loader import ValidationLoader
+from ..data.shards.shards import ShardSet, open_shards
 from ..data.text.tokenizer import Tokenizer
 from ..evaluation.datasets import open_dataset
 from ..evaluation.pictures import dataset_figure, mixing_figure, segments_figure
@@ -42,8 +42,8 @@ def score(model: Model, config: Config, world: World, *, limit: int | None) -> d
         settings = settings_for(config.eval.with_options(), dataset, entry.background_threshold)
         images = min(filter(None, (limit, entry.limit)), default=None)
         scores[entry.name] = evaluate(model, dataset, settings, images, progress=limit is None)
-    shards = validation_shards(config)
-    if shards is not None:
+    if config.data.val_shards:
+        shards = open_shards(config.data.val_shards)
         scores["retrieval"] = retrieval_at_1(model, _pairs(config, model.tokenizer, shards, world, limit))
     return scores
 

@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from mixreorg_fast.config import Config, parse_config
+from mixreorg_fast.data.reading.train_loader import TrainLoader
+from mixreorg_fast.data.reading.training_set import TrainingSet
 from mixreorg_fast.data.shards.build import build, write_shard
 from mixreorg_fast.data.shards.sources import Pair
 from mixreorg_fast.data.text.tokenizer import Tokenizer
@@ -53,6 +55,11 @@ def pairs(count: int, first: int = 0) -> list[Pair]:
         )
         for number in range(first, first + count)
     ]
+
+
+def open_loader(config: Config, tokenizer: Tokenizer, **options) -> TrainLoader:
+    """A loader of the training set of `config`."""
+    return TrainLoader(config, TrainingSet.open(config), tokenizer, **options)
 
 
 @pytest.fixture

@@ -5,12 +5,14 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 
 from mixreorg_fast.config import parse_config
-from mixreorg_fast.data.reading.loader import TrainLoader, training_shards
+from mixreorg_fast.data.reading.train_loader import TrainLoader
+from mixreorg_fast.data.reading.training_set import TrainingSet
 from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.training import data
@@ -38,11 +40,10 @@ def main(folder: Path) -> None:
     waiting, told["waited"] = data._wait_for_files, []
     data._wait_for_files = lambda *arguments: told["waited"].append(waiting(*arguments))
     data.verifying = slowly
-    data.ready_shards(config, world)
+    data.open_training_set(config, world)
     data.verifying = None  # they are ready now
-    data.ready_shards(config, world)
-    shards = training_shards(config)
-    told["samples"], told["lost"] = len(shards), shards.lost
+    training_set = data.open_training_set(config, world)
+    told["samples"], told["lost"] = len(training_set), training_set.lost
 
     # Both ranks find samples that go bad afterwards, and have the same account of them.
     for path in sorted(folder.glob("*.tar"))[:1]:
@@ -50,21 +51,21 @@ def main(folder: Path) -> None:
         if world.rank == 0:
             path.rename(path.with_suffix(".away"))
         dist.barrier()
-    account = data.BadSamples(config, world, 0)
-    with TrainLoader(config, Tokenizer.train(["a thing"], 300), micro_batch=8, rank=world.rank, world_size=2) as loader:
+    account = data.BadSamples(config, world, training_set, 0)
+    tokenizer = Tokenizer.train(["a thing"], 300)
+    with TrainLoader(config, training_set, tokenizer, micro_batch=8, rank=world.rank, world_size=2) as loader:
         for _ in range(3):
             next(loader)
         dist.barrier()
-        told["bad"] = account.count(loader)
+        told["bad"] = account.count(loader.bad_samples)
 
     # A rank whose shards are not those of the others is found out, on every rank.
     if world.rank == 1:
         os.environ["XDG_CACHE_HOME"] = str(folder / "other")
-        data.training_shards = lambda config, warn: training_shards(
-            parse_config({"data": {"shards": str(sorted(folder.glob("*.tar"))[-1])}})
-        )
+        last = parse_config({"data": {"shards": str(sorted(folder.glob("*.tar"))[-1])}})
+        data.TrainingSet = SimpleNamespace(open=lambda config, warn: TrainingSet.open(last))
     try:
-        data.ready_shards(config, world)
+        data.open_training_set(config, world)
     except UserError as error:
         told["refusal"] = str(error)
     data.verifying = verifying
@@ -77,7 +78,7 @@ def main(folder: Path) -> None:
 
     data._verify, data.is_ready = fail, lambda *_, **__: False
     try:
-        data.ready_shards(config, world)
+        data.open_training_set(config, world)
     except UserError as error:
         told["failure"] = str(error)
     (folder / f"told_{world.rank}.json").write_text(json.dumps(told))

@@ -19,17 +19,18 @@ import pytest
 import torch
 from PIL import Image
 
-from mixreorg_fast.data.reading.loader import TrainLoader, training_shards
+from mixreorg_fast.data.reading.train_loader import TrainLoader
+from mixreorg_fast.data.reading.training_set import TrainingSet
 from mixreorg_fast.data.shards.build import write_shard
-from mixreorg_fast.data.shards.shards import index_places
+from mixreorg_fast.data.shards.shards import Bad, index_places
 from mixreorg_fast.data.shards.sources import Pair
 from mixreorg_fast.data.shards.verify import verify
 from mixreorg_fast.errors import UserError
-from mixreorg_fast.training.data import BadSamples, check_bad, order_digest, ready_shards
+from mixreorg_fast.training.data import BadSamples, check_bad, open_training_set
 from mixreorg_fast.training.distributed import World
 from mixreorg_fast.training.preparation import prepare
 
-from .conftest import bomb, pairs, photo
+from .conftest import bomb, open_loader, pairs, photo
 
 HERE = World(0, 1, torch.device("cpu"))
 
@@ -85,16 +86,15 @@ def add(tar: tarfile.TarFile, name: str, data: bytes, **attributes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
-def read(config, tokenizer, *, verified: bool, batches: int = 12) -> tuple[TrainLoader, Counter]:
-    """Three epochs or so; the closed loader and how often each key was read."""
-    if verified:
-        ready_shards(config, HERE)
+def read(config, tokenizer, *, verified: bool, batches: int = 12) -> tuple[TrainingSet, list[Bad], Counter]:
+    """About three epochs: the training set, the samples that the loader found bad, and how often each key was read."""
+    training_set = open_training_set(config, HERE) if verified else TrainingSet.open(config)
     keys: Counter = Counter()
-    with TrainLoader(config, tokenizer, micro_batch=8) as loader:
+    with TrainLoader(config, training_set, tokenizer, micro_batch=8) as loader:
         for batch in itertools.islice(loader, batches):
             assert batch.images.shape == (8, 3, 32, 32) and batch.images.isfinite().all()
             keys.update(batch.keys)
-    return loader, keys
+    return training_set, loader.bad_samples, keys
 
 
 @pytest.fixture
@@ -107,8 +107,8 @@ def plain(config):
     return make
 
 
-def listed(loader: TrainLoader) -> list[str]:
-    return sorted(bad.key for bad in (*loader.left_out, *loader.bad_samples))
+def listed(training_set: TrainingSet, found: list[Bad]) -> list[str]:
+    return sorted(bad.key for bad in (*training_set.bad, *found))
 
 
 @pytest.mark.parametrize("verified", [False, True], ids=["as_they_are", "verified"])
@@ -125,12 +125,12 @@ def test_samples(plain, tokenizer, tmp_path, verified):
         add(tar, "README.md", b"neither one nor the other")
     bad = {key for key, (_, used) in (PHOTOS | CAPTIONS).items() if not used} | {"no_caption", "no_image"}
     good = {key for key, (_, used) in (PHOTOS | CAPTIONS).items() if used}
-    loader, keys = read(plain(str(tmp_path / "a.tar")), tokenizer, verified=verified)
+    training_set, found, keys = read(plain(str(tmp_path / "a.tar")), tokenizer, verified=verified)
     assert set(keys) == good
-    assert listed(loader) == sorted(bad)
-    assert loader.lost + len(loader.bad_samples) == len(bad)
-    assert len(loader.bad_samples) == (0 if verified else len(bad) - 2)
-    assert all(entry.reason for entry in (*loader.left_out, *loader.bad_samples))
+    assert listed(training_set, found) == sorted(bad)
+    assert training_set.lost + len(found) == len(bad)
+    assert len(found) == (0 if verified else len(bad) - 2)
+    assert all(entry.reason for entry in (*training_set.bad, *found))
     if verified:  # each once per epoch, none in another's place
         assert max(keys.values()) - min(keys.values()) <= 1
 
@@ -145,23 +145,23 @@ def test_shards(plain, tokenizer, tmp_path, verified):
     (tmp_path / "empty.tar").touch()
     (tmp_path / "members.tar").write_bytes(bytes(10240))
     (tmp_path / "no.tar").write_bytes(b"no tar at all" * 1000)
-    loader, keys = read(plain(str(tmp_path / "*.tar")), tokenizer, verified=verified)
-    assert set(keys) == {f"{n:04d}" for n in range(14)} and loader.samples == 14
-    assert [Path(bad.shard).name for bad in loader.left_out] == ["cut.tar", "empty.tar", "no.tar"]
+    training_set, found, keys = read(plain(str(tmp_path / "*.tar")), tokenizer, verified=verified)
+    assert set(keys) == {f"{n:04d}" for n in range(14)} and len(training_set) == 14
+    assert [Path(bad.shard).name for bad in training_set.bad] == ["cut.tar", "empty.tar", "no.tar"]
     # The mean of the two whole ones is 5: the cut one has lost its end, the other two 5 each.
-    assert loader.lost == 1 + 5 + 5
+    assert training_set.lost == 1 + 5 + 5
 
 
 def test_a_shard_that_vanishes_before_and_between_epochs(plain, tokenizer, tmp_path):
     for number in range(3):
         write_shard(tmp_path / f"{number}.tar", pairs(8, 8 * number))
     config = plain(str(tmp_path / "*.tar"))
-    whole, _ = read(config, tokenizer, verified=True)
+    whole, *_ = read(config, tokenizer, verified=True)
     (tmp_path / "1.tar").unlink()
-    loader, keys = read(config, tokenizer, verified=True)
-    assert loader.samples == whole.samples == 24  # positions mean what they meant
+    training_set, found, keys = read(config, tokenizer, verified=True)
+    assert len(training_set) == len(whole) == 24  # positions mean what they meant
     assert set(keys) == {f"{n:04d}" for n in (*range(8), *range(16, 24))}
-    assert listed(loader) == [f"{n:04d}" for n in range(8, 16)]
+    assert listed(training_set, found) == [f"{n:04d}" for n in range(8, 16)]
 
 
 def test_members_with_evil_names_are_written_nowhere(plain, tokenizer, tmp_path, monkeypatch):
@@ -178,18 +178,18 @@ def test_members_with_evil_names_are_written_nowhere(plain, tokenizer, tmp_path,
             add(tar, "link.jpg", b"", type=kind, linkname="/etc/passwd")
         add(tar, "link.txt", b"a thing")
     before = set(tmp_path.rglob("*"))
-    loader, keys = read(plain("a.tar"), tokenizer, verified=True)
+    training_set, found, keys = read(plain("a.tar"), tokenizer, verified=True)
     assert set(tmp_path.rglob("*")) - before == {inside / "a.tar.index", inside / "a.tar.broken.tsv"}
     assert not (tmp_path.parent / "evil.jpg").exists() and len(keys) == len(names)
-    assert listed(loader) == ["link"]  # it has no image of its own
+    assert listed(training_set, found) == ["link"]  # it has no image of its own
 
 
 def test_verifying_and_reading_agree_after_the_fact(plain, tokenizer, tmp_path):
     """Verification finds what reading found, no more and no less."""
     write_shard(tmp_path / "a.tar", [Pair(k, image, "jpg", ["a"]) for k, (image, _) in PHOTOS.items()])
-    loader, _ = read(plain(str(tmp_path / "a.tar")), tokenizer, verified=False)
+    _, found, _ = read(plain(str(tmp_path / "a.tar")), tokenizer, verified=False)
     (shard,) = verify(str(tmp_path / "a.tar"), progress=False)
-    assert sorted(shard.bad) == sorted(loader.bad_samples)
+    assert sorted(shard.bad) == sorted(found)
     assert {bad.key: bad.reason for bad in shard.bad}["bomb"].startswith("60000 x 60000 pixels")
 
 
@@ -203,37 +203,36 @@ class TestReady:
 
     def test_verified_shards_cost_nothing(self, plain, three, monkeypatch):
         config = plain(str(three / "*.tar"))
-        ready_shards(config, HERE)
-        assert training_shards(config).lost == 2
+        open_training_set(config, HERE)
+        assert TrainingSet.open(config).lost == 2
         monkeypatch.setattr("mixreorg_fast.training.data.verifying", lambda *_: pytest.fail("verified again"))
-        ready_shards(config, HERE)
+        open_training_set(config, HERE)
 
     def test_a_shard_that_changes_is_verified_again(self, plain, three):
         config = plain(str(three / "*.tar"))
-        ready_shards(config, HERE)
+        open_training_set(config, HERE)
         write_shard(three / "0.tar", [Pair("worse", b"no", "jpg", ["x"]), *pairs(4)])
-        ready_shards(config, HERE)
-        assert training_shards(config).lost == 3
+        open_training_set(config, HERE)
+        assert TrainingSet.open(config).lost == 3
 
     def test_what_changes_the_order_is_noticed(self, plain, three):
         config = plain(str(three / "*.tar"))
-        unverified = order_digest(config)
-        ready_shards(config, HERE)
-        verified = order_digest(config)
+        unverified = TrainingSet.open(config).digest
+        open_training_set(config, HERE)
+        verified = TrainingSet.open(config).digest
         (three / "1.tar").unlink()  # its index is still there, and so is its place
-        assert unverified != verified == order_digest(config)
+        assert unverified != verified == TrainingSet.open(config).digest
         (three / "1.tar.index").unlink()
-        assert order_digest(config) != verified
+        assert TrainingSet.open(config).digest != verified
 
     def test_unless_it_is_off(self, plain, three):
         config = plain(str(three / "*.tar"), verify=False)
-        ready_shards(config, HERE)
-        opened = training_shards(config)
-        assert opened.lost == 0 and not any(shard.verified for shard in opened.shards)
+        opened = open_training_set(config, HERE)
+        assert opened.lost == 0 and not any(shard.verified for shard in opened.shards.shards)
 
     def test_read_only_folders(self, plain, three, monkeypatch):
         """The index goes to the cache folder (staged: root may write anywhere)."""
-        from mixreorg_fast.data.shards.shards import shards
+        from mixreorg_fast.data.shards import shards
 
         write = shards.write_atomically
 
@@ -244,23 +243,20 @@ class TestReady:
 
         monkeypatch.setattr(shards, "write_atomically", refuse)
         config = plain(str(three / "*.tar"))
-        ready_shards(config, HERE)
-        opened = training_shards(config)
+        opened = open_training_set(config, HERE)
         assert opened.lost == 2 and [bad.key for bad in opened.bad] == ["bad1", "bad2"]
         assert sorted(path.name for path in three.glob("?.*")) == ["0.tar", "1.tar", "2.tar"]
-        assert all(index_places(shard.path)[1].is_file() and shard.verified for shard in opened.shards)
+        assert all(index_places(shard.path)[1].is_file() and shard.verified for shard in opened.shards.shards)
 
     def test_over_the_share_the_run_stops(self, plain, three):
-        opened = training_shards(plain(str(three / "*.tar")))
-        ready_shards(plain(str(three / "*.tar")), HERE)
-        opened = training_shards(plain(str(three / "*.tar")))
+        opened = open_training_set(plain(str(three / "*.tar")), HERE)
         check_bad(opened, plain("x", max_bad=2 / 62))
         with pytest.raises(UserError, match=r"2 of 62 samples .* data\.max_bad 0\.032; SHARD\.broken\.tsv .*: bad1: "):
             check_bad(opened, plain("x", max_bad=0.032))
         strict = plain(str(three / "*.tar")).model_copy(update={"output": str(three / "runs")})
         strict = strict.model_copy(update={"train": strict.train.model_copy(update={"batch": 8})})
         with pytest.raises(UserError, match=r"more than data\.max_bad 0\.01"):
-            prepare(strict, resuming=False)
+            prepare(strict, opened, resuming=False)
         assert not (three / "runs").exists()
 
 
@@ -269,6 +265,7 @@ def ranks_of_one_node(rank: int) -> dict[str, str]:
     return {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_SIZE": "2"}
 
 
+@pytest.mark.launch
 def test_two_ranks_share_the_work_and_the_account(tmp_path):
     for number in range(4):
         write_shard(tmp_path / f"{number}.tar", [*pairs(10, 10 * number), Pair(f"bad{number}", b"no", "jpg", ["x"])])
@@ -312,17 +309,18 @@ def test_the_account_of_a_run(plain, tokenizer, tmp_path):
     config = plain(str(tmp_path / "a.tar"), max_bad=3 / 25, verify=False)
     config = config.model_copy(update={"output": str(tmp_path)})
     strict = config.model_copy(update={"data": config.data.model_copy(update={"max_bad": 0.1})})
-    accounts = BadSamples(config, HERE, 0), BadSamples(strict, HERE, 0)
-    with TrainLoader(config, tokenizer, micro_batch=8) as loader:
-        assert accounts[0].count(loader) <= 3 and accounts[0].remark(8, loader) is None
+    training_set = TrainingSet.open(config)
+    accounts = BadSamples(config, HERE, training_set, 0), BadSamples(strict, HERE, training_set, 0)
+    with TrainLoader(config, training_set, tokenizer, micro_batch=8) as loader:
+        assert accounts[0].count(loader.bad_samples) <= 3 and accounts[0].remark(8) is None
         for _ in range(4):  # a batch of the second epoch, so that the first is through
             next(loader)
-        assert accounts[0].count(loader) == 3
-        remark = accounts[0].remark(32, loader)
-        assert remark == f"epoch 1 ended: 3 of 25 samples were of no use ({tmp_path}/mixreorg/bad_samples.tsv)"
-        assert accounts[0].remark(40, loader) is None
+        assert accounts[0].count(loader.bad_samples) == 3
+        remark = accounts[0].remark(32)
+        assert remark == f"epoch 1 ended: 3 of 25 samples could not be used ({tmp_path}/mixreorg/bad_samples.tsv)"
+        assert accounts[0].remark(40) is None
         with pytest.raises(UserError, match=r"3 of 25 samples .* data\.max_bad 0\.1; .*bad_samples\.tsv lists them"):
-            accounts[1].count(loader)
+            accounts[1].count(loader.bad_samples)
     rows = [line.split("\t") for line in (tmp_path / "mixreorg" / "bad_samples.tsv").read_text().splitlines()]
     assert sorted(key for _, key, _ in rows) == ["0003", "0007", "no_caption"]
 
@@ -333,10 +331,10 @@ def test_mixtures(plain, tokenizer, tmp_path):
     write_shard(tmp_path / "b.tar", pairs(12, 100))
     sets = [{"pattern": str(tmp_path / "a.tar"), "weight": 3.0}, {"pattern": [str(tmp_path / "b.tar")]}]
     config = plain(sets)
+    assert len(TrainingSet.open(config)) == 18
 
     def keys(count: int, **options) -> list[str]:
-        with TrainLoader(config, tokenizer, **options) as loader:
-            assert loader.samples == 18
+        with open_loader(config, tokenizer, **options) as loader:
             return [batch.keys for batch in itertools.islice(loader, count)]
 
     whole = list(itertools.chain(*keys(30, micro_batch=8)))
@@ -346,4 +344,4 @@ def test_mixtures(plain, tokenizer, tmp_path):
     small = sum(int(key) < 100 for key in whole)  # no stand-in of the bad one is of the other set
     assert abs(small / len(whole) - 0.75) < 0.06 and "bad" not in whole
     with pytest.raises(UserError, match=r"data\.shards: a weight is less than 1/65536"):
-        TrainLoader(plain([{**sets[0], "weight": 1e9}, sets[1]]), tokenizer, micro_batch=8)
+        TrainingSet.open(plain([{**sets[0], "weight": 1e9}, sets[1]]))

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from mixreorg_fast.config import AugmentConfig, DataConfig
-from mixreorg_fast.data.reading import augment
+from mixreorg_fast.data.reading import augment, train_loader, validation_loader
 from mixreorg_fast.data.reading.augment import training_graph, validation_graph
 from mixreorg_fast.data.reading.decoder import feed, take
-from mixreorg_fast.data.reading.loader import MOST_THREADS, TrainLoader, ValidationLoader, reading_threads
+from mixreorg_fast.data.reading.samples import MOST_THREADS, reading_threads
+from mixreorg_fast.data.reading.validation_loader import ValidationLoader
 from mixreorg_fast.data.shards.shards import open_shards
 
-from .conftest import photo
+from .conftest import open_loader, photo
 
 pytest.importorskip("nvidia.dali")
 GPU = torch.device("cuda")  # without a number: DALI is not told of a GPU
@@ -75,16 +76,14 @@ def test_dalis_own_share_of_the_jpeg_hardware_is_left_alone(operators):
 
 
 def test_the_loaders_pass_the_share_on(config, tokenizer, shards, monkeypatch):
-    from mixreorg_fast.data.reading import loader as module
-
     seen = []
-    for name in ("training_graph", "validation_graph"):
+    for module, name in ((train_loader, "training_graph"), (validation_loader, "validation_graph")):
         build = getattr(augment, name)
         monkeypatch.setattr(
             module, name, lambda *a, build=build, **k: (seen.append(k["hw_decoder_load"]), build(*a, **k))[1]
         )
     configuration = config({"hw_decoder_load": 0.25})
-    with TrainLoader(configuration, tokenizer, micro_batch=2) as loader:
+    with open_loader(configuration, tokenizer, micro_batch=2) as loader:
         next(loader)
     ValidationLoader(configuration, tokenizer, open_shards(shards), micro_batch=2).close()
     assert seen == [0.25, 0.25]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from mixreorg_fast.config import ScenesConfig
 from mixreorg_fast.data.scenes.drawing import GROUNDS, PATTERNS, SHAPES, Painter, Placed
-from mixreorg_fast.data.scenes.scenes import (
+from mixreorg_fast.data.scenes.folder import (
     COLOURS,
     KIND_WORDS,
     KINDS,
@@ -93,10 +93,11 @@ def test_same_settings_give_the_same_bytes(made, tmp_path):
     assert digest(made.evaluation.parent) == digest(again.evaluation.parent)
 
 
+@pytest.mark.launch
 def test_processes_at_once_draw_once(tmp_path):
     code = (
         "import sys; from mixreorg_fast.config import ScenesConfig;"
-        "from mixreorg_fast.data.scenes.scenes import ensure_scenes;"
+        "from mixreorg_fast.data.scenes.folder import ensure_scenes;"
         "print(ensure_scenes(ScenesConfig(folder=sys.argv[1], train=30, val=2, size=32), workers=1, progress=False)"
         ".train[0].stat().st_ino)"
     )

@@ -194,6 +194,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.launch
 def test_a_killed_build_goes_on_and_ends_the_same(photos, tmp_path, capsys):
     whole = build(photos, out(tmp_path / "whole"), samples_per_shard=4, progress=False).shards
     command = ["shards", "build", str(photos), "--out", out(tmp_path / "cut"), "--workers", "1"]

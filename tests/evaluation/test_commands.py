@@ -83,6 +83,7 @@ def evaluate_on_two_ranks(weights, plain, out):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.launch
 def test_evaluate_on_two_ranks(weights, plain, tmp_path):
     """The launcher's ranks share the photos; the first alone speaks and writes; a bad photo is named by its rank."""
     out = tmp_path / "both.json"
@@ -155,6 +156,7 @@ def test_segment_skips_what_is_broken_and_says_so(weights, tmp_path, capsys):
     assert (out / "good.png").is_file() and not (out / "cut.png").exists()
 
 
+@pytest.mark.launch
 def test_segment_takes_huge_photos_within_memory(weights, tmp_path):
     """48 megapixels: the process, PyTorch included, stays under 1.5 GiB."""
     Image.new("RGB", (8000, 6000), "red").save(tmp_path / "huge.png", compress_level=1)

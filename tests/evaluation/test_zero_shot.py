@@ -248,6 +248,7 @@ def test_evaluation_leaves_the_mode_of_the_model(model, plain):
     assert model.training
 
 
+@pytest.mark.launch
 def test_largest_photos_of_150_classes_stay_within_memory():
     """ADE20K's largest are about 6 megapixels: the process, PyTorch included, stays under 2 GiB."""
     code = """

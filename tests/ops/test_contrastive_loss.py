@@ -282,6 +282,7 @@ def run_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.launch
 def test_four_ranks_equal_one_process_with_the_whole_batch(tmp_path: Path):
     torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=RANKS)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]

@@ -11,6 +11,7 @@ from mixreorg_fast.kernels.variants import ARCHITECTURES, Config
 from mixreorg_fast.ops.dispatch import TRITON_INSTALLED
 
 
+@pytest.mark.launch
 @pytest.mark.skipif(not TRITON_INSTALLED, reason="needs Triton")
 def test_no_launch_spills():
     """Of the network's launches; `mixreorg info --kernels` checks those of every op on every architecture."""

@@ -83,9 +83,9 @@ def inject(faults: dict) -> None:
             os.truncate(path, path.stat().st_size // 2)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def slowly_prepared(config, resuming: bool):
+    def slowly_prepared(*arguments, **options):
         time.sleep(faults.get("prepare", 0))
-        return prepare(config, resuming)
+        return prepare(*arguments, **options)
 
     if "impatient" in faults:
         for group in dist.distributed_c10d._world.pg_map:

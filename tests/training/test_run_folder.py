@@ -7,14 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from mixreorg_fast.config import merged, parse_config
+from mixreorg_fast.data.reading.training_set import TrainingSet
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.training import checkpoint, run_folder
 from mixreorg_fast.training.watch import StopRequest
 from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.launch
 
 pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[2]
@@ -151,9 +155,9 @@ def test_shards_may_move(run, monkeypatch):
     real = run_folder._json
     monkeypatch.setattr(run_folder, "_json", lambda path: was if path.name == "config.json" else real(path))
     order = real(checkpoint.complete(config.run_folder)[-1] / checkpoint.STATE)["order"]
-    monkeypatch.setattr(run_folder, "order_digest", lambda config: order)
+    monkeypatch.setattr(TrainingSet, "open", lambda config: SimpleNamespace(digest=order))
     run_folder.refuse_another(config, "auto")
-    monkeypatch.setattr(run_folder, "order_digest", lambda config: "another")
+    monkeypatch.setattr(TrainingSet, "open", lambda config: SimpleNamespace(digest="another"))
     with pytest.raises(UserError, match="data.shards: here/train-.*.tar → moved/train"):
         run_folder.refuse_another(config, "auto")
 

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from mixreorg_fast.config import ScenesConfig
-from mixreorg_fast.data.scenes.scenes import ensure_scenes
+from mixreorg_fast.data.scenes.folder import ensure_scenes
 
 from .test_faults import STEPS, config
+
+pytestmark = [pytest.mark.launch, pytest.mark.root]
 
 pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[2]

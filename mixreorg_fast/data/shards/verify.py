@@ -33,8 +33,7 @@ def verify(
         the shards in order, as they are indexed now.
 
     Raises:
-        UserError: as :func:`~mixreorg_fast.data.shards.shards.expand` and :func:`~mixreorg_fast.devices.choose`; DALI is
-            not installed.
+        UserError: as :func:`~.shards.expand` and :func:`~mixreorg_fast.devices.choose`; DALI is not installed.
     """
     kind = devices.choose(device).type
     paths = [path for path in expand(patterns) if path.is_file()]

@@ -1,0 +1,142 @@
+"""Samples by number: read from their shards by several threads, bad ones replaced by others of their set."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from ... import devices
+from ...config import DataConfig
+from ...errors import UserError
+from ..shards.shards import Bad, Sample, ShardSet
+from .decoder import Decoder
+from .order import stand_in
+
+log = logging.getLogger("mixreorg_fast")
+
+MOST_THREADS = 16  # more threads than this find no work beside a GPU's decoder
+
+
+def reading_threads(data: DataConfig) -> int:
+    """Threads of a rank that read and decode: ``data.threads``, else its share of the node's cores, at most
+    MOST_THREADS; never more than there are cores."""
+    cores = len(os.sched_getaffinity(0))
+    return min(data.threads, cores) if data.threads else max(1, min(cores // devices.local_size(), MOST_THREADS))
+
+
+class SampleReader:
+    """Reads samples with a small pool of threads and lists the samples that it finds bad.
+
+    Args:
+        shards: shared with other readers; each reader opens files of its own.
+        ends: where the sets end whose samples may replace one another; None: all of `shards` are one set.
+
+    Attributes:
+        bad: numbers of the bad samples found so far.
+        bad_samples: the same with shard, key and reason.
+    """
+
+    def __init__(self, shards: ShardSet, threads: int, device: torch.device, ends: np.ndarray | None = None) -> None:
+        self.bad: set[int] = set()
+        self.bad_samples: list[Bad] = []
+        self._shards = ShardSet(shards.shards)
+        self._threads = threads
+        self._ends = np.array([len(shards)]) if ends is None else ends
+        self._decoder = Decoder(device, 1)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mixreorg-read")
+        self._lock = threading.Lock()
+        self._warned: set[str] = set()
+
+    def read(
+        self, numbers: np.ndarray, *, substitute: bool = True
+    ) -> tuple[list[int], list[Sample], list[np.ndarray], np.ndarray]:
+        """Samples by number. A bad one is replaced by a good one of its set (see :func:`~.order.stand_in`) or, without
+        `substitute`, left out. The replacement does not depend on when a sample was found bad, so order and resuming
+        stay exact.
+
+        Returns:
+            numbers: of the samples that were read.
+            samples: as many.
+            encoded: their photos' bytes, uint8 each.
+            sizes: heights and widths of the photos, int64 ``[B, 2]``.
+        """
+        self._shards.open_for(numbers)
+        parts = np.array_split(numbers, self._threads)  # one task per thread: a task costs more than a cached read
+        read = [pair for part in self._pool.map(self._read_part, parts) for pair in part]
+        kept = []
+        for number, pair in zip(numbers.tolist(), read, strict=True):
+            if pair is None and substitute:
+                number, pair = self._replacement(number)
+            if pair is not None:
+                kept.append((number, *pair))
+        encoded = [np.frombuffer(sample.image, np.uint8) for _, sample, _ in kept]
+        sizes = np.array([size for *_, size in kept], dtype=np.int64).reshape(-1, 2)
+        return [number for number, *_ in kept], [sample for _, sample, _ in kept], encoded, sizes
+
+    def find_bad(self, numbers: list[int], encoded: list[np.ndarray], failure: RuntimeError) -> None:
+        """Mark the photos that made a batch fail, by decoding its halves, their halves and so on.
+
+        Raises:
+            RuntimeError: `failure`, if every photo decodes and `failure` names none.
+        """
+        bad = self._decoder.failing(encoded)
+        # A photo may decode whole and fail in its crop; DALI then names it.
+        bad = bad or {int(place): "cannot be decoded" for place in re.findall(r"sample #(\d+)", str(failure))}
+        if not bad:
+            raise failure
+        for place, reason in bad.items():
+            self._mark(numbers[place], reason)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
+        self._shards.close()
+
+    def _replacement(self, number: int) -> tuple[int, tuple[Sample, tuple[int, int]]]:
+        part = int(np.searchsorted(self._ends, number, side="right"))
+        end = int(self._ends[part])
+        first = int(self._ends[part - 1]) if part else 0
+        for attempt in range(64 + end - first):
+            other = stand_in(number, attempt, first, end - first)
+            if other not in self.bad:
+                self._shards.open_for(np.array([other]))
+                (pair,) = self._read_part(np.array([other]))
+                if pair is not None:
+                    return other, pair
+        folder = self._shards.bad_sample(number, "").shard
+        raise UserError(f"not one sample of the shards can be used ({folder} …); see `mixreorg shards verify`")
+
+    def _read_part(self, numbers: np.ndarray) -> list[tuple[Sample, tuple[int, int]] | None]:
+        """Samples with their photos' heights and widths; None for a bad one."""
+        pairs: list[tuple[Sample, tuple[int, int]] | None] = []
+        for number in numbers.tolist():
+            pair = None
+            if number not in self.bad:
+                try:
+                    sample = self._shards.read(number)
+                    pair = sample, self._decoder.size(sample.image)
+                except ValueError as error:  # not a photo, or no caption
+                    self._mark(number, str(error))
+                except OSError as error:  # the shard is cut or gone
+                    self._mark(number, str(error), shard_wide=True)
+            pairs.append(pair)
+        return pairs
+
+    def _mark(self, number: int, reason: str, *, shard_wide: bool = False) -> None:
+        """Note a bad sample. A `shard_wide` reason is logged once."""
+        with self._lock:
+            if number in self.bad:
+                return
+            self.bad.add(number)
+        bad = self._shards.bad_sample(number, reason)
+        self.bad_samples.append(bad)
+        if not shard_wide:
+            log.warning("%s", f"{bad}; another sample replaces it".replace("\t", ": "))
+        elif reason not in self._warned:
+            self._warned.add(reason)
+            log.warning("%s; other samples replace its samples", reason)

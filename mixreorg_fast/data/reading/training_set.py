@@ -1,0 +1,92 @@
+"""The shards that a run trains on: which they are, the order of their samples, the tokenizer of their captions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...config import Config, DataConfig
+from ...errors import UserError
+from ..shards.shards import Bad, ShardSet, open_shards
+from ..text.tokenizer import Tokenizer
+from .order import Mixture, Order
+
+# Half a million samples settle a tokenizer's merges. More samples only take time.
+TOKENIZER_SAMPLES = 500_000
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The samples that a run trains on, from one set of shards or several, opened once.
+
+    Attributes:
+        shards: of all sets, one set after the other.
+        ends: the number of samples up to the end of each set, int64 ``[sets]``.
+        order: which sample stands at which position of a run.
+        lost: samples that the shards' indexes leave out, summed over the sets.
+        digest: of all that the order depends on besides the seed. When it changes, positions mean other samples.
+    """
+
+    shards: ShardSet
+    ends: np.ndarray
+    order: Order | Mixture
+    lost: int
+    digest: str
+
+    @classmethod
+    def open(cls, config: Config, *, warn: bool = False) -> TrainingSet:
+        """Open the shards of ``data.shards``.
+
+        Args:
+            warn: as for :func:`~mixreorg_fast.data.shards.shards.open_shards`.
+
+        Raises:
+            UserError: as :func:`~mixreorg_fast.data.shards.shards.open_shards`; the weight of a set is too small.
+        """
+        patterns, weights = zip(*shard_sets(config.data), strict=True)
+        sets = [open_shards(pattern, warn=warn) for pattern in patterns]
+        sizes = [part.sizes for part in sets]
+        try:
+            order = Order(sizes[0], config.seed) if len(sets) == 1 else Mixture(sizes, weights, config.seed)
+        except ValueError as error:
+            raise UserError(f"data.shards: {error}; leave that set out") from None
+        digest = hashlib.sha256()
+        for weight, of_shards in zip(weights, sizes, strict=True):
+            digest.update(f"{weight} {of_shards.tolist()}\n".encode())
+        return cls(
+            ShardSet([shard for part in sets for shard in part.shards]),
+            np.cumsum([len(part) for part in sets]),
+            order,
+            sum(part.lost for part in sets),
+            digest.hexdigest(),
+        )
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    @property
+    def bad(self) -> list[Bad]:
+        """What the shards' indexes leave out: broken samples, lost ends of tars, files that are not tars."""
+        return self.shards.bad
+
+    def captions(self, limit: int | None = None) -> Iterator[str]:
+        """All captions in order, or those of about `limit` samples spread evenly over the shards."""
+        return self.shards.captions(limit)
+
+    def train_tokenizer(self, vocab_size: int) -> Tokenizer:
+        """A tokenizer of the captions; the same captions give the same one.
+
+        Raises:
+            UserError: as :meth:`Tokenizer.train`.
+        """
+        return Tokenizer.train(self.captions(TOKENIZER_SAMPLES), vocab_size)
+
+
+def shard_sets(data: DataConfig) -> list[tuple[str | list[str], float]]:
+    """Patterns and weights of the sets of ``data.shards``; a single set where no weights are given."""
+    if isinstance(data.shards, str) or not data.shards or isinstance(data.shards[0], str):
+        return [(data.shards, 1.0)]
+    return [(part.pattern, part.weight) for part in data.shards]
