@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..config import Config
+from ..ranks import gather_rows
 from .encoders import Stage
 from .groupvit import GroupViT
-from .layers import LearnedTokens, Projection, call, compiled_call, gather_rows
+from .layers import LearnedTokens, Projection, call, compiled_call
 
 # What a seed is used for; added to it, these give independent streams. The grouping noise has one for each of the
 # three branches of each of the two grouping blocks.
