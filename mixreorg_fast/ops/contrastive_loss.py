@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ranks import Ring, all_gather, rank, world_size
 from .dispatch import Impl, autocast, choose, falls_back, triton_reasons, without_autocast
 from .registration import kernel
 
@@ -92,9 +93,7 @@ def contrastive_loss(
     texts = text.reshape(-1, text.shape[-1])  # [B * P, D]
     prompts = text[0].numel() // text.shape[-1]
 
-    world, rank = 1, 0
-    if dist.is_available() and dist.is_initialized():
-        world, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
+    world, own_rank = world_size(process_group), rank(process_group)
     if exchange == "ring" and world > 1:
         return _RingLoss.apply(image, texts, scale, prompts, Ring(process_group), kernels)
     with torch.no_grad(), without_autocast(image):
@@ -103,15 +102,15 @@ def contrastive_loss(
             all_images = all_texts = None  # its own
             image_lse, text_lse = kernels.log_sum_exp(image, texts, scale, True)
         else:
-            all_images, all_texts = (_gather(x, world, process_group) for x in (image, texts))
+            all_images, all_texts = (all_gather(x, process_group) for x in (image, texts))
             image_lse, _ = kernels.log_sum_exp(image, all_texts, scale, False)
             text_lse, _ = kernels.log_sum_exp(texts, all_images, scale, False)
             own = (image_lse, text_lse, positives)
-            parts = _gather(torch.cat(own)[None], world, process_group)  # [world, B + B * P + B]
+            parts = all_gather(torch.cat(own)[None], process_group)  # [world, B + B * P + B]
             image_lse, text_lse, positives = (x.flatten() for x in parts.split([len(x) for x in own], dim=1))
         loss = (0.5 * (image_lse + text_lse.view(-1, prompts).mean(1)) - positives).mean()
     return _Loss.apply(
-        image, texts, scale, loss, all_images, all_texts, image_lse, text_lse, prompts, world, rank, kernels
+        image, texts, scale, loss, all_images, all_texts, image_lse, text_lse, prompts, world, own_rank, kernels
     )
 
 
@@ -127,13 +126,6 @@ def _positives(image: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     wide = torch.promote_types(texts.dtype, torch.float32)
     products = texts.unflatten(0, (len(image), -1)).to(wide, copy=True).mul_(image.unsqueeze(1))
     return products.sum(-1).mean(1) * scale
-
-
-def _gather(x: Tensor, world: int, group: dist.ProcessGroup | None) -> Tensor:
-    """All ranks' rows."""
-    out = x.new_empty(world, *x.shape)
-    dist.all_gather(list(out.unbind()), x.contiguous(), group=group)
-    return out.flatten(0, 1)
 
 
 class _Kernels(NamedTuple):
@@ -192,41 +184,6 @@ class _Loss(torch.autograd.Function):
         grad_image = (grad_image * factor).to(image.dtype) if need_image else None
         grad_text = (grad_text * factor).to(texts.dtype) if need_text else None
         return grad_image, grad_text, grad_scale, *[None] * 9
-
-
-class Ring:
-    """The ranks of a group in a circle."""
-
-    def __init__(self, group: dist.ProcessGroup | None):
-        self.size, rank = dist.get_world_size(group), dist.get_rank(group)
-        self._group = group
-        self._next, self._previous = (
-            other if group is None else dist.get_global_rank(group, other)
-            for other in ((rank + 1) % self.size, (rank - 1) % self.size)
-        )
-
-    def pass_on(self, *tensors: Tensor, tag: int = 0) -> Callable[[], list[Tensor]]:
-        """Start sending `tensors` to the next rank; what is returned waits for those of the previous one.
-
-        Transfers that overlap must differ in `tag`, the number of the first tensor.
-        """
-        sent = [x.contiguous() for x in tensors]
-        received = [torch.empty_like(x) for x in sent]
-        transfers = [dist.P2POp(dist.isend, x, self._next, self._group, tag + i) for i, x in enumerate(sent)]
-        transfers += [dist.P2POp(dist.irecv, x, self._previous, self._group, tag + i) for i, x in enumerate(received)]
-        works = dist.batch_isend_irecv(transfers)
-
-        def wait() -> list[Tensor]:
-            for work in works:
-                work.wait()
-            sent.clear()  # which had to live until now
-            return received
-
-        return wait
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Of a 0-d tensor over the ranks; the same bits on each."""
-        return _gather(x[None], self.size, self._group).mean()
 
 
 def ring_log_sum_exp(
