@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +11,6 @@ from mixreorg_fast.ops.mixed_segmentation_loss import mixed_segmentation_logits,
 from mixreorg_fast.ops.patch_mixing import MixPlan
 
 from .tolerances import TOLERANCE, assert_close_to_truth
-
-mixed_segmentation = importlib.import_module("mixreorg_fast.ops.mixed_segmentation_loss")
 
 IMPLEMENTATIONS = ("torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -189,11 +185,10 @@ def test_gradcheck_of_the_reference(device):
 def test_registration_passes_opcheck(device):
     (*tensors, scale), plan = make((4, 3, 5, 2, 16, 2), torch.float32, device)
     arguments = (*(x.requires_grad_() for x in tensors), plan.source, scale[0].clone().requires_grad_(), 2)
-    torch.library.opcheck(mixed_segmentation._mixed_segmentation.op, arguments)
+    torch.library.opcheck(torch.ops.mixreorg.mixed_segmentation.default, arguments)
     arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-    torch.library.opcheck(
-        mixed_segmentation._mixed_segmentation_backward.op, (torch.ones(4, 5, device=device), *arguments)
-    )
+    backward = torch.ops.mixreorg.mixed_segmentation_backward.default
+    torch.library.opcheck(backward, (torch.ones(4, 5, device=device), *arguments))
 
 
 def test_errors_name_what_is_wrong(device):
@@ -231,7 +226,7 @@ def test_more_than_2_31_elements(device):
     others = [x.repeat(times, *[1] * (x.dim() - 1)) for x in others]
     offset = 8 * torch.arange(times, device=device).repeat_interleave(8)[:, None]
     source = (plan.source.repeat(times, 1) + offset).int()
-    losses, _ = mixed_segmentation._mixed_segmentation(first, *others, source, scale[0], 4)
+    losses, _ = torch.ops.mixreorg.mixed_segmentation(first, *others, source, scale[0], 4)
     assert torch.equal(losses[-8:], losses[:8])
 
 
