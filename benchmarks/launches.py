@@ -145,9 +145,9 @@ def _as_on_a_gpu(launches: Launches) -> Iterator[None]:
         for (module, name), region in REGIONS.items():
             stack.enter_context(mock.patch.object(module, name, in_region(module, name, region)))
         stack.enter_context(mock.patch.object(text_encoder.Packing, "of", packing))
-        stack.enter_context(mock.patch.object(dispatch, "_passed_over", lambda op, inputs: []))
+        stack.enter_context(mock.patch.object(dispatch, "passed_over", lambda op, inputs: []))
         # What counts is not traced.
-        traces = mock.patch.object(registration, "_traces", lambda tensor: torch.compiler.is_compiling())
+        traces = mock.patch.object(registration, "traces", lambda tensor: torch.compiler.is_compiling())
         stack.enter_context(traces)
         compiling = functools.partial(torch.compile, backend=launches.backend())
         stack.enter_context(mock.patch.object(torch, "compile", compiling))

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from .. import devices
+from .. import devices, ranks
 from ..errors import UserError
 from ..files import saving, write_json
 from ..inference.options import add_options, load_on_device, options_of
 from .datasets import KINDS, open_dataset
-from .metrics import FREQUENT, rank_and_world
+from .metrics import FREQUENT
 from .pictures import dataset_figure
 from .zero_shot import evaluate, segmenter_for
 
@@ -47,6 +47,7 @@ def joined_ranks(device: str | None) -> Iterator[str | None]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    ranks.wait_patiently()
     yield str(chosen)
     # Not after an error: the others wait for this rank, until the launcher ends them.
     dist.destroy_process_group()
@@ -73,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
         settings = model.inference.with_options(**options_of(args))
         segmenter = segmenter_for(model, dataset, settings, args.background_threshold, args.batch)
         result = evaluate(segmenter, dataset, args.limit, True, args.predictions, keep, args.resume)
-        rank, _ = rank_and_world()
+        rank = ranks.rank()
     if rank > 0:
         return 0
     result["settings"]["weights"] = args.weights

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
-from . import metrics
+from ..ranks import gather_objects
 
 
 @torch.no_grad()
@@ -53,10 +53,6 @@ def retrieval_at_1(model: Any, batches: Iterable[tuple[Tensor, Tensor]], chunk: 
 def _gathered(parts: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
     """The parts of all ranks, in order of rank, on the CPU; ids of different lengths are padded with zeros."""
     parts = [tuple(tensor.cpu() for tensor in part) for part in parts]
-    world = metrics.rank_and_world()[1]
-    if world > 1:
-        shares: list[Any] = [None] * world
-        torch.distributed.all_gather_object(shares, parts)
-        parts = [part for share in shares for part in share]
+    parts = [part for share in gather_objects(parts) for part in share]
     length = max((ids.shape[1] for *_, ids in parts), default=0)
     return [(image, text, F.pad(ids, (0, length - ids.shape[1]))) for image, text, ids in parts]

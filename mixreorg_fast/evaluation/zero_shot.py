@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import ranks
 from ..config import InferenceConfig
 from ..errors import RankError, UserError
 from ..files import saving
@@ -91,7 +92,7 @@ def evaluate(
     device = segmenter.model.device
     described = {"dataset": dataset.kind, "root": str(dataset.root), "split": dataset.split}
     described |= {**segmenter.settings.model_dump(mode="json"), "batch": segmenter.batch}
-    rank, world = metrics.rank_and_world()
+    rank, world = ranks.rank(), ranks.world_size()
     tally = metrics.Tally(len(dataset.classes))
     kept = None if keep is None else Path(f"{keep}.{rank}")
     about = {**described, "limit": limit, "world": world}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.attention import Packing
-from ..ops.registration import kernel
+from ..ranks import all_reduce_sum, world_size
 
 
 def call(function: Callable, *args):
@@ -260,38 +260,6 @@ class BatchNorm(nn.Module):
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
             self.num_batches_tracked.add_(1)
         return mean, var
-
-
-def world_size() -> int:
-    """Ranks of the default process group; 1 without one."""
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if ready else 1
-
-
-def _gradient_of_sum(ctx, grad: Tensor) -> Tensor:
-    return _all_reduce_sum(grad)  # every rank's loss depends on the sum
-
-
-@kernel("all_reduce_sum", fake=torch.empty_like, save=lambda ctx, inputs, output: None, gradient=_gradient_of_sum)
-def _all_reduce_sum(x: Tensor) -> Tensor:
-    x = x.clone()
-    torch.distributed.all_reduce(x)
-    return x
-
-
-def all_reduce_sum(x: Tensor) -> Tensor:
-    """Differentiable sum of `x` over all ranks."""
-    return _all_reduce_sum(x) if world_size() > 1 else x
-
-
-def gather_rows(x: Tensor) -> tuple[Tensor, int]:
-    """The rows of all ranks, each with as many as `x`, differentiable; and the number of this rank's first."""
-    world = world_size()
-    if world == 1:
-        return x, 0
-    first, rest = len(x) * torch.distributed.get_rank(), len(x) * world
-    around = (x.new_zeros(count, *x.shape[1:]) for count in (first, rest - first - len(x)))
-    return all_reduce_sum(torch.cat([next(around), x, next(around)])), first
 
 
 class Projection(nn.Module):

@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..config import Config
+from ..ranks import gather_rows
 from .features import Features
 from .groupvit import GroupViT
-from .layers import LearnedTokens, Projection, call, compiled_call, gather_rows
+from .layers import LearnedTokens, Projection, call, compiled_call
 
 # Added to a seed, these give independent random streams. The grouping noise takes one stream for each of the three
 # branches in each of the two grouping blocks.

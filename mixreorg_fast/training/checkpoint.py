@@ -25,7 +25,8 @@ from ..data.text.tokenizer import Tokenizer
 from ..errors import UserError, nearest
 from ..files import write_json
 from ..models import GroupViT, weights
-from .distributed import World, import_deepspeed, on_main
+from ..ranks import Ranks, on_main
+from .distributed import import_deepspeed
 
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -54,7 +55,7 @@ def _parameters(engine: Any, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter.detach().cpu().clone()
 
 
-def optimizer_state(engine: Any, world: World) -> dict[str, Tensor]:
+def optimizer_state(engine: Any, ranks: Ranks) -> dict[str, Tensor]:
     """Adam's moments, ``exp_avg/NAME`` and ``exp_avg_sq/NAME``, and, as ``parameter/NAME``, what the backbone does not
     hold; on rank 0 (elsewhere empty), a parameter at a time. Call on every rank."""
     deepspeed = import_deepspeed()
@@ -65,10 +66,10 @@ def optimizer_state(engine: Any, world: World) -> dict[str, Tensor]:
                 value = engine.optimizer.state[parameter][key]
             else:
                 value = deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
-            if world.is_main:
+            if ranks.is_main:
                 state[f"{key}/{name}"] = value.detach().cpu().clone().reshape(_shape(parameter))
     for name, value in _parameters(engine, engine.module):
-        if world.is_main and not name.startswith(_BACKBONE):
+        if ranks.is_main and not name.startswith(_BACKBONE):
             state[f"parameter/{name}"] = value
     return state
 
@@ -160,7 +161,7 @@ def save(
     run: Path,
     step: int,
     engine: Any,
-    world: World,
+    ranks: Ranks,
     state: dict[str, Any],
     keep: int,
     tokenizer: Tokenizer | None = None,
@@ -170,7 +171,7 @@ def save(
     Raises:
         UserError: it cannot be written (the disk is full); the checkpoints before are as they were.
     """
-    tensors, moments = portable_state(engine), optimizer_state(engine, world)
+    tensors, moments = portable_state(engine), optimizer_state(engine, ranks)
     target = run / "checkpoints" / f"step_{step:08d}"
 
     def write() -> None:
@@ -196,7 +197,7 @@ def save(
         for old in complete(run)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
 
-    on_main(world, write)
+    on_main(write)
     return target
 
 

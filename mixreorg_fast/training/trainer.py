@@ -27,9 +27,10 @@ from ..data.text.tokenizer import Tokenizer
 from ..errors import RankError, UserError
 from ..files import write_json
 from ..models import Batch, MixReorg, weights
+from ..ranks import Ranks, mean_over_ranks, on_main, wait_patiently
 from . import checkpoint, run_folder, validation
 from .data import BadSamples, open_training_set
-from .distributed import World, import_deepspeed, initialise, mean_over_ranks, on_main, wait_patiently
+from .distributed import import_deepspeed, initialise
 from .guard import StepGuard
 from .metrics import MetricsLog
 from .optimisation import deepspeed_config, learning_rate, optimizer, schedule_length
@@ -53,27 +54,27 @@ def train(config: Config, resume: str = "auto", device: str | None = None) -> di
     SIGTERM ends the run at the next step with a checkpoint; what it returns is then empty. After SIGINT (Ctrl-C) it
     does the same and raises KeyboardInterrupt. A run that is finished is left as it is.
     """
-    world = initialise(device)
-    if config.train.cuda_graphs and world.device.type != "cuda":
+    ranks = initialise(device)
+    if config.train.cuda_graphs and ranks.device.type != "cuda":
         raise UserError("train.cuda_graphs needs a CUDA GPU")
-    if world.device.type == "cuda":
+    if ranks.device.type == "cuda":
         devices.set_tf32(config.train.tf32)
-    if world.is_main:
-        print(summary(config, world), flush=True)
-    on_main(world, lambda: run_folder.refuse_another(config, resume))
-    scores = on_main(world, lambda: run_folder.finished(config, resume))
+    if ranks.is_main:
+        print(summary(config, ranks), flush=True)
+    on_main(lambda: run_folder.refuse_another(config, resume))
+    scores = on_main(lambda: run_folder.finished(config, resume))
     if scores is not None:
-        if world.is_main:
+        if ranks.is_main:
             print(f"{config.run_folder} is finished (--set train.steps=N for more, --resume never to start anew)")
             print(closing(scores, config), flush=True)
         return scores
-    on_main(world, lambda: check_inputs(config, bool(checkpoint.find(config.run_folder, resume)), world.size))
-    source, state = on_main(world, lambda: run_folder.checkpoint_to_resume(config, resume))
-    config = on_main(world, lambda: with_scenes(config))
-    training_set = open_training_set(config, world)
-    config = on_main(world, lambda: prepare(config, training_set, resuming=source is not None))
-    with Watch(world, config.train.timeout, config.run_folder) as watch:
-        return Trainer(config, training_set, world, source, state).run(watch)
+    on_main(lambda: check_inputs(config, bool(checkpoint.find(config.run_folder, resume)), ranks.size))
+    source, state = on_main(lambda: run_folder.checkpoint_to_resume(config, resume))
+    config = on_main(lambda: with_scenes(config))
+    training_set = open_training_set(config, ranks)
+    config = on_main(lambda: prepare(config, training_set, resuming=source is not None))
+    with Watch(ranks, config.train.timeout, config.run_folder) as watch:
+        return Trainer(config, training_set, ranks, source, state).run(watch)
 
 
 def micro_step_seed(seed: int, position: int) -> int:
@@ -86,13 +87,13 @@ class Trainer:
     """One run on one rank, new or going on from the checkpoint `source` with its `state`."""
 
     def __init__(
-        self, config: Config, training_set: TrainingSet, world: World, source: Path | None, state: dict[str, Any]
+        self, config: Config, training_set: TrainingSet, ranks: Ranks, source: Path | None, state: dict[str, Any]
     ):
-        self.config, self.training_set, self.world = config, training_set, world
+        self.config, self.training_set, self.ranks = config, training_set, ranks
         self.run_folder = config.run_folder
         self.tokenizer = Tokenizer.load(self.run_folder / weights.TOKENIZER)
         self.steps, self.warmup = schedule_length(config, len(training_set))
-        self.micro_batch = config.micro_batch(world.size)
+        self.micro_batch = config.micro_batch(ranks.size)
         self.step, self.best = state.get("step", 0), state.get("best")
         self._grad_cache = config.train.grad_cache and config.train.accumulation > 1
         self._shown: torch.Tensor | None = None
@@ -101,10 +102,10 @@ class Trainer:
         self._stage_0_norm = 0.0
         self._asked: torch.Tensor | None = None
         self._outcome: tuple[float, int] | None = None
-        self._bad = BadSamples(config, world, training_set, self.step * config.train.batch)
-        if world.is_main and state.get("order", training_set.digest) != training_set.digest:
+        self._bad = BadSamples(config, ranks, training_set, self.step * config.train.batch)
+        if ranks.is_main and state.get("order", training_set.digest) != training_set.digest:
             print("warning: data.shards are not what they were: from here on samples come in another order", flush=True)
-        self._own_time, self._rank_times = Stopwatch(world.device), RankTimes(world, config.log.slow_rank)
+        self._own_time, self._rank_times = Stopwatch(ranks.device), RankTimes(ranks, config.log.slow_rank)
 
         torch.manual_seed(config.seed)
         module = MixReorg(config)
@@ -112,21 +113,21 @@ class Trainer:
             checkpoint.restore_weights(module, source)
         elif config.model.init is not None:
             weights.load_state(module.backbone, weights.find_weights(config.model.init))
-        if world.is_main:
+        if ranks.is_main:
             print(opening(config, len(training_set), module, self.steps), flush=True)
-        module.to(world.device)
+        module.to(ranks.device)
         deepspeed = import_deepspeed()
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer(module, config),
-            config=deepspeed_config(config, world.size, on_gpu=world.device.type == "cuda"),
+            config=deepspeed_config(config, ranks.size, on_gpu=ranks.device.type == "cuda"),
         )
         wait_patiently()
         self.optimizer.refuses = lambda: self.guard.refuses(self._read_outcome()[0])
         checkpoint.start_moments(self.engine)
         if source is not None:
             checkpoint.restore_moments(self.engine, source, self.guard.taken)
-            if world.is_main:
+            if ranks.is_main:
                 print(f"resumed from {source} at step {self.step}", flush=True)
 
     # ------------------------------------------------------------------ the loop
@@ -143,7 +144,7 @@ class Trainer:
             nonlocal log
             log = MetricsLog(self.run_folder, self.step, self.steps, self.config.log.wandb)
 
-        on_main(self.world, open_log)
+        on_main(open_log)
         with _full_disk_in_one_line(self.run_folder):
             try:
                 with (
@@ -156,7 +157,7 @@ class Trainer:
                 if log is not None:
                     log.close()
             watch.at(self.step, "final scores", timed=False)
-            if self.world.is_main and draw_losses(self.run_folder) is None:
+            if self.ranks.is_main and draw_losses(self.run_folder) is None:
                 print("no losses.png: it needs matplotlib", file=sys.stderr, flush=True)
             scores = {} if images is None else self._finish(images)
             watch.at(self.step, "stopped" if images is None else FINISHED)
@@ -171,10 +172,10 @@ class Trainer:
             self.training_set,
             self.tokenizer,
             micro_batch=self.micro_batch,
-            rank=self.world.rank,
-            world_size=self.world.size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
             start=step * self.config.train.batch,
-            device=self.world.device,
+            device=self.ranks.device,
         )
 
     def _loop(
@@ -202,7 +203,7 @@ class Trainer:
                 if self.engine.is_gradient_accumulation_boundary():
                     watch.at(self.step + 1, "optimizer step")
                     self._measure_stage_0()
-                    self._asked = stop.shared(self.world)
+                    self._asked = stop.shared(self.ranks)
                 self.engine.step()  # counts the micro-step; the optimizer's own step comes with the last
             norm, asked = self._read_outcome()
             self.step += 1
@@ -264,11 +265,11 @@ class Trainer:
         if self.guard.in_a_row < self.config.train.max_skipped:
             return
         folder = self.run_folder / "skipped" / f"step_{self.step:08d}"
-        on_main(self.world, lambda: folder.mkdir(parents=True, exist_ok=True))
+        on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
         with self._loader(self.step - 1) as loader:  # batches are a function of their position
             for number in range(self.config.train.accumulation):
                 batch = next(loader)
-                name = f"rank_{self.world.rank:05d}_micro_{number:03d}"
+                name = f"rank_{self.ranks.rank:05d}_micro_{number:03d}"
                 save_file({"images": batch.images.cpu(), "ids": batch.ids.cpu()}, folder / f"{name}.safetensors")
                 write_json(folder / f"{name}.json", {"position": batch.position, "keys": batch.keys})
         raise UserError(
@@ -281,11 +282,11 @@ class Trainer:
 
     def _batch(self, loaded: Pairs) -> Batch:
         # Of the batch that the losses are over: the position of its first image in the run, and that of ours in it.
-        first = self.world.rank * self.micro_batch
+        first = self.ranks.rank * self.micro_batch
         if self._grad_cache:
             first = loaded.position - self.step * self.config.train.batch
         nouns = loaded.noun_ids
-        device = self.world.device
+        device = self.ranks.device
         # Filled there, for a copy from the host would be waited for.
         seed = torch.full((), micro_step_seed(self.config.seed, loaded.position - first), device=device)
         return Batch(
@@ -333,7 +334,7 @@ class Trainer:
     # ------------------------------------------------------------------ reports, scores, checkpoints
 
     def _report(self, window: _Window, loader: TrainLoader, log: MetricsLog | None, norm: float) -> None:
-        means = window.means(self.world)
+        means = window.means(self.ranks)
         bad = self._bad.count(loader.bad_samples)
         seconds, waited = window.times(loader)
         steps = window.steps
@@ -352,7 +353,7 @@ class Trainer:
             "images_per_s": images_per_s,
             "data_wait": waited / seconds,
             "rank_seconds": times,
-            "peak_memory_mb": _peak_memory(self.world.device) / 2**20,
+            "peak_memory_mb": _peak_memory(self.ranks.device) / 2**20,
             "bad_samples": bad,
         }
         log.write(self.step, values)
@@ -370,8 +371,8 @@ class Trainer:
     def _validate(self, log: MetricsLog | None) -> None:
         """Score a part of the evaluation data; keep the weights whose mean mIoU is the best so far."""
         state = checkpoint.portable_state(self.engine)
-        model = validation.evaluation_model(self.config, self.tokenizer, state, self.world)
-        scores = validation.score(model, self.config, self.world, limit=self.config.eval.every_images)
+        model = validation.evaluation_model(self.config, self.tokenizer, state, self.ranks)
+        scores = validation.score(model, self.config, self.ranks, limit=self.config.eval.every_images)
         figures = validation.headline(scores)
         values = [value["mIoU"] for value in scores.values() if "mIoU" in value]
         mean = sum(values) / len(values) if values else None
@@ -394,13 +395,13 @@ class Trainer:
             "best": self.best,
         }
         keep = self.config.checkpoint.keep
-        return checkpoint.save(self.run_folder, self.step, self.engine, self.world, state, keep, self.tokenizer)
+        return checkpoint.save(self.run_folder, self.step, self.engine, self.ranks, state, keep, self.tokenizer)
 
     def _finish(self, images: torch.Tensor) -> dict[str, Any]:
         state = checkpoint.portable_state(self.engine)
-        model = validation.evaluation_model(self.config, self.tokenizer, state, self.world)
-        scores = validation.score(model, self.config, self.world, limit=None)
-        if self.world.is_main:
+        model = validation.evaluation_model(self.config, self.tokenizer, state, self.ranks)
+        scores = validation.score(model, self.config, self.ranks, limit=None)
+        if self.ranks.is_main:
             if scores:
                 write_json(self.run_folder / "eval.json", scores)
             validation.draw(model, self.config, images, self.run_folder)
@@ -429,12 +430,12 @@ class _Window:
         self._added += len(losses)
         self.steps += 1
 
-    def means(self, world: World) -> dict[str, float]:
+    def means(self, ranks: Ranks) -> dict[str, float]:
         """Means over the window's micro-steps and all ranks; empty if every step was skipped."""
         if not self._added:
             return {}
         sums = torch.stack(list(self._sums.values())).float() / self._added
-        return dict(zip(self._sums, mean_over_ranks(sums, world), strict=True))
+        return dict(zip(self._sums, mean_over_ranks(sums).tolist(), strict=True))
 
     def times(self, loader: TrainLoader) -> tuple[float, float]:
         """Seconds since the window began, and those of them spent waiting for data."""

@@ -20,17 +20,17 @@ from ..evaluation.pictures import dataset_figure, mixing_figure, segments_figure
 from ..evaluation.retrieval import retrieval_at_1
 from ..evaluation.zero_shot import evaluate, segmenter_for
 from ..inference.model import Model
-from .distributed import World
+from ..ranks import Ranks
 
 
-def evaluation_model(config: Config, tokenizer: Tokenizer, state: dict[str, Tensor], world: World) -> Model:
+def evaluation_model(config: Config, tokenizer: Tokenizer, state: dict[str, Tensor], ranks: Ranks) -> Model:
     """A model with the tensors of `state`, apart from the engine that owns the parameters."""
     model = Model(config.model, tokenizer=tokenizer, inference=config.inference)
     model.load_state_dict(copy.copy(state))
-    return model.to(world.device).eval()
+    return model.to(ranks.device).eval()
 
 
-def score(model: Model, config: Config, world: World, *, limit: int | None) -> dict[str, Any]:
+def score(model: Model, config: Config, ranks: Ranks, *, limit: int | None) -> dict[str, Any]:
     """Zero-shot mIoU per data set and, with validation shards, retrieval R@1; call on every rank.
 
     Args:
@@ -44,22 +44,22 @@ def score(model: Model, config: Config, world: World, *, limit: int | None) -> d
         scores[entry.name] = evaluate(segmenter, dataset, images, progress=limit is None)
     if config.data.val_shards:
         shards = open_shards(config.data.val_shards)
-        scores["retrieval"] = retrieval_at_1(model, _pairs(config, model.tokenizer, shards, world, limit))
+        scores["retrieval"] = retrieval_at_1(model, _pairs(config, model.tokenizer, shards, ranks, limit))
     return scores
 
 
 def _pairs(
-    config: Config, tokenizer: Tokenizer, shards: ShardSet, world: World, limit: int | None
+    config: Config, tokenizer: Tokenizer, shards: ShardSet, ranks: Ranks, limit: int | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's images and token ids; `limit`: about so many pairs over all ranks."""
     loader = ValidationLoader(
-        config, tokenizer, shards, micro_batch=64, rank=world.rank, world_size=world.size, device=world.device
+        config, tokenizer, shards, micro_batch=64, rank=ranks.rank, world_size=ranks.size, device=ranks.device
     )
     try:
         seen = 0
         for batch in loader:
             yield batch.images, batch.ids
-            seen += len(batch.ids) * world.size
+            seen += len(batch.ids) * ranks.size
             if limit is not None and seen >= limit:
                 break
     finally:

@@ -233,6 +233,7 @@ def test_bf16_is_near_fp32():
     assert abs(a["loss"] - b["loss"]) < 0.05 * a["loss"]
 
 
+@pytest.mark.slow
 def test_a_tiny_batch_is_overfitted():
     """Mixed-patch accuracy above 95 %, both contrastive losses near zero."""
     torch.manual_seed(1)  # from some other starts the mixed images stay confused with one another

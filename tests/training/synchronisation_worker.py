@@ -59,7 +59,7 @@ class Loader:
     def __init__(self, trainer: Trainer, synchronisations: Synchronisations) -> None:
         self._batches = []
         for number in range(STEPS * ACCUMULATION):
-            position = (number * trainer.world.size + trainer.world.rank) * trainer.micro_batch
+            position = (number * trainer.ranks.size + trainer.ranks.rank) * trainer.micro_batch
             made = random_batch(trainer.config, trainer.micro_batch, seed=number, nouns=2)
             synchronisations.to_gpu(made.images, made.ids, made.noun_ids)
             pairs = Pairs(made.images, made.ids, made.lengths, position, [], made.noun_ids, made.noun_lengths)
@@ -69,11 +69,11 @@ class Loader:
         return iter(self._batches)
 
 
-def run(case: dict, world, folder: Path) -> dict[str, list[str]]:
+def run(case: dict, ranks, folder: Path) -> dict[str, list[str]]:
     base = {
         "model": {"drop_path": 0.3},
         "loss": {"multi_label": 0.5, "mixed_negatives": "batch"},
-        "train": {"batch": 4 * ACCUMULATION * world.size, "accumulation": ACCUMULATION, "steps": STEPS},
+        "train": {"batch": 4 * ACCUMULATION * ranks.size, "accumulation": ACCUMULATION, "steps": STEPS},
         "output": str(folder),
     }
     config = tiny_config(**merged(base, case))
@@ -96,7 +96,7 @@ def run(case: dict, world, folder: Path) -> dict[str, list[str]]:
             loaded.upload = uploaded
     get_accelerator().synchronize = lambda *device: synchronisations.waits()
     with synchronisations.recorded(), StopRequest() as stop:
-        trainer = Trainer(config, TrainingSet(), world, None, {})
+        trainer = Trainer(config, TrainingSet(), ranks, None, {})
         trainer._save = lambda: None
         trainer._loop(Loader(trainer, synchronisations), None, phases, stop)
     return found
@@ -108,9 +108,9 @@ def main(out: str) -> None:
     module._Window.means = lambda *_: {}
     module.BadSamples.count = lambda *_: 0
     with tempfile.TemporaryDirectory() as folder:
-        world = initialise()
-        found = {name: run(case, world, Path(folder)) for name, case in CASES.items()}
-    if world.is_main:
+        ranks = initialise()
+        found = {name: run(case, ranks, Path(folder)) for name, case in CASES.items()}
+    if ranks.is_main:
         Path(out).write_text(json.dumps(found, indent=1))
 
 
