@@ -65,10 +65,10 @@ def main(args: argparse.Namespace) -> None:
 
 def read(source: Path) -> tuple[Model, dict[str, Tensor]]:
     """Weights of any format: a model without memory for its tensors (sizes, normalisation, tokenizer), and the
-    tensors under our names, in the dtypes of the file, the temperature 0-d.
+    tensors under our names, in the dtypes of the file, the logit scale 0-d.
 
     Raises:
-        UserError: nothing there, or nothing that is recognised; damaged; tensors missing, unknown or of wrong sizes.
+        UserError: a missing or damaged file, an unknown format, tensors missing, unknown or of wrong sizes.
     """
     if source.is_file():
         return _read_nvlabs(source)
@@ -168,7 +168,7 @@ def read_tokenizer(source: Path) -> Tokenizer:
     """The tokenizer of a ``tokenizer.json``, of a folder with one, or of one with ``vocab.json`` and ``merges.txt``.
 
     Raises:
-        UserError: there is none, or it is not CLIP's kind.
+        UserError: no tokenizer, or one of another kind than CLIP's.
     """
     vocabulary, merges = source / "vocab.json", source / "merges.txt"
     if (source / "tokenizer.json").is_file() or not vocabulary.is_file():
@@ -226,7 +226,7 @@ def save_huggingface(model: Model, folder: str | Path, state: Mapping[str, Tenso
 
 
 def _without_temperature(state: Mapping[str, Tensor], tau: float) -> dict[str, Tensor]:
-    """The tensors of a model whose assignment has the temperature `tau`, for one that knows none: it goes into q."""
+    """The tensors with the temperature `tau` of the assignment divided into q, for a model without this setting."""
     queries = re.compile(r".*\.grouping\.q\.(weight|bias)")
     return {name: value / tau if tau != 1.0 and queries.fullmatch(name) else value for name, value in state.items()}
 

@@ -20,7 +20,7 @@ from .config import ScenesConfig, find_config, load_config
 from .devices import choose
 from .errors import UserError, extra
 from .images import load_image
-from .inference.options import add_device, add_option, load_on_device
+from .inference.options import add_options, load_on_device
 from .inference.overlay import blend, segment_palette
 from .inference.windows import segment_of_pixels
 from .models.weights import find_weights
@@ -37,7 +37,7 @@ SHOWN_SIDE = 1280  # pixels: larger photos are shown, and segmented, at this siz
 SAMPLES, SAMPLE_SIDE, NAMED = 6, 192, 4
 EMBEDDED = "zero2"  # the configuration of `make train`
 
-# The page is whole as it is served: nothing of it may come from, or go, anywhere else.
+# The page loads nothing from other sites and sends nothing to them.
 CONTENT_POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; form-action 'self'; frame-ancestors 'self'"
@@ -51,8 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", action="store_true", help="train on embedded scenes where there are no weights")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
-    add_option(parser, "short_side")
-    add_device(parser)
+    add_options(parser, "short_side")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -118,7 +117,7 @@ def embedded_run(train: bool = False, device: str = "cpu") -> Path:
 
 
 def scenes_of(weights: str | Path) -> ScenesConfig | None:
-    """The embedded scenes that the weights were trained on; None: they were trained on something else."""
+    """The embedded scenes that the weights were trained on; None: the weights were trained on other data."""
     folder = find_weights(weights).resolve()
     for place in (folder, folder.parent, folder.parent.parent):  # beside them, or of a run: RUN/checkpoints/step_*
         try:
@@ -155,7 +154,7 @@ def view(model: Model, path: str, names: str, threshold: float) -> View:
     """Segment the photo at `path` by the class `names`; a `threshold` above 0 allows for background.
 
     Raises:
-        UserError: no picture, too large a picture, or no list of names.
+        UserError: not an image, too large an image, or no list of names.
     """
     classes = parse_classes(names, "class names", most=MASK_CLASSES)
     photo = load_image(path, max_pixels=MAX_PIXELS)
@@ -167,8 +166,8 @@ def view(model: Model, path: str, names: str, threshold: float) -> View:
 
 
 def sample_scenes(config: ScenesConfig, folder: Path) -> list[list[str]]:
-    """Scenes of the kind trained on, but never trained on, drawn into `folder`: per scene its path and class names,
-    those of what it shows and of as many other kinds as make NAMED."""
+    """Held-out scenes, drawn into `folder`: per scene its path and NAMED class names, those of the scene's objects
+    first filled up with other kinds."""
     from .data.scenes.drawing import Painter
     from .data.scenes.folder import KINDS, held_out_combinations, plan_scene, render
 
@@ -203,8 +202,8 @@ def build(model: Model, samples: list[list[str]]) -> gradio.Blocks:
             return f"**{_for_people(error, path)}**", *nothing
         return "", seen.overlay, *seen.stages, seen.areas
 
-    # Hands over the upload as it is: load_image reads more kinds than Gradio, and says what is wrong with one. Made
-    # this way, since Gradio's metaclass would write a .pyi beside this file.
+    # Passes on the uploaded file: load_image reads more formats than Gradio and names the fault of a damaged file.
+    # Made by type.__new__, since Gradio's metaclass would write a .pyi beside this file.
     Photo = type.__new__(
         type(gr.Image),
         "Photo",
@@ -286,7 +285,7 @@ def serve(page: gradio.Blocks, host: str, port: int | None) -> str:
 
 
 class Guard:
-    """ASGI middleware: only what the page needs, in bounded requests, and nothing from elsewhere."""
+    """ASGI middleware: bounds requests, refuses Gradio's proxy routes, adds the content policy."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

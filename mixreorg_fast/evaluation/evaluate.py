@@ -17,7 +17,7 @@ from ..inference.options import add_options, load_on_device, options_of
 from .datasets import KINDS, open_dataset
 from .metrics import FREQUENT
 from .pictures import dataset_figure
-from .zero_shot import evaluate, segmenter_for, settings_for
+from .zero_shot import evaluate, segmenter_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", help="where the scores go as JSON")
     parser.add_argument("--pictures", metavar="FILE", help="PNG of some photos, truths, predictions and segments")
     parser.add_argument("--predictions", metavar="FOLDER", help="the labels of every photo, as palette PNGs")
-    parser.add_argument("--resume", action="store_true", help="go on where the same command was interrupted")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run of the same command")
     parser.add_argument("--limit", type=int, metavar="N", help="score only N photos, spread over the split")
     add_options(parser, decoding="groupvit")
 
@@ -71,17 +71,9 @@ def main(args: argparse.Namespace) -> int:
     keep = f"{args.out}.partial" if args.out else None
     with joined_ranks(args.device) as device:
         model = load_on_device(args.weights, device)
-        settings = settings_for(model.inference.with_options(**options_of(args)), dataset, args.background_threshold)
-        result = evaluate(
-            model,
-            dataset,
-            settings,
-            args.limit,
-            predictions=args.predictions,
-            keep=keep,
-            resume=args.resume,
-            batch=args.batch,
-        )
+        settings = model.inference.with_options(**options_of(args))
+        segmenter = segmenter_for(model, dataset, settings, args.background_threshold, args.batch)
+        result = evaluate(segmenter, dataset, args.limit, True, args.predictions, keep, args.resume)
         rank = ranks.rank()
     if rank > 0:
         return 0
@@ -98,5 +90,5 @@ def main(args: argparse.Namespace) -> int:
         with saving(args.out):
             write_json(args.out, result)
     if args.pictures:
-        dataset_figure(segmenter_for(model, dataset, settings), dataset, args.pictures)
+        dataset_figure(segmenter, dataset, args.pictures)
     return 0

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..images import IMAGENET_MEAN, IMAGENET_STD, to_pixels
+from ..images import to_pixels
 from ..inference.fonts import draw_text, length, wrap
 from ..inference.overlay import INK, PAPER, blend, class_palette, colourise, legend, save_picture, segment_palette
 from .metrics import IGNORE
@@ -49,12 +49,7 @@ def segmentation_figure(rows: Sequence[Row], path: str | Path, classes: Sequence
 
 
 def mixing_figure(
-    original: Tensor,
-    mixed: Tensor,
-    restored: Tensor,
-    path: str | Path,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    original: Tensor, mixed: Tensor, restored: Tensor, path: str | Path, mean: Sequence[float], std: Sequence[float]
 ) -> None:
     """A PNG at `path`: per row an image, the mixed image at its place in the group, the restored image.
 
@@ -68,11 +63,7 @@ def mixing_figure(
 
 @torch.no_grad()
 def segments_figure(
-    images: Tensor,
-    assignment: Tensor,
-    path: str | Path,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    images: Tensor, assignment: Tensor, path: str | Path, mean: Sequence[float], std: Sequence[float]
 ) -> None:
     """A PNG at `path`: per row an image and its segments.
 

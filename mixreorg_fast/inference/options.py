@@ -12,36 +12,31 @@ from ..names import TEMPLATES
 from .model import Model, load
 
 
-def add_options(parser: argparse.ArgumentParser, decoding: str) -> None:
-    """Every setting, the batch size and the device; `decoding`: the command's default."""
-    for name in InferenceConfig.model_fields:
-        add_option(parser, name, decoding if name == "decoding" else None)
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="photos per forward pass (8)")
-    add_device(parser)
+def add_options(parser: argparse.ArgumentParser, *names: str, decoding: str | None = None) -> None:
+    """Options for the settings `names` (default: all, and the batch size) and for the device.
 
-
-def add_option(parser: argparse.ArgumentParser, name: str, default: str | None = None) -> None:
-    """The setting `name` of :class:`~mixreorg_fast.config.InferenceConfig`; default None: the weights' setting."""
-    field = InferenceConfig.model_fields[name]
-    about = field.description
-    if get_origin(field.annotation) is Literal:
-        kind = {"choices": get_args(field.annotation)}
-    elif field.annotation is int:
-        kind = {"type": int, "metavar": "PX"}
-    elif name == "templates":
-        kind, about = {"metavar": "NAME"}, f"{about}: {', '.join(TEMPLATES)}, or a template of your own"
-    else:
-        kind = {"type": float, "metavar": "X"}
-    about = f"{about} (default: {default or 'as in the weights'})"
-    parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=about, **kind)
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
+    Args:
+        decoding: the command's default; every other default is the weights' setting.
+    """
+    kinds = {
+        "background_threshold": {"type": float, "metavar": "X"},
+        "templates": {"metavar": f"{'|'.join(TEMPLATES)}|TEXT"},
+    }
+    for name in names or InferenceConfig.model_fields:
+        field, default = InferenceConfig.model_fields[name], decoding if name == "decoding" else None
+        if get_origin(field.annotation) is Literal:
+            kind = {"choices": get_args(field.annotation)}
+        else:
+            kind = kinds.get(name, {"type": int, "metavar": "PX"})
+        about = f"{field.description} (default: {default or 'as in the weights'})"
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=about, **kind)
+    if not names:
+        parser.add_argument("--batch", type=int, default=8, metavar="N", help="photos per forward pass (8)")
     parser.add_argument("--device", help="default: the GPU, or the CPU of a machine without")
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the options of :func:`add_options` give, None for those of the weights.
+    """The settings that the options of :func:`add_options` give; None: the weights' setting.
 
     Raises:
         UserError: `--batch` below 1.

@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
         save_picture(place, found.overlay(), about=about)
         if args.mask:
             save_labels(mask_of(place), found.labels, found.has_background, about)
-        # After each photo, so that an interrupted run has told what it did.
+        # After each photo, so that an interrupted run has reported its photos.
         areas = found.areas
         outputs.note(photo, areas)
         largest = sorted((name for name in areas if areas[name] > 0), key=areas.get, reverse=True)
@@ -70,7 +70,7 @@ def find_photos(sources: list[str], recursive: bool) -> dict[Path, Path]:
     """
     found: dict[Path, Path] = {}
     for source in map(Path, sources):
-        for photo in find_images([source], recursive):
+        for photo in find_images(source, recursive):
             if not source.is_dir():
                 found.setdefault(photo, Path())
             elif written_here(photo) is None:

@@ -18,9 +18,9 @@ class Segmentation:
     """A photo, segmented.
 
     Attributes:
-        labels: integers ``[H, W]``: label t is ``classes[t]``. int64 from ``model.segment``, else as small as they fit.
+        labels: integers ``[H, W]``: label t is ``classes[t]``. int64 from ``model.segment``, else uint8 or int32.
         classes: names of the labels; with a background it is the first.
-        segments: such integers: the final segment of each pixel.
+        segments: integers ``[H, W]`` in the same dtype: the final segment of each pixel.
         stages: fp32 ``[G, h, w]`` per grouping stage: probability of its segments per patch.
         scores: per class its best score (0..1) among the segments in the picture; the background has none.
         photo: RGB.

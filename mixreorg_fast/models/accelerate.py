@@ -24,11 +24,11 @@ def accelerate(model: GroupViTModel, *, undo: bool = False) -> GroupViTModel:
     the model's device, so that ``torch.manual_seed`` repeats a run. ``segmentation_logits`` keep their own formula.
 
     Args:
-        undo: take it all out again instead.
+        undo: restore Hugging Face's own methods instead.
     Returns:
         `model`.
     Raises:
-        TypeError: `model` is something else.
+        TypeError: `model` is no ``GroupViTModel``.
     """
     from transformers import GroupViTModel
 

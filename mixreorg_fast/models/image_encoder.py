@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -11,18 +12,6 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import ModelConfig
 from .layers import Block, GroupingBlock, LayerNorm, LearnedTokens, Linear, PatchEmbed, TokenMixer, call
-
-
-class GroupProjector(nn.Module):
-    """Carries the group tokens of one stage to the next: ``[B, G2, C] <- [B, G1, C]``."""
-
-    def __init__(self, width: int, groups_in: int, groups_out: int):
-        super().__init__()
-        self.norm = LayerNorm(width)
-        self.mixer = TokenMixer(groups_in, width // 2, groups_out)
-
-    def forward(self, groups: Tensor) -> Tensor:
-        return self.mixer(self.norm(groups))
 
 
 class Stage(nn.Module):
@@ -38,8 +27,10 @@ class Stage(nn.Module):
         self.first = sum(config.depths[:number])  # its first block's number among the blocks of all stages
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depths[number]))
         self.group_tokens = LearnedTokens(groups, config.width) if groups else None
-        carries = groups and number
-        self.group_projector = GroupProjector(config.width, config.groups[number - 1], groups) if carries else None
+        self.group_projector = None
+        if groups and number:  # carries the group tokens of the stage before to this one, [B, G2, C] <- [B, G1, C]
+            mixer = TokenMixer(config.groups[number - 1], config.width // 2, groups)
+            self.group_projector = nn.Sequential(OrderedDict(norm=LayerNorm(config.width), mixer=mixer))
         self.grouping = GroupingBlock(config.width, config.heads, groups) if groups else None
 
     def tokens(self, patches: Tensor, previous_groups: Tensor | None) -> Tensor:
@@ -100,7 +91,7 @@ class ImageEncoder(nn.Module):
         return segments, pooled, tuple(of_stage.unflatten(2, (height, -1)) for of_stage in maps)
 
     def assign(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The grouping attention of evaluation, without noise: hard in what the groups collect, soft in the maps."""
+        """The grouping attention of evaluation: no noise, a hard aggregation and a soft assignment for the maps."""
         hard, tau = self.config.hard_assignment, self.config.tau
         return ops.grouping_attention(q, k, v, hard=hard, tau=tau, return_assignment="soft")
 
@@ -147,11 +138,11 @@ class ImageEncoder(nn.Module):
         """All that follows the blocks of stage 1: both grouping blocks, the blocks of stages 2 and 3, the last norm.
 
         Args:
-            assign: the grouping attention, ``(stage, q, k, v)`` to what the groups collected ``[B, G, C]`` and
-                something about the assignment.
+            assign: the grouping attention; returns, for ``(stage, q, k, v)``, the collected patches ``[B, G, C]`` and
+                the assignment in any form.
             drops, run: as of :meth:`run_blocks`.
         Returns:
-            final segments ``[B, G2, C]``, their mean ``[B, C]``, and what `assign` gave beside, for both stages.
+            final segments ``[B, G2, C]``, their mean ``[B, C]``, and the assignments of both stages.
         """
         assignments = []
         for number in range(len(self.stages) - 1):
@@ -163,8 +154,12 @@ class ImageEncoder(nn.Module):
         return *run(self.end, tokens), assignments
 
     def advance(self, tokens: Tensor, queries: Tensor, collected: Tensor, number: int) -> Tensor:
-        """Tokens of the stage after stage `number`, of that stage's tokens ``[B, N + G, C]``, the group tokens that
-        collected its patches, and what they collected, ``[B, G, C]`` each."""
+        """Tokens of stage `number` + 1.
+
+        Args:
+            tokens: of stage `number`, ``[B, N + G, C]``. queries: its group tokens, ``[B, G, C]``.
+            collected: the output of its grouping attention, ``[B, G, C]``.
+        """
         stage, following = self.stages[number], self.stages[number + 1]
         return following.tokens(stage.grouping.finish(queries, collected), stage.split(tokens)[1])
 

@@ -217,7 +217,7 @@ class GroupingBlock(nn.Module):
         return groups, self.q(groups), *self.kv(patches).chunk(2, dim=-1)
 
     def finish(self, groups: Tensor, collected: Tensor) -> Tensor:
-        """Segments ``[B, G, C]`` from the group tokens and what they collected."""
+        """Segments ``[B, G, C]`` from the group tokens and the output of the grouping attention."""
         segments = groups + self.out(collected)
         return segments + self.mlp(self.norm2(segments))
 

@@ -1,7 +1,7 @@
 """MixReorg (ICCV 2023): GroupViT, trained with mixed and restored patches beside the original ones.
 
 All randomness of a step is a pure function of (seed, image index): any number of ranks that share a batch draw the
-same mixing plans, Gumbel noise and dropped paths, and a resumed run draws what the uninterrupted one would have.
+same mixing plans, Gumbel noise and dropped paths, and a resumed run draws the same as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -232,9 +232,9 @@ class MixReorg(nn.Module):
     def _assign(self, batch: Batch, number: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """The grouping attention of stage `number`, each branch with noise of its own.
 
-        Returns what the groups collected, ``[branches * B, G, C]``; and by branch, of the mixed images the assignment
-        that formed the segments, fp32 ``[B, G, N]``, of the original images each patch's winning group, int64
-        ``[B, N]``.
+        Returns the collected patches, ``[branches * B, G, C]``, and assignments by branch: for the mixed images the
+        assignment that formed the segments, fp32 ``[B, G, N]``; for the original images the winning group of each
+        patch, int64 ``[B, N]``.
         """
         hard, noise, tau = self._assignment(batch)
         wanted = {_ORIGINAL: "winner", _MIXED: "used", _RESTORED: "none"}

@@ -13,7 +13,7 @@ from ..errors import UserError, extra
 from ..evaluation.datasets import open_dataset
 from ..evaluation.metrics import FREQUENT, IGNORE
 from ..evaluation.pictures import save_grid
-from ..evaluation.zero_shot import segmenter_for, settings_for
+from ..evaluation.zero_shot import segmenter_for
 from ..files import atomic_path, saving
 from ..inference.model import load
 from ..inference.overlay import blend, class_palette, colourise, segment_palette
@@ -208,8 +208,7 @@ def pictures_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path, 
     seen = {int(label) for sample in samples for label in set(sample.mask.ravel().tolist())} - {IGNORE}
     for run in runs:
         model = load(run.folder)
-        settings = settings_for(run.config.eval.with_options(), dataset, entry["background_threshold"])
-        segmenter = segmenter_for(model, dataset, settings)
+        segmenter = segmenter_for(model, dataset, run.config.eval.with_options(), entry["background_threshold"])
         for number, sample in enumerate(samples):
             decoded = segmenter.segment(sample.image)
             labelled[number].append(colourise(decoded.labels.cpu().numpy(), palette))

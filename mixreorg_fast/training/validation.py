@@ -18,7 +18,7 @@ from ..data.text.tokenizer import Tokenizer
 from ..evaluation.datasets import open_dataset
 from ..evaluation.pictures import dataset_figure, mixing_figure, segments_figure
 from ..evaluation.retrieval import retrieval_at_1
-from ..evaluation.zero_shot import evaluate, segmenter_for, settings_for
+from ..evaluation.zero_shot import evaluate, segmenter_for
 from ..inference.model import Model
 from ..ranks import Ranks
 
@@ -39,9 +39,9 @@ def score(model: Model, config: Config, ranks: Ranks, *, limit: int | None) -> d
     scores: dict[str, Any] = {}
     for entry in config.eval.datasets:
         dataset = open_dataset(entry.dataset, entry.root, entry.split)
-        settings = settings_for(config.eval.with_options(), dataset, entry.background_threshold)
+        segmenter = segmenter_for(model, dataset, config.eval.with_options(), entry.background_threshold)
         images = min(filter(None, (limit, entry.limit)), default=None)
-        scores[entry.name] = evaluate(model, dataset, settings, images, progress=limit is None)
+        scores[entry.name] = evaluate(segmenter, dataset, images, progress=limit is None)
     if config.data.val_shards:
         shards = open_shards(config.data.val_shards)
         scores["retrieval"] = retrieval_at_1(model, _pairs(config, model.tokenizer, shards, ranks, limit))
@@ -89,8 +89,8 @@ def draw(model: Model, config: Config, images: Tensor, run: Path) -> list[str]:
     if config.eval.datasets:
         entry = config.eval.datasets[0]
         dataset = open_dataset(entry.dataset, entry.root, entry.split)
-        settings = settings_for(config.eval.with_options(), dataset, entry.background_threshold)
-        dataset_figure(segmenter_for(model, dataset, settings), dataset, run / "segmentation.png")
+        segmenter = segmenter_for(model, dataset, config.eval.with_options(), entry.background_threshold)
+        dataset_figure(segmenter, dataset, run / "segmentation.png")
         drawn.append("segmentation.png")
     elif len(images):
         shown = images[:6].float()

@@ -291,7 +291,7 @@ def test_weights_carry_their_settings(weights, plain, tmp_path, capsys):
     """Command, Python and evaluation take the same from model.json; an option overrules it in each."""
     import mixreorg_fast
     from mixreorg_fast.evaluation.datasets import open_dataset
-    from mixreorg_fast.evaluation.zero_shot import evaluate
+    from mixreorg_fast.evaluation.zero_shot import evaluate, segmenter_for
 
     model = mixreorg_fast.load(weights)
     model.inference = InferenceConfig(
@@ -320,7 +320,7 @@ def test_weights_carry_their_settings(weights, plain, tmp_path, capsys):
     assert main(["evaluate", "--weights", carrying, "--root", str(plain), "--out", str(tmp_path / "a.json")]) == 0
     scores = json.loads((tmp_path / "a.json").read_text())
     assert scores["settings"] | model.inference.model_dump(mode="json") == scores["settings"]
-    assert scores["mIoU"] == evaluate(model, dataset, progress=False)["mIoU"]
+    assert scores["mIoU"] == evaluate(segmenter_for(model, dataset), dataset, progress=False)["mIoU"]
     capsys.readouterr()
     assert main(["segment", *options, "--out", str(tmp_path / "out"), "--classes", "Background, cat"]) == 2
     assert "'background' is what scores below the background threshold (0.6)" in capsys.readouterr().err

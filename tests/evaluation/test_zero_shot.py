@@ -14,7 +14,7 @@ from mixreorg_fast.config import EvalConfig, InferenceConfig, ModelConfig, TextC
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.evaluation import metrics
 from mixreorg_fast.evaluation.datasets import open_dataset
-from mixreorg_fast.evaluation.zero_shot import evaluate, settings_for
+from mixreorg_fast.evaluation.zero_shot import evaluate, segmenter_for
 from mixreorg_fast.inference.model import Model
 from mixreorg_fast.inference.prompts import text_classifier
 from mixreorg_fast.inference.segmenter import Segmenter
@@ -157,16 +157,17 @@ def test_evaluation_is_the_sum_over_photos(model, plain, mode, decoding):
     """Against the protocol written out photo by photo, with the dense decoding; batches must not matter."""
     dataset = open_dataset("plain", plain)
     settings = SETTINGS.with_options(mode=mode, decoding=decoding)
-    result = evaluate(model, dataset, settings, progress=False)
-    assert result == evaluate(model, dataset, settings, progress=False, batch=1) | {"settings": result["settings"]}
-    texts = text_classifier(model, dataset.prompts)
+    segmenter = segmenter_for(model, dataset, settings)
+    result = evaluate(segmenter, dataset, progress=False)
+    singly = evaluate(segmenter_for(model, dataset, settings, batch=1), dataset, progress=False)
+    assert result == singly | {"settings": result["settings"]}
     matrix = torch.zeros(4, 4, dtype=torch.int64)
     for sample in dataset:
-        pixels = Segmenter(model, dataset.prompts, settings, dataset.classes).tensor(sample.image)
+        pixels = segmenter.tensor(sample.image)
         network = tuple(pixels.shape[1:])
         boxes = window_boxes(*network, 64, 32) if mode == "sliding" else [Box(0, 0, *network)]
         seen = [model.segments(pixels[None, :, t : t + h, x : x + w]) for t, x, h, w in boxes]
-        scores = torch.cat([class_scores(s.embeddings, s.image, texts, 10.0) for s in seen]).detach()
+        scores = torch.cat([class_scores(s.embeddings, s.image, segmenter.texts, 10.0) for s in seen]).detach()
         maps = torch.cat([s.maps for s in seen]).detach()
         if decoding == "groupvit":
             labels = decode_groupvit_reference(maps, scores, boxes, network, sample.mask.shape, 0.4)
@@ -189,16 +190,16 @@ def test_limit_spreads_over_the_split(model, plain, monkeypatch):
     read = []
     inner = dataset._paths
     dataset._paths = lambda name: (read.append(name), inner(name))[1]
-    result = evaluate(model, dataset, SETTINGS, limit=3, progress=False)
+    result = evaluate(segmenter_for(model, dataset, SETTINGS), dataset, limit=3, progress=False)
     assert result["images"] == 3
     assert sorted(read) == ["photo0", "photo2", "photo4"]
 
 
 def test_an_interrupted_evaluation_goes_on(model, plain, tmp_path, monkeypatch):
     monkeypatch.setattr("mixreorg_fast.evaluation.zero_shot.SAVE_EVERY", -1.0)
-    options, keep = {"settings": SETTINGS, "progress": False, "batch": 1}, tmp_path / "eval.json.partial"
-    dataset = open_dataset("plain", plain)
-    whole = evaluate(model, dataset, **options)
+    keep, dataset = tmp_path / "eval.json.partial", open_dataset("plain", plain)
+    segmenter = segmenter_for(model, dataset, SETTINGS, batch=1)
+    whole = evaluate(segmenter, dataset, progress=False)
     inner, read = dataset._paths, []
 
     def paths(name: str):
@@ -209,9 +210,9 @@ def test_an_interrupted_evaluation_goes_on(model, plain, tmp_path, monkeypatch):
 
     dataset._paths = paths
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, dataset, **options, keep=keep)
+        evaluate(segmenter, dataset, progress=False, keep=keep)
     read[:] = [None] * 5  # from here on nothing interrupts
-    assert evaluate(model, dataset, **options, keep=keep, resume=True) == whole
+    assert evaluate(segmenter, dataset, progress=False, keep=keep, resume=True) == whole
     assert 0 < len(read) - 5 < 7
     assert not list(tmp_path.glob("*.partial*"))
 
@@ -232,7 +233,8 @@ def test_counts_of_another_model_are_not_gone_on_from(model, plain, tmp_path):
 
 def test_predictions_are_written_as_palette_pngs(model, plain, tmp_path):
     dataset = open_dataset("plain", plain)
-    result = evaluate(model, dataset, SETTINGS, progress=False, predictions=tmp_path / "p")
+    segmenter = segmenter_for(model, dataset, SETTINGS)
+    result = evaluate(segmenter, dataset, progress=False, predictions=tmp_path / "p")
     matrix = torch.zeros(4, 4, dtype=torch.int64)
     for sample in dataset:
         with Image.open(tmp_path / "p" / f"{sample.name}.png") as picture:
@@ -240,12 +242,6 @@ def test_predictions_are_written_as_palette_pngs(model, plain, tmp_path):
             labels = torch.from_numpy(np.array(picture))
         matrix += metrics.confusion_matrix(torch.from_numpy(sample.mask), labels, 4)
     assert metrics.mean_iou(matrix) == result["mIoU"]
-
-
-def test_evaluation_leaves_the_mode_of_the_model(model, plain):
-    model.train()
-    evaluate(model, open_dataset("plain", plain), SETTINGS, limit=1, progress=False)
-    assert model.training
 
 
 @pytest.mark.launch
@@ -294,18 +290,17 @@ def test_settings_come_from_the_configuration():
 
 
 def test_the_data_set_decides_about_background(model, plain):
-    dataset = open_dataset("plain", plain)
-    assert settings_for(InferenceConfig(), dataset).background_threshold == 0.95
-    assert settings_for(SETTINGS, dataset).background_threshold == 0.4
-    assert settings_for(SETTINGS, dataset, 0.0).background_threshold == 0.0
+    def threshold(*settings) -> float | None:
+        return segmenter_for(model, open_dataset("plain", plain), *settings).settings.background_threshold
+
+    assert threshold() == threshold(InferenceConfig()) == 0.95
+    assert threshold(SETTINGS) == 0.4
+    assert threshold(SETTINGS, 0.0) == 0.0
     (plain / "classes.txt").write_text("sky\ncat\ndog\nred car\n")
-    dataset = open_dataset("plain", plain)
-    # What the weights carry does not apply; what is asked for is refused.
-    assert settings_for(SETTINGS, dataset).background_threshold is None
+    # The weights' threshold does not apply; an explicit threshold is refused.
+    assert threshold(SETTINGS) is None
     with pytest.raises(UserError, match="no class 'background' .its first is 'sky'"):
-        settings_for(SETTINGS, dataset, 0.4)
-    with pytest.raises(UserError, match="no class 'background' .its first is 'sky'"):
-        evaluate(model, dataset, SETTINGS, progress=False)
+        threshold(SETTINGS, 0.4)
 
 
 @pytest.mark.parametrize(
