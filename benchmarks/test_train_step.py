@@ -26,9 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixreorg_fast import ops
 from mixreorg_fast.config import Config, parse_config
+from mixreorg_fast.convert import save_huggingface
+from mixreorg_fast.inference.model import Model
 from mixreorg_fast.models import Batch, MixReorg
-from mixreorg_fast.models.convert import save_huggingface
-from mixreorg_fast.models.encoders import TextEncoder
+from mixreorg_fast.models.text_encoder import TextEncoder
 from mixreorg_fast.ops import dispatch
 from mixreorg_fast.ops.token_mixing import blend_tokens_reference, mix_tokens_reference, restore_tokens_reference
 from mixreorg_fast.training.optimisation import optimizer
@@ -119,10 +120,9 @@ def ours_in_graphs(config: Config) -> Step:
 
 def huggingface(config: Config) -> Step:
     transformers = pytest.importorskip("transformers", reason="needs the Hugging Face extra")
-    backbone = our_model(config).backbone
-    state = backbone.state_dict()
+    state = our_model(config).backbone.state_dict()
     with tempfile.TemporaryDirectory() as folder:
-        save_huggingface(backbone, folder, state | {"logit_scale": state["logit_scale"].reshape(())})
+        save_huggingface(Model(config.model), folder, state | {"logit_scale": state["logit_scale"].reshape(())})
         model = transformers.GroupViTModel.from_pretrained(folder).to(DEVICE).train()
     half = config.train.precision == "bf16"
 
@@ -160,9 +160,10 @@ def random_plan(images: int, patches: int, group_size: int, *, device: torch.dev
 
 
 def random_drops(model: MixReorg, batch: Batch) -> Tensor | None:
-    if not any(model.drop_rates):
+    drop_rates = model.backbone.image_encoder.drop_rates
+    if not any(drop_rates):
         return None
-    rates = torch.tensor(model.drop_rates, device=batch.images.device)[:, None]
+    rates = torch.tensor(drop_rates, device=batch.images.device)[:, None]
     return (torch.rand(2, len(rates), 3 * len(batch.images), device=rates.device) >= rates).float() / (1 - rates)
 
 

@@ -11,7 +11,6 @@ and, in backward, their gradients so far.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.settings import LogitBlock
+from ..ranks import Ring, all_gather, rank, world_size
 from .contrastive_blocks import TORCH, TRITON, Blocks
 from .dispatch import Impl, autocast, falls_back, scale_tensor, uses_triton, without_autocast
 
@@ -87,7 +87,7 @@ def contrastive_loss(
     blocks = TRITON if uses_triton("contrastive_loss", impl, image, text) else TORCH
     scale = scale_tensor(logit_scale, image.device)
     texts = text.reshape(-1, text.shape[-1])  # [B * P, D]
-    if exchange == "ring" and _world_size(process_group) > 1:
+    if exchange == "ring" and world_size(process_group) > 1:
         return _RingLoss.apply(image, texts, scale, Ring(process_group), blocks)
     return _GatherLoss.apply(image, texts, scale, process_group, blocks)
 
@@ -119,17 +119,6 @@ def _scaled(
     )
 
 
-def _world_size(group: dist.ProcessGroup | None) -> int:
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
-
-
-def _gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """All ranks' rows."""
-    out = x.new_empty(_world_size(group), *x.shape)
-    dist.all_gather(list(out.unbind()), x.contiguous(), group=group)
-    return out.flatten(0, 1)
-
-
 class _GatherLoss(torch.autograd.Function):
     """Every rank gathers all features, and keeps them and all log-sum-exps for backward."""
 
@@ -139,15 +128,15 @@ class _GatherLoss(torch.autograd.Function):
         all_images = all_texts = None  # those of this process
         with without_autocast(image):
             positives = _positives(image, texts, scale)
-            if _world_size(group) == 1:
+            if world_size(group) == 1:
                 image_lse, text_lse = blocks.log_sum_exp(image, texts, scale, True)
             else:
-                ctx.first = dist.get_rank(group) * len(image)
-                all_images, all_texts = (_gather(x, group) for x in (image, texts))
+                ctx.first = rank(group) * len(image)
+                all_images, all_texts = (all_gather(x, group) for x in (image, texts))
                 image_lse, _ = blocks.log_sum_exp(image, all_texts, scale, False)
                 text_lse, _ = blocks.log_sum_exp(texts, all_images, scale, False)
                 own = (image_lse, text_lse, positives)
-                parts = _gather(torch.cat(own)[None], group)  # [world, B + B * P + B]
+                parts = all_gather(torch.cat(own)[None], group)  # [world, B + B * P + B]
                 image_lse, text_lse, positives = (x.flatten() for x in parts.split([len(x) for x in own], dim=1))
             ctx.save_for_backward(image, texts, scale, all_images, all_texts, image_lse, text_lse)
             return _mean_loss(image_lse, text_lse, positives)
@@ -172,41 +161,6 @@ class _GatherLoss(torch.autograd.Function):
             factor = grad * (0.5 / len(image))  # world_size / (2 * global batch)
             grad_scale = (image * grad_image).sum() * factor if need_scale else None
         return *_scaled(ctx, image, texts, grad_image, grad_text, factor * scale), grad_scale, None, None
-
-
-class Ring:
-    """The ranks of a group in a circle."""
-
-    def __init__(self, group: dist.ProcessGroup | None):
-        self.size, rank = dist.get_world_size(group), dist.get_rank(group)
-        self._group = group
-        self._next, self._previous = (
-            other if group is None else dist.get_global_rank(group, other)
-            for other in ((rank + 1) % self.size, (rank - 1) % self.size)
-        )
-
-    def pass_on(self, *tensors: Tensor, tag: int = 0) -> Callable[[], list[Tensor]]:
-        """Start sending `tensors` to the next rank; what is returned waits for those of the previous one.
-
-        Transfers that overlap must differ in `tag`, the number of the first tensor.
-        """
-        sent = [x.contiguous() for x in tensors]
-        received = [torch.empty_like(x) for x in sent]
-        transfers = [dist.P2POp(dist.isend, x, self._next, self._group, tag + i) for i, x in enumerate(sent)]
-        transfers += [dist.P2POp(dist.irecv, x, self._previous, self._group, tag + i) for i, x in enumerate(received)]
-        works = dist.batch_isend_irecv(transfers)
-
-        def wait() -> list[Tensor]:
-            for work in works:
-                work.wait()
-            sent.clear()  # which had to live until now
-            return received
-
-        return wait
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Of a 0-d tensor over the ranks; the same bits on each."""
-        return _gather(x[None], self._group).mean()
 
 
 def ring_log_sum_exp(image: Tensor, texts: Tensor, scale: Tensor, ring: Ring, blocks: Blocks) -> tuple[Tensor, Tensor]:

@@ -26,13 +26,13 @@ from mixreorg_fast.data.shards.shards import Bad, index_places
 from mixreorg_fast.data.shards.sources import Pair
 from mixreorg_fast.data.shards.verify import verify
 from mixreorg_fast.errors import UserError
+from mixreorg_fast.ranks import Ranks
 from mixreorg_fast.training.data import BadSamples, check_bad, open_training_set
-from mixreorg_fast.training.distributed import World
 from mixreorg_fast.training.preparation import prepare
 
 from .conftest import bomb, open_loader, pairs, photo
 
-HERE = World(0, 1, torch.device("cpu"))
+HERE = Ranks(0, 1, torch.device("cpu"))
 
 
 def encoded(image: Image.Image, format: str = "JPEG", **options) -> bytes:

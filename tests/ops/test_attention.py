@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mixreorg_fast import ops
 from mixreorg_fast.config import TextConfig
-from mixreorg_fast.models import encoders
-from mixreorg_fast.models.encoders import TextEncoder
+from mixreorg_fast.models import text_encoder
+from mixreorg_fast.models.text_encoder import TextEncoder
 from mixreorg_fast.ops.attention import Packing
 from mixreorg_fast.ops.dispatch import CannotRun
 
@@ -153,7 +153,7 @@ def test_text_encoder_as_on_a_gpu(monkeypatch, varlen_on_cpu):
 
     features, gradients = run()
     assert not varlen_on_cpu
-    monkeypatch.setattr(encoders, "BUCKETED", {"cpu"})
+    monkeypatch.setattr(text_encoder, "BUCKETED", {"cpu"})
     monkeypatch.setattr(module, "_kernel_reasons", lambda q: [])
     padded, padded_gradients = run()
     assert len(varlen_on_cpu) == config.layers and all(rows == sum(lengths) + 121 for rows in varlen_on_cpu)

@@ -19,7 +19,6 @@ from mixreorg_fast.ops.patch_mixing import MixPlan
 
 from .guarded import Guard, assert_within_bounds, guarded
 
-SIDES = ("end", "start")
 MIXING = [(4, 5, 16, 2), (6, 13, 100, 3), (3, 1, 7, 1)]  # images, patches, channels, group size
 GROUPING = [(1, 64, 196, 16), (2, 7, 13, 100), (1, 5, 300, 8), (1, 1, 1, 1), (1, 128, 17, 16)]  # images, G, N, channels
 CONTRASTIVE = [(5, 0, 16), (131, 0, 20), (37, 3, 8)]  # batch, prompts (0: text is [B, D]), width
@@ -167,10 +166,10 @@ def run_case(guard: Guard, name: str) -> None:
     CASES[name](guard)
 
 
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_no_access_out_of_bounds(name, side):
-    assert_within_bounds(side, run_case, name)
+def test_no_access_out_of_bounds(name):
+    assert_within_bounds(run_case, name)
 
 
 @triton.jit
@@ -183,11 +182,11 @@ def read_outside(guard: Guard, first: int) -> None:
 
 
 def test_the_guard_catches_one_element_and_names_the_line():
-    assert_within_bounds("end", read_outside, 2)
-    assert_within_bounds("start", read_outside, 0)
+    assert_within_bounds(read_outside, 2, sides=["end"])
+    assert_within_bounds(read_outside, 0, sides=["start"])
     for side, first in (("end", 3), ("start", -1)):
         with pytest.raises(AssertionError, match=f"out of bounds at a tensor's {side}(.|\n)*in _copy_kernel"):
-            assert_within_bounds(side, read_outside, first)
+            assert_within_bounds(read_outside, first, sides=[side])
 
 
 def test_guarded_tensors_keep_values_and_strides():

@@ -334,6 +334,7 @@ def test_more_than_2_31_elements(device):
     torch.testing.assert_close(lse[-1000:], truth, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_cuda_graph_and_compile(device):
     inputs = [x.requires_grad_() for x in make((1000, 0, 256), torch.bfloat16, device)]

@@ -18,7 +18,9 @@ SHAPES = [  # images, G1, N, G2, D, group size
     (4, 64, 196, 8, 256, 4),  # the model's
     (6, 7, 13, 3, 20, 3),  # primes; sides far below a block
     (14, 8, 33, 5, 100, 7),  # one patch more than a block; a width that is no multiple of one
-    (17, 5, 9, 17, 16, 17),  # a group and segments of one more than the smallest block
+    pytest.param(
+        (17, 5, 9, 17, 16, 17), marks=pytest.mark.slow
+    ),  # a group, segments of one more than the smallest block
     (3, 16, 32, 2, 16, 1),  # groups of one image: no loss
     (12, 6, 10, 3, 16, 12),  # texts in two passes
     (2, 128, 35, 3, 16, 2),  # as many groups as a kernel takes
@@ -139,7 +141,7 @@ def test_scales_of_any_dtype(impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape", [(8, 16, 20, 4, 32, 4), (17, 5, 9, 17, 16, 17), (3, 16, 32, 2, 16, 1)])
+@pytest.mark.parametrize("shape", [(8, 16, 20, 4, 32, 4), SHAPES[3], (3, 16, 32, 2, 16, 1)])
 def test_accuracy_is_the_share_of_patches_whose_image_is_found(shape, impl, device):
     (*tensors, scale), plan = make(shape, torch.float32, device)
     logits = mixed_segmentation_logits(*tensors, plan.group_size, scale, upcast=torch.float64)
@@ -230,6 +232,7 @@ def test_more_than_2_31_elements(device):
     assert torch.equal(losses[-8:], losses[:8])
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_cuda_graph_and_compile(device):
     inputs, plan = make((64, 64, 196, 8, 256, 4), torch.bfloat16, device)
