@@ -243,7 +243,10 @@ def _tiles(rows: Tensor, columns: Tensor, config: Config) -> tuple[tuple[int], t
     grid = (cdiv(len(rows), config.blocks["BLOCK_M"]) * cdiv(len(columns), config.blocks["BLOCK_N"]),)
     sizes = (len(rows), len(columns), rows.stride(0), columns.stride(0))
     precision = "ieee" if rows.dtype == torch.float32 else "tf32"  # fp32 means fp32
-    return grid, sizes, {"D": rows.shape[1], "PRECISION": precision, **config.kwargs}
+    constexprs = {"D": rows.shape[1], "PRECISION": precision, **config.kwargs}
+    if rows.shape[1] % config.blocks["BLOCK_D"]:
+        constexprs["maxnreg"] = None  # masked loads take more registers than that
+    return grid, sizes, constexprs
 
 
 def _tuned(name: str, sweep: Callable[[Config], None], rows: Tensor, columns: Tensor) -> None:
