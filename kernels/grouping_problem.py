@@ -1,10 +1,13 @@
-"""How the grouping attention cuts a call into tiles, and the configurations that they are launched with."""
+"""How the grouping attention cuts a call into tiles, and the launch configurations of its kernels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .variants import ARCHITECTURES, Config, cdiv, next_power_of_2
+from torch import Tensor
+
+from .settings import Grouping
+from .variants import ARCHITECTURES, INTERPRET, Config, architecture, cdiv, next_power_of_2
 
 
 def _on(*architectures: int, channels: int, warps: int, stages: int = 2) -> dict[int, Config]:
@@ -63,7 +66,16 @@ class Problem:
     channels: int
     itemsize: int
     architecture: int
-    with_soft: bool = False  # a soft map or assignment, which takes registers of its own
+    with_soft: bool = False  # a soft map or assignment, which takes further registers
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, with_soft: bool) -> Problem:
+        (batch, groups, channels), patches = q.shape, k.shape[1]
+        return cls(batch, groups, patches, channels, q.element_size(), architecture(q.device), with_soft)
+
+    def numbers(self, settings: Grouping) -> tuple[int | float, ...]:
+        """The scalar arguments of the forward and of the backward kernel."""
+        return settings.first_image, self.patches, settings.scale, 1.0 / settings.tau, settings.eps
 
     @property
     def block_groups(self) -> int:
@@ -71,8 +83,8 @@ class Problem:
 
     @property
     def block_patches(self) -> int:
-        """The whole image if a program's registers hold it, as they do the model's at 224 px in 16 bits."""
-        tensor_memory = self.architecture // 10 == 10  # a product's way through it costs registers
+        """The whole image if it fits a program's registers, as the model's does at 224 px in 16 bits."""
+        tensor_memory = self.architecture // 10 == 10  # results pass through it, which costs registers
         if self.itemsize == 4:
             whole = part = 2**12 if self.architecture < 100 else 2**11
         elif self.with_soft or self.block_groups > 64 or self.channels % 64 > 0 or tensor_memory:
@@ -105,3 +117,24 @@ class Problem:
         tables = CONFIGS[kernel, self.itemsize]
         elements = self.block_patches * self._width
         return tables[min(most for most in tables if most >= elements)]
+
+
+def rows_together(x: Tensor) -> Tensor:
+    """`x`, copied only if its channels are not adjacent or an image spans 2**31 elements: offsets within an image are
+    int32."""
+    _, rows, channels = x.shape
+    if (x.stride(2) == 1 or channels == 1) and (rows - 1) * x.stride(1) + channels <= 2**31:
+        return x
+    return x.contiguous()
+
+
+def prefetch_bytes(*tensors: Tensor) -> int:
+    """A row's size in bytes if the device can prefetch whole rows (from sm_90, at multiples of 16 bytes), else 0."""
+    row = tensors[0].shape[2] * tensors[0].element_size()
+    offsets = [x.data_ptr() for x in tensors] + [x.stride(axis) * x.element_size() for x in tensors for axis in (0, 1)]
+    able = not INTERPRET and architecture(tensors[0].device) >= 90
+    return row if able and not any(offset % 16 for offset in (row, *offsets)) else 0
+
+
+def strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(x.stride(axis) for x in tensors for axis in (0, 1))

@@ -1,22 +1,22 @@
 """The segmentation loss of mixed images: forward and backward each read `first` once.
 
-For image b of a mixing group with the texts t_0..t_{K-1} (docs/losses.md has the derivation):
+For image b of a mixing group with the texts t_0..t_{K-1} (derived in docs/losses.md):
 
     cosines[k, g2]  = t_k · segments[g2]
     scores[k, g1]   = scale Σ_g2 cosines[k, g2] second[g2, g1]
     logits[k, n]    = Σ_g1 scores[k, g1] first[g1, n]
 
-A small kernel computes the scores of each image. Then one warp takes a few patches of an image by all G1 groups: it
-holds them in registers, and its K logits for each patch are plain sums of products in fp32. Backward leaves the
-gradient of the scores in one part per warp; further small kernels add the parts up and carry them to the other inputs.
-No atomics: each number has one writer. The small kernels' products are fp32-accurate whatever the inputs' dtype (three
-tf32 products each).
+A small kernel computes the scores of each image. A program then holds a few patches of an image by all G1 groups in
+registers and computes the K logits of each patch as plain sums of products in fp32. Backward stores the gradient of the
+scores in one part per program; further small kernels add the parts and compute the other gradients. No atomics: each
+number has one writer. The small kernels' matmuls are fp32-accurate for inputs of any dtype (three tf32 products each).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .precision import rounded
-from .variants import Config, cdiv, configuration, next_power_of_2, on_device
+from .variants import Config, cdiv, next_power_of_2, tuned
 
 # By the most logits that BLOCK_G1 groups and COUNT texts have between them, then by architecture.
 CONFIGS = {
@@ -34,7 +34,6 @@ CONFIGS = {
 }
 CANDIDATES = [Config({"BLOCK_N": block}, num_warps=warps) for block in (16, 32, 64, 128) for warps in (1, 2, 4)]
 MOST_TEXTS = 8  # at a time
-MAX_FIRST_GROUPS, MAX_SECOND_GROUPS, MAX_GROUP_SIZE = 128, 64, 64  # what a program's registers hold
 
 
 @triton.jit
@@ -199,7 +198,7 @@ def _mixed_segmentation_backward_kernel(
     parts: tl.constexpr = tl.cdiv(N, BLOCK_N)
     grad_scores_ptr += (image * K * parts + part) * G1
     for start in range(0, K, COUNT):
-        logits = _logits(first, scores_ptr, g1, start, G1, COUNT)  # where K = COUNT, those at hand
+        logits = _logits(first, scores_ptr, g1, start, G1, COUNT)  # in registers already where K = COUNT
         for k in tl.static_range(COUNT):
             grad_logit = tl.exp(logits[k] - largest) * share - tl.where(label == start + k, grad, 0.0)
             grad_first += _score(scores_ptr, g1, start + k, G1)[:, None] * grad_logit[None, :]
@@ -289,60 +288,49 @@ def _mixed_segmentation_embeddings_kernel(
     _store(grad_texts_ptr + group * K * D, k, d, grad_texts, K, D)
 
 
-def _block(size: int) -> int:
-    """The padded side of a matrix product."""
-    return max(16, next_power_of_2(size))
+class _Sizes(NamedTuple):
+    """The constexprs of the kernels. Sizes are compiled in, so that rows of 196 patches load in vectors."""
+
+    patches: dict[str, int]  # of the kernels over blocks of patches, which take COUNT texts at a time
+    images: dict[str, int]  # of the kernels over images, with warps enough to hold `second` in registers
+    scores: dict[str, int]  # those of the scores kernel
+    embeddings: dict[str, int]  # of the embeddings kernel
 
 
 @functools.cache
-def _groups(groups: int, group_size: int) -> dict[str, int]:
-    """The constexprs of all kernels but the last: sizes are compiled in, so that rows of 196 patches load in vectors.
-
-    The texts of a group are taken COUNT at a time.
-    """
+def _sizes(groups: int, second_groups: int, group_size: int, width: int) -> _Sizes:
     count = max(count for count in range(1, MOST_TEXTS + 1) if group_size % count == 0)
-    return {"G1": groups, "K": group_size, "COUNT": count, "BLOCK_G1": next_power_of_2(groups)}
+    block, second_block = next_power_of_2(groups), next_power_of_2(second_groups)
+    warps = min(8, max(1, block * second_block * count // 2048))
+    patches = {"G1": groups, "K": group_size, "COUNT": count, "BLOCK_G1": block}
+    images = {**patches, "G2": second_groups, "BLOCK_G2": second_block, "num_warps": warps}
+    scores = {**images, "D": width, "BLOCK_D": min(next_power_of_2(width), 2048 * warps // second_block)}
+    rows = group_size * second_groups  # at least 16 on each side of a matmul
+    rows_block, texts_block, width_block = (max(16, next_power_of_2(size)) for size in (rows, group_size, width))
+    blocks = {
+        "BLOCK_ROWS": min(32, rows_block),
+        "BLOCK_K": texts_block,
+        "BLOCK_D": min(64, width_block, 2048 // texts_block),
+    }
+    return _Sizes(patches, images, scores, {"ROWS": rows, "K": group_size, "D": width, **blocks})
 
 
-@functools.cache
-def _second_groups(groups: int, second_groups: int, group_size: int) -> dict[str, int]:
-    """The constexprs of the kernels over images, and warps enough to hold `second` in registers."""
-    sizes = {"G2": second_groups, "BLOCK_G2": next_power_of_2(second_groups), **_groups(groups, group_size)}
-    warps = sizes["BLOCK_G1"] * sizes["BLOCK_G2"] * sizes["COUNT"] // 2048
-    return {**sizes, "num_warps": min(8, max(1, warps))}
-
-
-@functools.cache
-def _width(width: int, block_groups: int, num_warps: int) -> dict[str, int]:
-    return {"D": width, "BLOCK_D": min(next_power_of_2(width), 2048 * num_warps // block_groups)}
-
-
-@functools.cache
-def _embeddings(rows: int, group_size: int, width: int) -> dict[str, int]:
-    """The constexprs of the last kernel."""
-    block_rows, block_texts, block = (_block(size) for size in (rows, group_size, width))
-    blocks = {"BLOCK_ROWS": min(32, block_rows), "BLOCK_K": block_texts, "BLOCK_D": min(64, block, 2048 // block_texts)}
-    return {"ROWS": rows, "K": group_size, "D": width, **blocks}
-
-
-def _scores(second: Tensor, segments: Tensor, texts: Tensor, scale: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def _scores(second: Tensor, segments: Tensor, texts: Tensor, scale: Tensor, sizes: _Sizes) -> tuple[Tensor, Tensor]:
     """Cosines ``[B, K, G2]`` and scores ``[B, K, G1]``, fp32."""
     images, second_groups, groups = second.shape
-    cosines, scores = (
-        torch.empty((images, group_size, size), dtype=torch.float32, device=second.device)
-        for size in (second_groups, groups)
-    )
-    sizes = _second_groups(groups, second_groups, group_size)
-    width = _width(segments.shape[2], sizes["BLOCK_G2"], sizes["num_warps"])
-    _mixed_segmentation_scores_kernel[(images,)](second, segments, texts, scale, cosines, scores, **sizes, **width)
+    options = {"dtype": torch.float32, "device": second.device}
+    cosines, scores = (torch.empty((images, sizes.images["K"], size), **options) for size in (second_groups, groups))
+    arguments = (second, segments, texts, scale, cosines, scores)
+    _mixed_segmentation_scores_kernel[(images,)](*arguments, **sizes.scores)
     return cosines, scores
 
 
-def _configuration(name: str, first: Tensor, group_size: int, launch: Callable[[Config], object]) -> Config:
-    sizes = _groups(first.shape[1], group_size)
-    table = CONFIGS[min(most for most in CONFIGS if most >= sizes["BLOCK_G1"] * sizes["COUNT"])]
-    key = (tuple(first.shape), first.dtype, group_size)
-    return configuration(name, table, first.device, key, CANDIDATES, launch)
+def _over_patches(name: str, launch: Callable[[Config, int], object], first: Tensor, sizes: _Sizes) -> object:
+    """``launch(config, parts)``: `parts` is the number of blocks of an image's patches."""
+    patches = first.shape[2]
+    table = CONFIGS[min(most for most in CONFIGS if most >= sizes.patches["BLOCK_G1"] * sizes.patches["COUNT"])]
+    key = (first.shape, sizes.patches["K"])
+    return tuned(name, lambda c: launch(c, cdiv(patches, c.blocks["BLOCK_N"])), first, table, CANDIDATES, key)
 
 
 def mixed_segmentation_forward(
@@ -354,19 +342,16 @@ def mixed_segmentation_forward(
     """
     first, second, segments, texts, source = (x.contiguous() for x in (first, second, segments, texts, source))
     images, groups, patches = first.shape
-    loss, correct = (
-        torch.empty((images, patches), dtype=dtype, device=first.device) for dtype in (torch.float32, torch.bool)
-    )
+    sizes = _sizes(groups, second.shape[1], group_size, segments.shape[2])
+    loss = torch.empty((images, patches), dtype=torch.float32, device=first.device)
+    correct = torch.empty(loss.shape, dtype=torch.bool, device=first.device)
+    _, scores = _scores(second, segments, texts, scale, sizes)
+    arguments = (first, scores, source, loss, correct)
 
-    def launch(config: Config) -> None:
-        parts = cdiv(patches, config.blocks["BLOCK_N"])
-        _mixed_segmentation_forward_kernel[(images * parts,)](
-            first, scores, source, loss, correct, N=patches, **_groups(groups, group_size), **config.kwargs
-        )
+    def launch(config: Config, parts: int) -> None:
+        _mixed_segmentation_forward_kernel[(images * parts,)](*arguments, N=patches, **sizes.patches, **config.kwargs)
 
-    with on_device(first):
-        _, scores = _scores(second, segments, texts, scale, group_size)
-        launch(_configuration("mixed_segmentation_forward", first, group_size, launch))
+    _over_patches("mixed_segmentation_forward", launch, first, sizes)
     return loss, correct
 
 
@@ -387,49 +372,27 @@ def mixed_segmentation_backward(
     first, second, segments, texts, source = (x.contiguous() for x in (first, second, segments, texts, source))
     images, second_groups, width = segments.shape
     _, groups, patches = first.shape
+    sizes = _sizes(groups, second_groups, group_size, width)
     grad_first, grad_second, grad_segments, grad_texts = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (first, second, segments, texts)
     )
-    grad_cosines = torch.empty((images, second_groups, group_size), dtype=torch.float32, device=first.device)
-    grad_scale = torch.empty(images, dtype=torch.float32, device=first.device)
+    cosines, scores = _scores(second, segments, texts, scale, sizes)
 
-    def launch(config: Config) -> Tensor:
-        """Gives the parts of the scores' gradient ``[B, K, parts, G1]``."""
-        parts = cdiv(patches, config.blocks["BLOCK_N"])
+    def launch(config: Config, parts: int) -> Tensor:
+        """The parts of the scores' gradient ``[B, K, parts, G1]``."""
         grad_scores = torch.empty((images, group_size, parts, groups), dtype=torch.float32, device=first.device)
-        _mixed_segmentation_backward_kernel[(images * parts,)](
-            grad,
-            first,
-            scores,
-            source,
-            grad_first,
-            grad_scores,
-            *grad.stride(),
-            N=patches,
-            **_groups(groups, group_size),
-            **config.kwargs,
-        )
+        arguments = (grad, first, scores, source, grad_first, grad_scores, *grad.stride())
+        _mixed_segmentation_backward_kernel[(images * parts,)](*arguments, N=patches, **sizes.patches, **config.kwargs)
         return grad_scores
 
-    with on_device(first):
-        cosines, scores = _scores(second, segments, texts, scale, group_size)
-        grad_scores = launch(_configuration("mixed_segmentation_backward", first, group_size, launch))
-        parts = grad_scores.shape[2]
-        _mixed_segmentation_cosines_kernel[(images,)](
-            grad_scores,
-            second,
-            scale,
-            cosines,
-            grad_second,
-            grad_cosines,
-            grad_scale,
-            **_second_groups(groups, second_groups, group_size),
-            PARTS=parts,
-            BLOCK_PARTS=min(16, next_power_of_2(parts)),
-        )
-        sizes = _embeddings(group_size * second_groups, group_size, width)
-        grid = (images // group_size, cdiv(width, sizes["BLOCK_D"]))
-        _mixed_segmentation_embeddings_kernel[grid](
-            grad_cosines, segments, texts, grad_segments, grad_texts, **sizes, num_warps=4
-        )
+    grad_scores = _over_patches("mixed_segmentation_backward", launch, first, sizes)
+    parts = grad_scores.shape[2]
+    grad_cosines = torch.empty((images, second_groups, group_size), dtype=torch.float32, device=first.device)
+    grad_scale = torch.empty(images, dtype=torch.float32, device=first.device)
+    arguments = (grad_scores, second, scale, cosines, grad_second, grad_cosines, grad_scale)
+    blocks = {"PARTS": parts, "BLOCK_PARTS": min(16, next_power_of_2(parts))}
+    _mixed_segmentation_cosines_kernel[(images,)](*arguments, **sizes.images, **blocks)
+    grid = (images // group_size, cdiv(width, sizes.embeddings["BLOCK_D"]))
+    arguments = (grad_cosines, segments, texts, grad_segments, grad_texts)
+    _mixed_segmentation_embeddings_kernel[grid](*arguments, **sizes.embeddings, num_warps=4)
     return grad_first, grad_second, grad_segments, grad_texts, grad_scale.sum()

@@ -1,4 +1,4 @@
-"""The device that a process computes on, the NVIDIA driver below it, and this rank's place on its node."""
+"""The device that a process computes on and its NVIDIA driver."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import RankError, UserError
+from .ranks import local_rank
 
 # The oldest driver that runs programs of a CUDA major version.
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
@@ -121,16 +122,6 @@ def hidden() -> bool:
     """Whether the environment hides the GPUs on purpose: CUDA_VISIBLE_DEVICES is empty, or DS_ACCELERATOR is cpu."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return (visible is not None and visible.strip() in ("", "-1")) or os.environ.get("DS_ACCELERATOR") == "cpu"
-
-
-def local_rank() -> int:
-    """This process's number among the ranks of its node."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
-def local_size() -> int:
-    """Ranks on this node: torchrun sets LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

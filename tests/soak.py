@@ -21,7 +21,8 @@ from mixreorg_fast.data.shards.verify import verify_shard
 from mixreorg_fast.data.shards.write import write_shard
 from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
-from mixreorg_fast.models import GroupViT, weights
+from mixreorg_fast.inference.model import Model
+from mixreorg_fast.models import weights
 from tests.data.conftest import own_cache, pairs  # noqa: F401, the fixture is used by its name
 from tests.tiny import tiny_config
 
@@ -126,8 +127,8 @@ def test_configurations(capsys):
 @pytest.mark.parametrize("name", [weights.WEIGHTS, weights.DESCRIPTION, weights.TOKENIZER])
 def test_weights(tmp_path, capsys, name):
     draw, counts = random.Random(2), Counter()
-    model = GroupViT(tiny_config().model, tokenizer=Tokenizer.train(["a red thing"], 300))
-    weights.save(model, tmp_path / "w")
+    model = Model(tiny_config().model, tokenizer=Tokenizer.train(["a red thing"], 300))
+    model.save(tmp_path / "w")
     whole = (tmp_path / "w" / name).read_bytes()
     for _ in range(int(500 * SCALE)):
         (tmp_path / "w" / name).write_bytes(mutated(whole, draw))

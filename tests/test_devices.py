@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixreorg_fast import devices
+from mixreorg_fast import devices, ranks
 from mixreorg_fast.data.shards.write import write_shard
 from mixreorg_fast.devices import Driver, choose
 from mixreorg_fast.errors import RankError, UserError
@@ -91,12 +91,12 @@ def test_the_cpu_is_taken_where_there_is_no_gpu_or_it_is_hidden(machine, monkeyp
 def test_ranks_of_a_node(monkeypatch):
     for name in ("LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert (devices.local_rank(), devices.local_size()) == (0, 1)
+    assert (ranks.local_rank(), ranks.local_size()) == (0, 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_SIZE", "4")  # of the deepspeed launcher
-    assert (devices.local_rank(), devices.local_size()) == (1, 4)
+    assert (ranks.local_rank(), ranks.local_size()) == (1, 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of torchrun
-    assert devices.local_size() == 2
+    assert ranks.local_size() == 2
 
 
 # ---------------------------------------------------------------------- a machine whose driver is too old

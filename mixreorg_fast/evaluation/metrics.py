@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..files import write_json
+from ..ranks import sum_over_ranks
 
 IGNORE = 255
-RARE, FREQUENT = 10, 30  # photos that show a class: the score of a rare one is mostly chance
+RARE, FREQUENT = 10, 30  # photos that show a class; IoU of rare classes is mostly noise
 
 
 def confusion_matrix(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
@@ -73,14 +74,6 @@ def frequent_mean_iou(matrix: Tensor, photos: Tensor) -> float | None:
     return per_class_iou(matrix)[frequent].mean().item()
 
 
-def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of ranks; (0, 1) without a process group."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
 class Tally:
     """The counts of an evaluation: integers only, so that sums over photos, ranks and interruptions are exact.
 
@@ -119,18 +112,16 @@ class Tally:
 
     def over_ranks(self, device: torch.device) -> Tally:
         """The sum over all ranks; `device` is the model's (NCCL sums only there)."""
-        if rank_and_world()[1] == 1:
-            return self
         total = Tally(len(self.matrix))
         counts = torch.cat([getattr(self, name).flatten() for name in self._COUNTS]).to(device)
-        torch.distributed.all_reduce(counts)
+        sum_over_ranks(counts)
         parts = counts.cpu().split([getattr(self, name).numel() for name in self._COUNTS])
         for name, part in zip(self._COUNTS, parts, strict=True):
             setattr(total, name, part.view_as(getattr(self, name)))
         return total
 
     def keep(self, path: Path, about: dict[str, Any]) -> None:
-        """Write the counts to `path`, with a description (JSON values) of what they are counts of."""
+        """Write the counts to `path`, with a description of the evaluation (JSON values)."""
         counts = {name: getattr(self, name).tolist() for name in self._COUNTS}
         write_json(path, {"about": about, "done": sorted(self.done), **counts})
 

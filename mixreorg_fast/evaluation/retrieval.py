@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
-from . import metrics
+from ..ranks import gather_objects
 
 
 @torch.no_grad()
@@ -21,6 +21,7 @@ def retrieval_at_1(model: Any, batches: Iterable[tuple[Tensor, Tensor]], chunk: 
     pairs and the retrieval is over all of them.
 
     Args:
+        model: in evaluation mode.
         batches: pairs of normalised images ``[B, 3, H, W]`` and token ids ``[B, L]`` (L may differ).
         chunk: rows of the similarity matrix held at once.
     Returns:
@@ -28,20 +29,11 @@ def retrieval_at_1(model: Any, batches: Iterable[tuple[Tensor, Tensor]], chunk: 
     Raises:
         UserError: no pairs.
     """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        parts = [
-            (
-                model.image_embeddings(images.to(device)).float(),
-                model.text_embeddings(ids.to(device)).float(),
-                ids.cpu(),
-            )
-            for images, ids in batches
-        ]
-    finally:
-        model.train(was_training)
+    device = model.device
+    parts = [
+        (model.image_embeddings(images.to(device)), model.text_embeddings(ids.to(device)), ids)
+        for images, ids in batches
+    ]
     parts = _gathered(parts)
     if not parts:
         raise UserError("retrieval: no image-text pairs to score")
@@ -61,10 +53,6 @@ def retrieval_at_1(model: Any, batches: Iterable[tuple[Tensor, Tensor]], chunk: 
 def _gathered(parts: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
     """The parts of all ranks, in order of rank, on the CPU; ids of different lengths are padded with zeros."""
     parts = [tuple(tensor.cpu() for tensor in part) for part in parts]
-    world = metrics.rank_and_world()[1]
-    if world > 1:
-        shares: list[Any] = [None] * world
-        torch.distributed.all_gather_object(shares, parts)
-        parts = [part for share in shares for part in share]
+    parts = [part for share in gather_objects(parts) for part in share]
     length = max((ids.shape[1] for *_, ids in parts), default=0)
     return [(image, text, F.pad(ids, (0, length - ids.shape[1]))) for image, text, ids in parts]

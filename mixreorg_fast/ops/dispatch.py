@@ -1,4 +1,4 @@
-"""Which implementation an op runs: capability as data, refusal with reasons."""
+"""Which implementation an op runs, and the reasons against each."""
 
 from __future__ import annotations
 
@@ -22,12 +22,9 @@ Impl = Literal["auto", "triton", "torch"]
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-# Where the ledger (docs/performance.md) shows PyTorch ahead of the kernel: op -> whether these inputs are such a case.
-PYTORCH_WINS: dict[str, Callable[..., bool]] = {}
-
 
 class UnknownImplementation(ValueError):
-    """`impl` names none of the op's implementations, which `known` lists."""
+    """`impl` is not among the op's implementations, which `known` lists."""
 
     def __init__(self, op: str, impl: str, known: Iterable[str]) -> None:
         self.known = tuple(known)
@@ -43,11 +40,11 @@ class CannotRun(RuntimeError):
 
 
 def triton_reasons(*tensors: Tensor) -> list[str]:
-    """Why a Triton kernel cannot take these tensors; integer tensors are only asked for their device."""
+    """Why a Triton kernel cannot take these tensors; of integer tensors only the device matters."""
     device = tensors[0].device
     fits = (x.device == device and (x.dtype in FLOATS or not x.is_floating_point()) for x in tensors)
     if TRITON_INSTALLED and variants.launches_on(device) and variants.architecture(device) >= 80 and all(fits):
-        return []  # no text is made where there is nothing to say
+        return []  # the common case, before any text is made
     if not TRITON_INSTALLED:
         return ["Triton is not installed"]
     reasons = []
@@ -68,7 +65,7 @@ def choose(op: str, impl: str, reasons: Mapping[str, Callable[[], list[str]]], i
     """The name of the implementation to run.
 
     `reasons` maps each implementation, fastest first, to a function that lists why it cannot run on `inputs`.
-    With "auto" the first one without reasons is taken; a forced one that has reasons raises.
+    "auto" takes the first one without reasons; a forced one with reasons raises.
 
     Raises:
         UnknownImplementation: `impl` is no implementation of this op.
@@ -83,37 +80,44 @@ def choose(op: str, impl: str, reasons: Mapping[str, Callable[[], list[str]]], i
         return impl
     refusals = []
     for name, not_supported_reasons in reasons.items():
-        problems = (_passed_over(op, inputs) if name == "triton" else []) or not_supported_reasons()
+        problems = (passed_over(op, inputs) if name == "triton" else []) or not_supported_reasons()
         if not problems:
             return name
         refusals.append(f"{name}: {'; '.join(problems)}")
     raise CannotRun(f"{op}: no implementation can run on {describe(inputs)}", refusals)
 
 
-def _passed_over(op: str, inputs: Sequence[Tensor]) -> list[str]:
-    """Why "auto" passes the kernel by, whether or not it could run."""
+def uses_triton(op: str, impl: str, *inputs: Tensor | None, limits: Callable[[], list[str]] = list) -> bool:
+    """Whether an op of the two implementations "triton" and "torch" runs its kernel.
+
+    `limits` lists why the kernel cannot take inputs of these sizes. Raises what :func:`choose` raises.
+    """
+    tensors = [x for x in inputs if x is not None]
+    reasons = {"triton": lambda: [*triton_reasons(*tensors), *limits()], "torch": list}
+    return choose(op, impl, reasons, tensors) == "triton"
+
+
+def passed_over(op: str, inputs: Sequence[Tensor]) -> list[str]:
+    """Why "auto" does not take a kernel that might run: Triton's interpreter is slow, or a launch has failed."""
     if not all(_on_gpu(tensor) for tensor in inputs):
         return ["tensors not on CUDA"]
-    if (op, inputs[0].device) in _without_resources:
-        return [_without_resources[op, inputs[0].device]]
-    if op in PYTORCH_WINS and PYTORCH_WINS[op](*inputs):
-        return ["measured slower than PyTorch on such inputs"]
-    return []
+    failure = _without_resources.get((op, inputs[0].device))
+    return [failure] if failure else []
 
 
 def _on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda or tensor.is_meta  # meta: while compiling offline
 
 
-_without_resources: dict[tuple[str, torch.device], str] = {}  # kernels that "auto" passes by, and why
+_without_resources: dict[tuple[str, torch.device], str] = {}  # kernels that "auto" no longer takes, and why
 _tried: set[Hashable] = set()  # kernels whose backward has run
 
 
 def falls_back(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a public op: where a launch wants more than a device has, "auto" takes the next implementation.
+    """Decorate a public op: if a launch needs more than the device has, "auto" takes the next implementation.
 
-    That can happen on models of GPUs and for shapes that no configuration is checked for; Triton raises before it
-    launches. Backward can no longer choose, so its kernels are tried right after the first forward of each shape.
+    This can happen on GPUs and for shapes that no configuration is checked for; Triton raises before it launches.
+    Backward cannot choose another implementation, so its kernels run once right after the first forward of each shape.
     """
     name = op.__qualname__
 
@@ -143,7 +147,7 @@ def _try_backward(name: str, out: Any, inputs: Sequence[Any]) -> None:
     if not outputs or not _on_gpu(outputs[0]) or variants.offline_architecture is not None:
         return
     key = (name, outputs[0].device, outputs[0].dtype, outputs[0].shape[1:])
-    if key in _tried or torch._C._autograd._top_saved_tensors_default_hooks(True):  # those of checkpointing recompute
+    if key in _tried or torch._C._autograd._top_saved_tensors_default_hooks(True):  # checkpointing would recompute
         return
     _tried.add(key)
     leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
@@ -161,10 +165,17 @@ def describe(inputs: Sequence[Tensor]) -> str:
     return ", ".join(texts) or "these inputs"
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast the tensors in its dtype, as PyTorch's own matrix products take them; else unchanged.
+def scale_tensor(logit_scale: Tensor | float, device: torch.device) -> Tensor:
+    """`logit_scale` as a 0-d tensor on `device`, fp32 (fp64 if it was), differentiable."""
+    if isinstance(logit_scale, Tensor):
+        return logit_scale.to(device, torch.promote_types(logit_scale.dtype, torch.float32)).reshape(())
+    return torch.full((), logit_scale, dtype=torch.float32, device=device)
 
-    For ops that are matrix products at heart. Ops that only move data keep their inputs' dtype.
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast the tensors in its dtype, as for PyTorch's matmuls; else unchanged.
+
+    For ops made of matmuls. Ops that only move data keep their inputs' dtype.
     """
     if not _autocasts(tensors[0]):
         return tensors
@@ -173,10 +184,10 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast switched off on the device of `tensor`; entering costs nothing where it is off already."""
+    """Autocast switched off on the device of `tensor`; a null context where it is off already."""
     return torch.autocast(tensor.device.type, enabled=False) if _autocasts(tensor) else contextlib.nullcontext()
 
 
 def _autocasts(tensor: Tensor) -> bool:
     device = tensor.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)  # which does not know meta tensors
+    return device != "meta" and torch.is_autocast_enabled(device)  # raises for meta tensors

@@ -21,10 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..data.text.tokenizer import Tokenizer
 from ..errors import UserError, nearest
 from ..files import write_json
 from ..models import GroupViT, weights
-from .distributed import World, import_deepspeed, on_main
+from ..ranks import Ranks, on_main
+from .distributed import import_deepspeed
 
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -53,7 +55,7 @@ def _parameters(engine: Any, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter.detach().cpu().clone()
 
 
-def optimizer_state(engine: Any, world: World) -> dict[str, Tensor]:
+def optimizer_state(engine: Any, ranks: Ranks) -> dict[str, Tensor]:
     """Adam's moments, ``exp_avg/NAME`` and ``exp_avg_sq/NAME``, and, as ``parameter/NAME``, what the backbone does not
     hold; on rank 0 (elsewhere empty), a parameter at a time. Call on every rank."""
     deepspeed = import_deepspeed()
@@ -64,10 +66,10 @@ def optimizer_state(engine: Any, world: World) -> dict[str, Tensor]:
                 value = engine.optimizer.state[parameter][key]
             else:
                 value = deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
-            if world.is_main:
+            if ranks.is_main:
                 state[f"{key}/{name}"] = value.detach().cpu().clone().reshape(_shape(parameter))
     for name, value in _parameters(engine, engine.module):
-        if world.is_main and not name.startswith(_BACKBONE):
+        if ranks.is_main and not name.startswith(_BACKBONE):
             state[f"parameter/{name}"] = value
     return state
 
@@ -155,13 +157,21 @@ def _fitting(saved: dict[str, Tensor], name: str, shape: torch.Size, checkpoint:
 # ---------------------------------------------------------------------- folders
 
 
-def save(run: Path, step: int, engine: Any, world: World, state: dict[str, Any], keep: int) -> Path:
+def save(
+    run: Path,
+    step: int,
+    engine: Any,
+    ranks: Ranks,
+    state: dict[str, Any],
+    keep: int,
+    tokenizer: Tokenizer | None = None,
+) -> Path:
     """Write ``checkpoints/step_*`` atomically and remove all but the newest `keep`; call on every rank.
 
     Raises:
         UserError: it cannot be written (the disk is full); the checkpoints before are as they were.
     """
-    tensors, moments = portable_state(engine), optimizer_state(engine, world)
+    tensors, moments = portable_state(engine), optimizer_state(engine, ranks)
     target = run / "checkpoints" / f"step_{step:08d}"
 
     def write() -> None:
@@ -169,7 +179,8 @@ def save(run: Path, step: int, engine: Any, world: World, state: dict[str, Any],
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            weights.write_files(engine.module.backbone, partial, tensors)
+            module = engine.module
+            weights.write_files(module.backbone, partial, tensors, tokenizer, module.config.inference)
             save_file(moments, partial / OPTIMIZER)
             content = {"step": step, **state, "files": {p.name: _digest(p) for p in sorted(partial.iterdir())}}
             write_json(partial / STATE, {**content, "sha256": _digest_of(content)})
@@ -186,7 +197,7 @@ def save(run: Path, step: int, engine: Any, world: World, state: dict[str, Any],
         for old in complete(run)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
 
-    on_main(world, write)
+    on_main(write)
     return target
 
 

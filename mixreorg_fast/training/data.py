@@ -10,10 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from .. import devices
 from ..config import Config
 from ..data.reading.decoder import Decoder
 from ..data.reading.samples import reading_threads
@@ -24,14 +22,14 @@ from ..data.shards.patterns import expand
 from ..data.shards.verify import is_ready, verifying
 from ..errors import UserError
 from ..files import write_text
-from .distributed import World, mean_over_ranks, on_main
+from ..ranks import Ranks, gather_objects, local_rank, local_size, on_main, sum_over_ranks
 
 # Seconds between exchanges while the ranks work on shards, and between steps of the bar.
 SLICE = 5.0
 NETWORK_DISK = 65.0
 
 
-def open_training_set(config: Config, world: World) -> TrainingSet:
+def open_training_set(config: Config, ranks: Ranks) -> TrainingSet:
     """Index every shard of the run that has no index, having decoded its photos (unless ``data.verify`` is off), and
     open the training set. The embedded scenes are not decoded: this program wrote them.
 
@@ -46,18 +44,18 @@ def open_training_set(config: Config, world: World) -> TrainingSet:
     """
     if not config.data.is_scenes:
         patterns = [pattern for pattern, _ in shard_sets(config.data)]
-        paths = on_main(world, lambda: list(dict.fromkeys(path for pattern in patterns for path in expand(pattern))))
-        local = devices.local_rank(), devices.local_size()
+        paths = on_main(lambda: list(dict.fromkeys(path for pattern in patterns for path in expand(pattern))))
+        local = local_rank(), local_size()
         # First all ranks together. What a node does not see then lies on another node's disks: that node's ranks do it.
-        for rank, size in ((world.rank, world.size), local):
+        for rank, size in ((ranks.rank, ranks.size), local):
             mine = _unready(paths, config)[rank::size]
-            work = _verify(mine, config, world) if config.data.verify else _index(mine)
-            if not _work_together(work, mine, world):
+            work = _verify(mine, config, ranks) if config.data.verify else _index(mine)
+            if not _work_together(work, mine, ranks):
                 break
-            if world.size > local[1]:
+            if ranks.size > local[1]:
                 _wait_for_files(paths, config)
-    training_set = TrainingSet.open(config, warn=world.is_main)
-    _compare(training_set, world)
+    training_set = TrainingSet.open(config, warn=ranks.is_main)
+    _compare(training_set)
     return training_set
 
 
@@ -81,12 +79,12 @@ class BadSamples:
         samples: consumed by the run so far.
     """
 
-    def __init__(self, config: Config, world: World, training_set: TrainingSet, samples: int) -> None:
-        self._config, self._world, self._training_set = config, world, training_set
+    def __init__(self, config: Config, ranks: Ranks, training_set: TrainingSet, samples: int) -> None:
+        self._config, self._ranks, self._training_set = config, ranks, training_set
         self._path = config.run_folder / "bad_samples.tsv"
         self._found: dict[tuple[str, str], Bad] = {}
         self._sent = 0
-        self._before = -1.0
+        self._before = -1
         self._consumed = samples
         self._count = 0
 
@@ -103,15 +101,15 @@ class BadSamples:
         Raises:
             UserError: they are more than ``data.max_bad`` of all.
         """
-        (mean,) = mean_over_ranks(torch.tensor([float(len(own))], device=self._world.device), self._world)
-        if mean == self._before:
+        found = sum_over_ranks(torch.tensor(len(own), device=self._ranks.device)).item()
+        if found == self._before:
             return self._count
-        self._before = mean
-        parts = _gathered(own[self._sent :], self._world)
+        self._before = found
+        parts = gather_objects(own[self._sent :])
         self._sent = len(own)
         self._found.update({(bad.shard, bad.key): bad for part in parts for bad in part})
         self._count = self._training_set.lost + len(self._found)
-        if self._world.is_main and self._count:
+        if self._ranks.is_main and self._count:
             self._list()
         if self._count > self._config.data.max_bad * self._total:
             raise UserError(f"{_too_many(self._count, self._total, self._config)}; {self._path} lists them")
@@ -149,9 +147,9 @@ def _wait_for_files(paths: Sequence[Path], config: Config) -> None:
         time.sleep(1)
 
 
-def _verify(paths: Sequence[Path], config: Config, world: World) -> Iterator[int]:
+def _verify(paths: Sequence[Path], config: Config, ranks: Ranks) -> Iterator[int]:
     """Verify shards one after the other; yields bytes read, often."""
-    decoder = Decoder(world.device, reading_threads(config.data)) if paths else None
+    decoder = Decoder(ranks.device, reading_threads(config.data)) if paths else None
     for path in paths:
         with contextlib.suppress(FileNotFoundError):  # it has vanished meanwhile: its index, if any, keeps its place
             yield from verifying(path, decoder)
@@ -163,7 +161,7 @@ def _index(paths: Sequence[Path]) -> Iterator[int]:
         yield path.stat().st_size
 
 
-def _work_together(work: Iterator[int], paths: Sequence[Path], world: World) -> bool:
+def _work_together(work: Iterator[int], paths: Sequence[Path], ranks: Ranks) -> bool:
     """Go through this rank's `work` until every rank has finished its own, and show the progress of all.
 
     Returns:
@@ -172,11 +170,11 @@ def _work_together(work: Iterator[int], paths: Sequence[Path], world: World) -> 
     Raises:
         UserError: of any rank, on all of them.
     """
-    (total,) = _sum([sum(path.stat().st_size for path in paths)], world)
+    total = sum_over_ranks(torch.tensor(sum(path.stat().st_size for path in paths), device=ranks.device)).item()
     if not total:
         return False
     error, finished = None, False
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not world.is_main) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not ranks.is_main) as bar:
         while True:
             read, until = 0, time.monotonic() + SLICE
             while not finished and time.monotonic() < until:
@@ -186,16 +184,17 @@ def _work_together(work: Iterator[int], paths: Sequence[Path], world: World) -> 
                     error, step = str(failure), None
                 finished = step is None
                 read += step or 0
-            read, through, failed = _sum([read, int(finished), int(error is not None)], world)
+            own = torch.tensor([read, int(finished), int(error is not None)], device=ranks.device)
+            read, through, failed = sum_over_ranks(own).tolist()
             bar.update(read)
-            if through == world.size:
+            if through == ranks.size:
                 break
     if failed:
-        raise UserError(next(filter(None, _gathered(error, world))))
+        raise UserError(next(filter(None, gather_objects(error))))
     return True
 
 
-def _compare(training_set: TrainingSet, world: World) -> None:
+def _compare(training_set: TrainingSet) -> None:
     """
     Raises:
         UserError: a rank has other samples, or another order, than rank 0. They would drift apart unnoticed.
@@ -203,7 +202,7 @@ def _compare(training_set: TrainingSet, world: World) -> None:
     digest = hashlib.sha256()
     for shard in training_set.shards.shards:
         digest.update(f"{shard.path.name} {len(shard.samples)} {shard.broken}\n".encode())
-    answers = _gathered((digest.hexdigest(), len(training_set), socket.gethostname()), world)
+    answers = gather_objects((digest.hexdigest(), len(training_set), socket.gethostname()))
     first, samples, host = answers[0]
     for rank, (other, count, name) in enumerate(answers):
         if other != first:
@@ -211,17 +210,3 @@ def _compare(training_set: TrainingSet, world: World) -> None:
                 f"rank {rank} on {name} sees other shards than rank 0 on {host} ({count} and {samples} samples); "
                 f"copy the shards and their .index files to all nodes alike"
             )
-
-
-def _sum(values: list[int], world: World) -> list[int]:
-    tensor = torch.tensor(values, dtype=torch.int64, device=world.device)
-    if world.size > 1:
-        dist.all_reduce(tensor)
-    return tensor.tolist()
-
-
-def _gathered(value, world: World) -> list:
-    values = [value] * world.size
-    if world.size > 1:
-        dist.all_gather_object(values, value)
-    return values

@@ -7,38 +7,16 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from .. import devices
 from ..errors import UserError, extra
-
-T = TypeVar("T")
-
-# How long a collective waits for a rank that does not come. DeepSpeed's 10 minutes would end every process, without a
-# name, while rank 0 still draws scenes or trains a tokenizer, and before Watch, which names the rank, gives up.
-PATIENCE = timedelta(days=1)
+from ..ranks import Ranks, local_size, wait_patiently
 
 
-@dataclass(frozen=True)
-class World:
-    """This process among its peers."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-
-def initialise(device: str | None = None) -> World:
+def initialise(device: str | None = None) -> Ranks:
     """Join the process group that the launcher's environment describes, or one of a single process.
 
     NCCL with one GPU per local rank, or gloo on the CPU.
@@ -60,23 +38,13 @@ def initialise(device: str | None = None) -> World:
         torch.cuda.set_device(chosen)
     else:
         # Launchers set one thread per rank; the cores of the node are there to be shared out.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // devices.local_size()))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size()))
     os.environ["DS_ACCELERATOR"] = chosen.type
     deepspeed = import_deepspeed()
     if not dist.is_initialized():
         deepspeed.init_distributed("nccl" if chosen.type == "cuda" else "gloo", verbose=False)
     wait_patiently()
-    return World(dist.get_rank(), dist.get_world_size(), chosen)
-
-
-def wait_patiently() -> None:
-    """Give the collectives of all process groups made so far PATIENCE.
-
-    Called anew after DeepSpeed has made groups of its own, which start with the default of PyTorch (10 minutes under
-    NCCL). Joining a group keeps its own, shorter limit: a node that never starts is noticed soon.
-    """
-    for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
+    return Ranks(dist.get_rank(), dist.get_world_size(), chosen)
 
 
 def import_deepspeed():
@@ -106,29 +74,6 @@ def import_deepspeed():
 def _concerns_us(record: logging.LogRecord) -> bool:
     """Whether a message of DeepSpeed's is news: every optimizer that it does not know by its class is "untested"."""
     return "untested optimizer" not in record.getMessage()
-
-
-def on_main(world: World, function: Callable[[], T]) -> T:
-    """Run `function` on rank 0 alone and give every rank its result, or its :class:`UserError`."""
-    answer: list = [None, None]
-    if world.is_main:
-        try:
-            answer[0] = function()
-        except UserError as error:
-            answer[1] = str(error)
-    if world.size > 1:
-        dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise UserError(answer[1])
-    return answer[0]
-
-
-def mean_over_ranks(values: torch.Tensor, world: World) -> list[float]:
-    """Mean of a small tensor over all ranks, read on the host (this synchronises)."""
-    if world.size > 1:
-        dist.all_reduce(values)
-        values = values / world.size
-    return values.tolist()
 
 
 def leave(code: int) -> None:

@@ -10,26 +10,26 @@ from torch import nn
 from .. import devices
 from ..config import Config
 from ..ops.attention import Packing, chosen
-from .distributed import World
+from ..ranks import Ranks
 from .run_folder import SCENES
 
 WAYS = ("image_to_text", "text_to_image")
 PICTURES = ("segmentation.png", "segments.png", "mixing.png", "losses.png")
 
 
-def summary(config: Config, world: World) -> str:
+def summary(config: Config, ranks: Ranks) -> str:
     """Devices and driver, precision, compilation, attention (of images / of captions), ZeRO stage, images per step."""
     train = config.train
-    images = f"{world.size} ranks × " if world.size > 1 else ""
+    images = f"{ranks.size} ranks × " if ranks.size > 1 else ""
     images += f"{train.accumulation} × " if train.accumulation > 1 else ""
     return ", ".join(
         [
-            f"{world.size} × {devices.describe(world.device)}",
-            train.precision + (" (TF32)" if train.tf32 and world.device.type == "cuda" else ""),
-            _compilation(config, world.device),
-            f"attention: {'/'.join(_attention(config, world.device))}",
+            f"{ranks.size} × {devices.describe(ranks.device)}",
+            train.precision + (" (TF32)" if train.tf32 and ranks.device.type == "cuda" else ""),
+            _compilation(config, ranks.device),
+            f"attention: {'/'.join(_attention(config, ranks.device))}",
             f"ZeRO-{config.deepspeed.zero_stage}",
-            f"{train.batch} images a step" + (f" ({images}{config.micro_batch(world.size)})" if images else ""),
+            f"{train.batch} images a step" + (f" ({images}{config.micro_batch(ranks.size)})" if images else ""),
         ]
     )
 

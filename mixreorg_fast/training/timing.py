@@ -12,9 +12,8 @@ import time
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from .distributed import World
+from ..ranks import Ranks, all_gather, gather_objects
 
 
 class Stopwatch:
@@ -62,23 +61,15 @@ class RankTimes:
         slow: a rank is named that is slower than the mean by more than this share, twice running.
     """
 
-    def __init__(self, world: World, slow: float):
-        self._world, self._slow = world, slow
-        self._hosts = [socket.gethostname()]
-        if world.size > 1:
-            self._hosts = [""] * world.size
-            dist.all_gather_object(self._hosts, socket.gethostname())
+    def __init__(self, ranks: Ranks, slow: float):
+        self._ranks, self._slow = ranks, slow
+        self._hosts = gather_objects(socket.gethostname())
         self._suspect = self._named = -1
 
     def gather(self, seconds: float) -> dict[str, Any]:
         """``min``, ``mean`` and ``max`` of the ranks' seconds, the ``slowest`` rank and its ``host``; call on every
         rank."""
-        times = [seconds]
-        if self._world.size > 1:
-            own = torch.tensor([seconds], device=self._world.device)
-            parts = [torch.empty_like(own) for _ in range(self._world.size)]
-            dist.all_gather(parts, own)
-            times = torch.cat(parts).tolist()
+        times = all_gather(torch.tensor([seconds], dtype=torch.float64, device=self._ranks.device)).tolist()
         slowest = times.index(max(times))
         mean = sum(times) / len(times)
         return {

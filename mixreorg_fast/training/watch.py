@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch._dynamo.callback import callback_handler
 
 from ..files import write_json
-from .distributed import World
+from ..ranks import Ranks, max_over_ranks
 
 FINISHED = "finished"  # the place of a run that has its scores
 REPEAT = 1.0
@@ -60,12 +60,10 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def shared(self, world: World) -> torch.Tensor:
+    def shared(self, ranks: Ranks) -> torch.Tensor:
         """The signal that any rank was asked by, 0 for none; 0-d int32 on the device."""
-        asked = torch.full((), self.asked, dtype=torch.int32, device=world.device)  # filled there: no copy to wait for
-        if world.size > 1:
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-        return asked
+        asked = torch.full((), self.asked, dtype=torch.int32, device=ranks.device)  # filled there: no copy to wait for
+        return max_over_ranks(asked)
 
 
 class Watch:
@@ -78,15 +76,15 @@ class Watch:
     rank that compiles.
     """
 
-    def __init__(self, world: World, timeout: float, run: Path):
-        self._world, self._timeout, self._run = world, timeout, run
+    def __init__(self, ranks: Ranks, timeout: float, run: Path):
+        self._ranks, self._timeout, self._run = ranks, timeout, run
         self._interval = min(timeout / 4, 10.0)
         self._step, self._place, self._moves, self._timed = 0, "preparing", 0, False
         self._moved = time.monotonic()
         self._compiling = False
         self._beats = 0
         self._stop = threading.Event()
-        self._store = _store(world)
+        self._store = _store(ranks)
         self._thread = threading.Thread(target=self._run_thread, name="mixreorg-watch", daemon=True)
 
     def __enter__(self) -> Watch:
@@ -147,8 +145,8 @@ class Watch:
         mine = {"beat": self._beats, "moves": self._moves, "step": self._step, "place": place}
         post = {**mine, "timed": self._is_timed, "host": socket.gethostname()}
         with contextlib.suppress(RuntimeError):  # rank 0, which keeps the store, has finished
-            self._store.set(str(self._world.rank), json.dumps(post))
-        if self._world.is_main and self._run.is_dir():
+            self._store.set(str(self._ranks.rank), json.dumps(post))
+        if self._ranks.is_main and self._run.is_dir():
             beat = {"time": time.time(), "pid": os.getpid(), **mine, "finished": self._place == FINISHED}
             with contextlib.suppress(OSError):
                 write_json(self._run / "heartbeat.json", beat)
@@ -161,8 +159,8 @@ class Watch:
         now = self._posts()
         if self._stop.is_set() or self._moves != moves:
             return  # it went on after all
-        speaker = self._world.rank
-        if min(len(before), len(now)) < self._world.size:
+        speaker = self._ranks.rank
+        if min(len(before), len(now)) < self._ranks.size:
             who = "rank 0, which keeps the ranks' store, does not answer"
         else:
             silent = [rank for rank in now if now[rank]["beat"] == before[rank]["beat"]]
@@ -176,12 +174,12 @@ class Watch:
                 f"rank {rank} on {now[rank]['host']} {state} (step {now[rank]['step']}, {now[rank]['place']})"
                 for rank in stopped
             )
-            if len(stopped) == self._world.size > 1:
-                who = f"all {self._world.size} ranks stand at the same place ({self._place})"
+            if len(stopped) == self._ranks.size > 1:
+                who = f"all {self._ranks.size} ranks stand at the same place ({self._place})"
             speaker = min(set(now) - set(silent), default=speaker)
-        if self._world.rank != speaker:
+        if self._ranks.rank != speaker:
             time.sleep(self._interval)  # let the line be printed before the launcher ends everyone
-        self._end(f"no progress for {self._timeout:g} s (train.timeout): {who}", speaks=self._world.rank == speaker)
+        self._end(f"no progress for {self._timeout:g} s (train.timeout): {who}", speaks=self._ranks.rank == speaker)
 
     def _posts(self) -> dict[int, dict[str, Any]]:
         """What every rank last posted; fewer when rank 0 does not answer."""
@@ -189,7 +187,7 @@ class Watch:
 
         def read() -> None:
             with contextlib.suppress(RuntimeError):
-                for rank in range(self._world.size):
+                for rank in range(self._ranks.size):
                     posts[rank] = json.loads(self._store.get(str(rank)))
 
         reader = threading.Thread(target=read, daemon=True)  # it may wait forever for a rank 0 that is stopped
@@ -204,12 +202,12 @@ class Watch:
         os._exit(1)
 
 
-def _store(world: World) -> dist.Store:
+def _store(ranks: Ranks) -> dist.Store:
     """A key-value store of these ranks, kept by rank 0; call on every rank."""
-    if world.size == 1:
+    if ranks.size == 1:
         return dist.HashStore()
     host = os.environ["MASTER_ADDR"]
-    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if world.is_main else None
+    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if ranks.is_main else None
     port = [store.port if store else None]
     dist.broadcast_object_list(port, src=0)
     return store or dist.TCPStore(host, port[0], is_master=False)

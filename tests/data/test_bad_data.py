@@ -29,13 +29,13 @@ from mixreorg_fast.data.shards.pair import Pair
 from mixreorg_fast.data.shards.verify import verify
 from mixreorg_fast.data.shards.write import write_shard
 from mixreorg_fast.errors import UserError
+from mixreorg_fast.ranks import Ranks
 from mixreorg_fast.training.data import BadSamples, check_bad, open_training_set
-from mixreorg_fast.training.distributed import World
 from mixreorg_fast.training.preparation import prepare
 
 from .conftest import bomb, open_loader, pairs, photo
 
-HERE = World(0, 1, torch.device("cpu"))
+HERE = Ranks(0, 1, torch.device("cpu"))
 
 
 def encoded(image: Image.Image, format: str = "JPEG", **options) -> bytes:

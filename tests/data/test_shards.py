@@ -396,6 +396,7 @@ class TestVerify:
         assert "30 samples are sound" in capsys.readouterr().out
         assert not list(Path(shards).parent.glob("*.broken.tsv"))
 
+    @pytest.mark.slow
     def test_several_processes_agree(self, shards):
         assert [len(shard.samples) for shard in verify(shards, workers=2, progress=False)] == [13, 10, 7]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.backends.registry import lookup_backend
 
-from mixreorg_fast import ops
+from mixreorg_fast import ops, ranks
 from mixreorg_fast.models import Batch, MixReorg, layers
 from mixreorg_fast.models.layers import Projection, compiled_call
 from tests.tiny import fill, random_batch, tiny_config
@@ -94,6 +94,7 @@ def test_statistics_of_all_ranks_are_in_the_graph_of_a_projection(graphs, monkey
     fill(projection)
     alone, rows = copy.deepcopy(projection), torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     expected = alone(rows, 4)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
     monkeypatch.setattr(layers, "world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.mul_(2))
     found = projection(rows, 4, run=compiled_call())

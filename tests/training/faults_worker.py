@@ -42,7 +42,7 @@ def inject(faults: dict) -> None:
 
     def struck(name: str, trainer: Trainer) -> bool:
         step, rank = faults.get(name, (0, 0))
-        return (trainer.step + 1, trainer.world.rank) == (step, rank)
+        return (trainer.step + 1, trainer.ranks.rank) == (step, rank)
 
     step = 0
 
@@ -50,7 +50,7 @@ def inject(faults: dict) -> None:
         nonlocal step
         step = trainer.step + 1
         seconds, rank = faults.get("slow", (0, 0))
-        if trainer.world.rank == rank:
+        if trainer.ranks.rank == rank:
             time.sleep(seconds)
         if struck("kill", trainer):
             os.kill(os.getpid(), signal.SIGKILL)

@@ -18,9 +18,10 @@ from deepspeed.accelerator import get_accelerator
 from mixreorg_fast.config import merged
 from mixreorg_fast.data.reading.pairs import Pairs
 from mixreorg_fast.data.text.tokenizer import Tokenizer
-from mixreorg_fast.models import encoders
-from mixreorg_fast.training import trainer as module
+from mixreorg_fast.models import text_encoder
+from mixreorg_fast.training.data import BadSamples
 from mixreorg_fast.training.distributed import initialise
+from mixreorg_fast.training.reports import Reports
 from mixreorg_fast.training.trainer import Trainer
 from mixreorg_fast.training.watch import StopRequest
 from tests.synchronisations import Synchronisations
@@ -54,12 +55,12 @@ class TrainingSet:
 class Loader:
     """In place of the loader: batches that lie on the GPU."""
 
-    wait_seconds = 0.0
+    bad_samples = ()
 
     def __init__(self, trainer: Trainer, synchronisations: Synchronisations) -> None:
         self._batches = []
         for number in range(STEPS * ACCUMULATION):
-            position = (number * trainer.world.size + trainer.world.rank) * trainer.micro_batch
+            position = (number * trainer.ranks.size + trainer.ranks.rank) * trainer.micro_batch
             made = random_batch(trainer.config, trainer.micro_batch, seed=number, nouns=2)
             synchronisations.to_gpu(made.images, made.ids, made.noun_ids)
             pairs = Pairs(made.images, made.ids, made.lengths, position, [], made.noun_ids, made.noun_lengths)
@@ -69,11 +70,11 @@ class Loader:
         return iter(self._batches)
 
 
-def run(case: dict, world, folder: Path) -> dict[str, list[str]]:
+def run(case: dict, ranks, folder: Path) -> dict[str, list[str]]:
     base = {
         "model": {"drop_path": 0.3},
         "loss": {"multi_label": 0.5, "mixed_negatives": "batch"},
-        "train": {"batch": 4 * ACCUMULATION * world.size, "accumulation": ACCUMULATION, "steps": STEPS},
+        "train": {"batch": 4 * ACCUMULATION * ranks.size, "accumulation": ACCUMULATION, "steps": STEPS},
         "output": str(folder),
     }
     config = tiny_config(**merged(base, case))
@@ -96,21 +97,21 @@ def run(case: dict, world, folder: Path) -> dict[str, list[str]]:
             loaded.upload = uploaded
     get_accelerator().synchronize = lambda *device: synchronisations.waits()
     with synchronisations.recorded(), StopRequest() as stop:
-        trainer = Trainer(config, TrainingSet(), world, None, {})
+        trainer = Trainer(config, TrainingSet(), ranks, phases, None, {})
         trainer._save = lambda: None
-        trainer._loop(Loader(trainer, synchronisations), None, phases, stop)
+        trainer._loop(Loader(trainer, synchronisations), stop)
     return found
 
 
 def main(out: str) -> None:
     torch.set_num_threads(1)
-    encoders.BUCKETED = {"cpu"}
-    module._Window.means = lambda *_: {}
-    module.BadSamples.count = lambda *_: 0
+    text_encoder.BUCKETED = {"cpu"}
+    Reports.means = lambda *_: {}
+    BadSamples.count = lambda *_: 0
     with tempfile.TemporaryDirectory() as folder:
-        world = initialise()
-        found = {name: run(case, world, Path(folder)) for name, case in CASES.items()}
-    if world.is_main:
+        ranks = initialise()
+        found = {name: run(case, ranks, Path(folder)) for name, case in CASES.items()}
+    if ranks.is_main:
         Path(out).write_text(json.dumps(found, indent=1))
 
 

@@ -8,8 +8,8 @@ import torch
 
 from mixreorg_fast import devices
 from mixreorg_fast.config import parse_config
+from mixreorg_fast.ranks import Ranks
 from mixreorg_fast.training import summary as module
-from mixreorg_fast.training.distributed import World
 from mixreorg_fast.training.summary import summary
 from tests.disguise import disguised
 
@@ -29,13 +29,13 @@ def test_gpus(monkeypatch, train, deepspeed, parts):
     monkeypatch.setattr(devices, "driver", lambda: devices.Driver("580.65.06", 8))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(module, "_attention", lambda config, device: ("torch", "varlen"))
-    line = summary(parse_config({"train": train, "deepspeed": deepspeed}), World(0, 8, torch.device("cuda", 0)))
+    line = summary(parse_config({"train": train, "deepspeed": deepspeed}), Ranks(0, 8, torch.device("cuda", 0)))
     assert line.startswith("8 × NVIDIA H100 80GB HBM3 (driver 580.65.06), ")
     assert all(part in line for part in parts), line
 
 
 def test_a_cpu():
-    line = summary(parse_config({"train": {"batch": 8, "precision": "fp32"}}), World(0, 1, torch.device("cpu")))
+    line = summary(parse_config({"train": {"batch": 8, "precision": "fp32"}}), Ranks(0, 1, torch.device("cpu")))
     assert line.startswith("1 × CPU (")
     assert line.endswith("), fp32, not compiled, attention: torch/torch, ZeRO-2, 8 images a step")
 
@@ -67,7 +67,11 @@ os.sched_getaffinity = lambda pid: range(12)
 print(distributed.initialise("cpu").device, torch.get_num_threads(), os.environ["DS_ACCELERATOR"])
 """
     ranks = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}
-    for environment, threads in (({}, 12), (ranks | {"LOCAL_SIZE": "4"}, 3), (ranks | {"LOCAL_WORLD_SIZE": "2"}, 6)):
+    for environment, threads in (
+        ({}, 12),
+        (ranks | {"LOCAL_WORLD_SIZE": "", "LOCAL_SIZE": "4"}, 3),
+        (ranks | {"LOCAL_WORLD_SIZE": "2"}, 6),
+    ):
         command = [sys.executable, "-c", code]  # beside a GPU: DeepSpeed follows the device that is asked for
         done = subprocess.run(command, env=disguised(gpus=1) | environment, capture_output=True, text=True, timeout=120)
         assert done.stdout.split() == ["cpu", str(threads), "cpu"], done.stderr

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from mixreorg_fast.config import TrainConfig
+from mixreorg_fast.ranks import PATIENCE, Ranks, wait_patiently
 from mixreorg_fast.training import watch as module
-from mixreorg_fast.training.distributed import PATIENCE, World, initialise
+from mixreorg_fast.training.distributed import initialise
 from mixreorg_fast.training.watch import Watch
 
 TIMEOUT = 1.0
@@ -26,7 +29,7 @@ def ends(monkeypatch) -> list[str]:
         watch._stop.set()
 
     store = dist.HashStore()
-    monkeypatch.setattr(module, "_store", lambda world: store)
+    monkeypatch.setattr(module, "_store", lambda ranks: store)
     monkeypatch.setattr(Watch, "_end", end)
     return found
 
@@ -39,9 +42,10 @@ def wait_for(ends: list[str]) -> str:
 
 
 def make(tmp_path, rank: int = 0, size: int = 1) -> Watch:
-    return Watch(World(rank, size, torch.device("cpu")), TIMEOUT, tmp_path)
+    return Watch(Ranks(rank, size, torch.device("cpu")), TIMEOUT, tmp_path)
 
 
+@pytest.mark.slow
 def test_compiling_is_not_timed(tmp_path, ends):
     def compiler(graph: torch.fx.GraphModule, inputs: list):
         time.sleep(4 * TIMEOUT)
@@ -55,6 +59,7 @@ def test_compiling_is_not_timed(tmp_path, ends):
         assert "no progress" in wait_for(ends)  # from here on the same place is a hang
 
 
+@pytest.mark.slow
 def test_a_rank_that_compiles_is_waited_for(tmp_path, ends):
     with make(tmp_path, 0, 2) as waiting, make(tmp_path, 1, 2) as compiling:
         compiling.at(1, "forward and backward")
@@ -72,9 +77,8 @@ def test_collectives_wait_for_longer_than_the_watch():
     pytest.importorskip("deepspeed")
     from deepspeed.utils import groups
 
-    from mixreorg_fast.training.distributed import wait_patiently
-
-    initialise()
+    with mock.patch.dict(os.environ):
+        initialise()
     groups._clone_world_group()
     wait_patiently()
     longest = next(entry.le for entry in TrainConfig.model_fields["timeout"].metadata if hasattr(entry, "le"))

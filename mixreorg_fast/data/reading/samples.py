@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from ... import devices
 from ...config import DataConfig
 from ...errors import UserError
+from ...ranks import local_size
 from ..shards.bad import Bad
 from ..shards.shard_set import Sample, ShardSet
 from .decoder import Decoder
@@ -28,7 +28,7 @@ def reading_threads(data: DataConfig) -> int:
     """Threads of a rank that read and decode: ``data.threads``, else its share of the node's cores, at most
     MOST_THREADS; never more than there are cores."""
     cores = len(os.sched_getaffinity(0))
-    return min(data.threads, cores) if data.threads else max(1, min(cores // devices.local_size(), MOST_THREADS))
+    return min(data.threads, cores) if data.threads else max(1, min(cores // local_size(), MOST_THREADS))
 
 
 class SampleReader:
