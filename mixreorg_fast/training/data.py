@@ -54,9 +54,7 @@ def open_training_set(config: Config, ranks: Ranks) -> TrainingSet:
                 break
             if ranks.size > local[1]:
                 _wait_for_files(paths, config)
-    training_set = TrainingSet.open(config, warn=ranks.is_main)
-    _compare(training_set)
-    return training_set
+    return _open_alike(config, ranks)
 
 
 def check_bad(training_set: TrainingSet, config: Config) -> None:
@@ -194,19 +192,27 @@ def _work_together(work: Iterator[int], paths: Sequence[Path], ranks: Ranks) -> 
     return True
 
 
-def _compare(training_set: TrainingSet) -> None:
-    """
+def _open_alike(config: Config, ranks: Ranks) -> TrainingSet:
+    """Open the training set on every rank.
+
     Raises:
-        UserError: a rank has other samples, or another order, than rank 0. They would drift apart unnoticed.
+        UserError: on every rank, where a rank cannot open it, or has other samples or another order than rank 0.
     """
-    digest = hashlib.sha256()
-    for shard in training_set.shards.shards:
-        digest.update(f"{shard.path.name} {len(shard.samples)} {shard.broken}\n".encode())
-    answers = gather_objects((digest.hexdigest(), len(training_set), socket.gethostname()))
-    first, samples, host = answers[0]
-    for rank, (other, count, name) in enumerate(answers):
+    training_set, error, digest = None, None, hashlib.sha256()
+    try:
+        training_set = TrainingSet.open(config, warn=ranks.is_main)
+        for shard in training_set.shards.shards:
+            digest.update(f"{shard.path.name} {len(shard.samples)} {shard.broken}\n".encode())
+    except UserError as failure:
+        error = str(failure)
+    answers = gather_objects((error, digest.hexdigest(), len(training_set or ()), socket.gethostname()))
+    _, first, samples, host = answers[0]
+    for rank, (problem, other, count, name) in enumerate(answers):
+        if problem is not None:
+            raise UserError(f"rank {rank} on {name}: {problem}" if rank else problem)
         if other != first:
             raise UserError(
                 f"rank {rank} on {name} sees other shards than rank 0 on {host} ({count} and {samples} samples); "
                 f"copy the shards and their .index files to all nodes alike"
             )
+    return training_set

@@ -68,6 +68,17 @@ def main(folder: Path) -> None:
         data.open_training_set(config, ranks)
     except UserError as error:
         told["refusal"] = str(error)
+
+    # So is a rank that has no shards.
+    def absent(config, warn):
+        raise UserError("no shard a.tar")
+
+    if ranks.rank == 1:
+        data.TrainingSet = SimpleNamespace(open=absent)
+    try:
+        data.open_training_set(config, ranks)
+    except UserError as error:
+        told["absence"] = str(error)
     data.verifying = verifying
 
     # What cannot be read on one rank's share ends all of them.

@@ -310,6 +310,7 @@ def test_two_ranks_share_the_work_and_the_account(tmp_path):
         assert (told["samples"], told["lost"]) == (40, 4)
         assert not told["waited"]  # for no other node's files: there is one node
         assert told["refusal"].startswith("rank 1 on ") and "(10 and 40 samples)" in told["refusal"]
+        assert told["absence"].startswith("rank 1 on ") and told["absence"].endswith(": no shard a.tar")
         assert told["failure"] == "the disk of rank 1"
     # The samples of the shard that vanished, as far as either rank came across them, and those left out before.
     assert one["bad"] == two["bad"] > 4

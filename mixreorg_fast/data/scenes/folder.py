@@ -220,13 +220,9 @@ def _draw_piece(config: ScenesConfig, painter: Painter, *, split: str, first: in
 
 
 def _palette() -> list[int]:
-    """Pascal VOC's colours, so that masks can be looked at."""
-    colours = []
-    for label in range(256):
-        channels = [0, 0, 0]
-        for bit in range(8):
-            for channel in range(3):
-                channels[channel] |= (label >> channel & 1) << (7 - bit)
-            label >>= 3
-        colours += channels
-    return colours
+    """Pascal VOC's colours, which make masks visible."""
+    return [
+        sum((label >> 3 * bit + channel & 1) << 7 - bit for bit in range(8))
+        for label in range(256)
+        for channel in range(3)
+    ]
