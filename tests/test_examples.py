@@ -29,7 +29,7 @@ def test_segmenting_a_photo(tmp_path, capsys):
     model = GroupViT(tiny_config(model={"text": {"vocab_size": tokenizer.vocab_size, "context": 24}}).model)
     model.tokenizer = tokenizer
     fill(model)
-    save(model, tmp_path / "weights")
+    model.save(tmp_path / "weights")
     draw_photo(tmp_path / "photo.jpg", (64, 48), seed=0)
     options = ["--weights", str(tmp_path / "weights"), "--classes", "cat, dog", "--out", str(tmp_path / "overlay.png")]
     areas = main_of("segment_photo.py")([str(tmp_path / "photo.jpg"), *options])
