@@ -108,7 +108,7 @@ def counted_section(file: Row) -> str:
     lines = [
         f"{file['date'][:10]}, torch {file['torch']}, triton {file['triton']}. Nothing here was measured on a GPU. A "
         f"time is the least that {gpu['gb_per_s']:.0f} GB/s, {gpu['multiprocessors']} multiprocessors at "
-        f"{gpu['ghz']:.3f} GHz and their matrix units allow, with the limit that decides in parentheses. Both sides of a "
+        f"{gpu['ghz']:.3f} GHz and their matrix units allow, with the deciding limit in parentheses. Both sides of a "
         "branch are counted, also the rare one of the contrastive loss's log-sum-exp.",
     ]
     states = list(dict.fromkeys(row["state"] for row in file["rows"]))
