@@ -324,10 +324,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         {**{key: harness.rounded(value) for key, value in row.items()}, "suite": "counted", **stamp}
         for row in (*of_ops(), *of_others())
     ]
-    kept = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    rows = [*(row for row in kept if row["state"] != state), *rows]
     header = {**ledger.versions(" ".join(["python -m benchmarks.counted", state])), "counted_for": COUNTED_FOR}
-    ledger.write_rows(RESULTS, header, rows)
+    ledger.write_rows(RESULTS, header, rows, keep=lambda row: row["state"] != state)
 
 
 if __name__ == "__main__":

@@ -233,6 +233,11 @@ def _strips(rows: int, bytes_per_row: float, budget: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
+def _cut(x: Tensor, strip: slice) -> Tensor:
+    """``x[strip]``, without a new tensor where that is all of it."""
+    return x if strip.stop - strip.start == len(x) else x[strip]
+
+
 def _tiles(rows: Tensor, columns: Tensor, config: Config) -> tuple[tuple[int], tuple[int, ...], dict]:
     """Grid, sizes and constexprs of a kernel over tiles."""
     grid = (cdiv(len(rows), config.blocks["BLOCK_M"]) * cdiv(len(columns), config.blocks["BLOCK_N"]),)
@@ -268,14 +273,14 @@ def log_sum_exp_forward(rows: Tensor, columns: Tensor, scale: Tensor, both: bool
     def sweep(config: Config) -> None:
         column_blocks = cdiv(len(columns), config.blocks["BLOCK_N"])
         for strip in strips:
-            part = rows[strip]
+            part = _cut(rows, strip)
             row_blocks = cdiv(len(part), config.blocks["BLOCK_M"]) if both else 0
             row_parts = row_lse.new_empty(column_blocks, len(part))
             column_parts = row_lse.new_empty(row_blocks, len(columns))
             grid, sizes, constexprs = _tiles(part, columns, config)
             arguments = (part, columns, scale, row_parts, column_parts, *sizes)
             _log_sum_exp_kernel[grid](*arguments, BOTH=both, **constexprs)
-            _merge(row_parts, row_lse[strip], False)
+            _merge(row_parts, _cut(row_lse, strip), False)
             if both:
                 _merge(column_parts, column_lse, strip.start > 0)
 
@@ -305,13 +310,13 @@ def gradient_backward(
 
     def sweep(config: Config) -> None:
         for strip in strips:
-            part, first = rows[strip], first_row + strip.start
+            part, first = _cut(rows, strip), first_row + strip.start
             grid, sizes, constexprs = _tiles(part, columns, config)
-            arguments = (part, columns, scale, row_lse[strip], column_lse, buffer, *sizes)
+            arguments = (part, columns, scale, _cut(row_lse, strip), column_lse, buffer, *sizes)
             numbers = (width, first, row_prompts, column_prompts, *shifts, positive)
             _weights_kernel[grid](*arguments, *numbers, **constexprs)
             weights = buffer[: len(part), : len(columns)]
-            _multiply(weights, columns, grad_rows[strip], add=False)
+            _multiply(weights, columns, _cut(grad_rows, strip), add=False)
             if both:
                 _multiply(weights.mT, part, grad_columns, add=strip.start > 0)
 

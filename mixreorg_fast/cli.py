@@ -15,7 +15,7 @@ from .errors import UserError, nearest, run_command
 COMMANDS = {
     "info": ("mixreorg_fast.info", "what this installation can use"),
     "train": ("mixreorg_fast.training.command", "pre-train on captioned photos"),
-    "config": ("mixreorg_fast.config_keys", "every key of a configuration, its default and meaning"),
+    "config": ("mixreorg_fast.config.keys", "every key of a configuration, its default and meaning"),
     "segment": ("mixreorg_fast.inference.segment", "segment photos by class names"),
     "evaluate": ("mixreorg_fast.evaluation.evaluate", "score weights zero-shot on a data set"),
     "shards": ("mixreorg_fast.data.commands", "build or verify training shards"),

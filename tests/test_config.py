@@ -135,7 +135,7 @@ def test_resolved_configuration_reads_back(tmp_path):
 
 def test_every_key_is_listed_with_its_meaning(capsys):
     from mixreorg_fast.cli import main
-    from mixreorg_fast.config_keys import keys
+    from mixreorg_fast.config.keys import keys
 
     listed = {key.name: key for key in keys()}
 

@@ -72,7 +72,11 @@ class MixReorg(nn.Module):
     # ------------------------------------------------------------------ the step
 
     def forward(
-        self, batch: Batch, others: Sequence[Features] = (), gradients: dict[str, Tensor] | None = None
+        self,
+        batch: Batch,
+        others: Sequence[Features] = (),
+        gradients: dict[str, Tensor] | None = None,
+        at_exchange: Callable[[], None] = lambda: None,
     ) -> dict[str, Tensor]:
         """Losses of one micro-step, 0-d fp32: ``loss`` (their weighted sum, what to differentiate), ``loss_original``
         and, where they apply, ``loss_restored``, ``loss_mixed``, ``loss_multi_label``; detached measures:
@@ -86,8 +90,10 @@ class MixReorg(nn.Module):
             others: cached features of more batches; the losses are over those batches followed by this one.
             gradients: gradients of the losses with respect to this batch's features. Then only ``loss`` is returned,
                 a number whose gradients are the losses' gradients through this batch.
+            at_exchange: called before the ranks exchange features for the first time.
         """
         features = self.features(batch)
+        at_exchange()
         if gradients is not None:
             return {"loss": features.pull(gradients) + 0.0 * self._touched(features)}
         return self.losses(Features.cat([*others, features]), self._progress(batch))

@@ -1,12 +1,12 @@
 """Symmetric image-text contrastive loss (InfoNCE) over the global batch (GroupViT, CVPR 2022, equations 9 to 11).
 
-How the parts fit together (docs/losses.md has the maths): every rank gathers all features, finds the log-sum-exps of
-its own rows and columns of the logits, and gathers those too, a few numbers per sample. They are all that backward
-needs, so gradients are never communicated, and no B x B matrix exists at any time.
+Overview (docs/losses.md has the maths): every rank gathers all features, computes the log-sum-exps of its own rows and
+columns of the logits, and gathers those too, a few numbers per sample. Backward needs nothing else, so gradients are
+never communicated, and no B x B matrix is ever stored.
 
-Where even all features are too much, they go round in a ring, one rank's images at a time (docs/scaling.md): each
-block of logits is then seen by one rank only, which passes the images on with what it has added to their log-sum-exps
-and, in backward, to their gradients.
+If even all features are too large, images go round in a ring, one rank's images at a time (docs/scaling.md). Each block
+of logits is then computed by one rank only. That rank passes the images on, together with their log-sum-exps so far
+and, in backward, their gradients so far.
 """
 
 from __future__ import annotations
@@ -60,18 +60,17 @@ def contrastive_loss(
 
     Args:
         image: ``[B, D]``, text: ``[B, D]`` or, several positive prompts per image (GroupViT's multi-label loss),
-            ``[B, P, D]``; L2-normalised by the caller; B equal on all ranks. fp32, bf16 or fp16 (of two dtypes, both
-            are taken in the one that holds both; under autocast in its dtype, as in a matrix product); any strides.
+            ``[B, P, D]``; L2-normalised by the caller; B equal on all ranks. fp32, bf16 or fp16; any strides. Two
+            dtypes are promoted to one; autocast casts both, as for a matmul.
         logit_scale: factor of the cosines, a number or a tensor of one element.
-        process_group: None: the default group if torch.distributed is initialised, else this process alone.
-        exchange: "gather": every rank holds all features; "ring": those of two ranks beside its own, so that memory
-            grows with B alone, whatever the number of ranks. The values are the same up to rounding.
+        process_group: None: the default group if torch.distributed is initialised, else this process only.
+        exchange: with "gather" every rank holds all features; with "ring" it holds its own and two other ranks', so
+            that memory does not grow with the number of ranks. Both give the same values up to rounding.
     Returns:
         0-d fp32; products accumulate in fp32, all else is fp32. The same bits on every rank and from run to run.
-        Every gradient is world_size times this rank's share of the true one, so that the average over ranks that data
-        parallelism takes is the gradient of the global batch's loss: for `image` and `text`, whose rows are on one
-        rank alone, world_size times the true gradient; for `logit_scale` a share that becomes the true gradient with
-        the average. The gradient cannot be differentiated again.
+        Every gradient is world_size times this rank's share of the true one: data parallelism averages over ranks, and
+        the average is then the gradient of the global batch's loss. Rows of `image` and `text` lie on one rank, so
+        their gradient is world_size times the true one. The gradient cannot be differentiated again.
     Raises:
         ValueError: shapes that do not fit together, an unknown `exchange`. RuntimeError: `impl` cannot run here.
     """
@@ -88,51 +87,66 @@ def contrastive_loss(
     blocks = TRITON if uses_triton("contrastive_loss", impl, image, text) else TORCH
     scale = scale_tensor(logit_scale, image.device)
     texts = text.reshape(-1, text.shape[-1])  # [B * P, D]
-    prompts = text[0].numel() // text.shape[-1]
-
-    world, own_rank = world_size(process_group), rank(process_group)
-    if exchange == "ring" and world > 1:
-        return _RingLoss.apply(image, texts, scale, prompts, Ring(process_group), blocks)
-    all_images = all_texts = None  # those of this process
-    with torch.no_grad(), without_autocast(image):
-        positives = _positives(image, texts, scale)
-        if world == 1:
-            image_lse, text_lse = blocks.log_sum_exp(image, texts, scale, True)
-        else:
-            all_images, all_texts = (all_gather(x, process_group) for x in (image, texts))
-            image_lse, _ = blocks.log_sum_exp(image, all_texts, scale, False)
-            text_lse, _ = blocks.log_sum_exp(texts, all_images, scale, False)
-            own = (image_lse, text_lse, positives)
-            parts = all_gather(torch.cat(own)[None], process_group)  # [world, B + B * P + B]
-            image_lse, text_lse, positives = (x.flatten() for x in parts.split([len(x) for x in own], dim=1))
-        loss = (0.5 * (image_lse + text_lse.view(-1, prompts).mean(1)) - positives).mean()
-    first = own_rank * len(image)
-    saved = (all_images, all_texts, image_lse, text_lse)
-    return _Loss.apply(image, texts, scale, loss, *saved, prompts, first, blocks)
+    if exchange == "ring" and world_size(process_group) > 1:
+        return _RingLoss.apply(image, texts, scale, Ring(process_group), blocks)
+    return _GatherLoss.apply(image, texts, scale, process_group, blocks)
 
 
 def _positives(image: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     """The mean logit of each image with its own prompts, fp32 ``[B]``."""
-    wide = torch.promote_types(texts.dtype, torch.float32)
-    products = texts.unflatten(0, (len(image), -1)).to(wide, copy=True).mul_(image.unsqueeze(1))
+    products = texts.to(torch.promote_types(texts.dtype, torch.float32), copy=True)
+    if len(texts) == len(image):
+        return products.mul_(image).sum(-1) * scale
+    products = products.unflatten(0, (len(image), -1)).mul_(image.unsqueeze(1))
     return products.sum(-1).mean(1) * scale
 
 
-class _Loss(torch.autograd.Function):
-    """Hands the loss through and holds the log-sum-exps for its gradient."""
+def _mean_loss(image_lse: Tensor, text_lse: Tensor, positives: Tensor) -> Tensor:
+    """Over images; of each image over its prompts."""
+    if len(text_lse) != len(image_lse):
+        text_lse = text_lse.unflatten(0, (len(image_lse), -1)).mean(1)
+    return (0.5 * (image_lse + text_lse) - positives).mean()
+
+
+def _scaled(
+    ctx, image: Tensor, texts: Tensor, grad_image: Tensor | None, grad_text: Tensor | None, factor: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of images and texts that are needed, times `factor`, in the dtypes of their inputs."""
+    need_image, need_text, *_ = ctx.needs_input_grad
+    return (
+        grad_image.mul_(factor).to(image.dtype) if need_image else None,
+        grad_text.mul_(factor).to(texts.dtype) if need_text else None,
+    )
+
+
+class _GatherLoss(torch.autograd.Function):
+    """Every rank gathers all features, and keeps them and all log-sum-exps for backward."""
 
     @staticmethod
-    def forward(ctx, image, texts, scale, loss, all_images, all_texts, image_lse, text_lse, prompts, first, blocks):
-        ctx.save_for_backward(image, texts, scale, all_images, all_texts, image_lse, text_lse)
-        ctx.prompts, ctx.first, ctx.blocks = prompts, first, blocks
-        return loss.clone()
+    def forward(ctx, image, texts, scale, group, blocks):
+        ctx.blocks, ctx.first = blocks, 0
+        all_images = all_texts = None  # those of this process
+        with without_autocast(image):
+            positives = _positives(image, texts, scale)
+            if world_size(group) == 1:
+                image_lse, text_lse = blocks.log_sum_exp(image, texts, scale, True)
+            else:
+                ctx.first = rank(group) * len(image)
+                all_images, all_texts = (all_gather(x, group) for x in (image, texts))
+                image_lse, _ = blocks.log_sum_exp(image, all_texts, scale, False)
+                text_lse, _ = blocks.log_sum_exp(texts, all_images, scale, False)
+                own = (image_lse, text_lse, positives)
+                parts = all_gather(torch.cat(own)[None], group)  # [world, B + B * P + B]
+                image_lse, text_lse, positives = (x.flatten() for x in parts.split([len(x) for x in own], dim=1))
+            ctx.save_for_backward(image, texts, scale, all_images, all_texts, image_lse, text_lse)
+            return _mean_loss(image_lse, text_lse, positives)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         image, texts, scale, all_images, all_texts, image_lse, text_lse = ctx.saved_tensors
         need_image, need_text, need_scale = ctx.needs_input_grad[:3]
-        first, prompts, alone = ctx.first, ctx.prompts, all_images is None
+        first, prompts, alone = ctx.first, len(texts) // len(image), all_images is None
         grad_image = grad_text = None
         with without_autocast(image):
             if need_image or need_scale:
@@ -146,18 +160,7 @@ class _Loss(torch.autograd.Function):
                 grad_text, _ = ctx.blocks.gradient(texts, columns, own_lse, image_lse, scale, block)
             factor = grad * (0.5 / len(image))  # world_size / (2 * global batch)
             grad_scale = (image * grad_image).sum() * factor if need_scale else None
-        return *_scaled(ctx, image, texts, grad_image, grad_text, factor * scale), grad_scale, *[None] * 8
-
-
-def _scaled(
-    ctx, image: Tensor, texts: Tensor, grad_image: Tensor | None, grad_text: Tensor | None, factor: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of images and texts that are needed, times `factor`, in the dtypes of their inputs."""
-    need_image, need_text, *_ = ctx.needs_input_grad
-    return (
-        (grad_image * factor).to(image.dtype) if need_image else None,
-        (grad_text * factor).to(texts.dtype) if need_text else None,
-    )
+        return *_scaled(ctx, image, texts, grad_image, grad_text, factor * scale), grad_scale, None, None
 
 
 def ring_log_sum_exp(image: Tensor, texts: Tensor, scale: Tensor, ring: Ring, blocks: Blocks) -> tuple[Tensor, Tensor]:
@@ -180,13 +183,12 @@ def ring_gradient(
     image_lse: Tensor,
     text_lse: Tensor,
     scale: Tensor,
-    prompts: int,
     ring: Ring,
     blocks: Blocks,
     need_image: bool = True,
 ) -> tuple[Tensor | None, Tensor]:
     """The gradients of this rank's images (if needed) and texts, fp32, without the factor ``scale / (2 * B)``."""
-    grad_image = grad_texts = None
+    grad_image, grad_texts, prompts = None, None, len(texts) // len(image)
     for hop in range(ring.size):
         ahead = ring.pass_on(image, image_lse) if hop + 1 < ring.size else None
         # The images come from `hop` ranks behind: our samples begin that many ranks after theirs.
@@ -202,14 +204,15 @@ def ring_gradient(
 
 
 class _RingLoss(torch.autograd.Function):
+    """Every rank holds its own log-sum-exps; images go round in forward and in backward."""
+
     @staticmethod
-    def forward(ctx, image, texts, scale, prompts, ring, blocks):
+    def forward(ctx, image, texts, scale, ring, blocks):
+        ctx.ring, ctx.blocks = ring, blocks
         with without_autocast(image):
             image_lse, text_lse = ring_log_sum_exp(image, texts, scale, ring, blocks)
-            own = (0.5 * (image_lse + text_lse.view(-1, prompts).mean(1)) - _positives(image, texts, scale)).mean()
             ctx.save_for_backward(image, texts, scale, image_lse, text_lse)
-            ctx.prompts, ctx.ring, ctx.blocks = prompts, ring, blocks
-            return ring.mean(own)
+            return ring.mean(_mean_loss(image_lse, text_lse, _positives(image, texts, scale)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -218,7 +221,7 @@ class _RingLoss(torch.autograd.Function):
         need_image, _, need_scale = ctx.needs_input_grad[:3]
         with without_autocast(image):
             saved = (image, texts, image_lse, text_lse, scale)
-            grad_image, grad_text = ring_gradient(*saved, ctx.prompts, ctx.ring, ctx.blocks, need_image)
+            grad_image, grad_text = ring_gradient(*saved, ctx.ring, ctx.blocks, need_image)
             factor = grad / (2 * len(image))  # world_size / (2 * global batch)
             grad_scale = (texts * grad_text).sum() * factor if need_scale else None
-        return *_scaled(ctx, image, texts, grad_image, grad_text, factor * scale), grad_scale, None, None, None
+        return *_scaled(ctx, image, texts, grad_image, grad_text, factor * scale), grad_scale, None, None

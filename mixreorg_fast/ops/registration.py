@@ -22,9 +22,9 @@ _KERNELS = f"{__package__.rpartition('.')[0]}.kernels"
 
 
 def kernel(
-    launcher: str | Callable[..., Any],
+    launcher: str,
     *,
-    save: Callable[..., None] = lambda ctx, inputs, output: None,
+    save: Callable[..., None] | None = None,
     gradient: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Kernel]:
     """Decorate the declaration of a kernel.
@@ -34,7 +34,7 @@ def kernel(
     types that a custom op takes, and the last may be one of :mod:`..kernels.settings`.
 
     Args:
-        launcher: "module.function" of :mod:`..kernels`, imported at the first launch; or a function.
+        launcher: "module.function" of :mod:`..kernels`, imported at the first launch.
         save: ``(ctx, inputs, output)``, keeps what `gradient` needs.
         gradient: ``(ctx, *gradients)``, gives the gradient of the first input, or a tuple of those of the first inputs.
             Without it the outputs have no gradient.
@@ -52,13 +52,19 @@ class Kernel:
     def __init__(
         self,
         declaration: Callable[..., Any],
-        launcher: str | Callable[..., Any],
-        save: Callable[..., None],
+        launcher: str,
+        save: Callable[..., None] | None,
         gradient: Callable[..., Any] | None,
     ) -> None:
         functools.update_wrapper(self, declaration)
         name = declaration.__name__.lstrip("_")
-        launch = _imported(launcher) if isinstance(launcher, str) else launcher
+        module, _, function = launcher.partition(".")
+        module = f"{_KERNELS}.{module}"
+
+        def launch(*arguments: Any) -> Any:
+            with on_device(arguments[0]):
+                return getattr(importlib.import_module(module), function)(*arguments)
+
         self._parameters = parameters = _Parameters(declaration)
         self.op = torch.library.custom_op(f"mixreorg::{name}", parameters.spread(launch), mutates_args=())
         self.op.register_fake(parameters.spread(declaration))
@@ -86,17 +92,6 @@ class Kernel:
         if torch._C._are_functorch_transforms_active():
             return self._transformable(*arguments)
         return (self._differentiable if torch.is_grad_enabled() else self._launch)(*arguments)
-
-
-def _imported(launcher: str) -> Callable[..., Any]:
-    module, _, function = launcher.partition(".")
-    module = f"{_KERNELS}.{module}"
-
-    def launch(*arguments: Any) -> Any:
-        with on_device(arguments[0]):
-            return getattr(importlib.import_module(module), function)(*arguments)
-
-    return launch
 
 
 class _Parameters:

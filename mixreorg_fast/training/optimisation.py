@@ -1,8 +1,9 @@
-"""Learning rate, parameter groups, and what DeepSpeed is told."""
+"""Learning rate, optimizer, and DeepSpeed's configuration."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -10,8 +11,8 @@ from torch import nn
 from ..config import Config
 from .guard import GuardedAdamW
 
-# Gradients that are reduced at a time. DeepSpeed allocates a whole bucket in fp32, by default 2 GB; this is 64 MB, room
-# for the largest parameter (a vocabulary of 49,408 at width 256), and enough for an all-reduce to reach its bandwidth.
+# Gradients in one reduction. DeepSpeed allocates a whole bucket in fp32, by default 2 GB. 64 MB hold the largest
+# parameter (a vocabulary of 49,408 at width 256) and suffice for an all-reduce to reach its bandwidth.
 REDUCE_BUCKET = 1 << 24
 
 
@@ -33,20 +34,24 @@ def schedule_length(config: Config, samples: int) -> tuple[int, int]:
     return steps, min(round(config.train.warmup_epochs * per_epoch), steps // 10)
 
 
-def optimizer(model: nn.Module, config: Config) -> GuardedAdamW:
-    """AdamW; biases, normalisations, learned tokens and the temperature are not decayed."""
+def optimizer(model: nn.Module, config: Config, refuses: Callable[[], bool] = lambda: False) -> GuardedAdamW:
+    """AdamW without weight decay of biases, normalisations, learned tokens and the logit scale.
+
+    Args:
+        refuses: called in each step; the step is skipped if it is true.
+    """
     decayed, free = [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() >= 2 and not name.endswith(("tokens.weight", "positions.weight"))
         (decayed if is_matrix and "embedding" not in name else free).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.train.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return GuardedAdamW(groups, lr=config.train.lr, betas=config.train.betas, fused=True)
+    return GuardedAdamW(groups, refuses, lr=config.train.lr, betas=config.train.betas, fused=True)
 
 
 def deepspeed_config(config: Config, world_size: int, *, on_gpu: bool = False) -> dict[str, Any]:
     """DeepSpeed's configuration for a run on `world_size` ranks.
 
-    Parameters stay fp32 and activations are cast by the model itself, so DeepSpeed runs in fp32 for either precision.
+    Parameters are fp32 and the model casts activations itself, so DeepSpeed runs in fp32 for either precision.
     """
     zero: dict[str, Any] = {"stage": config.deepspeed.zero_stage, "reduce_bucket_size": REDUCE_BUCKET}
     if config.deepspeed.offload_optimizer:
@@ -59,7 +64,7 @@ def deepspeed_config(config: Config, world_size: int, *, on_gpu: bool = False) -
         "gradient_clipping": config.train.clip,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,  # AdamW under a name of our own
+        "zero_allow_untested_optimizer": True,  # GuardedAdamW, a class that it does not know
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice in every micro-step
     }

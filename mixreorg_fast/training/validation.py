@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..config import Config
 from ..data.reading.validation_loader import ValidationLoader
-from ..data.shards.shards import ShardSet, open_shards
+from ..data.shards.shard_set import ShardSet, open_shards
 from ..data.text.tokenizer import Tokenizer
 from ..evaluation.datasets import open_dataset
 from ..evaluation.pictures import dataset_figure, mixing_figure, segments_figure

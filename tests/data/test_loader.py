@@ -15,9 +15,9 @@ from mixreorg_fast.data.reading.pairs import Pairs
 from mixreorg_fast.data.reading.samples import SampleReader
 from mixreorg_fast.data.reading.training_set import TrainingSet
 from mixreorg_fast.data.reading.validation_loader import ValidationLoader
-from mixreorg_fast.data.shards.build import write_shard
-from mixreorg_fast.data.shards.shards import open_shards
-from mixreorg_fast.data.shards.sources import Pair
+from mixreorg_fast.data.shards.pair import Pair
+from mixreorg_fast.data.shards.shard_set import open_shards
+from mixreorg_fast.data.shards.write import write_shard
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.images import IMAGENET_MEAN, IMAGENET_STD
 

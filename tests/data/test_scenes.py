@@ -26,7 +26,7 @@ from mixreorg_fast.data.scenes.folder import (
     plan_scene,
     render,
 )
-from mixreorg_fast.data.shards.shards import open_shards
+from mixreorg_fast.data.shards.shard_set import open_shards
 from mixreorg_fast.errors import UserError
 
 

@@ -135,8 +135,8 @@ def fail(kind: str, root: Path, split: str = "val", index: int = 0) -> str:
 def test_errors_of_the_plain_layout(plain):
     assert "unknown data set layout 'voc'" in fail("voc", plain)
     assert "did you mean 'ade20k'" in fail("ade", plain) or "choose from" in fail("ade", plain)
-    assert fail("plain", plain.parent / "shape").endswith("(did you mean 'shapes'?)")
-    assert "; make it with: ln -s " in fail("plain", plain / "data" / "camvid")
+    assert "(did you mean 'shapes'?); docs/evaluate.md lists" in fail("plain", plain.parent / "shape")
+    assert fail("plain", plain / "data" / "camvid").endswith("data/camvid; docs/evaluate.md lists the layouts")
     message = fail("plain", plain, "vall")
     assert "splits/vall.txt is missing" in message and "did you mean 'val'" in message
 

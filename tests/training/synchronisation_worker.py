@@ -19,8 +19,9 @@ from mixreorg_fast.config import merged
 from mixreorg_fast.data.reading.pairs import Pairs
 from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.models import text_encoder
-from mixreorg_fast.training import trainer as module
+from mixreorg_fast.training.data import BadSamples
 from mixreorg_fast.training.distributed import initialise
+from mixreorg_fast.training.reports import Reports
 from mixreorg_fast.training.trainer import Trainer
 from mixreorg_fast.training.watch import StopRequest
 from tests.synchronisations import Synchronisations
@@ -54,7 +55,7 @@ class TrainingSet:
 class Loader:
     """In place of the loader: batches that lie on the GPU."""
 
-    wait_seconds = 0.0
+    bad_samples = ()
 
     def __init__(self, trainer: Trainer, synchronisations: Synchronisations) -> None:
         self._batches = []
@@ -96,17 +97,17 @@ def run(case: dict, ranks, folder: Path) -> dict[str, list[str]]:
             loaded.upload = uploaded
     get_accelerator().synchronize = lambda *device: synchronisations.waits()
     with synchronisations.recorded(), StopRequest() as stop:
-        trainer = Trainer(config, TrainingSet(), ranks, None, {})
+        trainer = Trainer(config, TrainingSet(), ranks, phases, None, {})
         trainer._save = lambda: None
-        trainer._loop(Loader(trainer, synchronisations), None, phases, stop)
+        trainer._loop(Loader(trainer, synchronisations), stop)
     return found
 
 
 def main(out: str) -> None:
     torch.set_num_threads(1)
     text_encoder.BUCKETED = {"cpu"}
-    module._Window.means = lambda *_: {}
-    module.BadSamples.count = lambda *_: 0
+    Reports.means = lambda *_: {}
+    BadSamples.count = lambda *_: 0
     with tempfile.TemporaryDirectory() as folder:
         ranks = initialise()
         found = {name: run(case, ranks, Path(folder)) for name, case in CASES.items()}

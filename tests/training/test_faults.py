@@ -224,6 +224,10 @@ def test_leaps_of_the_gradient_are_skipped_and_then_stop_the_run(folder, referen
     stop = first + 4  # the third in a row
     assert f"step {stop}: gradient norm" in reference[1] and "skipped" in reference[1]
     assert len(list((run / "skipped" / f"step_{stop:08d}").glob("*.safetensors"))) == 2
+    before, after = (  # both steps between were skipped
+        load_file(run / "checkpoints" / f"step_{step:08d}" / "model.safetensors") for step in (stop - 3, stop - 1)
+    )
+    assert all(torch.equal(before[key], after[key]) for key in before)
     assert steps(run)[-1] == stop - 1 and list(reports)[-1] == stop - 1
 
 

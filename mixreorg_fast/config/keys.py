@@ -1,8 +1,8 @@
-"""Every key of a configuration with its type, default and meaning: all, those of a section, or one.
+"""Print the keys of a configuration with type, default and meaning: all keys, a section's keys, or one key.
 
 mixreorg config                all keys
-mixreorg config train          those of a section
-mixreorg config train.lr       one
+mixreorg config train          the keys of a section
+mixreorg config train.lr       one key
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from .config import Config
-from .errors import UserError, nearest
+from ..errors import UserError, nearest
+from .run import Config
+from .section import section_of
 
 WIDTH = 112
 
@@ -52,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
 def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[Key]:
     """The keys of a section and of those within it; ``[]`` marks the entries of a list."""
     for name, field in section.model_fields.items():
-        inner = next(_sections(field.annotation), None)
+        inner = section_of(field.annotation)
         if inner is field.annotation:
             yield from keys(inner, f"{prefix}{name}.")
             continue
@@ -60,15 +61,6 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[Key]:
         yield Key(prefix + name, _type(field.annotation), default, field.description or "")
         if inner is not None:
             yield from keys(inner, f"{prefix}{name}[].")
-
-
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        if issubclass(annotation, BaseModel):
-            yield annotation
-        return
-    for part in typing.get_args(annotation):
-        yield from _sections(part)
 
 
 def _type(annotation: Any) -> str:

@@ -1,0 +1,23 @@
+"""A configuration holds a whole run: model, method, data, optimisation, evaluation.
+
+``load_config("configs/zero2.json", ["train.steps=100"])`` reads, overrides and validates; every mistake of a user ends
+in a :class:`~mixreorg_fast.errors.UserError` of one line. The defaults are the paper-scale setting (GroupViT, CVPR
+2022, section 4.1 and its supplement; "ours" marks what MixReorg leaves open).
+"""
+
+# ruff: noqa: F401
+
+from .data import AugmentConfig, DataConfig, ScenesConfig, ShardSetConfig, are_scenes
+from .files import find_config, load_config, merged, packaged_configs, parse_config
+from .model import LossConfig, MixingConfig, ModelConfig, ScheduleConfig, TextConfig
+from .run import (
+    CheckpointConfig,
+    Config,
+    DeepSpeedConfig,
+    EvalConfig,
+    EvalDatasetConfig,
+    InferenceConfig,
+    LogConfig,
+    TrainConfig,
+)
+from .section import NonNegative, Positive, Section, describe

@@ -1,0 +1,117 @@
+"""Settings of the training data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from .section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+
+
+class AugmentConfig(Section):
+    """Image augmentation; the defaults are GroupViT's recipe."""
+
+    crop_scale: tuple[Fraction, Fraction] = Field((0.08, 1.0), description="share of the photo's area in a crop")
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = Field((3 / 4, 4 / 3), description="width : height of a crop")
+    flip: Fraction = Field(0.5, description="probability of a horizontal flip")
+    color_jitter: NonNegativeFloat = Field(
+        0.0, description="strength; ignored with RandAugment, as in GroupViT's recipe"
+    )
+    rand_augment_ops: NonNegative = Field(2, description="RandAugment: operations per image, 0 = off")
+    rand_augment_magnitude: Annotated[int, Field(ge=0, le=30)] = Field(
+        27, description="RandAugment: strength, at most 30; 27 equals the recipe's 9 on timm's scale of 10"
+    )
+    rand_augment_probability: Fraction = Field(0.5, description="RandAugment: probability of an operation, as in timm")
+    random_erasing: Fraction = Field(0.25, description="probability of erasing a rectangle")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AugmentConfig:
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if low > high or low <= 0:
+                raise ValueError(f"{name} must be two rising numbers above 0, got [{low}, {high}]")
+        return self
+
+
+class ScenesConfig(Section):
+    """The embedded data: procedurally drawn scenes, stored as shards and as a plain evaluation folder."""
+
+    folder: str = Field("data/scenes", description="folder of the scenes")
+    train: Positive = Field(20000, description="scenes of the training set")
+    val: Positive = Field(400, description="scenes of each evaluation set")
+    size: Positive = Field(64, description="side of a scene in pixels")
+    seed: int = Field(0, description="seed of the drawing")
+    objects: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = Field(
+        (3, 4, 3), description="frequencies of 1, 2 and 3 objects in a scene"
+    )
+    scale: Annotated[float, Field(ge=1.0, le=1.5)] = Field(1.0, description="factor of the objects' size")
+    grounds: Annotated[int, Field(ge=1, le=12)] = Field(12, description="kinds of ground in use")
+    typical: Fraction = Field(
+        0.0, description="share of objects drawn in the typical colour (or pattern) of their kind"
+    )
+    detail: Fraction = Field(1.0, description="factor of how often captions mention colours, patterns and grounds")
+
+    @model_validator(mode="after")
+    def _some_objects(self) -> ScenesConfig:
+        if not any(self.objects):
+            raise ValueError("objects: one of the three frequencies must be above 0")
+        return self
+
+
+class ShardSetConfig(Section):
+    """One of several sets of shards whose samples a run mixes."""
+
+    pattern: str | list[str] = Field(description="brace or glob patterns")
+    weight: PositiveFloat = Field(1.0, description="relative frequency of samples of this set")
+
+
+def _form_of_shards(value: Any) -> str:
+    first = value[0] if isinstance(value, list) and value else value
+    return ":sets" if isinstance(first, dict | ShardSetConfig) else ":list" if isinstance(value, list) else ":pattern"
+
+
+# The form is chosen before validation, so that an error names the problem of that form instead of all forms' problems.
+Shards = Annotated[
+    Annotated[str, Tag(":pattern")]
+    | Annotated[list[str], Tag(":list")]
+    | Annotated[list[ShardSetConfig], Tag(":sets")],
+    Discriminator(_form_of_shards),
+]
+
+
+def are_scenes(shards: Any, folder: str) -> bool:
+    """Whether ``data.shards`` are the embedded scenes in `folder`; a resolved configuration lists their files."""
+    if shards is None:
+        return True
+    drawn = isinstance(shards, list) and all(isinstance(each, str) for each in shards)
+    return drawn and {str(Path(each).parent) for each in shards} == {str(Path(folder))}
+
+
+class DataConfig(Section):
+    shards: Shards | None = Field(
+        None,
+        description="training shards: brace or glob patterns, or weighted sets of them; null: the embedded scenes",
+    )
+    val_shards: str | list[str] | None = Field(None, description="shards of image-text pairs for retrieval R@1")
+    tokenizer: str | None = Field(None, description="tokenizer.json; null: one is trained on the captions")
+    vocab_size: Positive = Field(8192, description="size of a tokenizer trained on the captions")
+    verify: bool = Field(True, description="decode every photo of unverified shards before training")
+    max_bad: Fraction = Field(0.01, description="the run stops when more than this share of the samples is bad")
+    nouns: NonNegative = Field(3, description="noun prompts per caption when loss.multi_label is on")
+    threads: Positive | None = Field(
+        None,
+        description="threads per rank that read and decode; null: its share of the node's cores, at most 16",
+    )
+    hw_decoder_load: Fraction | None = Field(
+        None, description="share of JPEGs that a GPU's JPEG hardware decodes; null: DALI's default (0.65)"
+    )
+    prefetch: Positive = Field(2, description="batches read ahead")
+    augment: AugmentConfig = AugmentConfig()
+    scenes: ScenesConfig = ScenesConfig()
+
+    @property
+    def is_scenes(self) -> bool:
+        """Whether training reads the embedded scenes."""
+        return are_scenes(self.shards, self.scenes.folder)

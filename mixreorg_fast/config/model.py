@@ -1,0 +1,117 @@
+"""Settings of the network and of the method: model, mixing, losses, schedules."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from .section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+
+
+class TextConfig(Section):
+    """Text encoder: a causal transformer, features taken at the end-of-text token."""
+
+    width: Positive = Field(256, description="channels")
+    heads: Positive = Field(4, description="attention heads")
+    layers: Positive = Field(12, description="transformer blocks")
+    context: Positive = Field(77, description="tokens; longer captions are truncated")
+    vocab_size: NonNegative = Field(0, description="0: the tokenizer's size")
+
+
+class ModelConfig(Section):
+    """Backbone (GroupViT): three stages, a grouping block after each of the first two."""
+
+    method: Literal["mixreorg", "groupvit"] = Field("mixreorg", description="groupvit: the baseline, without mixing")
+    image_size: Positive = Field(224, description="side of training images in pixels")
+    patch_size: Positive = Field(16, description="side of a patch in pixels")
+    width: Positive = Field(384, description="channels of the image encoder")
+    heads: Positive = Field(6, description="attention heads of the image encoder")
+    depths: tuple[Positive, Positive, Positive] = Field((6, 3, 3), description="transformer blocks of each stage")
+    groups: tuple[Positive, Positive] = Field((64, 8), description="group tokens of stages 1 and 2, one per segment")
+    embed_dim: Positive = Field(256, description="channels of the embeddings that images and texts share")
+    projection_hidden: Positive = Field(4096, description="hidden channels of the two projections")
+    drop_path: Fraction = Field(0.1, description="stochastic depth rate of the last block; grows linearly from 0")
+    hard_assignment: bool = Field(True, description="hard one-hot assignment with straight-through gradients")
+    gumbel: bool = Field(True, description="Gumbel noise on the assignment logits while training")
+    tau: PositiveFloat = Field(1.0, description="temperature of the assignment's softmax, in evaluation too")
+    init_std: PositiveFloat = Field(0.02, description="standard deviation of the image encoder's initial weights")
+    text: TextConfig = TextConfig()
+    init: str | None = Field(None, description="folder of weights to start from")
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> ModelConfig:
+        if self.image_size % self.patch_size:
+            low = self.image_size // self.patch_size * self.patch_size
+            raise ValueError(
+                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size} "
+                f"(nearest: {max(low, self.patch_size)} or {low + self.patch_size})"
+            )
+        for name, width, heads in (("", self.width, self.heads), ("text.", self.text.width, self.text.heads)):
+            if width % heads:
+                divisors = [n for n in range(1, width + 1) if width % n == 0]
+                best = min(divisors, key=lambda n: abs(n - heads))
+                raise ValueError(f"{name}width {width} is no multiple of {name}heads {heads} (nearest: {best} heads)")
+        return self
+
+
+class MixingConfig(Section):
+    """MixReorg, section 3; the values are ours (the paper's are not available to us)."""
+
+    context_blocks: NonNegative = Field(2, description="stage-1 blocks before patches are mixed")
+    group_size: Annotated[int, Field(ge=2)] = Field(4, description="images whose patches are mixed with each other")
+    blend: Fraction = Field(0.5, description="share of the original features in each progressive blend")
+    group_tokens: Literal["mean", "learned"] = Field(
+        "mean", description="group tokens of the mixed and restored branches: the mixing group's mean, or learned"
+    )
+
+
+class LossConfig(Section):
+    """L = original * L_original + restored * L_restored + mixed * L_mixed (+ multi_label * the noun loss)."""
+
+    original: NonNegativeFloat = Field(1.0, description="weight of the contrastive loss of the images")
+    restored: NonNegativeFloat = Field(1.0, description="weight of the contrastive loss of the restored images")
+    mixed: NonNegativeFloat = Field(1.0, description="weight of the mixed segmentation loss")
+    mixed_negatives: Literal["group", "batch"] = Field(
+        "group", description="negative texts of a mixed patch: those of its mixing group, or of the whole batch"
+    )
+    multi_label: NonNegativeFloat = Field(0.0, description="weight of the contrastive loss of nouns")
+    exchange: Literal["gather", "ring"] = Field(
+        "gather",
+        description="how ranks exchange features; ring: one rank's at a time, with less memory for large batches",
+    )
+
+
+class ScheduleConfig(Section):
+    """Values that change during a run. With the defaults nothing changes, as in the papers."""
+
+    share: Fraction = Field(0.5, description="fraction of training over which the schedules run")
+    tau_start: PositiveFloat | None = Field(
+        None, description="initial tau; falls geometrically to model.tau; null: model.tau"
+    )
+    noise_start: NonNegativeFloat = Field(1.0, description="initial scale of the Gumbel noise (model.gumbel)")
+    noise_end: NonNegativeFloat = Field(1.0, description="final scale of the Gumbel noise, reached linearly")
+    soft_start: bool = Field(False, description="soft assignment while the schedules run, then model.hard_assignment")
+    mixed_start: NonNegativeFloat = Field(
+        1.0, description="initial factor of loss.mixed, 0 for a warm-up; reaches 1 linearly"
+    )
+
+    def progress(self, done: float) -> float:
+        """Progress of the schedules, 0 to 1, after the fraction `done` of the run."""
+        return min(done / self.share, 1.0) if self.share else 1.0
+
+    def tau(self, end: float, progress: float) -> float:
+        """Temperature of the assignment; `end`: model.tau."""
+        return end if self.tau_start is None else self.tau_start * (end / self.tau_start) ** progress
+
+    def noise(self, progress: float) -> float:
+        """Scale of the Gumbel noise."""
+        return self.noise_start + (self.noise_end - self.noise_start) * progress
+
+    def mixed(self, progress: float) -> float:
+        """Factor of the weight of the mixed segmentation loss."""
+        return self.mixed_start + (1.0 - self.mixed_start) * progress

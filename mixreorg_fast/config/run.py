@@ -1,0 +1,240 @@
+"""Settings of a run: training, reports, evaluation, checkpoints, DeepSpeed, and all sections together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from ..errors import UserError
+from ..names import TEMPLATES, parse_templates
+from .data import DataConfig
+from .model import LossConfig, MixingConfig, ModelConfig, ScheduleConfig
+from .section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, describe
+
+
+class TrainConfig(Section):
+    batch: Positive = Field(4096, description="images per optimizer step over all ranks")
+    accumulation: Positive = Field(1, description="micro-steps per optimizer step")
+    grad_cache: bool = Field(
+        False,
+        description="with accumulation, compute the losses over the whole batch (GradCache; one more forward pass)",
+    )
+    steps: Positive | None = Field(None, description="optimizer steps; overrides epochs")
+    epochs: PositiveFloat = Field(30, description="passes over the training set")
+    lr: PositiveFloat = Field(1.6e-3, description="peak of the learning rate")
+    min_lr: NonNegativeFloat = Field(4e-5, description="learning rate at the end")
+    warmup_steps: NonNegative | None = Field(
+        None, description="steps of linearly rising learning rate; overrides warmup_epochs"
+    )
+    warmup_epochs: NonNegativeFloat = Field(2, description="epochs of linearly rising learning rate")
+    weight_decay: NonNegativeFloat = Field(0.05, description="weight decay of weight matrices")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
+    clip: NonNegativeFloat = Field(5.0, description="gradient norm limit, 0 = off")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="dtype of activations; weights are fp32")
+    tf32: bool = Field(False, description="compute fp32 matrix products and convolutions of a GPU in TF32")
+    checkpoint_activations: bool = Field(False, description="recompute activations in backward: less memory, more time")
+    compile: bool | None = Field(
+        None,
+        description="torch.compile the network; null: on a GPU, except with ZeRO-3, which gathers weights in hooks",
+    )
+    cuda_graphs: bool = Field(
+        False,
+        description="run the encoders' compiled parts as CUDA graphs: fewer launches, more memory; not with ZeRO-3",
+    )
+    log_every: Positive = Field(10, description="steps between reports")
+    spike: NonNegativeFloat = Field(
+        100.0,
+        description="skip steps with a gradient norm above this multiple of the running mean; 0 = only NaN and inf",
+    )
+    max_skipped: Positive = Field(3, description="consecutive skipped steps that stop the run")
+    # At most half of ranks.PATIENCE: collectives that give up do not name the missing rank.
+    timeout: Annotated[float, Field(gt=0.0, le=43_200.0)] = Field(
+        600.0, description="seconds without progress that end the run; compiling is not counted"
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TrainConfig:
+        if self.tf32 and self.precision != "fp32":
+            raise ValueError(f"tf32 needs precision fp32, got {self.precision}")
+        if self.cuda_graphs and self.compile is False:
+            raise ValueError("cuda_graphs needs compile null or true")
+        if self.cuda_graphs and self.checkpoint_activations:
+            # A forward within backward replays graphs, whose memory holds gradients that backward still needs.
+            raise ValueError("cuda_graphs and checkpoint_activations exclude each other")
+        return self
+
+
+class LogConfig(Section):
+    wandb: str | None = Field(None, description="Weights & Biases project for the metrics; null: none")
+    slow_rank: Annotated[float, Field(gt=0.0)] = Field(
+        0.2, description="name a rank that is slower than the ranks' mean by more than this share"
+    )
+
+
+class InferenceConfig(Section):
+    """How photos are segmented: part of a run's ``eval`` section, and the ``inference`` section of model.json."""
+
+    short_side: Positive = Field(448, description="pixels of a photo's short side at the network's input")
+    mode: Literal["whole", "sliding"] = Field("whole", description="the whole photo at once, or sliding windows")
+    window: Positive = Field(448, description="side of a sliding window in pixels")
+    stride: Positive = Field(224, description="pixels between sliding windows")
+    decoding: Literal["groupvit", "direct"] = Field("groupvit", description="how evaluation decodes segments to labels")
+    background_threshold: Fraction | None = Field(
+        None, description="segments with a lower score are background; null: the data set's usual threshold, if any"
+    )
+    templates: tuple[str, ...] = Field(TEMPLATES["default"], description="prompt templates, {} for the class name")
+
+    @field_validator("templates", mode="before")
+    @classmethod
+    def _read_templates(cls, value: Any) -> Any:
+        try:
+            return parse_templates(value)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _windows_touch(self) -> InferenceConfig:
+        if self.stride > self.window:
+            raise ValueError(
+                f"stride {self.stride} leaves gaps between windows of {self.window} (at most {self.window})"
+            )
+        return self
+
+    def with_options(self, **options: Any) -> InferenceConfig:
+        """These settings, overridden by those of `options` that are not None.
+
+        Raises:
+            UserError: an unknown option, or a value that does not fit.
+        """
+        own = {name: getattr(self, name) for name in InferenceConfig.model_fields}
+        given = {name: value for name, value in options.items() if value is not None}
+        try:
+            return InferenceConfig.model_validate(own | given)
+        except ValidationError as error:
+            raise UserError(describe(error, InferenceConfig)) from None
+
+
+class EvalDatasetConfig(Section):
+    name: str = Field(description="name of the data set in the scores")
+    dataset: str = Field("plain", description="folder layout, as in `mixreorg evaluate --dataset`")
+    root: str = Field(description="folder of the data set")
+    split: str = Field("val", description="split of the data set")
+    background_threshold: Fraction | None = Field(None, description="overrides eval.background_threshold")
+    limit: Positive | None = Field(None, description="score only this many images")
+
+
+class EvalConfig(InferenceConfig):
+    datasets: list[EvalDatasetConfig] = Field(
+        [], description="data sets to score; embedded data: the held-out scenes by default"
+    )
+    every: NonNegative = Field(0, description="steps between validations, 0 = only at the end")
+    every_images: Positive = Field(100, description="images per data set in a validation during training")
+
+
+class CheckpointConfig(Section):
+    every: NonNegative = Field(1000, description="steps between checkpoints, 0 = only the last")
+    keep: Positive = Field(2, description="newest checkpoints to keep, besides the best weights")
+
+
+class DeepSpeedConfig(Section):
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
+        2, description="ZeRO stage: 1 partitions moments, 2 also gradients, 3 also parameters"
+    )
+    offload_optimizer: bool = Field(False, description="keep moments in the CPU's memory")
+    offload_parameters: bool = Field(False, description="keep parameters in the CPU's memory, with stage 3")
+    options: dict[str, Any] = Field({}, description="further DeepSpeed keys, passed on unchanged")
+
+    @model_validator(mode="after")
+    def _offload_needs_its_stage(self) -> DeepSpeedConfig:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(f"offload_parameters needs zero_stage 3, got {self.zero_stage}")
+        owned = {
+            "train_batch_size": "train.batch",
+            "train_micro_batch_size_per_gpu": "train.batch",
+            "gradient_accumulation_steps": "train.accumulation",
+            "gradient_clipping": "train.clip",
+            "optimizer": "train.lr and its neighbours",
+            "scheduler": "train.warmup_steps and its neighbours",
+            "bf16": "train.precision",
+            "fp16": "train.precision",
+        }
+        for key in self.options:
+            if key in owned:
+                raise ValueError(f"options.{key} is set by {owned[key]}")
+        return self
+
+
+class Config(Section):
+    """A run. ``config.json`` of a run folder holds these settings, resolved."""
+
+    name: str = Field("mixreorg", description="name of the run and of its folder")
+    output: str = Field("runs", description="folder of run folders")
+    seed: int = Field(0, description="seed of all random numbers of the run")
+    model: ModelConfig = ModelConfig()
+    mixing: MixingConfig = MixingConfig()
+    loss: LossConfig = LossConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    log: LogConfig = LogConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.output) / self.name
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if self.model.method == "mixreorg" and self.mixing.context_blocks >= self.model.depths[0]:
+            raise ValueError(
+                f"mixing.context_blocks {self.mixing.context_blocks} leaves no stage-1 block to mix in "
+                f"(nearest: {self.model.depths[0] - 1} of model.depths[0] {self.model.depths[0]})"
+            )
+        if self.model.method == "mixreorg" and not self.loss.mixed and not self.loss.restored:
+            raise ValueError("loss.mixed and loss.restored are both 0, which is model.method 'groupvit'")
+        if self.train.cuda_graphs and self.deepspeed.zero_stage == 3:
+            raise ValueError("train.cuda_graphs needs weights that stay: deepspeed.zero_stage 0, 1 or 2, not 3")
+        return self
+
+    @property
+    def inference(self) -> InferenceConfig:
+        """The settings stored with the weights: those of evaluation, with the threshold that all data sets share."""
+        thresholds = {dataset.background_threshold for dataset in self.eval.datasets}
+        return self.eval.with_options(background_threshold=thresholds.pop() if len(thresholds) == 1 else None)
+
+    def compiles(self, device_type: str) -> bool:
+        """Whether training compiles its blocks on such a device."""
+        if self.train.compile is None:
+            return device_type == "cuda" and self.deepspeed.zero_stage < 3
+        return self.train.compile
+
+    @property
+    def group_size(self) -> int:
+        """Images whose patches are mixed with one another; 1 without mixing."""
+        return self.mixing.group_size if self.model.method == "mixreorg" else 1
+
+    def batch_unit(self, world_size: int) -> int:
+        """The number that must divide `train.batch`: ranks x micro-steps x mixing group."""
+        return world_size * self.train.accumulation * self.group_size
+
+    def micro_batch(self, world_size: int) -> int:
+        """Images per rank and micro-step.
+
+        Raises:
+            UserError: `train.batch` does not split evenly over ranks, micro-steps and mixing groups.
+        """
+        unit = self.batch_unit(world_size)
+        if self.train.batch % unit:
+            low = self.train.batch // unit * unit
+            choices = f"{low} or {low + unit}" if low else str(unit)
+            raise UserError(
+                f"train.batch {self.train.batch} is no multiple of {unit} = {world_size} ranks x train.accumulation "
+                f"{self.train.accumulation} x mixing.group_size {self.group_size} (nearest: {choices})"
+            )
+        return self.train.batch // (world_size * self.train.accumulation)
