@@ -9,7 +9,6 @@ GPU: of allocated memory).
 """
 
 import argparse
-import importlib
 import json
 import resource
 import subprocess
@@ -19,7 +18,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-contrastive = importlib.import_module("mixreorg_fast.ops.contrastive_loss")
+from mixreorg_fast.ops.contrastive_blocks import TORCH, TRITON
+from mixreorg_fast.ops.contrastive_loss import ring_gradient, ring_log_sum_exp
 
 
 class GeneratedPeers:
@@ -38,13 +38,13 @@ class GeneratedPeers:
 
 def measure(local: int, ranks: int, width: int, dtype: torch.dtype) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kernels = contrastive._TRITON if device.type == "cuda" else contrastive._TORCH
+    blocks = TRITON if device.type == "cuda" else TORCH
     ring, scale = GeneratedPeers(ranks), torch.tensor(14.3, device=device)
     image, texts = (F.normalize(torch.randn(local, width, device=device, dtype=dtype), dim=-1) for _ in range(2))
 
     def share(peers):
-        lse = contrastive.ring_log_sum_exp(image, texts, scale, peers, kernels)
-        return contrastive.ring_gradient(image, texts, *lse, scale, 1, peers, kernels)
+        lse = ring_log_sum_exp(image, texts, scale, peers, blocks)
+        return ring_gradient(image, texts, *lse, scale, peers, blocks)
 
     share(GeneratedPeers(1))  # libraries load, pools are made
     before = _memory(device)

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -210,15 +211,12 @@ class Counter(TorchDispatchMode):
 
 def count(call: Callable[[], Any], inputs: Sequence[Tensor], flops: float = 0.0) -> list[Work]:
     """The kernels and operations of `call` and of its backward pass, on meta tensors."""
-    traces, registration._traces = registration._traces, lambda tensor: False  # a dispatch mode is no reason here
-    try:
-        with offline(ARCHITECTURE) as launches, Counter() as counter:
-            out = call()
-            outputs = [x for x in ([out] if isinstance(out, Tensor) else out) if x.requires_grad]
-            if outputs:
-                torch.autograd.grad(outputs, inputs, [torch.empty_like(x) for x in outputs])
-    finally:
-        registration._traces = traces
+    untraced = mock.patch.object(registration, "traces", lambda tensor: False)  # although a dispatch mode is active
+    with untraced, offline(ARCHITECTURE) as launches, Counter() as counter:
+        out = call()
+        outputs = [x for x in ([out] if isinstance(out, Tensor) else out) if x.requires_grad]
+        if outputs:
+            torch.autograd.grad(outputs, inputs, [torch.empty_like(x) for x in outputs])
     kernels = [
         Work(launch.kernel, launch.bytes, flops / len(launches), FLOP_PER_S[torch.bfloat16], executed(launch))
         for launch in launches
@@ -326,10 +324,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         {**{key: harness.rounded(value) for key, value in row.items()}, "suite": "counted", **stamp}
         for row in (*of_ops(), *of_others())
     ]
-    kept = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    rows = [*(row for row in kept if row["state"] != state), *rows]
     header = {**ledger.versions(" ".join(["python -m benchmarks.counted", state])), "counted_for": COUNTED_FOR}
-    ledger.write_rows(RESULTS, header, rows)
+    ledger.write_rows(RESULTS, header, rows, keep=lambda row: row["state"] != state)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -316,15 +315,13 @@ def rounded(value: Any) -> Any:
 
 
 def header() -> dict[str, Any]:
-    """What stands above the rows of a ledger."""
+    """The header of this device's results file."""
     return {**versions(" ".join(["pytest", *sys.argv[1:]])), **ceilings()}
 
 
 def write_results(rows: Sequence[Mapping[str, Any]], header: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Put `rows` into ``<device>.json``; what the file holds of other suites and ops stays."""
+    """Put `rows` into ``<device>.json``. They replace the rows of the same suites and ops; other rows stay."""
     path = folder / f"{file_stem(header['device'])}.json"
     measured = {(row["suite"], row["op"]) for row in rows}
-    old = json.loads(path.read_text())["rows"] if path.exists() else []
-    kept = [row for row in old if (row["suite"], row.get("op")) not in measured]
-    write_rows(path, header, [*kept, *rows])
+    write_rows(path, header, rows, keep=lambda row: (row["suite"], row.get("op")) not in measured)
     return path

@@ -47,7 +47,7 @@ def launches_stubbed(architecture: int = 90) -> Iterator[None]:
         mock.patch.object(variants, "launches_on", lambda device: True),
         mock.patch.object(variants, "offline_architecture", architecture),
     ):
-        driver.set_active(offline._Driver(architecture))
+        driver.set_active(offline.Driver(architecture))
         try:
             yield
         finally:

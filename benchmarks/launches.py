@@ -25,7 +25,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixreorg_fast.config import parse_config
-from mixreorg_fast.models import MixReorg, encoders, layers
+from mixreorg_fast.models import MixReorg, layers, text_encoder
+from mixreorg_fast.models.image_encoder import ImageEncoder
 from mixreorg_fast.ops import dispatch, registration
 
 from .test_train_step import CAPTIONS, VOCABULARY, random_batch
@@ -41,13 +42,12 @@ NARROW = {
 }
 # What a region of the forward is called in the table; what is in none of these methods counts as "features".
 REGIONS = {
-    "_plan": "mixing plan",
-    "_drops": "stochastic depth",
-    "_keep": "stochastic depth",
-    "_first_stage": "stage 1",
-    "_group": "stages 2 and 3",
-    "_texts": "captions",
-    "losses": "losses",
+    (MixReorg, "_plan"): "mixing plan",
+    (MixReorg, "_drops"): "stochastic depth",
+    (MixReorg, "_first_stage"): "stage 1",
+    (ImageEncoder, "finish"): "stages 2 and 3",
+    (MixReorg, "_texts"): "captions",
+    (MixReorg, "losses"): "losses",
 }
 KINDS = ("eager", "compiled", "triton")
 # Operations without a kernel that are no views by their schema.
@@ -125,8 +125,8 @@ def _as_on_a_gpu(launches: Launches) -> Iterator[None]:
     """On CPU tensors: kernels wherever a GPU would take them, torch.compile, host work not counted."""
     from triton.runtime.interpreter import GridExecutor
 
-    def in_region(name: str, region: str) -> Callable:
-        method = getattr(MixReorg, name)
+    def in_region(module: type, name: str, region: str) -> Callable:
+        method = getattr(module, name)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with launches.within(region):
@@ -140,15 +140,14 @@ def _as_on_a_gpu(launches: Launches) -> Iterator[None]:
         launches.add("eager")
         return made
 
-    of, execute = encoders.Packing.of, GridExecutor.__call__
+    of, execute = text_encoder.Packing.of, GridExecutor.__call__
     with contextlib.ExitStack() as stack:
-        for name, region in REGIONS.items():
-            if hasattr(MixReorg, name):
-                stack.enter_context(mock.patch.object(MixReorg, name, in_region(name, region)))
-        stack.enter_context(mock.patch.object(encoders.Packing, "of", packing))
-        stack.enter_context(mock.patch.object(dispatch, "_passed_over", lambda op, inputs: []))
+        for (module, name), region in REGIONS.items():
+            stack.enter_context(mock.patch.object(module, name, in_region(module, name, region)))
+        stack.enter_context(mock.patch.object(text_encoder.Packing, "of", packing))
+        stack.enter_context(mock.patch.object(dispatch, "passed_over", lambda op, inputs: []))
         # What counts is not traced.
-        traces = mock.patch.object(registration, "_traces", lambda tensor: torch.compiler.is_compiling())
+        traces = mock.patch.object(registration, "traces", lambda tensor: torch.compiler.is_compiling())
         stack.enter_context(traces)
         compiling = functools.partial(torch.compile, backend=launches.backend())
         stack.enter_context(mock.patch.object(torch, "compile", compiling))

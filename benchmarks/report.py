@@ -1,20 +1,18 @@
 """Write the tables of docs/performance.md and docs/results.md from the results files: ``python -m benchmarks.report``.
 
-Only what stands between a page's two markers is replaced; ``--check`` changes nothing and fails where it would.
+Only the text between a page's two markers is replaced. ``--check`` changes nothing and fails if a page is out of date.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from mixreorg_fast.ledger import between_markers, file_stem
-from mixreorg_fast.study.report import PAGE as RESULTS_PAGE
-from mixreorg_fast.study.report import write_page
+from mixreorg_fast import ledger
+from mixreorg_fast.ledger import Row, file_stem
+from mixreorg_fast.study import report as study_report
 
 from . import figures
 
@@ -23,23 +21,16 @@ DOCS = HERE.parent / "docs"
 PROFILE, CURVES, COUNTED = "profile", "curves", "counted"
 SUITES = ("op", "inference", "step", "loader", PROFILE, CURVES)  # that have a table here
 LARGEST_BATCH, WAITING = "largest batch", "waiting for data"
-Row = Mapping[str, Any]
 
 
 def tables(folder: Path = HERE / "results") -> str:
     """One section per device, GPUs first."""
-    files = _files(folder, SUITES)
-    sections = [device_section(file) for file in sorted(files, key=lambda file: file["cuda"] is None)]
-    return "\n\n".join([*map(counted_section, _files(folder, [COUNTED])), *sections])
+    files = sorted(ledger.results_files(folder, SUITES), key=lambda file: file["cuda"] is None)
+    counted = ledger.results_files(folder, [COUNTED])
+    return "\n\n".join([*map(counted_section, counted), *map(device_section, files)])
 
 
-def _files(folder: Path, suites: Sequence[str]) -> list[Mapping[str, Any]]:
-    """The results files that hold rows of these suites."""
-    files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return [file for file in files if any(row["suite"] in suites for row in file["rows"])]
-
-
-def device_section(file: Mapping[str, Any]) -> str:
+def device_section(file: Row) -> str:
     """The device, its ceilings, and a table per op."""
     rows = [row for row in file["rows"] if row["suite"] in SUITES]
     commits = sorted({row["commit"] for row in rows})
@@ -69,7 +60,7 @@ def device_section(file: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def counted_section(file: Mapping[str, Any]) -> str:
+def counted_section(file: Row) -> str:
     """What was counted without a GPU, of each state of the code: per op, on the host, and of a whole micro-step."""
     gpu = file["counted_for"]
     lines = [
@@ -93,11 +84,8 @@ def counted_section(file: Mapping[str, Any]) -> str:
     def steps(rows: Mapping[str, Row], text: Callable[[Row], str]) -> str:
         return " → ".join(text(rows[state]) if state in rows else "–" for state in states)
 
-    lines += ["", f"**ops, forward and backward** ({' → '.join(states)})", ""]
-    lines.append(
-        "| op | shape | launches | MB | M warp instructions | at least, µs | eager at least, µs | ratio | target |"
-    )
-    lines.append("|" + "---|" * 9)
+    head = ["op", "shape", "launches", "MB", "M warp instructions", "at least, µs", "eager at least, µs", "ratio"]
+    body = []
     ops = of("ops", "op", "shape", "implementation")
     for (op, shape, name), rows in ops.items():
         if name != "ours":
@@ -108,41 +96,41 @@ def counted_section(file: Mapping[str, Any]) -> str:
         cells += [steps(rows, lambda row: f"{row['warp_minstructions']:.0f}")]
         cells += [steps(rows, lambda row: f"{row['predicted_us']:.0f} ({row['bound']})"), f"{least:.0f}"]
         cells += [steps(rows, lambda row, least=least: f"{least / row['predicted_us']:.1f}×")]
-        lines.append(f"| {' | '.join([*cells, list(rows.values())[-1]['target']])} |")
+        body.append([*cells, list(rows.values())[-1]["target"]])
+    lines += ["", *titled(f"**ops, forward and backward** ({' → '.join(states)})", [*head, "target"], body)]
 
-    lines += ["", "**host time of an op**, forward and backward, µs", "", "| op | ours | eager |", "|---|---|---|"]
-    for (op,), rows in of("host_time", "op").items():
-        ours, eager = (
-            steps(rows, lambda row, name=name: f"{row[f'{name}_forward_us'] + row[f'{name}_backward_us']:.0f}")
-            for name in ("ours", "eager")
-        )
-        lines.append(f"| {op} | {ours} | {eager} |")
-
-    lines += [
-        "",
-        "**launches of a micro-step**",
-        "",
-        "| part | eager | compiled calls | kernels |",
-        "|---|---|---|---|",
+    body = [
+        [
+            op,
+            *(
+                steps(rows, lambda row, name=name: f"{row[f'{name}_forward_us'] + row[f'{name}_backward_us']:.0f}")
+                for name in ("ours", "eager")
+            ),
+        ]
+        for (op,), rows in of("host_time", "op").items()
     ]
-    for (what,), rows in of("launches", "what").items():
-        kinds = (steps(rows, lambda row, kind=kind: f"{row[kind]}") for kind in ("eager", "compiled", "triton"))
-        lines.append(f"| {' | '.join([what, *kinds])} |")
+    lines += ["", *titled("**host time of an op**, forward and backward, µs", ["op", "ours", "eager"], body)]
 
-    lines += ["", "**activations**", "", "| of | MB an image |", "|---|---|"]
-    for (what,), rows in of("activations", "what").items():
-        megabytes_each = steps(rows, lambda row: f"{row['mb_per_image']:.1f}")
-        lines.append(f"| {what} | {megabytes_each} |")
-    return "\n".join(lines)
+    body = [
+        [what, *(steps(rows, lambda row, kind=kind: f"{row[kind]}") for kind in ("eager", "compiled", "triton"))]
+        for (what,), rows in of("launches", "what").items()
+    ]
+    lines += ["", *titled("**launches of a micro-step**", ["part", "eager", "compiled calls", "kernels"], body)]
+
+    body = [
+        [what, steps(rows, lambda row: f"{row['mb_per_image']:.1f}")]
+        for (what,), rows in of("activations", "what").items()
+    ]
+    return "\n".join([*lines, "", *titled("**activations**", ["of", "MB an image"], body)])
 
 
-def figure_name(file: Mapping[str, Any], what: str) -> str:
+def figure_name(file: Row, what: str) -> str:
     return f"step_{what.replace(' ', '_')}_{file_stem(file['device'])}.png"
 
 
 def draw(results: Path, images: Path) -> None:
     """Every figure that the tables show."""
-    for file in _files(results, SUITES):
+    for file in ledger.results_files(results, SUITES):
         rows = file["rows"]
         for axis in dict.fromkeys(row["axis"] for row in rows if "axis" in row):
             figures.growth([row for row in rows if row.get("axis") == axis], images / figure_name(file, axis))
@@ -150,95 +138,83 @@ def draw(results: Path, images: Path) -> None:
             figures.losses(losses, images / figure_name(file, "losses"))
 
 
+def titled(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    return [title, "", *ledger.table(head, rows)]
+
+
 def op_table(op: str, rows: Sequence[Row]) -> list[str]:
-    """A line per shape, mode and launch; a column per implementation; what the kernel gains, where it ran."""
+    """A line per shape, mode and launch; a column per implementation; the kernel's gain where the kernel ran."""
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     with_kernel = "triton" in names
     head = ["shape", "dtype", "mode", *(f"{name} ms" for name in names)]
     if with_kernel:
         head += ["vs eager", "vs compiled", "of the limit", "peak MB", "eager's"]
-    lines = [f"**{op}**", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    combinations = dict.fromkeys((row["shape"], row["dtype"], row["mode"], row["graph"]) for row in rows)
-    for shape, dtype, mode, graph in combinations:
-        by_name = {
-            row["implementation"]: row
-            for row in rows
-            if (row["shape"], row["dtype"], row["mode"], row["graph"]) == (shape, dtype, mode, graph)
-        }
-        cells = [
-            shape,
-            dtype,
-            f"{mode}, graph" if graph else mode,
-            *(milliseconds(by_name.get(name)) for name in names),
-        ]
+    by_case: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        case = (row["shape"], row["dtype"], row["mode"], row["graph"])
+        by_case.setdefault(case, {})[row["implementation"]] = row
+    body = []
+    for (shape, dtype, mode, graph), by_name in by_case.items():
+        cells = [shape, dtype, f"{mode}, graph" if graph else mode]
+        cells += [milliseconds(by_name.get(name)) for name in names]
         if with_kernel:
             kernel, eager = by_name.get("triton"), by_name.get("eager")
             cells += [ratio(eager, kernel), ratio(by_name.get("compiled"), kernel), share(kernel)]
             cells += [megabytes(kernel), megabytes(eager)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        body.append(cells)
+    return titled(f"**{op}**", head, body)
 
 
 def throughput_table(op: str, rows: Sequence[Row]) -> list[str]:
-    """A line per shape and implementation; what ours gains on each of the others of the same shape."""
+    """A line per shape and implementation; the gain of ours over each other implementation at the same shape."""
     head = ["shape", "dtype", "implementation", "images/s", "ms", "ours against it", "peak MB", "of the limit"]
-    lines = [f"**{op}**", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     ours = {(row["shape"], row["dtype"]): row for row in rows if row["implementation"] == "ours"}
+    body = []
     for row in rows:
         mine = ours.get((row["shape"], row["dtype"]))
         cells = [row["shape"], row["dtype"], row["implementation"], f"{row['images_per_s']:.4g}", milliseconds(row)]
         cells += [ratio(row, mine) if row is not mine else "", megabytes(row)]
-        cells.append(share(row) if row["limit_fraction"] else "–")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        body.append([*cells, share(row) if row["limit_fraction"] else "–"])
+    return titled(f"**{op}**", head, body)
 
 
 def largest_batches(rows: Sequence[Row]) -> list[str]:
-    lines = [f"**{LARGEST_BATCH}** of one device", "", "| model | dtype | images | peak MB |", "|---|---|---|---|"]
-    return lines + [f"| {row['shape']} | {row['dtype']} | {row['images']} | {megabytes(row)} |" for row in rows]
+    body = ([row["shape"], row["dtype"], row["images"], megabytes(row)] for row in rows)
+    return titled(f"**{LARGEST_BATCH}** of one device", ["model", "dtype", "images", "peak MB"], body)
 
 
 def waiting_table(rows: Sequence[Row], others: Sequence[Row]) -> list[str]:
-    """What a training waits, and the loader alone against the fastest step that it has to feed."""
-    lines = [
-        f"**{WAITING}**",
-        "",
-        "| training | dtype | images/s | waiting | loader alone | step alone | ratio |",
-    ]
-    lines.append("|" + "---|" * 7)
+    """Share of a training that waits for data, and the loader's rate against the fastest step's."""
+    head = ["training", "dtype", "images/s", "waiting", "loader alone", "step alone", "ratio"]
     alone = max((row["images_per_s"] for row in others if row["op"] == "loader"), default=None)
+    body = []
     for row in rows:
         steps = [r for r in others if r["op"] == "mixreorg step" and r["dtype"] == row["dtype"]]
         step = max((r["images_per_s"] for r in steps if r["implementation"] == "ours"), default=None)
         cells = [row["shape"], row["dtype"], f"{row['images_per_s']:.4g}", f"{row['waiting']:.1%}"]
         cells += [f"{rate:.4g}" if rate else "–" for rate in (alone, step)]
-        cells.append(f"{alone / step:.1f}×" if alone and step else "–")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        body.append([*cells, f"{alone / step:.1f}×" if alone and step else "–"])
+    return titled(f"**{WAITING}**", head, body)
 
 
 def profile_table(op: str, rows: Sequence[Row]) -> list[str]:
     """A line per implementation and family of operations; `floor` is the least time for its bytes or operations."""
     head = ["implementation", "family", "ms", "share", "GFLOP", "GB", "floor ms", "of the limit"]
     shapes = ", ".join(dict.fromkeys(f"{row['shape']} {row['dtype']}" for row in rows))
-    lines = [f"**{op}** ({shapes})", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
 
-    def number(value: float | None) -> str:
-        return "–" if value is None else f"{value:.3g}"
-
-    def line(name: str, of: str, ms: float, part: float, *counted: float | None) -> str:
+    def line(name: str, family: str, ms: float, part: float, *counted: float | None) -> list[str]:
+        numbers = ("–" if value is None else f"{value:.3g}" for value in counted)
         floor = counted[-1]
-        cells = [name, of, f"{ms:.3g}", f"{part:.1%}", *map(number, counted)]
-        return f"| {' | '.join(cells)} | {'–' if floor is None else f'{floor / ms:.0%}'} |"
+        return [name, family, f"{ms:.3g}", f"{part:.1%}", *numbers, "–" if floor is None else f"{floor / ms:.0%}"]
 
     counts = ("gflop", "gbyte", "floor_ms")
+    body = []
     for name in dict.fromkeys(row["implementation"] for row in rows):
         mine = [row for row in rows if row["implementation"] == name]
-        for row in mine:
-            lines.append(line(name, row["family"], row["ms"], row["share"], *(row[count] for count in counts)))
+        body += [line(name, row["family"], row["ms"], row["share"], *(row[count] for count in counts)) for row in mine]
         counted = [None if mine[0][count] is None else sum(row[count] for row in mine) for count in counts]
-        lines.append(line(name, "the step, by the clock", mine[0]["step_ms"], 1.0, *counted))
-    return lines
+        body.append(line(name, "the step, by the clock", mine[0]["step_ms"], 1.0, *counted))
+    return titled(f"**{op}** ({shapes})", head, body)
 
 
 def gap(first: Sequence[float], second: Sequence[float]) -> float:
@@ -247,9 +223,8 @@ def gap(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def gap_table(rows: Sequence[Row]) -> list[str]:
-    """How far apart ours and the baseline's losses lie, against the baseline's own in bf16 and in fp32."""
-    head = ["losses", "shape", "steps", "between", "gap"]
-    lines = ["**loss curves**", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    """The gap between the losses of ours and of the baseline, beside the gap between the baseline in bf16 and fp32."""
+    body = []
     for op in dict.fromkeys(row["op"] for row in rows):
         curves = {(row["implementation"], row["dtype"]): row for row in rows if row["op"] == op}
         (name,) = {of for of, _ in curves} - {"ours"}
@@ -259,9 +234,8 @@ def gap_table(rows: Sequence[Row]) -> list[str]:
             if all(key in curves for key in pair):
                 a, b = (curves[key] for key in pair)
                 between = " and ".join(f"{of} in {dtype}" for of, dtype in pair)
-                cells = [op, a["shape"], len(a["losses"]), between, f"{gap(a['losses'], b['losses']):.2g}"]
-                lines.append(f"| {' | '.join(map(str, cells))} |")
-    return lines
+                body.append([op, a["shape"], len(a["losses"]), between, f"{gap(a['losses'], b['losses']):.2g}"])
+    return titled("**loss curves**", ["losses", "shape", "steps", "between", "gap"], body)
 
 
 def milliseconds(row: Row | None) -> str:
@@ -283,16 +257,14 @@ def megabytes(row: Row | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail where the page is not what the results say")
+    parser.add_argument("--check", action="store_true", help="fail if a page differs from the results")
     check = parser.parse_args(argv).check
-    page = DOCS / "performance.md"
-    old = page.read_text()
-    new = between_markers(old, tables())
+    results, page = HERE / "results", DOCS / "performance.md"
+    changed = [page.name] * ledger.write_page(page, tables(), check=check)
+    changed += [study_report.PAGE] * study_report.write_page(results, DOCS, check=check)
     if not check:
-        page.write_text(new)
-        draw(HERE / "results", DOCS / "images")
-    changed = [page.name] * (new != old) + [RESULTS_PAGE] * write_page(HERE / "results", DOCS, check=check)
-    if check and changed:
+        draw(results, DOCS / "images")
+    elif changed:
         print(f"docs: {', '.join(changed)}: not what benchmarks/results/ says; run python -m benchmarks.report")
     return int(check and bool(changed))
 

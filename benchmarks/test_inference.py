@@ -19,11 +19,11 @@ import torch.nn.functional as F
 
 from mixreorg_fast import accelerate, ops
 from mixreorg_fast.config import ModelConfig, TextConfig
+from mixreorg_fast.convert import save_huggingface
 from mixreorg_fast.evaluation.classes import ADE20K
-from mixreorg_fast.inference.class_scores import class_scores
+from mixreorg_fast.inference.model import Model
 from mixreorg_fast.inference.windows import decode, decode_groupvit_reference, window_boxes
-from mixreorg_fast.models import GroupViT
-from mixreorg_fast.models.convert import save_huggingface
+from mixreorg_fast.models.class_scores import class_scores
 
 from .harness import CPU_BF16, DEVICE, ON_GPU, Case, Work, matrix
 from .test_decode_segments import dense
@@ -37,10 +37,10 @@ SLIDING = [((448, 592), (512, 683)), *([((448, 640), (2100, 3000))] if ON_GPU el
 
 
 @cache
-def our_model(side: int, dtype: torch.dtype) -> GroupViT:
+def our_model(side: int, dtype: torch.dtype) -> Model:
     torch.manual_seed(0)
     config = ModelConfig(image_size=side, text=TextConfig(vocab_size=VOCABULARY))
-    return GroupViT(config).to(DEVICE, dtype).eval()
+    return Model(config).to(DEVICE, dtype).eval()
 
 
 @cache

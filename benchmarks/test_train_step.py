@@ -26,9 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixreorg_fast import ops
 from mixreorg_fast.config import Config, parse_config
+from mixreorg_fast.convert import save_huggingface
+from mixreorg_fast.inference.model import Model
 from mixreorg_fast.models import Batch, MixReorg
-from mixreorg_fast.models.convert import save_huggingface
-from mixreorg_fast.models.encoders import TextEncoder
+from mixreorg_fast.models.text_encoder import TextEncoder
+from mixreorg_fast.ops import dispatch
 from mixreorg_fast.ops.token_mixing import blend_tokens_reference, mix_tokens_reference, restore_tokens_reference
 from mixreorg_fast.training.optimisation import optimizer
 
@@ -118,10 +120,9 @@ def ours_in_graphs(config: Config) -> Step:
 
 def huggingface(config: Config) -> Step:
     transformers = pytest.importorskip("transformers", reason="needs the Hugging Face extra")
-    backbone = our_model(config).backbone
-    state = backbone.state_dict()
+    state = our_model(config).backbone.state_dict()
     with tempfile.TemporaryDirectory() as folder:
-        save_huggingface(backbone, folder, state | {"logit_scale": state["logit_scale"].reshape(())})
+        save_huggingface(Model(config.model), folder, state | {"logit_scale": state["logit_scale"].reshape(())})
         model = transformers.GroupViTModel.from_pretrained(folder).to(DEVICE).train()
     half = config.train.precision == "bf16"
 
@@ -159,9 +160,10 @@ def random_plan(images: int, patches: int, group_size: int, *, device: torch.dev
 
 
 def random_drops(model: MixReorg, batch: Batch) -> Tensor | None:
-    if not any(model.drop_rates):
+    drop_rates = model.backbone.image_encoder.drop_rates
+    if not any(drop_rates):
         return None
-    rates = torch.tensor(model.drop_rates, device=batch.images.device)[:, None]
+    rates = torch.tensor(drop_rates, device=batch.images.device)[:, None]
     return (torch.rand(2, len(rates), 3 * len(batch.images), device=rates.device) >= rates).float() / (1 - rates)
 
 
@@ -245,9 +247,8 @@ class Counted(dict):
         config = self._config.model_copy(deep=True)
         config.train.compile = config.train.checkpoint_activations = False  # what is done twice counts once
         batch = random_batch(config, few, self._captions, torch.Generator(DEVICE).manual_seed(0))
-        every = dict.fromkeys(("grouping_attention", "contrastive_loss", "mixed_segmentation_loss"), lambda *_: True)
         with (
-            mock.patch.dict("mixreorg_fast.ops.dispatch.PYTORCH_WINS", every),
+            mock.patch.object(dispatch, "passed_over", lambda op, inputs: ["its products are not counted"]),
             sdpa_kernel(SDPBackend.MATH),
             mock.patch.object(ops, "linear", F.linear),  # the counter does not know oneDNN's
             FlopCounterMode(display=False) as counter,

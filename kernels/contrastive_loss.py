@@ -1,10 +1,10 @@
 """Contrastive loss: log-sum-exps over rows and columns of ``scale * rows @ columns.T``, and the gradient from them.
 
-The matrix of logits never exists. Both kernels are matrix products over [BLOCK_M, BLOCK_N] tiles whose epilogue
-reduces the tile (forward: to one log-sum-exp per row and per column) or turns it into gradient weights (backward). The
-rows are taken in strips, so that what one launch leaves behind, the tiles' log-sum-exps or a strip of weights in the
-inputs' dtype, stays within a fixed budget at any batch (docs/losses.md counts bytes and operations). The weights meet
-the features in plain matrix products that accumulate in fp32. No atomics: partial results have one writer each.
+The matrix of logits is never stored. Both kernels are matmuls over [BLOCK_M, BLOCK_N] tiles. Their epilogue reduces
+the tile to one log-sum-exp per row and per column (forward) or turns it into gradient weights (backward). The rows are
+processed in strips: one launch writes the tiles' log-sum-exps, or a strip of weights in the inputs' dtype, within a
+fixed budget of bytes at any batch (docs/losses.md counts bytes and operations). Plain matmuls that accumulate in fp32
+multiply the weights with the features. No atomics: every partial result has one writer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .precision import exp2, rounded, upcast
-from .variants import Config, cdiv, configuration, on_device
+from .settings import LogitBlock
+from .variants import Config, cdiv, tuned
 
 # Per architecture for 16-bit operands (tensor cores) and for fp32 ones (IEEE products on the plain units).
 CONFIGS_16 = {
@@ -66,7 +67,7 @@ def _tile(
 ):
     """This program's rows [BLOCK_M], columns [BLOCK_N] and their products [BLOCK_M, BLOCK_N] in fp32.
 
-    Rows vary fastest over the programs: those that run together share a block of columns and a strip of rows in L2.
+    Rows vary fastest over the programs: concurrent programs share a block of columns and a strip of rows in L2.
     """
     blocks = tl.cdiv(rows, BLOCK_M)
     program = tl.program_id(0)
@@ -116,17 +117,7 @@ def _log_sum_exp_kernel(
 ):
     """row_parts[column block, row], column_parts[row block, column]: the tile's log-sum-exps, to base 2."""
     row, column, products = _tile(
-        rows_ptr,
-        columns_ptr,
-        rows,
-        columns,
-        row_stride,
-        column_stride,
-        D,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_D,
-        PRECISION,
+        rows_ptr, columns_ptr, rows, columns, row_stride, column_stride, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION
     )
     scale = tl.load(scale_ptr).to(tl.float32) * LOG2_E
     logits = products * scale
@@ -141,18 +132,9 @@ def _log_sum_exp_kernel(
         if tl.minimum(tl.min(row_total), tl.min(column_total)) > SMALLEST_TOTAL:
             row_lse, column_lse = largest + tl.log2(row_total), largest + tl.log2(column_total)
         else:
-            _, _, products = _tile(  # again: to hold them costs registers
-                rows_ptr,
-                columns_ptr,
-                rows,
-                columns,
-                row_stride,
-                column_stride,
-                D,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                PRECISION,
+            # The products are computed again: holding them takes registers.
+            _, _, products = _tile(
+                rows_ptr, columns_ptr, rows, columns, row_stride, column_stride, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION
             )
             logits = products * scale
             row_lse = _log_sum_exp(tl.where(column_exists[None, :], logits, float("-inf")), 1)
@@ -187,7 +169,7 @@ def _merge_kernel(
         total = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, parts, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS).to(tl.int64)
-        # Columns outside hold zeros, so that no infinity meets another.
+        # Masked columns load 0 to avoid inf - inf.
         inside = (part < parts)[:, None] & exists[None, :]
         block = tl.load(parts_ptr + part[:, None] * columns + column[None, :], mask=inside, other=0.0)
         block = tl.where((part < parts)[:, None], block, float("-inf"))
@@ -224,17 +206,7 @@ def _weights_kernel(
 ):
     """2^-row_shift · softmax over the row + 2^-column_shift · softmax over the column - positive, at own columns."""
     row, column, products = _tile(
-        rows_ptr,
-        columns_ptr,
-        rows,
-        columns,
-        row_stride,
-        column_stride,
-        D,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_D,
-        PRECISION,
+        rows_ptr, columns_ptr, rows, columns, row_stride, column_stride, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION
     )
     logits = products * (tl.load(scale_ptr).to(tl.float32) * LOG2_E)
     row_exists, column_exists = row < rows, column < columns
@@ -251,31 +223,33 @@ def _weights_kernel(
 
 
 def _features(x: Tensor) -> Tensor:
-    """Rows are read where they lie; only features that lie apart are worth a copy."""
+    """`x`, copied only where the features of a row are not adjacent."""
     return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """Of products: fp32 means fp32, not tf32."""
-    return "ieee" if dtype == torch.float32 else "tf32"
-
-
-def _configuration(name: str, rows: Tensor, columns: Tensor, launch: Callable[[Config], object]) -> Config:
-    single = rows.dtype == torch.float32
-    key = (tuple(rows.shape), len(columns), rows.dtype)
-    table, candidates = (CONFIGS_32, CANDIDATES_32) if single else (CONFIGS_16, CANDIDATES_16)
-    return configuration(name, table, rows.device, key, candidates, launch)
-
-
-def _grid(rows: Tensor, columns: Tensor, config: Config) -> tuple[int]:
-    blocks = config.blocks
-    return (cdiv(len(rows), blocks["BLOCK_M"]) * cdiv(len(columns), blocks["BLOCK_N"]),)
 
 
 def _strips(rows: int, bytes_per_row: float, budget: int) -> list[slice]:
     """The rows in strips that keep within the budget, but of no fewer than 128."""
     size = max(128, int(budget / bytes_per_row) // 128 * 128)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _cut(x: Tensor, strip: slice) -> Tensor:
+    """``x[strip]``, without a new tensor where that is all of it."""
+    return x if strip.stop - strip.start == len(x) else x[strip]
+
+
+def _tiles(rows: Tensor, columns: Tensor, config: Config) -> tuple[tuple[int], tuple[int, ...], dict]:
+    """Grid, sizes and constexprs of a kernel over tiles."""
+    grid = (cdiv(len(rows), config.blocks["BLOCK_M"]) * cdiv(len(columns), config.blocks["BLOCK_N"]),)
+    sizes = (len(rows), len(columns), rows.stride(0), columns.stride(0))
+    precision = "ieee" if rows.dtype == torch.float32 else "tf32"  # fp32 means fp32
+    return grid, sizes, {"D": rows.shape[1], "PRECISION": precision, **config.kwargs}
+
+
+def _tuned(name: str, sweep: Callable[[Config], None], rows: Tensor, columns: Tensor) -> None:
+    single = rows.dtype == torch.float32
+    table, candidates = (CONFIGS_32, CANDIDATES_32) if single else (CONFIGS_16, CANDIDATES_16)
+    tuned(name, sweep, rows, table, candidates, (rows.shape, len(columns)))
 
 
 def _merge(parts: Tensor, lse: Tensor, proceed: bool) -> None:
@@ -293,102 +267,60 @@ def log_sum_exp_forward(rows: Tensor, columns: Tensor, scale: Tensor, both: bool
     rows, columns = _features(rows), _features(columns)
     row_lse = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     column_lse = torch.empty(len(columns) if both else 0, dtype=torch.float32, device=rows.device)
+    smallest = 64  # block, for the budget
+    strips = _strips(len(rows), 4 * len(columns) * (1 + both) / smallest, PARTIALS_BYTES)
 
-    def tiles(config: Config, strip: slice) -> tuple[Tensor, Tensor]:
-        """The log-sum-exps of every tile of a strip of rows."""
-        part = rows[strip]
-        row_blocks = cdiv(len(part), config.blocks["BLOCK_M"]) if both else 0
+    def sweep(config: Config) -> None:
         column_blocks = cdiv(len(columns), config.blocks["BLOCK_N"])
-        row_parts = row_lse.new_empty(column_blocks, len(part))
-        column_parts = row_lse.new_empty(row_blocks, len(columns))
-        _log_sum_exp_kernel[_grid(part, columns, config)](
-            part,
-            columns,
-            scale,
-            row_parts,
-            column_parts,
-            len(part),
-            len(columns),
-            part.stride(0),
-            columns.stride(0),
-            D=rows.shape[1],
-            BOTH=both,
-            PRECISION=_precision(rows.dtype),
-            **config.kwargs,
-        )
-        return row_parts, column_parts
-
-    with on_device(rows):
-        smallest = 64  # block, for the budget
-        strips = _strips(len(rows), 4 * len(columns) * (1 + both) / smallest, PARTIALS_BYTES)
-        config = _configuration("contrastive_log_sum_exp", rows, columns, lambda config: tiles(config, strips[0]))
         for strip in strips:
-            row_parts, column_parts = tiles(config, strip)
-            _merge(row_parts, row_lse[strip], False)
+            part = _cut(rows, strip)
+            row_blocks = cdiv(len(part), config.blocks["BLOCK_M"]) if both else 0
+            row_parts = row_lse.new_empty(column_blocks, len(part))
+            column_parts = row_lse.new_empty(row_blocks, len(columns))
+            grid, sizes, constexprs = _tiles(part, columns, config)
+            arguments = (part, columns, scale, row_parts, column_parts, *sizes)
+            _log_sum_exp_kernel[grid](*arguments, BOTH=both, **constexprs)
+            _merge(row_parts, _cut(row_lse, strip), False)
             if both:
                 _merge(column_parts, column_lse, strip.start > 0)
+
+    _tuned("contrastive_log_sum_exp", sweep, rows, columns)
     return row_lse, column_lse
 
 
 def gradient_backward(
-    rows: Tensor,
-    columns: Tensor,
-    row_lse: Tensor,
-    column_lse: Tensor,
-    scale: Tensor,
-    row_prompts: int,
-    column_prompts: int,
-    first_row: int,
-    both: bool,
+    rows: Tensor, columns: Tensor, row_lse: Tensor, column_lse: Tensor, scale: Tensor, block: LogitBlock
 ) -> tuple[Tensor, Tensor]:
-    """``W @ columns`` fp32 ``[M, D]`` and, if `both`, ``W.T @ rows`` ``[N, D]`` (else empty), with
+    """``W @ columns`` fp32 ``[M, D]`` and, if ``block.both``, ``W.T @ rows`` ``[N, D]`` (else empty), with
 
     ``W = softmax over the row / row_prompts + softmax over the column / column_prompts - 2 * positives``, where the
-    positives of a row are the prompts of its own sample, each ``1 / (row_prompts * column_prompts)``. Row r belongs to
-    sample ``(first_row + r) // row_prompts``, column c to sample ``c // column_prompts``.
+    positives of a row are the prompts of its own sample, each ``1 / (row_prompts * column_prompts)``.
     """
+    row_prompts, column_prompts, first_row, both = block
     rows, columns = _features(rows), _features(columns)
     row_lse, column_lse = row_lse.contiguous(), column_lse.contiguous()
     grad_rows = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
     grad_columns = torch.empty(columns.shape if both else 0, dtype=torch.float32, device=rows.device)
     factor = 4096.0 if rows.dtype == torch.float16 else 1.0  # keeps small weights out of fp16's subnormal numbers
+    shifts = (math.log2(row_prompts / factor), math.log2(column_prompts / factor))
+    positive = 2 * factor / (row_prompts * column_prompts)
     width = cdiv(len(columns), 8) * 8  # aligned rows
     strips = _strips(len(rows), width * rows.element_size(), STRIP_BYTES)
     buffer = torch.empty(strips[0].stop, width, dtype=rows.dtype, device=rows.device)
 
-    def weigh(config: Config, strip: slice) -> Tensor:
-        part = rows[strip]
-        _weights_kernel[_grid(part, columns, config)](
-            part,
-            columns,
-            scale,
-            row_lse[strip],
-            column_lse,
-            buffer,
-            len(part),
-            len(columns),
-            part.stride(0),
-            columns.stride(0),
-            width,
-            first_row + strip.start,
-            row_prompts,
-            column_prompts,
-            math.log2(row_prompts / factor),
-            math.log2(column_prompts / factor),
-            2 * factor / (row_prompts * column_prompts),
-            D=rows.shape[1],
-            PRECISION=_precision(rows.dtype),
-            **config.kwargs,
-        )
-        return buffer[: len(part), : len(columns)]
-
-    with on_device(rows):
-        config = _configuration("contrastive_weights", rows, columns, lambda config: weigh(config, strips[0]))
+    def sweep(config: Config) -> None:
         for strip in strips:
-            weights = weigh(config, strip)
-            _multiply(weights, columns, grad_rows[strip], add=False)
+            part, first = _cut(rows, strip), first_row + strip.start
+            grid, sizes, constexprs = _tiles(part, columns, config)
+            arguments = (part, columns, scale, _cut(row_lse, strip), column_lse, buffer, *sizes)
+            numbers = (width, first, row_prompts, column_prompts, *shifts, positive)
+            _weights_kernel[grid](*arguments, *numbers, **constexprs)
+            weights = buffer[: len(part), : len(columns)]
+            _multiply(weights, columns, _cut(grad_rows, strip), add=False)
             if both:
-                _multiply(weights.mT, rows[strip], grad_columns, add=strip.start > 0)
+                _multiply(weights.mT, part, grad_columns, add=strip.start > 0)
+
+    _tuned("contrastive_weights", sweep, rows, columns)
     if factor != 1.0:
         grad_rows /= factor
         grad_columns /= factor

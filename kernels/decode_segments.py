@@ -1,12 +1,12 @@
 """Segment decoding: soft maps of segments to pixel labels, in one pass that writes nothing but labels.
 
-A pixel's class depends on the pixel only through its segment, so the class of every segment is settled first (one
-small launch); the pixel kernel then upsamples the maps bilinearly, keeps the largest of them and the label that goes
-with it in registers, and stores that label.
+A pixel's class depends on the pixel only through its segment. So a small first launch finds the class of every segment.
+The pixel kernel upsamples the maps bilinearly, keeps the largest value and its segment's label in registers, and stores
+the label.
 
 Bilinear upsampling reads two rows of a map per row of pixels. A block of pixel rows not taller than the upsampling
-factor touches three rows of a map at most, so those three are interpolated along x once for the whole block; what is
-left per pixel and group are two products, a comparison and the selections.
+factor touches at most three rows of a map. Those three are interpolated along x once for the whole block, which leaves
+two products, a comparison and the selections per pixel and group.
 """
 
 from __future__ import annotations
@@ -16,14 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import Config, cdiv, configuration, on_device
+from .variants import Config, cdiv, tuned
 
 MAX_ROWS = 16  # pixel rows in a block: registers hold a best value and a label for each
-CONFIGS = {
-    80: Config({"BLOCK_X": 128}, num_warps=4),
-    90: Config({"BLOCK_X": 128}, num_warps=4),
-    100: Config({"BLOCK_X": 128}, num_warps=4),
-}
+CONFIGS = {80: Config({"BLOCK_X": 128}, num_warps=4)}
 CANDIDATES = [Config({"BLOCK_X": size}, num_warps=warps) for size in (64, 128, 256) for warps in (2, 4, 8)]
 CLASS_BLOCK = 256
 
@@ -148,38 +144,25 @@ def decode_forward(assignment: Tensor, scores: Tensor, height: int, width: int, 
     if out.numel() == 0:
         return out
     labels = torch.empty((batch, groups), dtype=torch.int32, device=device)
+    _segment_label_kernel[(batch * groups,)](
+        scores,
+        scores if threshold is None else threshold.contiguous(),
+        labels,
+        groups,
+        scores.shape[2],
+        *scores.stride(),
+        BACKGROUND=threshold is not None,
+        BLOCK_CLASSES=CLASS_BLOCK,
+        num_warps=1,
+    )
     block_y = _row_block(map_height, height)
+    sizes = (map_height, map_width, height, width, map_height / height, map_width / width)
 
     def launch(config: Config) -> None:
         blocks = cdiv(width, config.blocks["BLOCK_X"]) * cdiv(height, block_y)
         _decode_kernel[(batch * blocks,)](
-            assignment,
-            labels,
-            out,
-            map_height,
-            map_width,
-            height,
-            width,
-            map_height / height,
-            map_width / width,
-            *assignment.stride(),
-            GROUPS=groups,
-            BLOCK_Y=block_y,
-            **config.kwargs,
+            assignment, labels, out, *sizes, *assignment.stride(), GROUPS=groups, BLOCK_Y=block_y, **config.kwargs
         )
 
-    with on_device(assignment):
-        _segment_label_kernel[(batch * groups,)](
-            scores,
-            scores if threshold is None else threshold.contiguous(),
-            labels,
-            groups,
-            scores.shape[2],
-            *scores.stride(),
-            BACKGROUND=threshold is not None,
-            BLOCK_CLASSES=CLASS_BLOCK,
-            num_warps=1,
-        )
-        shape = (tuple(assignment.shape), height, width)
-        launch(configuration("decode_forward", CONFIGS, device, shape, CANDIDATES, launch))
+    tuned("decode_forward", launch, assignment, CONFIGS, CANDIDATES, (assignment.shape, height, width))
     return out

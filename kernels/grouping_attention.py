@@ -9,14 +9,12 @@ Columns of a tile are groups in the order of :func:`group_of_column`, which nois
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grouping_problem import CANDIDATES, Problem
+from .grouping_problem import CANDIDATES, Problem, prefetch_bytes, rows_together, strides
 from .grouping_tiles import (
     group_of_column,
     inner_products,
@@ -33,7 +31,8 @@ from .grouping_tiles import (
 )
 from .philox import gumbel_noise
 from .precision import operand, reciprocal
-from .variants import INTERPRET, Config, architecture, cdiv, configuration, on_device
+from .settings import Grouping
+from .variants import Config, cdiv, tuned
 
 _PER_LOG_2: tl.constexpr = tl.constexpr(1.4426950408889634)
 _ONCE: tl.constexpr = tl.constexpr("evict_first")  # cache policy of what is read once: it leaves room for k
@@ -297,27 +296,6 @@ def _grouping_backward_kernel(
         store_map(grad_logits_ptr + map_start, patch, group, grad_logits, patches, GROUPS)
 
 
-def _rows_together(x: Tensor) -> Tensor:
-    """Views are read where they lie, unless channels lie apart or an image spans 2**31 elements: offsets within one are
-    int32."""
-    _, rows, channels = x.shape
-    if (x.stride(2) == 1 or channels == 1) and (rows - 1) * x.stride(1) + channels <= 2**31:
-        return x
-    return x.contiguous()
-
-
-def _prefetch_bytes(*tensors: Tensor) -> int:
-    """The size of a row, where the device can prefetch whole ones: from sm_90 on, at multiples of 16 bytes."""
-    row = tensors[0].shape[2] * tensors[0].element_size()
-    offsets = [x.data_ptr() for x in tensors] + [x.stride(axis) * x.element_size() for x in tensors for axis in (0, 1)]
-    able = not INTERPRET and architecture(tensors[0].device) >= 90
-    return row if able and not any(offset % 16 for offset in (row, *offsets)) else 0
-
-
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(x.stride(axis) for x in tensors for axis in (0, 1))
-
-
 def _aggregate(
     problem: Problem,
     winner: Tensor | None,
@@ -325,66 +303,52 @@ def _aggregate(
     x: Tensor,
     out: Tensor,
     total: Tensor | None,
-    scale: float,
-    eps: float,
+    settings: Grouping,
 ) -> None:
-    arguments = (winner, weights, x, out, total, problem.patches, scale, eps, *_strides(x))
+    arguments = (winner, weights, x, out, total, problem.patches, settings.scale, settings.eps, *strides(x))
 
     def launch(config: Config) -> None:
         grid = (problem.batch, cdiv(problem.channels, config.blocks["BLOCK_CHANNELS"]))
         _aggregate_kernel[grid](*arguments, **problem.constexprs, **config.kwargs)
 
     table = problem.configurations("aggregate")
-    launch(configuration("grouping_aggregate", table, x.device, (problem, winner is None), CANDIDATES, launch))
+    tuned("grouping_aggregate", launch, x, table, CANDIDATES, (problem, winner is None))
 
 
 def grouping_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seed: Tensor | None,
-    first_image: int,
-    scale: float,
-    tau: float,
-    eps: float,
-    hard: bool,
-    return_assignment: Literal["none", "soft", "used"],
+    q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, settings: Grouping
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output ``[B, G, C]``, the assignment fp32 ``[B, G, N]`` (``[B, G, 0]`` if not asked for), and what backward
     needs: the winner of each patch uint8 ``[B, N]`` (``[B, 0]`` if not hard) and each group's total fp32 ``[B, G]``.
 
     `seed`: 0-d int64 tensor on the device, or None for no noise. At most 128 groups. Inputs of one dtype.
     """
-    q, k, v = _rows_together(q), _rows_together(k), _rows_together(v)
-    (batch, groups, channels), patches, device = q.shape, k.shape[1], q.device
-    with_soft = return_assignment == "soft" or not hard
-    problem = Problem(batch, groups, patches, channels, q.element_size(), architecture(device), with_soft)
+    q, k, v = rows_together(q), rows_together(k), rows_together(v)
+    hard, returned, device = settings.hard, settings.return_assignment, q.device
+    problem = Problem.of(q, k, with_soft=returned == "soft" or not hard)
+    batch, groups, patches = problem.batch, problem.groups, problem.patches
     one_tile = problem.tiles == 1
     out = torch.empty(q.shape, dtype=v.dtype, device=device)
     total = torch.empty((batch, groups), dtype=torch.float32, device=device)
     winner = torch.empty((batch, patches if hard else 0), dtype=torch.uint8, device=device)
-    columns = 0 if return_assignment == "none" else patches
+    columns = 0 if returned == "none" else patches
     assignment = torch.empty((batch, groups, columns), dtype=torch.float32, device=device)
     if out.numel() == 0:
         return out, assignment, winner, total
-    soft, used = (assignment if return_assignment == kind else None for kind in ("soft", "used"))
+    soft, used = (assignment if returned == kind else None for kind in ("soft", "used"))
     if used is None and not hard and not one_tile:
         used = torch.empty((batch, groups, patches), dtype=torch.float32, device=device)
     winner_or_none = winner if hard else None
-    arguments = (q, k, v, seed, out, total, winner_or_none, soft, used)
-    arguments += (first_image, patches, scale, 1.0 / tau, eps, *_strides(q, k, v))
+    arguments = (q, k, v, seed, out, total, winner_or_none, soft, used, *problem.numbers(settings), *strides(q, k, v))
+    constexprs = {**problem.constexprs, "ONE_TILE": one_tile, "PREFETCH": prefetch_bytes(v) * one_tile}
 
     def launch(config: Config) -> None:
-        _grouping_forward_kernel[batch, problem.tiles](
-            *arguments, **problem.constexprs, ONE_TILE=one_tile, PREFETCH=_prefetch_bytes(v) * one_tile, **config.kwargs
-        )
+        _grouping_forward_kernel[batch, problem.tiles](*arguments, **constexprs, **config.kwargs)
 
-    with on_device(q):
-        key = (problem, hard, seed is None, return_assignment)
-        table = problem.configurations("forward")
-        launch(configuration("grouping_forward", table, device, key, CANDIDATES, launch))
-        if not one_tile:
-            _aggregate(problem, winner_or_none, used, v, out, total, scale, eps)
+    key = (problem, hard, seed is None, returned)
+    tuned("grouping_forward", launch, q, problem.configurations("forward"), CANDIDATES, key)
+    if not one_tile:
+        _aggregate(problem, winner_or_none, used, v, out, total, settings)
     return out, assignment, winner, total
 
 
@@ -398,18 +362,13 @@ def grouping_backward(
     out: Tensor,
     winner: Tensor,
     total: Tensor,
-    first_image: int,
-    scale: float,
-    tau: float,
-    eps: float,
-    hard: bool,
-    return_assignment: Literal["none", "soft", "used"],
+    settings: Grouping,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `q`, `k` and `v`, from what :func:`grouping_forward` took and gave."""
-    q, k, v, grad_out = (_rows_together(x) for x in (q, k, v, grad_out))
-    (batch, groups, channels), patches, device = q.shape, k.shape[1], q.device
-    with_soft = (grad_assignment is not None and return_assignment == "soft") or not hard
-    problem = Problem(batch, groups, patches, channels, q.element_size(), architecture(device), with_soft)
+    """Gradients of `q`, `k` and `v`, from the inputs and outputs of :func:`grouping_forward`."""
+    q, k, v, grad_out = (rows_together(x) for x in (q, k, v, grad_out))
+    hard, returned, device = settings.hard, settings.return_assignment, q.device
+    problem = Problem.of(q, k, with_soft=(grad_assignment is not None and returned == "soft") or not hard)
+    batch, groups, patches = problem.batch, problem.groups, problem.patches
     one_tile = problem.tiles == 1
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
     if grad_q.numel() == 0:
@@ -417,21 +376,19 @@ def grouping_backward(
     grad_logits = None if one_tile else torch.empty((batch, groups, patches), dtype=k.dtype, device=device)
     if grad_assignment is not None:
         grad_assignment = grad_assignment.contiguous()
-    grad_soft, grad_used = (grad_assignment if return_assignment == kind else None for kind in ("soft", "used"))
+    grad_soft, grad_used = (grad_assignment if returned == kind else None for kind in ("soft", "used"))
     out_or_none = None if one_tile and grad_used is None else out
-    arguments = (q, k, v, seed, out_or_none, total, winner if hard else None)
-    arguments += (grad_out, grad_soft, grad_used, grad_q if one_tile else None, grad_k, grad_v, grad_logits)
-    arguments += (first_image, patches, scale, 1.0 / tau, eps, *_strides(q, k, v, grad_out))
+    arguments = (q, k, v, seed, out_or_none, total, winner if hard else None, grad_out, grad_soft, grad_used)
+    arguments += (grad_q if one_tile else None, grad_k, grad_v, grad_logits)
+    arguments += (*problem.numbers(settings), *strides(q, k, v, grad_out))
+    constexprs = {**problem.constexprs, "ONE_TILE": one_tile, "PREFETCH": prefetch_bytes(v, grad_out)}
 
     def launch(config: Config) -> None:
-        _grouping_backward_kernel[batch, problem.tiles](
-            *arguments, **problem.constexprs, ONE_TILE=one_tile, PREFETCH=_prefetch_bytes(v, grad_out), **config.kwargs
-        )
+        _grouping_backward_kernel[batch, problem.tiles](*arguments, **constexprs, **config.kwargs)
 
-    with on_device(q):
-        key = (problem, hard, seed is None, return_assignment)
-        table = problem.configurations("backward" if grad_assignment is None else "backward with map")
-        launch(configuration("grouping_backward", table, device, key, CANDIDATES, launch))
-        if not one_tile:
-            _aggregate(problem, None, grad_logits, k, grad_q, None, scale, eps)
+    key = (problem, hard, seed is None, returned)
+    table = problem.configurations("backward" if grad_assignment is None else "backward with map")
+    tuned("grouping_backward", launch, q, table, CANDIDATES, key)
+    if not one_tile:
+        _aggregate(problem, None, grad_logits, k, grad_q, None, settings)
     return grad_q, grad_k, grad_v

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .variants import ARCHITECTURES, Config, cdiv, next_power_of_2
+from torch import Tensor
+
+from .settings import Grouping
+from .variants import ARCHITECTURES, INTERPRET, Config, architecture, cdiv, next_power_of_2
 
 
 def _on(*architectures: int, channels: int, warps: int, stages: int = 2) -> dict[int, Config]:
@@ -65,6 +68,15 @@ class Problem:
     architecture: int
     with_soft: bool = False  # a soft map or assignment, which takes registers of its own
 
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, with_soft: bool) -> Problem:
+        (batch, groups, channels), patches = q.shape, k.shape[1]
+        return cls(batch, groups, patches, channels, q.element_size(), architecture(q.device), with_soft)
+
+    def numbers(self, settings: Grouping) -> tuple[int | float, ...]:
+        """The scalar arguments of the forward and of the backward kernel."""
+        return settings.first_image, self.patches, settings.scale, 1.0 / settings.tau, settings.eps
+
     @property
     def block_groups(self) -> int:
         return max(16, next_power_of_2(self.groups))
@@ -105,3 +117,24 @@ class Problem:
         tables = CONFIGS[kernel, self.itemsize]
         elements = self.block_patches * self._width
         return tables[min(most for most in tables if most >= elements)]
+
+
+def rows_together(x: Tensor) -> Tensor:
+    """Views are read where they lie, unless channels lie apart or an image spans 2**31 elements: offsets within one are
+    int32."""
+    _, rows, channels = x.shape
+    if (x.stride(2) == 1 or channels == 1) and (rows - 1) * x.stride(1) + channels <= 2**31:
+        return x
+    return x.contiguous()
+
+
+def prefetch_bytes(*tensors: Tensor) -> int:
+    """The size of a row, where the device can prefetch whole ones: from sm_90 on, at multiples of 16 bytes."""
+    row = tensors[0].shape[2] * tensors[0].element_size()
+    offsets = [x.data_ptr() for x in tensors] + [x.stride(axis) * x.element_size() for x in tensors for axis in (0, 1)]
+    able = not INTERPRET and architecture(tensors[0].device) >= 90
+    return row if able and not any(offset % 16 for offset in (row, *offsets)) else 0
+
+
+def strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(x.stride(axis) for x in tensors for axis in (0, 1))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .precision import rounded
-from .variants import Config, cdiv, configuration, next_power_of_2, on_device
+from .variants import Config, cdiv, next_power_of_2, tuned
 
 # By the most logits that BLOCK_G1 groups and COUNT texts have between them, then by architecture.
 CONFIGS = {
@@ -34,7 +35,6 @@ CONFIGS = {
 }
 CANDIDATES = [Config({"BLOCK_N": block}, num_warps=warps) for block in (16, 32, 64, 128) for warps in (1, 2, 4)]
 MOST_TEXTS = 8  # at a time
-MAX_FIRST_GROUPS, MAX_SECOND_GROUPS, MAX_GROUP_SIZE = 128, 64, 64  # what a program's registers hold
 
 
 @triton.jit
@@ -289,60 +289,51 @@ def _mixed_segmentation_embeddings_kernel(
     _store(grad_texts_ptr + group * K * D, k, d, grad_texts, K, D)
 
 
-def _block(size: int) -> int:
-    """The padded side of a matrix product."""
-    return max(16, next_power_of_2(size))
+class _Sizes(NamedTuple):
+    """The constexprs of the kernels. Sizes are compiled in, so that rows of 196 patches load in vectors."""
+
+    patches: dict[str, int]  # of the kernels over blocks of patches, which take COUNT texts at a time
+    images: dict[str, int]  # of the kernels over images, with warps enough to hold `second` in registers
+    width: dict[str, int]  # further ones of the scores kernel
+    embeddings: dict[str, int]  # of the embeddings kernel
 
 
 @functools.cache
-def _groups(groups: int, group_size: int) -> dict[str, int]:
-    """The constexprs of all kernels but the last: sizes are compiled in, so that rows of 196 patches load in vectors.
-
-    The texts of a group are taken COUNT at a time.
-    """
+def _sizes(groups: int, second_groups: int, group_size: int, width: int) -> _Sizes:
     count = max(count for count in range(1, MOST_TEXTS + 1) if group_size % count == 0)
-    return {"G1": groups, "K": group_size, "COUNT": count, "BLOCK_G1": next_power_of_2(groups)}
+    block, second_block = next_power_of_2(groups), next_power_of_2(second_groups)
+    warps = min(8, max(1, block * second_block * count // 2048))
+    patches = {"G1": groups, "K": group_size, "COUNT": count, "BLOCK_G1": block}
+    # At least 16 on each side of a matrix product
+    rows = group_size * second_groups
+    rows_block, texts_block, width_block = (max(16, next_power_of_2(size)) for size in (rows, group_size, width))
+    blocks = {"BLOCK_ROWS": min(32, rows_block), "BLOCK_K": texts_block}
+    return _Sizes(
+        patches,
+        {**patches, "G2": second_groups, "BLOCK_G2": second_block, "num_warps": warps},
+        {"D": width, "BLOCK_D": min(next_power_of_2(width), 2048 * warps // second_block)},
+        {"ROWS": rows, "K": group_size, "D": width, **blocks, "BLOCK_D": min(64, width_block, 2048 // texts_block)},
+    )
 
 
-@functools.cache
-def _second_groups(groups: int, second_groups: int, group_size: int) -> dict[str, int]:
-    """The constexprs of the kernels over images, and warps enough to hold `second` in registers."""
-    sizes = {"G2": second_groups, "BLOCK_G2": next_power_of_2(second_groups), **_groups(groups, group_size)}
-    warps = sizes["BLOCK_G1"] * sizes["BLOCK_G2"] * sizes["COUNT"] // 2048
-    return {**sizes, "num_warps": min(8, max(1, warps))}
-
-
-@functools.cache
-def _width(width: int, block_groups: int, num_warps: int) -> dict[str, int]:
-    return {"D": width, "BLOCK_D": min(next_power_of_2(width), 2048 * num_warps // block_groups)}
-
-
-@functools.cache
-def _embeddings(rows: int, group_size: int, width: int) -> dict[str, int]:
-    """The constexprs of the last kernel."""
-    block_rows, block_texts, block = (_block(size) for size in (rows, group_size, width))
-    blocks = {"BLOCK_ROWS": min(32, block_rows), "BLOCK_K": block_texts, "BLOCK_D": min(64, block, 2048 // block_texts)}
-    return {"ROWS": rows, "K": group_size, "D": width, **blocks}
-
-
-def _scores(second: Tensor, segments: Tensor, texts: Tensor, scale: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def _scores(second: Tensor, segments: Tensor, texts: Tensor, scale: Tensor, sizes: _Sizes) -> tuple[Tensor, Tensor]:
     """Cosines ``[B, K, G2]`` and scores ``[B, K, G1]``, fp32."""
     images, second_groups, groups = second.shape
     cosines, scores = (
-        torch.empty((images, group_size, size), dtype=torch.float32, device=second.device)
+        torch.empty((images, sizes.images["K"], size), dtype=torch.float32, device=second.device)
         for size in (second_groups, groups)
     )
-    sizes = _second_groups(groups, second_groups, group_size)
-    width = _width(segments.shape[2], sizes["BLOCK_G2"], sizes["num_warps"])
-    _mixed_segmentation_scores_kernel[(images,)](second, segments, texts, scale, cosines, scores, **sizes, **width)
+    arguments = (second, segments, texts, scale, cosines, scores)
+    _mixed_segmentation_scores_kernel[(images,)](*arguments, **sizes.images, **sizes.width)
     return cosines, scores
 
 
-def _configuration(name: str, first: Tensor, group_size: int, launch: Callable[[Config], object]) -> Config:
-    sizes = _groups(first.shape[1], group_size)
-    table = CONFIGS[min(most for most in CONFIGS if most >= sizes["BLOCK_G1"] * sizes["COUNT"])]
-    key = (tuple(first.shape), first.dtype, group_size)
-    return configuration(name, table, first.device, key, CANDIDATES, launch)
+def _over_patches(name: str, launch: Callable[[Config, int], object], first: Tensor, sizes: _Sizes) -> object:
+    """``launch(config, parts)``, an image's patches being cut into so many parts."""
+    patches = first.shape[2]
+    table = CONFIGS[min(most for most in CONFIGS if most >= sizes.patches["BLOCK_G1"] * sizes.patches["COUNT"])]
+    key = (first.shape, sizes.patches["K"])
+    return tuned(name, lambda c: launch(c, cdiv(patches, c.blocks["BLOCK_N"])), first, table, CANDIDATES, key)
 
 
 def mixed_segmentation_forward(
@@ -354,19 +345,17 @@ def mixed_segmentation_forward(
     """
     first, second, segments, texts, source = (x.contiguous() for x in (first, second, segments, texts, source))
     images, groups, patches = first.shape
+    sizes = _sizes(groups, second.shape[1], group_size, segments.shape[2])
     loss, correct = (
         torch.empty((images, patches), dtype=dtype, device=first.device) for dtype in (torch.float32, torch.bool)
     )
+    _, scores = _scores(second, segments, texts, scale, sizes)
+    arguments = (first, scores, source, loss, correct)
 
-    def launch(config: Config) -> None:
-        parts = cdiv(patches, config.blocks["BLOCK_N"])
-        _mixed_segmentation_forward_kernel[(images * parts,)](
-            first, scores, source, loss, correct, N=patches, **_groups(groups, group_size), **config.kwargs
-        )
+    def launch(config: Config, parts: int) -> None:
+        _mixed_segmentation_forward_kernel[(images * parts,)](*arguments, N=patches, **sizes.patches, **config.kwargs)
 
-    with on_device(first):
-        _, scores = _scores(second, segments, texts, scale, group_size)
-        launch(_configuration("mixed_segmentation_forward", first, group_size, launch))
+    _over_patches("mixed_segmentation_forward", launch, first, sizes)
     return loss, correct
 
 
@@ -387,49 +376,27 @@ def mixed_segmentation_backward(
     first, second, segments, texts, source = (x.contiguous() for x in (first, second, segments, texts, source))
     images, second_groups, width = segments.shape
     _, groups, patches = first.shape
+    sizes = _sizes(groups, second_groups, group_size, width)
     grad_first, grad_second, grad_segments, grad_texts = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (first, second, segments, texts)
     )
-    grad_cosines = torch.empty((images, second_groups, group_size), dtype=torch.float32, device=first.device)
-    grad_scale = torch.empty(images, dtype=torch.float32, device=first.device)
+    cosines, scores = _scores(second, segments, texts, scale, sizes)
 
-    def launch(config: Config) -> Tensor:
-        """Gives the parts of the scores' gradient ``[B, K, parts, G1]``."""
-        parts = cdiv(patches, config.blocks["BLOCK_N"])
+    def launch(config: Config, parts: int) -> Tensor:
+        """The parts of the scores' gradient ``[B, K, parts, G1]``."""
         grad_scores = torch.empty((images, group_size, parts, groups), dtype=torch.float32, device=first.device)
-        _mixed_segmentation_backward_kernel[(images * parts,)](
-            grad,
-            first,
-            scores,
-            source,
-            grad_first,
-            grad_scores,
-            *grad.stride(),
-            N=patches,
-            **_groups(groups, group_size),
-            **config.kwargs,
-        )
+        arguments = (grad, first, scores, source, grad_first, grad_scores, *grad.stride())
+        _mixed_segmentation_backward_kernel[(images * parts,)](*arguments, N=patches, **sizes.patches, **config.kwargs)
         return grad_scores
 
-    with on_device(first):
-        cosines, scores = _scores(second, segments, texts, scale, group_size)
-        grad_scores = launch(_configuration("mixed_segmentation_backward", first, group_size, launch))
-        parts = grad_scores.shape[2]
-        _mixed_segmentation_cosines_kernel[(images,)](
-            grad_scores,
-            second,
-            scale,
-            cosines,
-            grad_second,
-            grad_cosines,
-            grad_scale,
-            **_second_groups(groups, second_groups, group_size),
-            PARTS=parts,
-            BLOCK_PARTS=min(16, next_power_of_2(parts)),
-        )
-        sizes = _embeddings(group_size * second_groups, group_size, width)
-        grid = (images // group_size, cdiv(width, sizes["BLOCK_D"]))
-        _mixed_segmentation_embeddings_kernel[grid](
-            grad_cosines, segments, texts, grad_segments, grad_texts, **sizes, num_warps=4
-        )
+    grad_scores = _over_patches("mixed_segmentation_backward", launch, first, sizes)
+    parts = grad_scores.shape[2]
+    grad_cosines = torch.empty((images, second_groups, group_size), dtype=torch.float32, device=first.device)
+    grad_scale = torch.empty(images, dtype=torch.float32, device=first.device)
+    arguments = (grad_scores, second, scale, cosines, grad_second, grad_cosines, grad_scale)
+    blocks = {"PARTS": parts, "BLOCK_PARTS": min(16, next_power_of_2(parts))}
+    _mixed_segmentation_cosines_kernel[(images,)](*arguments, **sizes.images, **blocks)
+    grid = (images // group_size, cdiv(width, sizes.embeddings["BLOCK_D"]))
+    arguments = (grad_cosines, segments, texts, grad_segments, grad_texts)
+    _mixed_segmentation_embeddings_kernel[grid](*arguments, **sizes.embeddings, num_warps=4)
     return grad_first, grad_second, grad_segments, grad_texts, grad_scale.sum()

@@ -46,7 +46,7 @@ class Launch:
     sizes: dict[str, int]  # its whole numbers, constexprs included
 
 
-class _Driver:
+class Driver:
     """What a launch asks Triton's driver for; devices are numbered by architecture, so each has its own cache."""
 
     def __init__(self, architecture: int) -> None:
@@ -91,7 +91,7 @@ def offline(architecture: int) -> Iterator[list[Launch]]:
 
     before, active = variants.offline_architecture, driver._active
     variants.offline_architecture = architecture
-    driver.set_active(_Driver(architecture))
+    driver.set_active(Driver(architecture))
     JITFunction.run = compiled
     try:
         yield launches

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import Config, cdiv, configuration, next_power_of_2, on_device
+from .variants import Config, cdiv, next_power_of_2, tuned
 
 CONFIGS = {80: Config({"BLOCK_ROWS": 16}, num_warps=4)}
 PLAN_BLOCK = 128
-CANDIDATES = [Config({"BLOCK_ROWS": rows}, num_warps=warps) for rows in (4, 8, 16, 32, 64) for warps in (2, 4, 8)]
+CANDIDATES = [Config({"BLOCK_ROWS": rows}, num_warps=warps) for rows in (4, 8, 16, 32, 64) for warps in (1, 2, 4, 8)]
 
 
 @triton.jit
@@ -179,28 +179,28 @@ def with_unit_channel_stride(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _launch(name: str, kernel, arguments: tuple, like: Tensor) -> None:
-    """Run `kernel` over the rows of `like` ``[B, N, C]``."""
-    batch, patches, channels = like.shape
-    rows = batch * patches
-    if like.numel() == 0:
+def launch(name: str, kernel, arguments: tuple, out: Tensor, rows: int, programs: int = 1, **constexprs: int) -> None:
+    """Run `kernel` over blocks of `rows`, `programs` for each block, with the channels of `out` ``[..., C]``."""
+    if out.numel() == 0:
         return
+    channels = out.shape[-1]
 
-    def launch(config: Config) -> None:
-        grid = (cdiv(rows, config.blocks["BLOCK_ROWS"]),)
-        kernel[grid](*arguments, CHANNELS=channels, BLOCK_CHANNELS=channel_block(channels), **config.kwargs)
+    def run(config: Config) -> None:
+        grid = (programs * cdiv(rows, config.blocks["BLOCK_ROWS"]),)
+        blocks = {"CHANNELS": channels, "BLOCK_CHANNELS": channel_block(channels)}
+        kernel[grid](*arguments, **blocks, **constexprs, **config.kwargs)
 
-    with on_device(like):
-        launch(configuration(name, CONFIGS, like.device, (tuple(like.shape), like.dtype), CANDIDATES, launch))
+    tuned(name, run, out, CONFIGS, CANDIDATES, out.shape)
 
 
-def gather_forward(x: Tensor, source: Tensor) -> Tensor:
-    """``out[b, n] = x[source[b, n], n]`` for ``x [B, N, C]``, int32 ``source [B, N]``."""
+def gather_forward(x: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
+    """``out[b, n] = x[source[b, n], n]`` for ``x [B, N, C]``, int32 ``source [B, N]``; backward takes `inverse`."""
     x = with_unit_channel_stride(x)
     batch, patches, _ = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    arguments = (x, source.contiguous(), out, batch * patches, patches, x.stride(0), x.stride(1))
-    _launch("gather_forward", _gather_forward_kernel, arguments, out)
+    rows = batch * patches
+    arguments = (x, source.contiguous(), out, rows, patches, x.stride(0), x.stride(1))
+    launch("gather_forward", _gather_forward_kernel, arguments, out, rows)
     return out
 
 
@@ -209,9 +209,10 @@ def blend_forward(mixed: Tensor, original: Tensor, source: Tensor, alpha: float)
     mixed, original = with_unit_channel_stride(mixed), with_unit_channel_stride(original)
     batch, patches, _ = mixed.shape
     out = torch.empty(mixed.shape, dtype=mixed.dtype, device=mixed.device)
+    rows = batch * patches
     strides = (mixed.stride(0), mixed.stride(1), original.stride(0), original.stride(1))
-    arguments = (mixed, original, source.contiguous(), out, alpha, batch * patches, patches, *strides)
-    _launch("blend_forward", _blend_forward_kernel, arguments, out)
+    arguments = (mixed, original, source.contiguous(), out, alpha, rows, patches, *strides)
+    launch("blend_forward", _blend_forward_kernel, arguments, out, rows)
     return out
 
 
@@ -220,8 +221,10 @@ def blend_backward(grad: Tensor, source: Tensor, alpha: float) -> tuple[Tensor, 
     grad = with_unit_channel_stride(grad)
     batch, patches, _ = grad.shape
     grad_mixed, grad_original = (torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) for _ in range(2))
-    arguments = (grad, source.contiguous(), grad_mixed, grad_original, alpha, batch * patches, patches)
-    _launch("blend_backward", _blend_backward_kernel, (*arguments, grad.stride(0), grad.stride(1)), grad_mixed)
+    rows = batch * patches
+    arguments = (grad, source.contiguous(), grad_mixed, grad_original, alpha, rows, patches)
+    arguments += (grad.stride(0), grad.stride(1))
+    launch("blend_backward", _blend_backward_kernel, arguments, grad_mixed, rows)
     return grad_mixed, grad_original
 
 
@@ -230,8 +233,7 @@ def sample_plan(seed: Tensor, first_group: int, batch: int, patches: int, group_
     source, inverse = (torch.empty((batch, patches), dtype=torch.int32, device=seed.device) for _ in range(2))
     programs = batch // group_size * cdiv(group_size, 4) * cdiv(patches, PLAN_BLOCK)
     if programs:
-        with on_device(seed):
-            _sample_plan_kernel[(programs,)](
-                seed, source, inverse, first_group, group_size, patches, BLOCK_PATCHES=PLAN_BLOCK, num_warps=4
-            )
+        _sample_plan_kernel[(programs,)](
+            seed, source, inverse, first_group, group_size, patches, BLOCK_PATCHES=PLAN_BLOCK, num_warps=4
+        )
     return source, inverse

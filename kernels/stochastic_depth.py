@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import cdiv, on_device
+from .variants import cdiv
 
 BLOCK = 256
 
@@ -32,20 +32,20 @@ def _stochastic_depth_kernel(
 
 @functools.lru_cache(maxsize=16)
 def _tables(rates: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of each rate the least of 2**32 numbers that keeps (int64, exact), and what is kept is multiplied by (fp32)."""
+    """Each rate's threshold: the least of 2**32 numbers that keeps a residual (int64, exact); and the factor of what is
+    kept (fp32)."""
     thresholds = torch.tensor([math.ceil(rate * 2.0**32) for rate in rates])
     scales = 1 / torch.tensor([1 - rate for rate in rates])
     return thresholds.to(device), scales.to(device)
 
 
-def stochastic_depth(seed: Tensor, rates: tuple[float, ...], images: int, branches: int, first_image: int) -> Tensor:
+def stochastic_depth(seed: Tensor, rates: list[float], images: int, branches: int, first_image: int) -> Tensor:
     """fp32 ``[2, blocks, branches * images]`` under the key `seed` (0-d int64, read on the device)."""
     out = torch.empty((2, len(rates), branches * images), dtype=torch.float32, device=seed.device)
     total = out[0].numel()
     if total:
-        thresholds, scales = _tables(rates, seed.device)
-        with on_device(seed):
-            _stochastic_depth_kernel[(cdiv(total, BLOCK),)](
-                seed, thresholds, scales, out, images, branches, first_image, total, BLOCK=BLOCK, num_warps=4
-            )
+        thresholds, scales = _tables(tuple(rates), seed.device)
+        _stochastic_depth_kernel[(cdiv(total, BLOCK),)](
+            seed, thresholds, scales, out, images, branches, first_image, total, BLOCK=BLOCK, num_warps=4
+        )
     return out

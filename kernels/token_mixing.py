@@ -1,9 +1,9 @@
 """Whole tokens of a vision transformer: a mixed or restored branch appended along the batch, and two branches blended.
 
 Tokens ``[B, N + G, C]`` are N patches, then G group tokens. Each kernel writes the whole input of the next block, group
-tokens included, so that nothing is sliced and nothing concatenated. A program takes the same tokens and channels of all
-images of a mixing group: every row is read once, the mean of the group tokens is at hand, and since sources are a
-permutation, a scatter has no conflicts. No atomics.
+tokens included: no slices, no concatenations. A program takes the same tokens and channels of all images of a mixing
+group, so it reads every row once and has the mean of the group tokens in registers. Sources are a permutation, so a
+scatter has no conflicts and needs no atomics.
 """
 
 from __future__ import annotations
@@ -13,28 +13,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .patch_mixing import channel_block, with_unit_channel_stride
-from .variants import Config, cdiv, configuration, on_device
-
-CONFIGS = {80: Config({"BLOCK_TOKENS": 16}, num_warps=4)}
-CANDIDATES = [Config({"BLOCK_TOKENS": tokens}, num_warps=warps) for tokens in (4, 8, 16, 32) for warps in (1, 2, 4, 8)]
+from .patch_mixing import channel_block, launch, with_unit_channel_stride
+from .settings import Appending, Blending
+from .variants import cdiv
 
 
 @triton.jit
-def _tile(tokens, group_size, CHANNELS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """This program's first image (int64), tokens [BLOCK_TOKENS, 1], channels [1, BLOCK_CHANNELS], and which exist."""
+def _tile(tokens, group_size, CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """This program's first image (int64), tokens [BLOCK_ROWS, 1], channels [1, BLOCK_CHANNELS], and which exist."""
     chunks: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
-    blocks = tl.cdiv(tokens, BLOCK_TOKENS)
+    blocks = tl.cdiv(tokens, BLOCK_ROWS)
     program = tl.program_id(0)
     channel = program % chunks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
-    token = program // chunks % blocks * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
+    token = program // chunks % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     image = (program // (chunks * blocks)).to(tl.int64) * group_size
     return image, token, channel, (token < tokens) & (channel < CHANNELS)
 
 
 @triton.jit
 def _source(source_ptr, image, token, patches):
-    """Where the tokens of `image` come from: patches from `source`, group tokens from the image itself."""
+    """The image that each token comes from: `source` for patches, `image` itself for group tokens."""
     is_patch = token < patches
     source = tl.load(source_ptr + image * patches + token, mask=is_patch, other=0).to(tl.int64)
     return tl.where(is_patch, source, image)
@@ -57,16 +55,16 @@ def _append_branch_forward_kernel(
     CHANNELS: tl.constexpr,
     HEAD: tl.constexpr,
     KEEP: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    first, token, channel, mask = _tile(tokens, group_size, CHANNELS, BLOCK_TOKENS, BLOCK_CHANNELS)
+    first, token, channel, mask = _tile(tokens, group_size, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS)
     x_tile = x_ptr + token.to(tl.int64) * stride_token + channel
     out_tile = out_ptr + token * CHANNELS + channel
     out_stride_image = tokens * CHANNELS
     last, new = HEAD * batch, (HEAD + KEEP) * batch
     is_group = mask & (token >= patches)
-    total = tl.zeros((BLOCK_TOKENS, BLOCK_CHANNELS), tl.float32)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
     for member in range(group_size):
         image = first + member
         for branch in tl.static_range(HEAD):
@@ -106,16 +104,16 @@ def _append_branch_backward_kernel(
     HEAD: tl.constexpr,
     KEEP: tl.constexpr,
     MEAN: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    first, token, channel, mask = _tile(tokens, group_size, CHANNELS, BLOCK_TOKENS, BLOCK_CHANNELS)
+    first, token, channel, mask = _tile(tokens, group_size, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS)
     grad_tile = grad_ptr + token.to(tl.int64) * stride_token + channel
     grad_x_tile = grad_x_ptr + token * CHANNELS + channel
     x_stride_image = tokens * CHANNELS
     last, new = HEAD * batch, (HEAD + KEEP) * batch
     is_group, is_patch = mask & (token >= patches), mask & (token < patches)
-    mean = tl.zeros((BLOCK_TOKENS, BLOCK_CHANNELS), tl.float32)
+    mean = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
     if MEAN:
         for member in range(group_size):
             image = first + member
@@ -148,11 +146,11 @@ def _blend_tokens_kernel(
     stride_token,
     CHANNELS: tl.constexpr,
     ADJOINT: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
     """`x` and `out` are the tokens of both branches, or with ADJOINT the gradients of the output and of the input."""
-    first, token, channel, mask = _tile(tokens, group_size, CHANNELS, BLOCK_TOKENS, BLOCK_CHANNELS)
+    first, token, channel, mask = _tile(tokens, group_size, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS)
     x_tile = x_ptr + token.to(tl.int64) * stride_token + channel
     out_tile = out_ptr + token * CHANNELS + channel
     out_stride_image = tokens * CHANNELS
@@ -172,55 +170,47 @@ def _blend_tokens_kernel(
         tl.store(out_tile + (batch + image) * out_stride_image, mixed.to(dtype), mask=mask)
 
 
-def _launch(name: str, kernel, arguments: tuple, source: Tensor, group_size: int, out: Tensor, **constexprs) -> None:
-    """Run `kernel` over the mixing groups, tokens and channels of `out`, whose first dimension is whole branches."""
-    if out.numel() == 0:
-        return
-    batch, (_, tokens, channels) = len(source), out.shape
-    block_channels = channel_block(channels)
-    programs = batch // group_size * cdiv(channels, block_channels)
-
-    def launch(config: Config) -> None:
-        grid = (programs * cdiv(tokens, config.blocks["BLOCK_TOKENS"]),)
-        kernel[grid](*arguments, CHANNELS=channels, BLOCK_CHANNELS=block_channels, **constexprs, **config.kwargs)
-
-    with on_device(out):
-        launch(configuration(name, CONFIGS, out.device, (tuple(out.shape), out.dtype), CANDIDATES, launch))
+def _programs(source: Tensor, group_size: int, channels: int) -> int:
+    """Programs for each block of tokens: one for every mixing group and block of channels."""
+    return len(source) // group_size * cdiv(channels, channel_block(channels))
 
 
-def append_branch_forward(x: Tensor, groups: Tensor | None, source: Tensor, group_size: int, keep: bool) -> Tensor:
-    """Tokens ``[branches * B, N + G, C]`` with a further branch behind: the last one's patches from ``source [B, N]``,
-    and as group tokens `groups` ``[B, G, C]`` or the mixing group's mean. Without `keep`, in the last one's place."""
+def append_branch_forward(x: Tensor, groups: Tensor | None, source: Tensor, settings: Appending) -> Tensor:
+    """Append a branch to tokens ``[branches * B, N + G, C]``: the last branch's patches from ``source [B, N]``, and as
+    group tokens `groups` ``[B, G, C]`` or the mixing group's mean. Without ``settings.keep`` it replaces the last."""
     x = with_unit_channel_stride(x)
-    (images, tokens, channels), (batch, patches) = x.shape, source.shape
+    (images, tokens, channels), (batch, patches), (group_size, keep, _) = x.shape, source.shape, settings
     out = torch.empty((images + batch * keep, tokens, channels), dtype=x.dtype, device=x.device)
     groups = groups if groups is None else with_unit_channel_stride(groups)
     groups_strides = (0, 0) if groups is None else groups.stride()[:2]
     sizes = (batch, patches, tokens, group_size, *x.stride()[:2], *groups_strides)
     arguments = (x, groups, source.contiguous(), out, *sizes)
     constexprs = {"HEAD": images // batch - 1, "KEEP": int(keep)}
-    _launch("append_branch_forward", _append_branch_forward_kernel, arguments, source, group_size, out, **constexprs)
+    programs = _programs(source, group_size, channels)
+    launch("append_branch_forward", _append_branch_forward_kernel, arguments, out, tokens, programs, **constexprs)
     return out
 
 
-def append_branch_backward(grad: Tensor, source: Tensor, group_size: int, keep: bool, mean: bool) -> Tensor:
-    """Gradient of the `x` of :func:`append_branch_forward`; `mean`: whether it had no `groups`."""
+def append_branch_backward(grad: Tensor, source: Tensor, settings: Appending) -> Tensor:
+    """Gradient of the `x` of :func:`append_branch_forward`."""
     grad = with_unit_channel_stride(grad)
-    (images, tokens, channels), (batch, patches) = grad.shape, source.shape
+    (images, tokens, channels), (batch, patches), (group_size, keep, mean) = grad.shape, source.shape, settings
     out = torch.empty((images - batch * keep, tokens, channels), dtype=grad.dtype, device=grad.device)
     sizes = (batch, patches, tokens, group_size, grad.stride(0), grad.stride(1))
     arguments = (grad, source.contiguous(), out, *sizes)
     constexprs = {"HEAD": len(out) // batch - 1, "KEEP": int(keep), "MEAN": mean}
-    _launch("append_branch_backward", _append_branch_backward_kernel, arguments, source, group_size, out, **constexprs)
+    programs = _programs(source, group_size, channels)
+    launch("append_branch_backward", _append_branch_backward_kernel, arguments, out, tokens, programs, **constexprs)
     return out
 
 
-def blend_tokens(x: Tensor, source: Tensor, alpha: float, group_size: int, adjoint: bool) -> Tensor:
-    """Tokens ``[2B, N + G, C]``, original then mixed, with `alpha` of the original patches from ``source [B, N]``
-    blended into the mixed ones; `adjoint`: the gradient of the input from that of the output."""
+def blend_tokens(x: Tensor, source: Tensor, settings: Blending) -> Tensor:
+    """Blend original patches from ``source [B, N]`` into the mixed ones of tokens ``[2B, N + G, C]``, original branch
+    then mixed; or with ``settings.adjoint`` the gradient of the input from that of the output."""
     x = with_unit_channel_stride(x)
-    (_, tokens, _), (batch, patches) = x.shape, source.shape
+    (_, tokens, channels), (batch, patches), (group_size, alpha, adjoint) = x.shape, source.shape, settings
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     arguments = (x, source.contiguous(), out, alpha, batch, patches, tokens, group_size, x.stride(0), x.stride(1))
-    _launch("blend_tokens", _blend_tokens_kernel, arguments, source, group_size, out, ADJOINT=adjoint)
+    programs = _programs(source, group_size, channels)
+    launch("blend_tokens", _blend_tokens_kernel, arguments, out, tokens, programs, ADJOINT=adjoint)
     return out

@@ -1,7 +1,7 @@
-"""What every kernel family shares: where kernels run, and their launch configurations.
+"""What all kernels share: the devices they run on, and their launch configurations.
 
-A family keeps one small table of configurations per architecture. They are fixed and checked in; with
-``MIXREORG_RETUNE=1`` a launcher times its candidates once per shape instead and prints the winner, to be pasted into
+Each kernel has a small table of configurations, one per architecture, fixed and checked in. With
+``MIXREORG_RETUNE=1`` a launcher instead times its candidates once per shape and prints the winner, to be pasted into
 the table.
 """
 
@@ -68,7 +68,7 @@ def launches_on(device: torch.device) -> bool:
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it the tensor's."""
+    """Make the tensor's device the current one, on which Triton launches."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return _HERE
@@ -97,33 +97,38 @@ def _nearest(table: Mapping[int, Config], capability: int) -> Config:
 _winners: dict[Hashable, Config] = {}
 
 
-def configuration(
+def tuned(
     name: str,
+    launch: Callable[[Config], Any],
+    like: torch.Tensor,
     table: Mapping[int, Config],
-    device: torch.device,
-    shape: Hashable = (),
-    candidates: Sequence[Config] = (),
-    launch: Callable[[Config], Any] | None = None,
-) -> Config:
-    """The checked-in configuration of kernel `name` on `device`, or the fastest of `candidates` when retuning.
+    candidates: Sequence[Config],
+    shape: Hashable,
+) -> Any:
+    """``launch(config)`` with the checked-in configuration of kernel `name` for the device of `like`.
 
-    `launch` runs the kernel with a configuration; it must be free of side effects other than its own output. A
-    candidate that the device has no resources for is passed over.
+    When retuning it is the fastest of `candidates` for tensors of the dtype of `like` and this `shape`. `launch` must
+    be free of side effects other than its own output. Candidates that need more than the device has are skipped.
     """
-    if launch is None or INTERPRET or not RETUNE:
-        return _nearest(table, architecture(device))
-    key = (name, architecture(device), shape)
+    capability = architecture(like.device)
+    if INTERPRET or not RETUNE:
+        return launch(_nearest(table, capability))
+    key = (name, capability, like.dtype, shape)
     if key not in _winners:
-        import triton
+        _winners[key] = _fastest(candidates, launch, f"{name} sm_{capability} {like.dtype} {shape}")
+    return launch(_winners[key])
 
-        def milliseconds(config: Config) -> float:
-            try:
-                return triton.testing.do_bench(lambda: launch(config), return_mode="median")
-            except triton.runtime.errors.OutOfResources:
-                return float("inf")
 
-        times = {index: milliseconds(config) for index, config in enumerate(candidates)}
-        best = min(times, key=times.get)
-        _winners[key] = candidates[best]
-        print(f"{name} sm_{key[1]} {shape}: {candidates[best]} {times[best]:.4f} ms", file=sys.stderr)
-    return _winners[key]
+def _fastest(candidates: Sequence[Config], launch: Callable[[Config], Any], what: str) -> Config:
+    import triton
+
+    def milliseconds(config: Config) -> float:
+        try:
+            return triton.testing.do_bench(lambda: launch(config), return_mode="median")
+        except triton.runtime.errors.OutOfResources:
+            return float("inf")
+
+    times = [milliseconds(config) for config in candidates]
+    best = candidates[times.index(min(times))]
+    print(f"{what}: {best} {min(times):.4f} ms", file=sys.stderr)
+    return best

@@ -13,8 +13,8 @@ from .errors import UserError
 
 if TYPE_CHECKING:
     from . import ops
+    from .inference.model import load
     from .models.accelerate import accelerate
-    from .models.weights import load
 
 __version__ = "0.1.0"
 __all__ = ["UserError", "accelerate", "load", "ops"]
@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
     if name == "ops":
         return importlib.import_module(".ops", __name__)
     if name == "load":
-        return importlib.import_module(".models.weights", __name__).load
+        return importlib.import_module(".inference.model", __name__).load
     if name == "accelerate":
         return importlib.import_module(".models.accelerate", __name__).accelerate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,10 +16,10 @@ COMMANDS = {
     "info": ("mixreorg_fast.info", "what this installation can use"),
     "train": ("mixreorg_fast.training.command", "pre-train on captioned photos"),
     "config": ("mixreorg_fast.config.keys", "every key of a configuration, its default and meaning"),
-    "segment": ("mixreorg_fast.evaluation.segment", "segment photos by class names"),
+    "segment": ("mixreorg_fast.inference.segment", "segment photos by class names"),
     "evaluate": ("mixreorg_fast.evaluation.evaluate", "score weights zero-shot on a data set"),
     "shards": ("mixreorg_fast.data.commands", "build or verify training shards"),
-    "convert": ("mixreorg_fast.models.convert", "weights from and to other formats"),
+    "convert": ("mixreorg_fast.convert", "weights from and to other formats"),
     "study": ("mixreorg_fast.study.command", "train variants on equal budgets and compare them"),
     "demo": ("mixreorg_fast.demo", "a web page that segments photos"),
 }

@@ -19,17 +19,17 @@ from PIL import Image
 from .config import ScenesConfig, find_config, load_config
 from .devices import choose
 from .errors import UserError, extra
-from .evaluation.evaluate import load_on_device
 from .images import load_image
-from .inference.class_scores import segment_of_pixels
+from .inference.options import add_options, load_on_device
 from .inference.overlay import blend, segment_palette
+from .inference.windows import segment_of_pixels
 from .models.weights import find_weights
 from .names import MASK_CLASSES, parse_classes
 
 if TYPE_CHECKING:
     import gradio
 
-    from .models import GroupViT
+    from .inference.model import Model
 
 MAX_UPLOAD = 20 << 20  # bytes
 MAX_PIXELS = 50_000_000  # 150 MB as RGB
@@ -37,7 +37,7 @@ SHOWN_SIDE = 1280  # pixels: larger photos are shown, and segmented, at this siz
 SAMPLES, SAMPLE_SIDE, NAMED = 6, 192, 4
 EMBEDDED = "zero2"  # the configuration of `make train`
 
-# The page is whole as it is served: nothing of it may come from, or go, anywhere else.
+# The page loads nothing from other sites and sends nothing to them.
 CONTENT_POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; form-action 'self'; frame-ancestors 'self'"
@@ -51,8 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", action="store_true", help="train on embedded scenes where there are no weights")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
-    parser.add_argument("--short-side", type=int, metavar="PX", help="of the network's input (default: the weights')")
-    parser.add_argument("--device", default=None, help="default: the GPU, or the CPU of a machine without")
+    add_options(parser, "short_side")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -78,7 +77,8 @@ def main(args: argparse.Namespace) -> int:
         weights = args.weights or embedded_run(args.train, device)
         model, scenes = load_on_device(str(weights), args.device), scenes_of(weights)
         samples = [] if scenes is None else sample_scenes(scenes, Path(folder.name))
-        page = build(Segmenter(model, args.short_side), samples)
+        model.inference = model.inference.with_options(short_side=args.short_side)
+        page = build(model, samples)
         url = serve(page, args.host, args.port)
         # So that being told to end leaves no uploads behind, either.
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -117,7 +117,7 @@ def embedded_run(train: bool = False, device: str = "cpu") -> Path:
 
 
 def scenes_of(weights: str | Path) -> ScenesConfig | None:
-    """The embedded scenes that the weights were trained on; None: they were trained on something else."""
+    """The embedded scenes that the weights were trained on; None: the weights were trained on other data."""
     folder = find_weights(weights).resolve()
     for place in (folder, folder.parent, folder.parent.parent):  # beside them, or of a run: RUN/checkpoints/step_*
         try:
@@ -150,34 +150,24 @@ class View(NamedTuple):
     areas: dict[str, float]  # share of each class
 
 
-class Segmenter:
-    """Photos and class names in, pictures out.
+def view(model: Model, path: str, names: str, threshold: float) -> View:
+    """Segment the photo at `path` by the class `names`; a `threshold` above 0 allows for background.
 
-    Args:
-        short_side: pixels at which the network sees a photo; None: as the weights say.
+    Raises:
+        UserError: not an image, too large an image, or no list of names.
     """
-
-    def __init__(self, model: GroupViT, short_side: int | None = None) -> None:
-        self.model, self.short_side = model, short_side
-
-    def __call__(self, path: str, names: str, threshold: float) -> View:
-        """Segment the photo at `path` by the class `names`; a `threshold` above 0 allows for background.
-
-        Raises:
-            UserError: no picture, too large a picture, or no list of names.
-        """
-        classes = parse_classes(names, "class names", most=MASK_CLASSES)
-        photo = load_image(path, max_pixels=MAX_PIXELS)
-        photo.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-        found = self.model.segment(photo, classes, short_side=self.short_side, background_threshold=threshold)
-        grey, colours = photo.convert("L").convert("RGB"), segment_palette()
-        stages = [segment_of_pixels(maps[None], (photo.height, photo.width))[0].cpu() for maps in found.stages]
-        return View(found.overlay(), [blend(grey, segments, colours, 0.6) for segments in stages], found.areas)
+    classes = parse_classes(names, "class names", most=MASK_CLASSES)
+    photo = load_image(path, max_pixels=MAX_PIXELS)
+    photo.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    found = model.segment(photo, classes, background_threshold=threshold)
+    grey, colours = photo.convert("L").convert("RGB"), segment_palette()
+    stages = [segment_of_pixels(maps[None], (photo.height, photo.width))[0].cpu() for maps in found.stages]
+    return View(found.overlay(), [blend(grey, segments, colours, 0.6) for segments in stages], found.areas)
 
 
 def sample_scenes(config: ScenesConfig, folder: Path) -> list[list[str]]:
-    """Scenes of the kind trained on, but never trained on, drawn into `folder`: per scene its path and class names,
-    those of what it shows and of as many other kinds as make NAMED."""
+    """Held-out scenes, drawn into `folder`: per scene its path and NAMED class names, those of the scene's objects
+    first filled up with other kinds."""
     from .data.scenes.drawing import Painter
     from .data.scenes.folder import KINDS, held_out_combinations, plan_scene, render
 
@@ -193,11 +183,11 @@ def sample_scenes(config: ScenesConfig, folder: Path) -> list[list[str]]:
     return samples
 
 
-def build(segmenter: Segmenter, samples: list[list[str]]) -> gradio.Blocks:
+def build(model: Model, samples: list[list[str]]) -> gradio.Blocks:
     """The page, with `samples` (a picture's path, class names) to click; Gradio's environment has to be set before."""
     import gradio as gr
 
-    nothing = [None] * (2 + len(segmenter.model.config.groups))
+    nothing = [None] * (2 + len(model.config.groups))
 
     def asked(path: str | None, names: str, threshold: float) -> tuple:
         """What a click or Enter gives: they need a photo."""
@@ -207,13 +197,13 @@ def build(segmenter: Segmenter, samples: list[list[str]]) -> gradio.Blocks:
         if path is None:
             return "", *nothing
         try:
-            view = segmenter(path, names, threshold)
+            seen = view(model, path, names, threshold)
         except UserError as error:
             return f"**{_for_people(error, path)}**", *nothing
-        return "", view.overlay, *view.stages, view.areas
+        return "", seen.overlay, *seen.stages, seen.areas
 
-    # Hands over the upload as it is: load_image reads more kinds than Gradio, and says what is wrong with one. Made
-    # this way, since Gradio's metaclass would write a .pyi beside this file.
+    # Passes on the uploaded file: load_image reads more formats than Gradio and names the fault of a damaged file.
+    # Made by type.__new__, since Gradio's metaclass would write a .pyi beside this file.
     Photo = type.__new__(
         type(gr.Image),
         "Photo",
@@ -228,7 +218,7 @@ def build(segmenter: Segmenter, samples: list[list[str]]) -> gradio.Blocks:
                 photo = Photo(label="Photo", sources=["upload", "clipboard"], elem_id="photo")
                 first = samples[0][1] if samples else "cat, dog, sofa"
                 names = gr.Textbox(first, label="Class names, between commas", max_length=4000, elem_id="names")
-                usual = segmenter.model.inference.background_threshold or 0
+                usual = model.inference.background_threshold or 0
                 threshold = gr.Slider(
                     0, 1, usual, step=0.01, label="Background threshold (0: none)", elem_id="background"
                 )
@@ -240,7 +230,7 @@ def build(segmenter: Segmenter, samples: list[list[str]]) -> gradio.Blocks:
         with gr.Row():
             stages = [
                 gr.Image(label=f"Segments of stage {i}", elem_id=f"stage{i}", **picture)
-                for i in range(1, len(segmenter.model.config.groups) + 1)
+                for i in range(1, len(model.config.groups) + 1)
             ]
         if samples:
             gr.Examples(samples, [photo, names], label="Scenes", cache_examples=False)
@@ -295,7 +285,7 @@ def serve(page: gradio.Blocks, host: str, port: int | None) -> str:
 
 
 class Guard:
-    """ASGI middleware: only what the page needs, in bounded requests, and nothing from elsewhere."""
+    """ASGI middleware: bounds requests, refuses Gradio's proxy routes, adds the content policy."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

@@ -1,4 +1,4 @@
-"""From files, Pillow images and arrays to what the network takes, and the errors of bad pictures."""
+"""Photos: files, Pillow images and arrays to the network's input, and the errors of bad pictures."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .errors import UserError, nearest
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
 MAX_PIXELS = 178_956_970  # the size at which Pillow itself takes a file for a decompression bomb (half a GiB as RGB)
 MAX_LONG_SIDE = 2048  # GroupViT's test pipeline: short side 448, but no side above 2048
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -30,9 +31,9 @@ def load_image(source: Any, *, upright: bool = True, max_pixels: int | None = No
     Args:
         source: a path, the bytes of a file, a file opened in binary mode, a Pillow image, or an array or tensor
             ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` or ``[H, W, 4]`` of uint8, uint16 or of floats in 0..1.
-        max_pixels: what a file may hold; None: `MAX_PIXELS`.
+        max_pixels: of a file at most; None: `MAX_PIXELS`.
     Raises:
-        UserError: no such file; no picture; truncated; too many pixels; another shape or dtype.
+        UserError: a missing file, not an image, truncated, too many pixels, another shape or dtype.
     """
     max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     if isinstance(source, Image.Image):
@@ -67,28 +68,22 @@ def load_image(source: Any, *, upright: bool = True, max_pixels: int | None = No
         raise UserError(f"{name}: damaged picture ({error})") from None
 
 
-def find_images(sources: Sequence[str | Path], recursive: bool = False) -> list[Path]:
-    """The pictures that `sources` (files and folders) name; a folder stands for its pictures in order of name.
-
-    Args:
-        recursive: take those of its sub-folders too, apart from hidden ones.
+def find_images(source: Path, recursive: bool = False) -> list[Path]:
+    """`source` itself, or, of a folder, its pictures in order of name; `recursive`: those of sub-folders too, apart
+    from hidden ones.
 
     Raises:
         UserError: a folder without pictures, or one that cannot be read.
     """
-    found: list[Path] = []
-    for source in map(Path, sources):
-        if not source.is_dir():
-            found.append(source)
-            continue
-        try:
-            inside = sorted(p for p in _files(source, recursive) if p.suffix.lower() in SUFFIXES)
-        except OSError as error:
-            raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
-        if not inside:
-            raise UserError(f"no pictures ({' '.join(SUFFIXES)}) in folder {source}")
-        found += inside
-    return found
+    if not source.is_dir():
+        return [source]
+    try:
+        inside = sorted(p for p in _files(source, recursive) if p.suffix.lower() in SUFFIXES)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    if not inside:
+        raise UserError(f"no pictures ({' '.join(SUFFIXES)}) in folder {source}")
+    return inside
 
 
 def _files(folder: Path, recursive: bool) -> Iterator[Path]:
@@ -99,30 +94,23 @@ def _files(folder: Path, recursive: bool) -> Iterator[Path]:
             yield from _files(path, recursive)
 
 
-def network_size(size: tuple[int, int], short_side: int, patch: int, long_side: int = MAX_LONG_SIDE) -> tuple[int, int]:
+def network_size(size: tuple[int, int], short_side: int, patch: int) -> tuple[int, int]:
     """Height and width at which the network sees a photo of `size` = (height, width).
 
-    The short side becomes `short_side` unless the long one would pass `long_side`; then both are rounded to the
-    nearest multiple of the patch, so that the patches cover the whole photo (GroupViT drops what is left over).
+    The short side becomes `short_side` unless the long one would pass `MAX_LONG_SIDE`; then both are rounded to the
+    nearest multiple of the patch, so that the patches cover the whole photo (GroupViT drops the remainder).
     """
-    scale = min(short_side / min(size), max(long_side, short_side) / max(size))
+    scale = min(short_side / min(size), max(MAX_LONG_SIDE, short_side) / max(size))
     height, width = (max(patch, round(side * scale / patch) * patch) for side in size)
     return height, width
 
 
-def to_tensor(
-    image: Image.Image,
-    short_side: int,
-    patch: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    long_side: int = MAX_LONG_SIDE,
-) -> Tensor:
+def to_tensor(image: Image.Image, short_side: int, patch: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """An RGB picture at its :func:`network_size`, normalised: fp32 ``[3, h, w]`` = (RGB in 0..1 - mean) / std.
 
     Resizing is bilinear over the area that a pixel covers (Pillow's), which does not alias when it shrinks.
     """
-    height, width = network_size((image.height, image.width), short_side, patch, long_side)
+    height, width = network_size((image.height, image.width), short_side, patch)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     # In NumPy: reader threads call this, and PyTorch would start a team of threads of its own in each of them.

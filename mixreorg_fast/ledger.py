@@ -1,6 +1,7 @@
-"""Results files: what was measured, on which device, by which command, from which commit.
+"""Results files and the Markdown tables made from them, for benchmarks and studies.
 
-Every figure that the documentation states stands in one of them; its tables are generated from their rows.
+A results file says what was measured, on which device, by which command and from which commit. Every figure in the
+documentation comes from the rows of a results file.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from typing import Any
 import torch
 
 from .errors import UserError
-from .files import atomic_path
+from .files import atomic_path, saving
 
+Row = Mapping[str, Any]
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
@@ -37,13 +39,13 @@ def device_name() -> str:
 
 
 def file_stem(device: str) -> str:
-    """A device's name as part of a file's."""
+    """A device's name in the form that file names use."""
     return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
 
 
 @cache
 def commit() -> str:
-    """The checkout's commit, with "+" behind it where files differ from it; "unknown" outside a checkout."""
+    """The checkout's commit, followed by "+" where tracked files differ from it; "unknown" outside a checkout."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -61,7 +63,7 @@ def now() -> str:
 
 
 def versions(command: str) -> dict[str, Any]:
-    """What stands above the rows of any results file."""
+    """The header of a results file: device, date, commit, versions and command."""
     return {
         "device": device_name(),
         "date": now(),
@@ -74,19 +76,52 @@ def versions(command: str) -> dict[str, Any]:
     }
 
 
-def write_rows(path: Path, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a results file, a row per line, atomically."""
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+def results_files(folder: Path, suites: Collection[str]) -> list[Row]:
+    """The results files in `folder` that hold rows of any of these suites."""
+    files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [file for file in files if any(row["suite"] in suites for row in file["rows"])]
+
+
+def write_rows(path: Path, header: Row, rows: Iterable[Row], keep: Callable[[Row], bool]) -> None:
+    """Write a results file atomically, one row per line.
+
+    Args:
+        rows: go below the rows already in the file that `keep` accepts.
+    """
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in (*filter(keep, old), *rows))
     text = json.dumps({**header, "rows": []}, indent=1).replace('"rows": []', f'"rows": [\n{lines}\n ]') + "\n"
     with atomic_path(path) as partial:
         partial.write_text(text)
 
 
+def table(head: Sequence[str], rows: Iterable[Iterable[Any]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+
+
+def write_page(page: Path, content: str, *, check: bool = False) -> bool:
+    """Replace the text between the two markers of a Markdown page by `content`.
+
+    Returns:
+        whether the page changed; with `check`, which leaves the page as it is, whether it would change.
+    Raises:
+        UserError: as :func:`between_markers`; the page cannot be written.
+    """
+    old = page.read_text() if page.exists() else None
+    new = between_markers(f"# {page.stem.capitalize()}\n" if old is None else old, content)
+    if new != old and not check:
+        with saving(page), atomic_path(page) as temporary:
+            temporary.write_text(new)
+    return new != old
+
+
 def between_markers(text: str, content: str) -> str:
-    """The page `text` with `content` between its two markers; a page without any gets them at its end.
+    """The page `text` with `content` between its two markers. A page without markers gets both at its end.
 
     Raises:
-        UserError: it has one of them, or several.
+        UserError: the page has only one marker, or a marker twice.
     """
     if BEGIN not in text and END not in text:
         text = f"{text.rstrip()}\n\n{BEGIN}\n{END}\n"

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from . import ops
 from .config import Config, merged, parse_config
+from .kernels.settings import LogitBlock
 from .kernels.variants import ARCHITECTURES
 from .models import Batch, GroupViT, MixReorg
-from .ops.contrastive_loss import _gradient_triton, _log_sum_exp_triton
+from .ops.contrastive_blocks import TRITON
 
 IMAGES, CLASSES, WORDS = 64, 150, 24
 BASE = {"model": {"text": {"layers": 1, "vocab_size": 512}}, "train": {"compile": False}}
@@ -107,8 +108,8 @@ def _ops(dtype: torch.dtype) -> None:
         _backward(ops.contrastive_loss(image, texts, 10.0, impl="triton"))
         scale = torch.empty((), device="meta")
         rows, columns = image.detach(), texts.detach().flatten(0, 1)  # of all ranks, where there are several
-        lse, others = _log_sum_exp_triton(rows, columns, scale, False)[0], columns.new_empty(len(columns))
-        _gradient_triton(rows, columns, lse, others.float(), scale, 1, 3, 64, False)
+        lse, others = TRITON.log_sum_exp(rows, columns, scale, False)[0], columns.new_empty(len(columns))
+        TRITON.gradient(rows, columns, lse, others.float(), scale, LogitBlock(1, 3, first_row=64, both=False))
     for groups, size in ((8, (448, 448)), (64, (375, 500)), (3, (31, 37))):
         maps, scores = _leaf(2, groups, 28, 28, dtype=dtype), _leaf(2, groups, CLASSES, dtype=dtype)
         for threshold in (None, 0.5):

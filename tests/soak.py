@@ -14,12 +14,15 @@ from mixreorg_fast import load
 from mixreorg_fast.config import Config, parse_config
 from mixreorg_fast.data.reading.train_loader import TrainLoader
 from mixreorg_fast.data.reading.training_set import TrainingSet
-from mixreorg_fast.data.shards.build import write_shard
-from mixreorg_fast.data.shards.shards import ShardSet, open_shard, scan
+from mixreorg_fast.data.shards.index import open_shard
+from mixreorg_fast.data.shards.scan import scan
+from mixreorg_fast.data.shards.shard_set import ShardSet
 from mixreorg_fast.data.shards.verify import verify_shard
+from mixreorg_fast.data.shards.write import write_shard
 from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
-from mixreorg_fast.models import GroupViT, weights
+from mixreorg_fast.inference.model import Model
+from mixreorg_fast.models import weights
 from tests.data.conftest import own_cache, pairs  # noqa: F401, the fixture is used by its name
 from tests.tiny import tiny_config
 
@@ -124,8 +127,8 @@ def test_configurations(capsys):
 @pytest.mark.parametrize("name", [weights.WEIGHTS, weights.DESCRIPTION, weights.TOKENIZER])
 def test_weights(tmp_path, capsys, name):
     draw, counts = random.Random(2), Counter()
-    model = GroupViT(tiny_config().model, tokenizer=Tokenizer.train(["a red thing"], 300))
-    weights.save(model, tmp_path / "w")
+    model = Model(tiny_config().model, tokenizer=Tokenizer.train(["a red thing"], 300))
+    model.save(tmp_path / "w")
     whole = (tmp_path / "w" / name).read_bytes()
     for _ in range(int(500 * SCALE)):
         (tmp_path / "w" / name).write_bytes(mutated(whole, draw))

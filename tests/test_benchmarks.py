@@ -132,6 +132,7 @@ def test_a_case_starts_without_the_graphs_of_others():
     assert symbolic == [False, False]
 
 
+@pytest.mark.slow
 @COUNTED_ON_A_CPU
 def test_launches_outside_of_compiled_parts():
     counts = launches.micro_step("groupvit", depths=[2, 1, 1]).counts
@@ -142,6 +143,7 @@ def test_launches_outside_of_compiled_parts():
     assert counts["losses"]["compiled"] == 2 and counts["losses"]["triton"] > 0
 
 
+@pytest.mark.slow
 @COUNTED_ON_A_CPU
 def test_activations_grow_with_the_images():
     sizes = {"image_size": 64, "width": 48, "heads": 2, "depths": (3, 1, 1), "groups": (8, 4), "projection_hidden": 64}
@@ -220,6 +222,7 @@ def test_families_of_operations(name, family):
     assert profile.family(name) == family
 
 
+@pytest.mark.slow
 def test_a_profile_of_both_steps():
     found = [row for name in ("eager", "ours") for row in profile.rows("mixreorg", name, 4, steps=1, **TINY)]
     ours = {row["family"]: row for row in found if row["implementation"] == "ours"}
@@ -234,6 +237,7 @@ def test_a_profile_of_both_steps():
     assert total == pytest.approx(counted, rel=0.1)
 
 
+@pytest.mark.slow
 def test_losses_of_all_implementations_agree(monkeypatch):
     monkeypatch.setattr(curves, "SIZES", TINY)
     monkeypatch.setattr(curves, "IMAGES", 4)
@@ -244,6 +248,7 @@ def test_losses_of_all_implementations_agree(monkeypatch):
         assert len(set(first)) == 3
 
 
+@pytest.mark.launch
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_host_time_is_measured_without_a_gpu():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -24,8 +24,7 @@ from mixreorg_fast.config import ScenesConfig, find_config, load_config
 from mixreorg_fast.data.scenes.folder import KINDS, held_out_combinations, plan_scene
 from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
-from mixreorg_fast.models import GroupViT
-from mixreorg_fast.models.weights import load, save
+from mixreorg_fast.inference.model import Model, load
 from tests.evaluation.fakes import draw_photo
 from tests.tiny import fill, tiny_config
 
@@ -36,24 +35,24 @@ ROOT = Path(__file__).parents[1]
 def weights(tmp_path_factory) -> Path:
     tokenizer = Tokenizer.train(["a photo of a cat and a dog", "a red car on the road"] * 3, 300)
     config = tiny_config(model={"text": {"vocab_size": tokenizer.vocab_size, "context": 24}}).model
-    model = GroupViT(config, tokenizer=tokenizer)
+    model = Model(config, tokenizer=tokenizer)
     fill(model)
     folder = tmp_path_factory.mktemp("demo") / "weights"
-    save(model, folder)
+    model.save(folder)
     (folder / "config.json").write_text('{"data": {"scenes": {"train": 77}}}')  # of a run on embedded scenes
     return folder
 
 
 def test_a_view_of_a_photo(weights, tmp_path):
     photo = draw_photo(tmp_path / "a.png", (60, 40), seed=0)
-    segmenter = demo.Segmenter(load(weights), short_side=64)
-    view = segmenter(str(tmp_path / "a.png"), "cat, dog", 0.0)
+    model = load(weights)
+    view = demo.view(model, str(tmp_path / "a.png"), "cat, dog", 0.0)
     assert list(view.areas) == ["cat", "dog"] and sum(view.areas.values()) == pytest.approx(1)
     assert [stage.size for stage in view.stages] == [photo.size] * 2
     assert view.overlay.width >= photo.width and view.overlay.height > photo.height  # with its legend
     colours = [len(np.unique(np.asarray(stage).reshape(-1, 3), axis=0)) for stage in view.stages]
     assert min(colours) > 1
-    background = segmenter(str(tmp_path / "a.png"), "cat, dog", 1.0)
+    background = demo.view(model, str(tmp_path / "a.png"), "cat, dog", 1.0)
     assert background.areas["background"] > 0
 
 
@@ -62,21 +61,20 @@ def test_the_page_takes_what_the_weights_carry(weights, tmp_path):
     pytest.importorskip("gradio", reason="needs the demo extra")
     photo, model = draw_photo(tmp_path / "a.png", (60, 40), seed=0), load(weights)
     model.inference = model.inference.with_options(short_side=40, templates="a {}.", background_threshold=0.35)
-    segmenter = demo.Segmenter(model)
-    view = segmenter(str(tmp_path / "a.png"), "cat; dog\nred car", 0.35)
+    view = demo.view(model, str(tmp_path / "a.png"), "cat; dog\nred car", 0.35)
     assert view.areas == model.segment(photo, ["cat", "dog", "red car"]).areas and "background" in view.areas
-    assert list(segmenter(str(tmp_path / "a.png"), "cat, dog", 0).areas) == ["cat", "dog"]
-    page = demo.build(segmenter, [])
+    assert list(demo.view(model, str(tmp_path / "a.png"), "cat, dog", 0).areas) == ["cat", "dog"]
+    page = demo.build(model, [])
     assert [block.value for block in page.blocks.values() if getattr(block, "elem_id", None) == "background"] == [0.35]
 
 
 def test_large_photos_are_shown_smaller_and_huge_ones_refused(weights, tmp_path, monkeypatch):
-    segmenter = demo.Segmenter(load(weights), short_side=32)
+    model = load(weights)
     Image.new("RGB", (2600, 1300), "red").save(tmp_path / "large.png")
-    assert segmenter(str(tmp_path / "large.png"), "cat", 0.0).stages[0].size == (1280, 640)
+    assert demo.view(model, str(tmp_path / "large.png"), "cat", 0.0).stages[0].size == (1280, 640)
     monkeypatch.setattr(demo, "MAX_PIXELS", 1_000_000)
     with pytest.raises(UserError, match="too large to decode .at most 1 million pixels"):
-        segmenter(str(tmp_path / "large.png"), "cat", 0.0)
+        demo.view(model, str(tmp_path / "large.png"), "cat", 0.0)
 
 
 @pytest.mark.parametrize("scenes", [ScenesConfig(), load_config(find_config("zero2")).data.scenes])
@@ -131,7 +129,7 @@ def test_without_weights_nothing_is_trained_unasked(weights, tmp_path, monkeypat
 
 def test_segment_without_a_photo_says_so(weights):
     pytest.importorskip("gradio", reason="needs the demo extra")
-    page = demo.build(demo.Segmenter(load(weights)), [])
+    page = demo.build(load(weights), [])
     said = {
         event: function.fn(None, "cat", 0.0)[0]
         for function in page.fns.values()
@@ -192,6 +190,7 @@ def status(url: str, **request) -> int:
         return error.code
 
 
+@pytest.mark.launch
 def test_no_file_but_the_pages_own_is_served(server):
     assert status(server.url) == 200
     own = next(server.folder.glob("mixreorg-demo-*/uploads/*/scene*.png"))
@@ -202,6 +201,7 @@ def test_no_file_but_the_pages_own_is_served(server):
         assert status(f"{server.url}gradio_api/{path}") == 404
 
 
+@pytest.mark.launch
 def test_uploads_are_bounded(server):
     body = b"--x\r\nContent-Disposition: form-data; name=files; filename=a.jpg\r\n\r\n%b\r\n--x--\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
@@ -215,6 +215,7 @@ def test_uploads_are_bounded(server):
         connection.close()
 
 
+@pytest.mark.launch
 def test_it_listens_at_one_address_and_says_when_it_cannot(server, weights, capsys):
     host, port = server.url.split("/")[2].split(":")
     assert host == "127.0.0.1"
@@ -288,7 +289,29 @@ class Page:
             button.click()
         self.find("#photo input[type=file]").send_keys(str(path))
 
+    def drop(self, name: str, kind: str) -> None:
+        """Drop a file of MIME type `kind` onto the photo's place."""
+        script = """
+            const data = new DataTransfer(), place = document.querySelector("#photo button.upload-container");
+            data.items.add(new File(["some text"], arguments[0], {type: arguments[1]}));
+            for (const event of ["dragenter", "dragover", "drop"])
+                place.dispatchEvent(new DragEvent(event, {bubbles: true, cancelable: true, dataTransfer: data}));
+        """
+        self.find("#photo button.upload-container")
+        self.browser.execute_script(script, name, kind)
 
+
+def test_a_file_of_the_wrong_kind_gets_a_line(browser, server):
+    page = Page(browser, server.url)
+    page.drop("notes.txt", "text/plain")
+    page.until(lambda: "Invalid file type: notes.txt. Only image/* allowed." in page.find("body").text)
+    page.drop("drawing.svg", "image/svg+xml")
+    wanted = "drawing.svg: not a picture (expected JPEG, PNG, WebP, BMP, TIFF or GIF)"
+    page.until(lambda: page.find("#message").text == wanted)
+
+
+@pytest.mark.browser
+@pytest.mark.launch
 def test_the_page_in_a_browser(browser, server, tmp_path):
     page = Page(browser, server.url)
     page.find("tr.tr-body").click()  # a sample scene

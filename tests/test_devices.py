@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mixreorg_fast import devices, ranks
-from mixreorg_fast.data.shards.build import write_shard
+from mixreorg_fast.data.shards.write import write_shard
 from mixreorg_fast.devices import Driver, choose
 from mixreorg_fast.errors import RankError, UserError
 from tests.data.conftest import pairs
@@ -111,12 +111,14 @@ def old_driver(tmp_path_factory):
     return disguised(cuda="13.0", gpus=0) | {"LD_LIBRARY_PATH": str(folder)}
 
 
+@pytest.mark.launch
 def test_the_driver_is_found(old_driver):
     code = "from mixreorg_fast.devices import driver; found = driver(); print(found.version, found.gpus)"
     done = subprocess.run([sys.executable, "-c", code], env=old_driver, capture_output=True, text=True)
     assert done.stdout.split() == [OLD.version, str(OLD.gpus)], done.stderr
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(
     "command",
     [
@@ -140,6 +142,7 @@ def test_commands_say_it_in_one_line(old_driver, tmp_path, command):
     assert list(tmp_path.iterdir()) == [shard]
 
 
+@pytest.mark.launch
 def test_info_says_it_too(old_driver):
     done = subprocess.run(
         [sys.executable, "-m", "mixreorg_fast.info"], env=old_driver, capture_output=True, text=True, timeout=120
@@ -148,6 +151,7 @@ def test_info_says_it_too(old_driver):
     assert "no: this machine has 2 NVIDIA GPUs (driver 535.104.05)" in line and "580" in line
 
 
+@pytest.mark.launch
 def test_shards_are_verified_on_the_cpu_when_that_is_asked_for(old_driver, tmp_path):
     pytest.importorskip("nvidia.dali")
 

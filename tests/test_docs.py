@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 from mixreorg_fast.cli import main
+from mixreorg_fast.convert import save_huggingface
 from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
-from mixreorg_fast.models import GroupViT
-from mixreorg_fast.models.convert import save_huggingface
-from mixreorg_fast.models.weights import save
+from mixreorg_fast.inference.model import Model
 from tests.evaluation.fakes import draw_mask, draw_photo
 from tests.tiny import fill, tiny_config
 
@@ -22,11 +21,11 @@ def place(tmp_path, monkeypatch) -> Path:
     """A working folder with `weights/`, photos and a small data set."""
     monkeypatch.chdir(tmp_path)
     tokenizer = Tokenizer.train(["a photo of a cat and a dog", "a red car on the road"] * 3, 300)
-    model = GroupViT(
+    model = Model(
         tiny_config(model={"text": {"vocab_size": tokenizer.vocab_size, "context": 24}}).model, tokenizer=tokenizer
     )
     fill(model)
-    save(model, tmp_path / "weights")
+    model.save(tmp_path / "weights")
     for number, name in enumerate(("photo.jpg", "other.jpg", "data/camvid/images/a.jpg")):
         draw_photo(tmp_path / name, (64, 48), seed=number)
     draw_mask(tmp_path / "data/camvid/masks/a.png", (64, 48), [0, 1, 255], seed=0)
@@ -65,7 +64,7 @@ def test_weights(place):
 def test_the_default_run_cannot_be_exported_and_the_page_says_so(place):
     config = tiny_config(model={"hard_assignment": False}).model
     with pytest.raises(UserError, match="softly .*model.hard_assignment=true can be exported"):
-        save_huggingface(GroupViT(config), place / "out", {})
+        save_huggingface(Model(config), place / "out", {})
     page = (DOCS / "weights.md").read_text()
     assert "runs/zero2" not in page
     assert re.search(r"refused for weights that assign patches softly, such as .*`runs/scenes`", page)

@@ -146,10 +146,11 @@ def test_the_bound_is_ours_too(tmp_path, monkeypatch):
 def test_folders_of_pictures(tmp_path):
     for name in ("b.jpg", "a.PNG", "notes.txt"):
         (tmp_path / name).touch()
-    assert [p.name for p in find_images([tmp_path, "x.jpg"])] == ["a.PNG", "b.jpg", "x.jpg"]
+    assert [p.name for p in find_images(tmp_path)] == ["a.PNG", "b.jpg"]
+    assert find_images(tmp_path / "x.jpg") == [tmp_path / "x.jpg"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no pictures .* in folder"):
-        find_images([tmp_path / "empty"])
+        find_images(tmp_path / "empty")
 
 
 @pytest.mark.parametrize(

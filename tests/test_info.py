@@ -41,12 +41,14 @@ def test_kernels_need_triton(monkeypatch):
         info.kernel_resources()
 
 
+@pytest.mark.launch
 def test_it_runs_as_a_module():
     result = subprocess.run([sys.executable, "-m", "mixreorg_fast.info", "--bad"], capture_output=True, text=True)
     assert result.returncode == 2
     assert "unrecognized arguments: --bad" in result.stderr
 
 
+@pytest.mark.launch
 def test_an_xformers_that_does_not_load_is_told_with_its_reason(tmp_path):
     """The extension of a build for CUDA 12 beside a PyTorch for CUDA 13."""
     package = tmp_path / "xformers"
@@ -71,6 +73,7 @@ def test_an_xformers_that_does_not_load_is_told_with_its_reason(tmp_path):
     assert "many lines" not in done.stdout + done.stderr
 
 
+@pytest.mark.launch
 def test_importing_the_ops_does_not_import_xformers():
     code = "import sys; from mixreorg_fast.ops import attention; sys.exit('xformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,14 +1,12 @@
 """``make`` on other machines: what is installed there, and with which environment; nothing is, the tools are stubs."""
 
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import setuptools
 from packaging.requirements import Requirement
 
 from mixreorg_fast.devices import OLDEST_DRIVER
@@ -142,6 +140,7 @@ def environment_of_install(machine) -> dict[str, str]:
     return {} if value == "unset" else {"DS_IGNORE_CUDA_DETECTION": value}
 
 
+@pytest.mark.launch
 def test_deepspeed_builds_beside_a_gpu_without_nvcc(machine, tmp_path):
     folder = str(tmp_path / "wheels")
     command = [sys.executable, "-m", "pip", "--retries", "0", "--timeout", "20"]
@@ -165,6 +164,7 @@ def test_deepspeed_builds_beside_a_gpu_without_nvcc(machine, tmp_path):
     assert done.returncode != 0 and "MissingCUDAException" in done.stdout + done.stderr
 
 
+@pytest.mark.launch
 def test_deepspeed_is_imported_without_warnings():
     pytest.importorskip("deepspeed")
     code = "from mixreorg_fast.training.distributed import import_deepspeed as load; print(load().__version__)"
@@ -193,12 +193,10 @@ def pins(name: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def declared(monkeypatch) -> dict:
-    """What setup.py declares."""
-    said = {}
-    monkeypatch.setattr(setuptools, "setup", lambda **about: said.update(about))
-    runpy.run_path(str(ROOT / "setup.py"))
-    return said
+def declared() -> dict:
+    """The `[project]` table of pyproject.toml."""
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 @pytest.mark.parametrize(
@@ -211,9 +209,9 @@ def declared(monkeypatch) -> dict:
 def test_every_requirement_is_pinned_within_its_range(declared, file, extra, torch, triton, dali):
     pinned = pins(file)
     assert (pinned["torch"], pinned["triton"], pinned["deepspeed"]) == (torch, triton, DEEPSPEED) and dali in pinned
-    wanted = list(declared["install_requires"])
+    wanted = list(declared["dependencies"])
     for name in (extra, "gpu", "hf", "demo", "dev"):
-        wanted += declared["extras_require"][name]
+        wanted += declared["optional-dependencies"][name]
     requirements = [Requirement(text) for text in wanted]
     for requirement in requirements:
         assert requirement.specifier.contains(pinned[requirement.name]), requirement

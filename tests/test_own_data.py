@@ -15,6 +15,8 @@ from PIL import Image
 
 import mixreorg_fast
 
+pytestmark = pytest.mark.launch
+
 pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[1]
 COLOURS = ["red", "green", "blue", "white"]
@@ -47,7 +49,7 @@ def test_readme_commands_train_on_a_folder_of_photos(tmp_path):
 
     early = run(sys.executable, *train[1:])
     assert early.returncode == 2
-    assert "no shard matches data/own/train-*.tar; make it with: mixreorg shards build FOLDER" in early.stderr
+    assert "no shard matches data/own/train-*.tar; docs/data.md tells how to make shards" in early.stderr
 
     done = run(*build)
     assert done.returncode == 0 and "wrote 40 samples" in done.stdout, done.stderr

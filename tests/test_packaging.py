@@ -9,6 +9,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 import mixreorg_fast
 from mixreorg_fast.errors import UserError
 
@@ -30,6 +32,7 @@ def test_checkout():
     assert families_seen_from(ROOT) == FAMILIES
 
 
+@pytest.mark.launch
 def test_wheel(tmp_path):
     # A copy, so that setuptools leaves its build folders there.
     source = tmp_path / "source"
@@ -59,6 +62,7 @@ def test_wheel(tmp_path):
     assert "zero2" in done.stdout and "mixreorg config" in done.stdout and "study" not in done.stdout
 
 
+@pytest.mark.launch
 def test_what_the_package_shows():
     assert {"UserError", "accelerate", "load", "ops"} <= set(
         dir(mixreorg_fast)

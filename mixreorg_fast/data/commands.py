@@ -70,14 +70,11 @@ def _build(args: argparse.Namespace) -> int:
     built = build(
         args.source,
         args.out,
-        split=args.split,
-        images=args.images,
         nouns=args.nouns,
-        image_column=args.image_column,
-        caption_column=args.caption_column,
         samples_per_shard=args.samples_per_shard,
         overwrite=args.overwrite,
         workers=args.workers,
+        **{name: getattr(args, name) for name in ("split", "images", "image_column", "caption_column")},
     )
     paths = built.shards
     names = f"{paths[0]}" + (f" … {paths[-1].name}, {len(paths)} shards" if len(paths) > 1 else "")

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..data.shards.shards import how_to_make
 from ..errors import UserError, nearest
 from ..images import load_image
 from . import classes as names
@@ -207,7 +206,7 @@ def open_dataset(kind: str, root: str | Path, split: str = "val") -> Segmentatio
     root = Path(root)
     if not root.is_dir():
         siblings = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
-        raise UserError(f"no data set folder {root}{how_to_make(root) or nearest(root.name, siblings)}")
+        raise UserError(f"no data set folder {root}{nearest(root.name, siblings)}; docs/evaluate.md lists the layouts")
     return _open_plain(root, split) if kind == "plain" else _open_layout(kind, LAYOUTS[kind], root, split)
 
 

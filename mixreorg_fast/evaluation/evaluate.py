@@ -6,20 +6,18 @@ import argparse
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .. import devices, load, ranks
-from ..config import InferenceConfig
+from .. import devices, ranks
 from ..errors import UserError
 from ..files import saving, write_json
-from ..names import TEMPLATES
+from ..inference.options import add_options, load_on_device, options_of
 from .datasets import KINDS, open_dataset
 from .metrics import FREQUENT
 from .pictures import dataset_figure
-from .zero_shot import evaluate, segmenter_for, settings_for
+from .zero_shot import evaluate, segmenter_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,63 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", help="where the scores go as JSON")
     parser.add_argument("--pictures", metavar="FILE", help="PNG of some photos, truths, predictions and segments")
     parser.add_argument("--predictions", metavar="FOLDER", help="the labels of every photo, as palette PNGs")
-    parser.add_argument("--resume", action="store_true", help="go on where the same command was interrupted")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run of the same command")
     parser.add_argument("--limit", type=int, metavar="N", help="score only N photos, spread over the split")
-    add_view_arguments(parser, decoding="groupvit")
-
-
-def add_view_arguments(parser: argparse.ArgumentParser, decoding: str | None = None) -> None:
-    """How photos are seen and named: the options that `evaluate` and `segment` share.
-
-    Args:
-        decoding: the default; None: what the weights carry.
-    """
-    parser.add_argument(
-        "--decoding", choices=("groupvit", "direct"), default=decoding, help=f"default: {decoding or 'the weights'}"
-    )
-    parser.add_argument("--mode", choices=("whole", "sliding"), help="default: the weights'")
-    parser.add_argument("--short-side", type=int, metavar="PX", help="of the network's input (default: the weights')")
-    parser.add_argument("--window", type=int, metavar="PX", help="of --mode sliding (default: the weights')")
-    parser.add_argument("--stride", type=int, metavar="PX", help="of --mode sliding (default: the weights')")
-    parser.add_argument(
-        "--background-threshold",
-        type=float,
-        metavar="X",
-        help="0..1: what scores less is background (default: the weights'; else the data set's usual one in evaluate, "
-        "and no background in segment, as with 0)",
-    )
-    parser.add_argument(
-        "--templates",
-        metavar="NAME",
-        help=f"prompt templates: {', '.join(TEMPLATES)}, or one of your own with {{}} for the class (default: the "
-        "weights')",
-    )
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="photos per forward pass (8)")
-    parser.add_argument("--device", default=None, help="default: the GPU, or the CPU of a machine without")
-
-
-def settings_from(args: argparse.Namespace, inference: InferenceConfig) -> InferenceConfig:
-    """The settings that weights carry, overruled by the options of :func:`add_view_arguments`.
-
-    Raises:
-        UserError: an option that does not fit.
-    """
-    if args.batch < 1:
-        raise UserError(f"--batch must be at least 1, got {args.batch}")
-    options = vars(args)
-    return inference.with_options(**{name: options[name] for name in InferenceConfig.model_fields})
-
-
-def load_on_device(weights: str, device: str | None) -> Any:
-    """The model in folder `weights`, on the `device` of :func:`mixreorg_fast.devices.choose`.
-
-    Raises:
-        UserError: as these two; weights without a tokenizer.
-    """
-    model = load(weights, devices.choose(device))
-    if model.tokenizer is None:
-        raise UserError(f"{weights}: no tokenizer.json, so class names cannot be read")
-    return model
+    add_options(parser, decoding="groupvit")
 
 
 @contextlib.contextmanager
@@ -127,18 +71,9 @@ def main(args: argparse.Namespace) -> int:
     keep = f"{args.out}.partial" if args.out else None
     with joined_ranks(args.device) as device:
         model = load_on_device(args.weights, device)
-        settings = settings_for(settings_from(args, model.inference), dataset, args.background_threshold)
-        result = evaluate(
-            model,
-            model.tokenizer,
-            dataset,
-            settings,
-            args.limit,
-            predictions=args.predictions,
-            keep=keep,
-            resume=args.resume,
-            batch=args.batch,
-        )
+        settings = model.inference.with_options(**options_of(args))
+        segmenter = segmenter_for(model, dataset, settings, args.background_threshold, args.batch)
+        result = evaluate(segmenter, dataset, args.limit, True, args.predictions, keep, args.resume)
         rank = ranks.rank()
     if rank > 0:
         return 0
@@ -155,5 +90,5 @@ def main(args: argparse.Namespace) -> int:
         with saving(args.out):
             write_json(args.out, result)
     if args.pictures:
-        dataset_figure(segmenter_for(model, dataset, settings), dataset, args.pictures)
+        dataset_figure(segmenter, dataset, args.pictures)
     return 0

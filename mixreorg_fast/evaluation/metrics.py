@@ -13,7 +13,7 @@ from ..files import write_json
 from ..ranks import sum_over_ranks
 
 IGNORE = 255
-RARE, FREQUENT = 10, 30  # photos that show a class: the score of a rare one is mostly chance
+RARE, FREQUENT = 10, 30  # photos that show a class; IoU of rare classes is mostly noise
 
 
 def confusion_matrix(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
@@ -121,7 +121,7 @@ class Tally:
         return total
 
     def keep(self, path: Path, about: dict[str, Any]) -> None:
-        """Write the counts to `path`, with a description (JSON values) of what they are counts of."""
+        """Write the counts to `path`, with a description of the evaluation (JSON values)."""
         counts = {name: getattr(self, name).tolist() for name in self._COUNTS}
         write_json(path, {"about": about, "done": sorted(self.done), **counts})
 

@@ -18,7 +18,6 @@ from ..inference.overlay import INK, PAPER, blend, class_palette, colourise, leg
 from .metrics import IGNORE
 
 CELL, GAP, TITLE = 224, 8, 17
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 class Row(NamedTuple):
@@ -50,12 +49,7 @@ def segmentation_figure(rows: Sequence[Row], path: str | Path, classes: Sequence
 
 
 def mixing_figure(
-    original: Tensor,
-    mixed: Tensor,
-    restored: Tensor,
-    path: str | Path,
-    mean: Sequence[float] = IMAGENET["mean"],
-    std: Sequence[float] = IMAGENET["std"],
+    original: Tensor, mixed: Tensor, restored: Tensor, path: str | Path, mean: Sequence[float], std: Sequence[float]
 ) -> None:
     """A PNG at `path`: per row an image, the mixed image at its place in the group, the restored image.
 
@@ -69,11 +63,7 @@ def mixing_figure(
 
 @torch.no_grad()
 def segments_figure(
-    images: Tensor,
-    assignment: Tensor,
-    path: str | Path,
-    mean: Sequence[float] = IMAGENET["mean"],
-    std: Sequence[float] = IMAGENET["std"],
+    images: Tensor, assignment: Tensor, path: str | Path, mean: Sequence[float], std: Sequence[float]
 ) -> None:
     """A PNG at `path`: per row an image and its segments.
 

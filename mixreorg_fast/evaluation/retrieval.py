@@ -21,6 +21,7 @@ def retrieval_at_1(model: Any, batches: Iterable[tuple[Tensor, Tensor]], chunk: 
     pairs and the retrieval is over all of them.
 
     Args:
+        model: in evaluation mode.
         batches: pairs of normalised images ``[B, 3, H, W]`` and token ids ``[B, L]`` (L may differ).
         chunk: rows of the similarity matrix held at once.
     Returns:
@@ -28,20 +29,11 @@ def retrieval_at_1(model: Any, batches: Iterable[tuple[Tensor, Tensor]], chunk: 
     Raises:
         UserError: no pairs.
     """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        parts = [
-            (
-                model.image_embeddings(images.to(device)).float(),
-                model.text_embeddings(ids.to(device)).float(),
-                ids.cpu(),
-            )
-            for images, ids in batches
-        ]
-    finally:
-        model.train(was_training)
+    device = model.device
+    parts = [
+        (model.image_embeddings(images.to(device)), model.text_embeddings(ids.to(device)), ids)
+        for images, ids in batches
+    ]
     parts = _gathered(parts)
     if not parts:
         raise UserError("retrieval: no image-text pairs to score")

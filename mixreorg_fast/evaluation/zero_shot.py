@@ -19,72 +19,66 @@ from .. import ranks
 from ..config import InferenceConfig
 from ..errors import RankError, UserError
 from ..files import saving
+from ..inference.model import Model
 from ..inference.overlay import save_labels
-from ..inference.prompts import text_classifier
 from ..inference.segmenter import Segmenter
 from . import metrics
 from .datasets import Sample, SegmentationDataset
 
 READERS = 4  # threads that read photos and masks ahead
-SAVE_EVERY = 30.0  # seconds between the counts that an interrupted evaluation goes on from
-
-
-def settings_for(
-    settings: InferenceConfig, dataset: SegmentationDataset, threshold: float | None = None
-) -> InferenceConfig:
-    """`settings` with the background threshold that holds for `dataset`: this one, theirs, or the data set's usual one.
-
-    Raises:
-        UserError: a `threshold` for a data set without background.
-    """
-    if not dataset.has_background:
-        if threshold is not None:
-            raise UserError(
-                f"background_threshold {threshold} has no use: {dataset.kind} at {dataset.root} has no class "
-                f"'background' (its first is '{dataset.classes[0]}')"
-            )
-        return settings.model_copy(update={"background_threshold": None})
-    given = [threshold, settings.background_threshold, dataset.background_threshold]
-    return settings.with_options(background_threshold=next((value for value in given if value is not None), None))
+SAVE_EVERY = 30.0  # seconds between saved counts, from which an interrupted evaluation resumes
 
 
 def segmenter_for(
-    model: Any, dataset: SegmentationDataset, settings: InferenceConfig, tokenizer: Any = None, batch: int = 8
+    model: Model,
+    dataset: SegmentationDataset,
+    settings: InferenceConfig | None = None,
+    threshold: float | None = None,
+    batch: int = 8,
 ) -> Segmenter:
-    """A segmenter of the photos of `dataset` by its classes; `settings` as of :func:`settings_for`.
+    """A segmenter of the photos of `dataset` by its classes.
 
+    Args:
+        settings: None: those that the model carries.
+        threshold: background threshold; None: the settings' one, or else the data set's usual one.
+        batch: photos of one network size, or windows, per forward pass.
     Raises:
-        UserError: as :class:`~mixreorg_fast.inference.segmenter.Segmenter`.
+        UserError: a `threshold` for a data set without background; as
+            :class:`~mixreorg_fast.inference.segmenter.Segmenter`.
     """
-    tokenizer = model.tokenizer if tokenizer is None else tokenizer
-    texts = text_classifier(model, tokenizer, dataset.prompts, settings.templates)
-    return Segmenter(model, texts, settings, dataset.classes, batch)
+    settings = model.inference if settings is None else settings
+    if dataset.has_background:
+        given = [threshold, settings.background_threshold, dataset.background_threshold]
+        threshold = next((value for value in given if value is not None), None)
+    elif threshold is not None:
+        raise UserError(
+            f"background_threshold {threshold} has no use: {dataset.kind} at {dataset.root} has no class "
+            f"'background' (its first is '{dataset.classes[0]}')"
+        )
+    settings = settings.model_copy(update={"background_threshold": None}).with_options(background_threshold=threshold)
+    return Segmenter(model, dataset.prompts, settings, dataset.classes, batch)
 
 
 def evaluate(
-    model: Any,
-    tokenizer: Any,
+    segmenter: Segmenter,
     dataset: SegmentationDataset,
-    settings: InferenceConfig | None = None,
     limit: int | None = None,
     progress: bool = True,
     predictions: str | Path | None = None,
     keep: str | Path | None = None,
     resume: bool = False,
-    batch: int = 8,
 ) -> dict[str, Any]:
-    """Score `model` zero-shot on `dataset`.
+    """Score a model zero-shot on `dataset`.
 
     Under a process group every rank scores its share of the photos, each photo once, and all return the sum.
 
     Args:
-        settings: None: those that the model carries. Without a threshold, the data set's usual one holds.
+        segmenter: of :func:`segmenter_for`.
         limit: score only so many photos, evenly spread over the split.
         progress: show a bar (on rank 0).
         predictions: folder that gets the labels of each photo as a palette PNG of its name.
         keep: file (one per rank, its number appended) that holds the counts while this runs; removed at the end.
-        resume: go on from the counts in `keep`, if they are of this model, data set and settings.
-        batch: photos of one network size, or windows, per forward pass.
+        resume: continue from the counts in `keep` if they belong to this model, data set and settings.
     Returns:
         ``mIoU`` in percent; ``per_class`` IoU in percent by name (None: in neither truth nor prediction, not counted);
         ``per_class_images``, how many photos show each; ``frequent_mIoU`` over the classes that
@@ -93,20 +87,17 @@ def evaluate(
         class; ``groups_used``: distinct final segments per photo (where windows slide, per window) on average;
         ``images``; ``settings``.
     Raises:
-        UserError: as the data set, and as :class:`Segmenter`.
+        UserError: as the data set.
     """
-    if settings is None:
-        settings = settings_for(model.inference, dataset)
-    else:
-        settings = settings_for(settings, dataset, settings.background_threshold)
+    device = segmenter.model.device
     described = {"dataset": dataset.kind, "root": str(dataset.root), "split": dataset.split}
-    described |= {**settings.model_dump(mode="json"), "batch": batch}
+    described |= {**segmenter.settings.model_dump(mode="json"), "batch": segmenter.batch}
     rank, world = ranks.rank(), ranks.world_size()
     tally = metrics.Tally(len(dataset.classes))
     kept = None if keep is None else Path(f"{keep}.{rank}")
     about = {**described, "limit": limit, "world": world}
     if kept is not None:
-        about["model"] = sum(parameter.double().sum().item() for parameter in model.parameters())
+        about["model"] = sum(parameter.double().sum().item() for parameter in segmenter.model.parameters())
         if resume:
             tally.restore(kept, about)
             if rank == 0:
@@ -114,10 +105,7 @@ def evaluate(
                 if tally.done:
                     from_there = f"{len(tally.done)} photos are done already ({kept})"
                 print(f"--resume: {from_there}", file=sys.stderr, flush=True)
-    was_training = model.training
-    model.eval()
     try:
-        segmenter = segmenter_for(model, dataset, settings, tokenizer, batch)
         indices = chosen(len(dataset), limit)
         left = [index for index in indices[rank::world] if index not in tally.done]
         started = time.monotonic()
@@ -126,7 +114,7 @@ def evaluate(
             for numbered, inputs in _batches(segmenter, dataset, left):
                 sizes = [sample.mask.shape for _, sample in numbered]
                 for (index, sample), decoded in zip(numbered, segmenter(inputs, sizes), strict=True):
-                    truth = torch.from_numpy(sample.mask).to(segmenter.device)
+                    truth = torch.from_numpy(sample.mask).to(device)
                     tally.add(index, truth, decoded.labels, decoded.segments, decoded.count, decoded.windows)
                     if predictions is not None:
                         save_labels(Path(predictions) / f"{sample.name}.png", decoded.labels, dataset.has_background)
@@ -136,10 +124,8 @@ def evaluate(
                         tally.keep(kept, about)
                     started = time.monotonic()
     except UserError as error:
-        raise RankError(str(error)) from None  # a photo or file of this rank's share: the others know nothing of it
-    finally:
-        model.train(was_training)
-    total = tally.over_ranks(segmenter.device)
+        raise RankError(str(error)) from None  # a photo or file of this rank's share, which other ranks do not read
+    total = tally.over_ranks(device)
     if kept is not None:
         kept.unlink(missing_ok=True)
     iou = [None if math.isnan(value) else value for value in metrics.per_class_iou(total.matrix).tolist()]
@@ -193,7 +179,7 @@ def _batches(
             waiting.setdefault(size, []).append(item)
             if len(waiting[size]) == batch:
                 yield take(size)
-            elif sum(map(len, waiting.values())) >= 4 * batch:  # many sizes: bound what is held
+            elif sum(map(len, waiting.values())) >= 4 * batch:  # many sizes: bound the photos in memory
                 yield take(max(waiting, key=lambda key: len(waiting[key])))
         for size in list(waiting):
             yield take(size)

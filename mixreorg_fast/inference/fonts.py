@@ -40,7 +40,7 @@ class Run(NamedTuple):
 
 
 def runs(text: str, size: int) -> list[Run]:
-    """`text` as it can be drawn `size` pixels high: in one font if one has all of it."""
+    """`text` in runs of one font each, `size` pixels high; a single run if one font has all characters."""
     if text.isascii():
         return [Run(text, _load(OWN, size))]
     text = drawable(text)
@@ -111,7 +111,7 @@ def faces() -> list[Face]:
 
 @functools.lru_cache(65536)
 def has_glyph(face: Face, character: str) -> bool:
-    """Whether `face` draws `character` as something else than nothing or its box for what it lacks."""
+    """Whether `face` has a glyph for `character`: neither empty nor the box for missing characters."""
     return _glyph(face, character) not in (_glyph(face, "\uffff"), b"")
 
 
@@ -122,7 +122,7 @@ def _glyph(face: Face, character: str) -> bytes:
 
 @functools.lru_cache(65536)
 def _face_of(character: str) -> Face | None:
-    """The first font that has `character`; None: there is none."""
+    """The first font that has `character`; None: no font has it."""
     for face in faces():
         if has_glyph(face, character):
             return face

@@ -35,23 +35,16 @@ def class_palette(has_background: bool) -> np.ndarray:
 
 
 def mask_palette(has_background: bool) -> np.ndarray:
-    """Colours by label for masks, Pascal VOC's, uint8 ``[256, 3]``.
-
-    Without a background the first class takes VOC's second colour, since the first is black.
+    """Colours by label for masks, Pascal VOC's, uint8 ``[256, 3]``: the bits of the id, dealt to the channels from the
+    top down. Without a background the first class takes VOC's second colour, since the first is black.
     """
-    palette = voc_palette(0 if has_background else 1)
-    palette[IGNORED] = UNKNOWN
-    return palette
-
-
-def voc_palette(shift: int = 0) -> np.ndarray:
-    """Pascal VOC's colours, uint8 ``[256, 3]``: the bits of id + `shift`, dealt to the channels from the top down."""
-    ids = np.arange(256) + shift
-    colours = np.zeros((256, 3), dtype=np.int64)
+    ids = np.arange(256) + (0 if has_background else 1)
+    palette = np.zeros((256, 3), dtype=np.int64)
     for bit in range(8):
         for channel in range(3):
-            colours[:, channel] |= (ids >> (3 * bit + channel) & 1) << (7 - bit)
-    return colours.astype(np.uint8)
+            palette[:, channel] |= (ids >> (3 * bit + channel) & 1) << (7 - bit)
+    palette[IGNORED] = UNKNOWN
+    return palette.astype(np.uint8)
 
 
 def segment_palette() -> np.ndarray:
@@ -69,10 +62,10 @@ def colourise(labels: Any, palette: np.ndarray) -> Image.Image:
 def blend(
     photo: Image.Image, labels: Any, palette: np.ndarray, opacity: float = 0.55, onto: Image.Image | None = None
 ) -> Image.Image:
-    """`photo` under the colours of `labels`; black (the background) leaves it as it is.
+    """`photo` under the colours of `labels`; black (the background) leaves the photo unchanged.
 
-    Drawn at the top left of `onto`, or of a new picture, in strips: a photo of a hundred megapixels costs no more than
-    its result.
+    Drawn at the top left of `onto`, or of a new picture, in strips, so that a photo of a hundred megapixels needs
+    little memory beside the result.
     """
     labels, out = np.asarray(labels), onto or Image.new("RGB", photo.size)
     rows = max(1, STRIP // photo.width)

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .class_scores import image_threshold, segment_of_pixels
+from .. import ops
+from ..models.class_scores import image_threshold
 
 CHUNK = 1 << 20  # pixels decoded at once: bounds the memory of large photos
 # Above this many pixels segments are found at a smaller size and enlarged: the maps hold one value per patch, so
@@ -182,20 +183,34 @@ def decode(
 ) -> Decoded:
     """Labels and segments of one photo from its windows; arguments as of :func:`decode_groupvit_reference`."""
     canvas = network if decoding == "groupvit" else _bounded(size)
-    placed = [_scaled(box, network, canvas) for box in boxes]
-    score_map = ScoreMap(canvas, scores, threshold)
     groups = scores.shape[1]
-    final = torch.zeros(canvas, dtype=torch.int64, device=scores.device)
-    for number, box in enumerate(placed):
-        segments = segment_of_pixels(maps[number : number + 1], (box.height, box.width))[0]
-        score_map.add(number, box, segments)
-        top, left = _first_own(box, placed[:number])
-        area = final[top : box.top + box.height, left : box.left + box.width]
-        area.copy_(segments[top - box.top :, left - box.left :] + number * groups)
-    labels = score_map.labels(size if decoding == "groupvit" else canvas)
+    if decoding == "direct" and len(boxes) == 1:  # the whole photo: each pixel takes its segment's label
+        final = segment_of_pixels(maps, canvas)[0]
+        labels = score_channels(scores, threshold)[0].argmax(dim=1)[final]
+    else:
+        placed = [_scaled(box, network, canvas) for box in boxes]
+        score_map = ScoreMap(canvas, scores, threshold)
+        final = torch.zeros(canvas, dtype=torch.int64, device=scores.device)
+        for number, box in enumerate(placed):
+            segments = segment_of_pixels(maps[number : number + 1], (box.height, box.width))[0]
+            score_map.add(number, box, segments)
+            top, left = _first_own(box, placed[:number])
+            area = final[top : box.top + box.height, left : box.left + box.width]
+            area.copy_(segments[top - box.top :, left - box.left :] + number * groups)
+        labels = score_map.labels(size if decoding == "groupvit" else canvas)
     count = groups * len(boxes)
     labels, final = _compact(labels, scores.shape[2] + 1), _compact(final, count)
     return Decoded(_nearest(labels, size), _nearest(final, size), count, len(boxes), scores.flatten(0, 1))
+
+
+def segment_of_pixels(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """The most probable segment of every pixel: int64 ``[B, H, W]`` from soft maps ``[B, G, h, w]``.
+
+    The maps are upsampled bilinearly to `size` (align_corners=False).
+    """
+    # Classes that are the segments themselves: the label of a pixel is then its segment.
+    own = torch.eye(maps.shape[1], device=maps.device).expand(len(maps), -1, -1)
+    return ops.decode_segments(maps, own, size)
 
 
 def _first_own(box: Box, before: Sequence[Box]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..inference.class_scores import class_scores, image_threshold
+from .class_scores import class_scores, image_threshold
 
 if TYPE_CHECKING:
     from transformers import GroupViTModel
@@ -24,11 +24,11 @@ def accelerate(model: GroupViTModel, *, undo: bool = False) -> GroupViTModel:
     the model's device, so that ``torch.manual_seed`` repeats a run. ``segmentation_logits`` keep their own formula.
 
     Args:
-        undo: take it all out again instead.
+        undo: restore Hugging Face's own methods instead.
     Returns:
         `model`.
     Raises:
-        TypeError: `model` is something else.
+        TypeError: `model` is no ``GroupViTModel``.
     """
     from transformers import GroupViTModel
 

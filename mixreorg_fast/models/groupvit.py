@@ -5,24 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..config import InferenceConfig, ModelConfig
-from ..errors import UserError
-from ..inference.class_scores import class_scores, image_threshold
-from .encoders import ImageEncoder, TextEncoder
+from ..config import ModelConfig
+from ..images import IMAGENET_MEAN, IMAGENET_STD
+from .class_scores import class_scores, image_threshold
+from .image_encoder import ImageEncoder
 from .layers import Projection
-
-if TYPE_CHECKING:
-    from ..data.text.tokenizer import Tokenizer
-    from ..inference.segmenter import Segmentation
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from .text_encoder import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -41,29 +34,20 @@ class GroupViT(nn.Module):
     Args:
         config: sizes; `config.text.vocab_size` must be set.
         mean, std: per-channel normalisation of RGB in 0..1 that `images` have gone through.
-        inference: how these weights see and name photos; None: GroupViT's way, at twice the training size (448 px).
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-        tokenizer: Tokenizer | None = None,
-        inference: InferenceConfig | None = None,
-    ):
+    def __init__(self, config: ModelConfig, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD):
         super().__init__()
         if not config.text.vocab_size:
             raise ValueError("config.text.vocab_size is 0; set it to the tokenizer's size")
         self.config = config
         self.mean, self.std = tuple(mean), tuple(std)
-        self.tokenizer = tokenizer
-        self.inference = inference or InferenceConfig(short_side=2 * config.image_size)
         self.image_encoder = ImageEncoder(config)
         self.text_encoder = TextEncoder(config.text)
         self.image_projection = Projection(config.width, config.projection_hidden, config.embed_dim)
         self.text_projection = Projection(config.text.width, config.projection_hidden, config.embed_dim)
-        # Its logarithm, of shape [1]: DeepSpeed crashes on 0-d parameters. Weight files hold it 0-d, as others do.
+        # The logarithm of the logit scale, of shape [1]: DeepSpeed crashes on 0-d parameters. Weight files hold a 0-d
+        # tensor, as other programs' files do.
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
 
     @property
@@ -77,57 +61,52 @@ class GroupViT(nn.Module):
         return self.image_projection.fc2.weight.dtype
 
     def logit_multiplier(self) -> Tensor:
-        """What cosines are multiplied with, 0-d fp32: the exponential of the parameter, at most 100."""
+        """The logit scale, 0-d fp32: the exponential of the parameter, at most 100."""
         return self.logit_scale.float().exp().clamp(max=100.0).squeeze(0)
 
-    # ------------------------------------------------------------------ evaluation: only the original branch runs
+    def forward(
+        self, images: Tensor, ids: Tensor, lengths: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings of images and of texts, ``[B, D]`` and ``[T, D]``, L2-normalised, and the logit scale, 0-d; fp32.
+
+        The original branch alone, without noise: the evaluation network, differentiable.
+
+        Args:
+            images: ``[B, 3, H, W]``, as for :meth:`image_embeddings`.
+            ids, lengths: as for :meth:`text_embeddings`.
+        """
+        _, pooled, _ = self.image_encoder(images)
+        texts = self.text_encoder(ids, self.dtype, lengths)
+        return self.image_projection(pooled), self.text_projection(texts), self.logit_multiplier()
 
     @torch.no_grad()
     def image_embeddings(self, images: Tensor) -> Tensor:
         """L2-normalised ``[B, D]`` of normalised RGB images ``[B, 3, H, W]``, H and W multiples of the patch size."""
-        return self._encode(images)[0]
+        _, pooled, _ = self.image_encoder(images)
+        return self.image_projection(pooled)
 
     @torch.no_grad()
     def text_embeddings(self, ids: Tensor, *, normalise: bool = True, lengths: Sequence[int] | None = None) -> Tensor:
         """``[B, D]`` of token ids int64 ``[B, L]``, pooled at the first occurrence of the highest id.
 
-        L2-normalised, unless they are to be averaged first. With `lengths` (host integers, up to and with that id) a
-        GPU need not be asked where it is.
+        L2-normalised, unless they are to be averaged first. With `lengths` (host integers, up to and with that id) the
+        host need not wait for a GPU to find that id.
         """
         return self.text_projection(self.text_encoder(ids, self.dtype, lengths), normalise=normalise)
 
     @torch.no_grad()
     def grouping(self, images: Tensor) -> Tensor:
         """Soft map of patches to final segments, fp32 ``[B, G, h, w]`` (sums to 1 over G)."""
-        return self._encode(images)[2][-1]
+        _, _, maps = self.image_encoder(images)
+        return maps[-1]
 
     @torch.no_grad()
     def segments(self, images: Tensor) -> Segments:
         """Maps and embeddings of the final segments of images ``[B, 3, H, W]``."""
-        image, tokens, stages = self._encode(images)
-        embeddings = self.image_projection(tokens.flatten(0, 1))
-        return Segments(stages[-1], embeddings.unflatten(0, tokens.shape[:2]), image, stages)
-
-    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Image embedding ``[B, D]``, final segment tokens ``[B, G, C]``, soft maps ``[B, G, h, w]`` of each stage."""
-        encoder = self.image_encoder
-        x, maps = encoder.begin(images, self.dtype), []
-        for number, stage in enumerate(encoder.stages):
-            for block in stage.blocks:
-                x = block(x)
-            if stage.grouping is None:
-                break
-            queries, *qkv = stage.prepare(x)
-            # The aggregation stays hard and noiseless; the maps are the soft assignments.
-            collected, soft = ops.grouping_attention(
-                *qkv, hard=self.config.hard_assignment, tau=self.config.tau, return_assignment="soft"
-            )
-            x = encoder.advance(x, queries, collected, number)
-            maps.append(soft @ maps[-1] if maps else soft)  # [B, G2, N] <- [B, G2, G1] @ [B, G1, N]
-        tokens, pooled = encoder.end(x)
-        height = images.shape[2] // encoder.patch_size
+        tokens, pooled, maps = self.image_encoder(images)
         image = self.image_projection(pooled)
-        return image, tokens, tuple(of_stage.unflatten(2, (height, -1)) for of_stage in maps)
+        embeddings = self.image_projection(tokens.flatten(0, 1))
+        return Segments(maps[-1], embeddings.unflatten(0, tokens.shape[:2]), image, maps)
 
     @torch.no_grad()
     def segment_labels(
@@ -148,56 +127,8 @@ class GroupViT(nn.Module):
         Returns:
             int64 ``[B, H, W]``.
         """
-        return self._decode(self.segments(images), text_embeddings, size or images.shape[2:], background_threshold)
-
-    def _decode(
-        self, segments: Segments, texts: Tensor, size: Sequence[int], background_threshold: float | None
-    ) -> Tensor:
-        scores = class_scores(segments.embeddings, segments.image, texts, self.logit_multiplier())
+        seen = self.segments(images)
+        scores = class_scores(seen.embeddings, seen.image, text_embeddings, self.logit_multiplier())
         threshold = None if background_threshold is None else image_threshold(scores, background_threshold)
-        return ops.decode_segments(segments.maps, scores, tuple(size), background_threshold=threshold)
-
-    def segment(
-        self,
-        image: Any,
-        classes: str | Sequence[str],
-        *,
-        templates: str | Sequence[str] | None = None,
-        short_side: int | None = None,
-        background_threshold: float | None = None,
-        decoding: str = "direct",
-        **options: Any,
-    ) -> Segmentation | list[Segmentation]:
-        """Segment a photo, or a list of photos, by class names.
-
-        What is not given is as :attr:`inference` says, the settings that these weights carry.
-
-        Args:
-            image: a path, bytes, a binary file, a Pillow image or an array (see
-                :func:`~mixreorg_fast.images.load_image`); or a list or tuple of them, which gives a list.
-            classes: names, such as ``"cat, dog, sofa"`` or ``["cat", "dog", "sofa"]``
-                (see :func:`~mixreorg_fast.names.parse_classes`).
-            templates: one prompt template, several, or the name of a set
-                (see :func:`~mixreorg_fast.names.parse_templates`).
-            short_side: pixels at which the network sees the photo.
-            background_threshold: 0..1: segments whose best score is below min(this, the image's best score) are
-                background, and "background" becomes the first class. 0: no background.
-            decoding, options: as of :class:`~mixreorg_fast.config.InferenceConfig`.
-        Raises:
-            UserError: no picture, no classes, an option that does not fit, or weights without a tokenizer.
-        """
-        from ..inference.segmenter import Segmenter  # which is built on this module
-
-        if self.tokenizer is None:
-            raise UserError("these weights have no tokenizer; segment_labels takes text embeddings instead")
-        settings = self.inference.with_options(
-            templates=templates,
-            short_side=short_side,
-            background_threshold=background_threshold,
-            decoding=decoding,
-            **options,
-        )
-        segmenter = Segmenter.of_classes(self, classes, settings)
-        if isinstance(image, list | tuple):
-            return [segmenter.photo(each).long() for each in image]
-        return segmenter.photo(image).long()
+        size = tuple(images.shape[2:] if size is None else size)
+        return ops.decode_segments(seen.maps, scores, size, background_threshold=threshold)

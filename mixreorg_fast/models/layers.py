@@ -19,7 +19,7 @@ from ..ranks import all_reduce_sum, world_size
 
 
 def call(function: Callable, *args):
-    """``function(*args)``: how the parts of a model run where they are neither compiled nor recomputed."""
+    """``function(*args)``: the default where neither torch.compile nor activation checkpointing applies."""
     return function(*args)
 
 
@@ -33,19 +33,19 @@ def _call_dynamic(function: Callable, *args):
 
 @functools.cache
 def compiled_call(*, dynamic: bool = False, cuda_graphs: bool = False) -> Callable:
-    """:func:`call` under torch.compile, whole or not at all; with `cuda_graphs`, replayed from CUDA graphs.
+    """:func:`call` under torch.compile without graph breaks; with `cuda_graphs`, replayed from CUDA graphs.
 
-    The part is an argument, so that all blocks of one shape share one graph: their weights are its inputs. A graph per
-    combination of part, shape and stochastic depth is more than torch.compile allows a function by default.
+    The function is an argument, so that all blocks of one shape share one graph: their weights are inputs of the graph.
+    Functions, shapes and stochastic depth combine to more graphs than torch.compile's default limit per function.
 
     Args:
-        dynamic: False: a graph for every shape, for images, whose shapes are few and repeat in every step. True: one
-            graph for every number of rows, for packed captions, of which every batch has another number.
+        dynamic: False: one graph per shape, for images, whose few shapes repeat in every step. True: one graph for any
+            number of rows, for packed captions, whose number of rows differs from batch to batch.
     """
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    # A function each: Dynamo remembers the shapes that it met by function, and would mix those of images and captions.
+    # Two functions: Dynamo remembers shapes by function, and would mix the shapes of images and captions.
     function = _call_dynamic if dynamic else _call_static
     mode = "reduce-overhead" if cuda_graphs else None
     return torch.compile(function, fullgraph=True, dynamic=dynamic, mode=mode)
@@ -77,7 +77,7 @@ class PatchEmbed(nn.Conv2d):
 
 
 class LearnedTokens(nn.Module):
-    """A learned tensor ``[1, N, C]``. A module of its own, because ZeRO-3 gathers parameters around module calls."""
+    """A learned tensor ``[1, N, C]``, in a module because ZeRO-3 gathers parameters around module calls."""
 
     def __init__(self, count: int, width: int):
         super().__init__()
@@ -85,7 +85,7 @@ class LearnedTokens(nn.Module):
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, dtype: torch.dtype) -> Tensor:
-        # A copy: ZeRO-3 takes the parameter's memory back when this call ends.
+        # A copy: ZeRO-3 frees the gathered parameter when this call ends.
         return self.weight.to(dtype, copy=True)
 
 
@@ -94,7 +94,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.dtype == x.dtype and not torch.is_grad_enabled():
-            return super().forward(x)  # computes in fp32 as well; only its gradients of the weights do not, on a CPU
+            return super().forward(x)  # computes in fp32 too; on a CPU only the weights' gradients do not
         weight, bias = self.weight.float(), self.bias.float()
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
@@ -217,7 +217,7 @@ class GroupingBlock(nn.Module):
         return groups, self.q(groups), *self.kv(patches).chunk(2, dim=-1)
 
     def finish(self, groups: Tensor, collected: Tensor) -> Tensor:
-        """Segments ``[B, G, C]`` from the group tokens and what they collected."""
+        """Segments ``[B, G, C]`` from the group tokens and the output of the grouping attention."""
         segments = groups + self.out(collected)
         return segments + self.mlp(self.norm2(segments))
 
@@ -226,7 +226,7 @@ class BatchNorm(nn.Module):
     """Batch normalisation over the rows of all ranks, in fp32, differentiable, on any device.
 
     Statistics come from the first `statistics_rows` rows of each rank (equally many on all); the other rows are
-    normalised with them and leave no trace in the running averages. Buffers and their update are those of
+    normalised with these statistics and do not enter the running averages. Buffers and their update are those of
     ``nn.BatchNorm1d``.
     """
 
@@ -278,8 +278,8 @@ class Projection(nn.Module):
 
         Args:
             statistics_rows: see :class:`BatchNorm`.
-            normalise: False: as the last layer leaves them.
-            run: calls a part with its arguments.
+            normalise: False: without the L2 normalisation.
+            run: calls a function with its arguments (:func:`call`, :func:`compiled_call`).
         """
         return run(self._embed, x, statistics_rows, normalise)
 

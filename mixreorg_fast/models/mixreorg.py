@@ -1,7 +1,7 @@
 """MixReorg (ICCV 2023): GroupViT, trained with mixed and restored patches beside the original ones.
 
 All randomness of a step is a pure function of (seed, image index): any number of ranks that share a batch draw the
-same mixing plans, Gumbel noise and dropped paths, and a resumed run draws what the uninterrupted one would have.
+same mixing plans, Gumbel noise and dropped paths, and a resumed run draws the same as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from ..config import Config
 from ..ranks import gather_rows
-from .encoders import Stage
+from .features import Features
 from .groupvit import GroupViT
 from .layers import LearnedTokens, Projection, call, compiled_call
 
-# What a seed is used for; added to it, these give independent streams. The grouping noise has one for each of the
-# three branches of each of the two grouping blocks.
+# Added to a seed, these give independent random streams. The grouping noise takes one stream for each of the three
+# branches in each of the two grouping blocks.
 _MIXING, _DROP_PATH, _GROUPING = 0, 1, 2
 _ORIGINAL, _MIXED, _RESTORED = 0, 1, 2
 
 
 @dataclass
 class Batch:
-    """What one rank's forward needs of a micro-step."""
+    """One rank's images and captions of a micro-step."""
 
     images: Tensor  # [B, 3, H, W], normalised
     ids: Tensor  # int64 [B, L], zero-padded
@@ -40,52 +40,6 @@ class Batch:
     noun_ids: Tensor | None = None  # int64 [B, P, L]: prompts of the multi-label loss
     noun_lengths: list[int] | None = None
     done: float = 1.0  # share of the run's steps taken so far, for config.schedule
-
-
-@dataclass
-class Features:
-    """What the losses need of a batch: all that comes before the projections, where images first meet each other.
-
-    So small that those of many micro-steps fit where the activations of one do: GradCache (Gao et al., 2021) keeps
-    them, finds the losses and their gradients with respect to them, and recomputes what leads to them.
-    """
-
-    # Rows: an image each. "images" [B, C] and "restored" [B, C], pooled; "texts" [B, C'] and "nouns" [B, P, C'];
-    # of the mixed images "segments" [B, G2, C] and their assignments "first" [B, G1, N], "second" [B, G2, G1].
-    tensors: dict[str, Tensor]
-    plan: ops.MixPlan | None
-    measures: dict[str, Tensor]  # detached means over the batch
-
-    @classmethod
-    def cat(cls, parts: Sequence[Features]) -> Features:
-        """Of equally large batches, one after the other."""
-        if len(parts) == 1:
-            return parts[0]
-        tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
-        measures = {name: torch.stack([p.measures[name] for p in parts]).mean(0) for name in parts[0].measures}
-        plan = parts[0].plan
-        if plan is not None:
-            images = len(plan.source)
-            source, inverse = (
-                torch.cat([getattr(part.plan, name) + number * images for number, part in enumerate(parts)])
-                for name in ("source", "inverse")
-            )
-            plan = ops.MixPlan(source, inverse, plan.group_size)
-        return cls(tensors, plan, measures)
-
-    def cached(self) -> Features:
-        """Without the graph that led to them; losses of them leave their gradients here."""
-        # Copies, for what a CUDA graph put out is overwritten by its next replay.
-        tensors = {name: x.detach().clone().requires_grad_() for name, x in self.tensors.items()}
-        return Features(tensors, self.plan, self.measures)
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Of the losses, with respect to these :meth:`cached` features."""
-        return {name: x.grad for name, x in self.tensors.items()}
-
-    def pull(self, gradients: dict[str, Tensor]) -> Tensor:
-        """A number whose gradient with respect to these features is `gradients`."""
-        return torch.stack([(x.float() * gradients[name]).sum() for name, x in self.tensors.items()]).sum()
 
 
 class MixReorg(nn.Module):
@@ -100,21 +54,18 @@ class MixReorg(nn.Module):
         self.backbone = GroupViT(config.model)
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.mixing = mixing = config.model.method == "mixreorg"
-        # A branch that no loss asks for is not computed past the place where another needs it.
+        # A branch without a loss is computed only as far as another branch needs it.
         asked = (True, mixing and config.loss.mixed > 0, mixing and config.loss.restored > 0)
         self.branches = [branch for branch in (_ORIGINAL, _MIXED, _RESTORED) if asked[branch]]
-        depth = sum(config.model.depths)
-        # Stochastic depth grows linearly with the block's number, as in DeiT.
-        self.drop_rates = [config.model.drop_path * i / max(depth - 1, 1) for i in range(depth)]
         if self.mixing and config.mixing.group_tokens == "learned":
-            # One set for each branch that has no group tokens of its own; dropped on export.
+            # One set for each branch but the original; dropped on export.
             made = 2 if _RESTORED in self.branches else 1
             size = (config.model.groups[0], config.model.width)
             self.branch_tokens = nn.ModuleList(LearnedTokens(*size) for _ in range(made))
         else:
             self.branch_tokens = None
         if config.train.cuda_graphs:
-            # The next replay overwrites what a graph puts out, and gradients have to last for the optimizer's step.
+            # The next replay overwrites a graph's outputs, and gradients must last until the optimizer's step.
             for parameter in self.parameters():
                 parameter.register_hook(Tensor.clone)
 
@@ -136,9 +87,9 @@ class MixReorg(nn.Module):
         texts, with ``loss.mixed_negatives: batch``, over those of all ranks).
 
         Args:
-            others: cached features of more batches, which stand before this one in the batch that the losses are of.
-            gradients: of the losses with respect to this batch's features, as found before; then only ``loss`` is
-                returned, a number whose gradients are those that the losses have by way of this batch.
+            others: cached features of more batches; the losses are over those batches followed by this one.
+            gradients: gradients of the losses with respect to this batch's features. Then only ``loss`` is returned,
+                a number whose gradients are the losses' gradients through this batch.
             at_exchange: called before the ranks exchange features for the first time.
         """
         features = self.features(batch)
@@ -148,27 +99,31 @@ class MixReorg(nn.Module):
         return self.losses(Features.cat([*others, features]), self._progress(batch))
 
     def features(self, batch: Batch) -> Features:
-        """Everything before the projections: each image, group of images or caption on its own, no other rank."""
+        """Everything before the projections: within an image, a mixing group or a caption, and within this rank."""
         if self.config.train.cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # nothing of the step before is needed any more
+            torch.compiler.cudagraph_mark_step_begin()  # outputs of the step before may be overwritten
         images = len(batch.images)
         plan = self._plan(batch) if self.mixing else None
         drops = self._drops(batch)
         tokens = self._first_stage(batch, plan, drops)
-        segments, pooled, used, winners = self._group(batch, tokens, drops)
+        segments, pooled, assignments = self.backbone.image_encoder.finish(
+            tokens, partial(self._assign, batch), drops, self._run
+        )
         pooled = dict(zip(self.branches, pooled.split(images), strict=True))
         tensors = {"images": pooled[_ORIGINAL], **self._texts(batch)}
         if _RESTORED in pooled:
             tensors["restored"] = pooled[_RESTORED]
         if _MIXED in pooled:
-            tensors |= {"segments": segments[images : 2 * images], "first": used[0], "second": used[1]}
+            first, second = (assignment[_MIXED] for assignment in assignments)
+            tensors |= {"segments": segments[images : 2 * images], "first": first, "second": second}
+        winners = (assignment[_ORIGINAL] for assignment in assignments)
         return Features(tensors, plan, self._runner()(_usage, *winners, self.config.model.groups[1]))
 
     def _touched(self, features: Features) -> Tensor:
-        """Some number that every parameter of :meth:`losses` has a part in.
+        """A number that depends on every parameter of :meth:`losses`.
 
-        Where its optimizer is offloaded, DeepSpeed 0.19 forgets the gradients of a step's earlier micro-steps for
-        parameters that have none in the last one.
+        With an offloaded optimizer, DeepSpeed 0.19 forgets the gradients of earlier micro-steps for parameters without
+        a gradient in the last micro-step.
         """
         total = self.backbone.logit_scale.sum()
         for name in ("image", "text"):
@@ -179,7 +134,7 @@ class MixReorg(nn.Module):
         return total
 
     def losses(self, features: Features, progress: float = 1.0) -> dict[str, Tensor]:
-        """What :meth:`forward` returns, of the features of a whole batch; `progress`: of config.schedule."""
+        """Losses and measures of a whole batch, as :meth:`forward` returns them; `progress`: of config.schedule."""
         loss, tensors = self.config.loss, features.tensors
         images = len(tensors["images"])
         texts, nouns = self._text_embeddings(tensors)
@@ -235,94 +190,84 @@ class MixReorg(nn.Module):
 
     def _first_stage(self, batch: Batch, plan: ops.MixPlan | None, drops: Tensor | None = None) -> Tensor:
         """Patch and group tokens after the blocks of stage 1, those of all branches along the batch,
-        ``[branches * B, N + G, C]``."""
-        stage: Stage = self.backbone.image_encoder.stages[0]
-        x = self._run(self.backbone.image_encoder.begin, batch.images, self.dtype)
+        ``[branches * B, N + G, C]``; without a `plan` the original branch alone."""
+        encoder = self.backbone.image_encoder
+        tokens = self._run(encoder.begin, batch.images, self.dtype)
         if plan is None:
-            return self._run_blocks(drops, stage, x, 0)
-        context, alpha = self.config.mixing.context_blocks, self.config.mixing.blend
-        x = self._run_blocks(drops, stage, x, 0, 0, context)
+            return encoder.run_blocks(tokens, 0, drops=drops, run=self._run)
+        tokens = self.contextual_mixing(tokens, plan, drops)
+        tokens = self.progressive_mixing(tokens, plan, drops)
+        return self.restoration(tokens, plan)
 
-        # Contextual mixing: patches that already know their image are mixed across the images of a group.
-        x = ops.mix_tokens(x, plan, self._branch_groups(x.dtype, _MIXED))  # [2B, N + G, C]
-        last = len(stage.blocks) - 1
-        for i in range(context, last + 1):
-            x = self._run_blocks(drops, stage, x, 0, i, i + 1)
-            if i < last and alpha > 0:  # progressive mixing
-                x = ops.blend_tokens(x, plan, alpha)
+    def contextual_mixing(self, tokens: Tensor, plan: ops.MixPlan, drops: Tensor | None) -> Tensor:
+        """``[original | mixed]``, ``[2B, N + G, C]``: the first blocks of stage 1 give each patch the context of its
+        image; then patches are mixed across the images of a group."""
+        context = self.config.mixing.context_blocks
+        tokens = self.backbone.image_encoder.run_blocks(tokens, 0, 0, context, drops, self._run)
+        return ops.mix_tokens(tokens, plan, self._branch_groups(tokens.dtype, _MIXED))
 
+    def progressive_mixing(self, tokens: Tensor, plan: ops.MixPlan, drops: Tensor | None) -> Tensor:
+        """``[original | mixed]`` after the other blocks of stage 1; after each block but the last, the original
+        features, mixed by the same plan, are blended into the mixed ones."""
+        encoder, alpha = self.backbone.image_encoder, self.config.mixing.blend
+        last = self.config.model.depths[0] - 1
+        for i in range(self.config.mixing.context_blocks, last + 1):
+            tokens = encoder.run_blocks(tokens, 0, i, i + 1, drops, self._run)
+            if i < last and alpha > 0:
+                tokens = ops.blend_tokens(tokens, plan, alpha)
+        return tokens
+
+    def restoration(self, tokens: Tensor, plan: ops.MixPlan) -> Tensor:
+        """``[original | mixed | restored]``: mixed patches go back to their own images. A branch without a loss is
+        left out."""
         if _RESTORED not in self.branches:
-            return x
-        # Restoration: mixed patches go back to the images they came from.
-        groups = self._branch_groups(x.dtype, _RESTORED)
-        return ops.restore_tokens(x, plan, groups, keep_mixed=_MIXED in self.branches)
+            return tokens
+        groups = self._branch_groups(tokens.dtype, _RESTORED)
+        return ops.restore_tokens(tokens, plan, groups, keep_mixed=_MIXED in self.branches)
 
     def _branch_groups(self, dtype: torch.dtype, branch: int) -> Tensor | None:
         """Learned group tokens ``[1, G, C]`` of a branch; None: the mixing group's mean of the branch before."""
         return None if self.branch_tokens is None else self.branch_tokens[branch - 1](dtype)
 
-    def _group(
-        self, batch: Batch, x: Tensor, drops: Tensor | None
-    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """The shared grouping tail.
+    def _assign(self, batch: Batch, number: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """The grouping attention of stage `number`, each branch with noise of its own.
 
-        Returns the final segments ``[branches * B, G2, C]`` after the last norm, their means ``[branches * B, C]``,
-        and of both grouping blocks what somebody reads of their assignments: of the mixed branch the one that formed
-        the segments, fp32 ``[B, G, N]``, of the original branch each patch's winning group, int64 ``[B, N]``.
+        Returns the collected patches, ``[branches * B, G, C]``, and assignments by branch: for the mixed images the
+        assignment that formed the segments, fp32 ``[B, G, N]``; for the original images the winning group of each
+        patch, int64 ``[B, N]``.
         """
-        encoder = self.backbone.image_encoder
         hard, noise, tau = self._assignment(batch)
-        assignments = {_ORIGINAL: [], _MIXED: [], _RESTORED: []}
         wanted = {_ORIGINAL: "winner", _MIXED: "used", _RESTORED: "none"}
-        for number, stage in enumerate(encoder.stages):
-            if number:
-                x = self._run_blocks(drops, stage, x, number)
-            if stage.grouping is None:
-                break
-            queries, *qkv = self._run(stage.prepare, x)
-            collected = []
-            for branch, q, k, v in zip(self.branches, *(t.split(len(batch.images)) for t in qkv), strict=True):
-                out = ops.grouping_attention(
-                    q,
-                    k,
-                    v,
-                    # softmax((logits + noise * gumbel) / tau), for an op whose noise has no scale of its own.
-                    scale=self.config.model.width**-0.5 / (noise or 1.0),
-                    tau=tau / (noise or 1.0),
-                    hard=hard,
-                    seed=batch.seed + (_GROUPING + 3 * number + branch) if noise else None,
-                    first_image=batch.first_image,
-                    return_assignment=wanted[branch],
-                )
-                if wanted[branch] != "none":
-                    out, assignment = out
-                    assignments[branch].append(assignment)
-                collected.append(out)
-            x = self._run(encoder.advance, x, queries, torch.cat(collected), number)
-        return *self._run(encoder.end, x), assignments[_MIXED], assignments[_ORIGINAL]
+        collected, assignments = [], {}
+        for branch, *qkv in zip(self.branches, *(x.split(len(batch.images)) for x in (q, k, v)), strict=True):
+            out = ops.grouping_attention(
+                *qkv,
+                # softmax((logits + noise * gumbel) / tau), for an op whose noise has no scale of its own.
+                scale=self.config.model.width**-0.5 / (noise or 1.0),
+                tau=tau / (noise or 1.0),
+                hard=hard,
+                seed=batch.seed + (_GROUPING + 3 * number + branch) if noise else None,
+                first_image=batch.first_image,
+                return_assignment=wanted[branch],
+            )
+            if wanted[branch] != "none":
+                out, assignments[branch] = out
+            collected.append(out)
+        return torch.cat(collected), assignments
 
     def _progress(self, batch: Batch) -> float:
         return self.config.schedule.progress(batch.done) if self.training else 1.0
 
     def _assignment(self, batch: Batch) -> tuple[bool, float, float]:
-        """How patches are assigned in this step: hard or not, scale of the noise, temperature."""
+        """The assignment of patches in this step: hard or not, scale of the noise, temperature."""
         model, schedule, progress = self.config.model, self.config.schedule, self._progress(batch)
         hard = model.hard_assignment and not (schedule.soft_start and progress < 1.0)
         noise = schedule.noise(progress) if model.gumbel and self.training else 0.0
         return hard, noise, schedule.tau(model.tau, progress)
 
-    def _run_blocks(
-        self, drops: Tensor | None, stage: Stage, x: Tensor, number: int, start: int = 0, end: int | None = None
-    ) -> Tensor:
-        """Blocks `start` to `end` of stage `number`; `drops`: of :meth:`_drops`."""
-        offset = sum(self.config.model.depths[:number])
-        for i in range(start, len(stage.blocks) if end is None else end):
-            x = self._run(stage.blocks[i], x, self._keep(drops, offset + i, len(x)))
-        return x
-
     def _run(self, function: Callable, *args, dynamic: bool = False):
-        """Call a part of the encoders, compiled and recomputing activations in backward where the configuration says
-        so; `dynamic`: see :func:`~mixreorg_fast.models.layers.compiled_call`."""
+        """Call a function of the encoders, compiled and with activation checkpointing where the configuration says so;
+        `dynamic`: see :func:`~mixreorg_fast.models.layers.compiled_call`."""
         run = self._runner(dynamic=dynamic, cuda_graphs=self.config.train.cuda_graphs)
         if self.config.train.checkpoint_activations and self.training:
             return checkpoint(run, function, *args, use_reentrant=False, preserve_rng_state=False)
@@ -331,31 +276,25 @@ class MixReorg(nn.Module):
     def _runner(self, *, dynamic: bool = False, cuda_graphs: bool = False) -> Callable:
         """:func:`~mixreorg_fast.models.layers.call`, compiled where the configuration says so.
 
-        What follows the features runs without CUDA graphs: it holds collectives, and leaves gradients in cached
-        features, which the next replay would overwrite.
+        Losses run without CUDA graphs: they call collectives, and leave gradients in cached features, which the next
+        replay would overwrite.
         """
         compiles = self.training and self.config.compiles(self.backbone.device.type)
         return compiled_call(dynamic=dynamic, cuda_graphs=cuda_graphs) if compiles else call
 
     def _drops(self, batch: Batch) -> Tensor | None:
-        """Stochastic depth of both residuals of every block, fp32 ``[2, blocks, branches * B]``. None where nothing is
-        dropped."""
-        if not self.training or not any(self.drop_rates):
+        """Stochastic depth of both residuals of every block, fp32 ``[2, blocks, branches * B]``; None: no drops."""
+        rates = self.backbone.image_encoder.drop_rates
+        if not self.training or not any(rates):
             return None
         return ops.stochastic_depth(
             batch.seed + _DROP_PATH,
-            self.drop_rates,
+            rates,
             len(batch.images),
             branches=3,
             first_image=batch.first_image,
             device=batch.images.device,
         )
-
-    def _keep(self, drops: Tensor | None, block: int, rows: int) -> tuple[Tensor | None, Tensor | None]:
-        """What to multiply both residuals of a block by, per row."""
-        if drops is None or not self.drop_rates[block]:
-            return None, None
-        return drops[:, block, :rows].unbind()
 
     # ------------------------------------------------------------------ texts
 

@@ -24,13 +24,13 @@ _LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 
 
 class Placeholder:
-    """Stands for every class and function of a file that is not a tensor's: takes what it is given, does nothing."""
+    """Replaces every class and function of a file but those of tensors; accepts any call and does nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Placeholder:
         return object.__new__(cls)
 
     def _ignore(self, *args: Any, **kwargs: Any) -> None:
-        """Whatever a pickle does to what it builds."""
+        """Every operation that a pickle applies to its objects."""
 
     __init__ = __call__ = __setstate__ = __setitem__ = append = extend = add = _ignore
 
@@ -38,7 +38,7 @@ class Placeholder:
 class Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         allowed = _ALLOWED.get((module, name))
-        # A pickle can set attributes of what it finds: it gets a wrapper of its own, never torch's function itself.
+        # A pickle can set attributes of a class or function, so it gets a wrapper, never torch's function itself.
         return functools.partial(allowed) if allowed else Placeholder
 
 
@@ -54,7 +54,7 @@ def read(path: Path) -> Any:
     that it names, runs.
 
     Raises:
-        UserError: not such a file, or a damaged one.
+        UserError: the file is not of ``torch.save``, or damaged.
     """
     with path.open("rb") as file:
         start = file.read(len(_LEGACY_START))

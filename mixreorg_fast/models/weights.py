@@ -6,8 +6,8 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -15,59 +15,44 @@ from torch import Tensor
 
 from ..config import InferenceConfig, ModelConfig, describe
 from ..errors import UserError
-from ..files import atomic_path, write_json
-from .encoders import resize_positions
+from ..files import write_json
 from .groupvit import GroupViT
+from .image_encoder import resize_positions
+
+if TYPE_CHECKING:
+    from ..data.text.tokenizer import Tokenizer
 
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "model.json", "tokenizer.json"
 FORMAT = "mixreorg_fast/1"
 
 
-def save(model: GroupViT, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """Write `model` (or `state`, if its parameters live elsewhere) as a folder of weights, atomically.
+def write_files(
+    network: GroupViT,
+    folder: Path,
+    state: Mapping[str, Tensor],
+    tokenizer: Tokenizer | None,
+    inference: InferenceConfig,
+) -> None:
+    """Write the three files of a folder of weights into an existing folder that nobody reads yet.
 
-    Parameters and floating buffers are written as they are; the temperature as a 0-d tensor, as others write it.
+    Parameters and floating buffers are written in their own dtypes; the logit scale as a 0-d tensor.
+
+    Args:
+        state: the tensors by name; of `network` only the sizes and the normalisation are read.
     """
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        write_files(model, temporary, model.state_dict() if state is None else state)
-
-
-def write_files(model: GroupViT, folder: Path, state: Mapping[str, Tensor]) -> None:
-    """The three files of a folder of weights, into an existing folder that nobody reads yet."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     tensors["logit_scale"] = tensors["logit_scale"].reshape(())
     save_file(tensors, folder / WEIGHTS)
-    config = model.config.model_dump(exclude={"method", "init"})
     description = {
         "format": FORMAT,
-        "model": config,
-        "mean": list(model.mean),
-        "std": list(model.std),
-        "inference": model.inference.model_dump(mode="json"),
+        "model": network.config.model_dump(exclude={"method", "init"}),
+        "mean": list(network.mean),
+        "std": list(network.std),
+        "inference": inference.model_dump(mode="json"),
     }
     write_json(folder / DESCRIPTION, description)
-    if model.tokenizer is not None:
-        model.tokenizer.save(folder)
-
-
-def load(folder: str | Path, device: torch.device | str = "cpu") -> GroupViT:
-    """The model of a folder of weights, in evaluation mode on `device`, with its tokenizer where it has one.
-
-    A run folder or a checkpoint folder will do: its newest weights are taken.
-
-    Raises:
-        UserError: a file is missing, damaged, or does not fit the others.
-    """
-    folder = find_weights(folder)
-    model = _described(folder)
-    load_state(model, folder)
-    tokenizer = folder / TOKENIZER
-    if tokenizer.exists():
-        from ..data.text.tokenizer import Tokenizer
-
-        model.tokenizer = Tokenizer.load(tokenizer)
-    return model.to(device).eval()
+    if tokenizer is not None:
+        tokenizer.save(folder)
 
 
 def find_weights(folder: str | Path) -> Path:
@@ -111,8 +96,12 @@ def load_state(model: GroupViT, folder: str | Path) -> None:
     model.load_state_dict(state)
 
 
-def _described(folder: Path) -> GroupViT:
-    """A model as ``model.json`` describes it, its tensors not yet those of the file; older ones lack ``inference``."""
+def read_description(folder: Path) -> dict[str, Any]:
+    """What ``model.json`` says: ``config``, ``mean``, ``std`` and ``inference`` (None in files of older versions).
+
+    Raises:
+        UserError: the file is missing, damaged or of another format.
+    """
     path = folder / DESCRIPTION
     try:
         description = json.loads(path.read_text())
@@ -124,7 +113,7 @@ def _described(folder: Path) -> GroupViT:
         if "inference" in description:
             section, schema = "inference", InferenceConfig
             inference = schema.model_validate_json(json.dumps(description[section]), strict=True)
-        return GroupViT(config, description["mean"], description["std"], inference=inference)
+        return {"config": config, "mean": description["mean"], "std": description["std"], "inference": inference}
     except FileNotFoundError:
         raise UserError(
             f"{folder} holds {WEIGHTS} but no {DESCRIPTION} that says the model's sizes; Hugging Face's folders become "

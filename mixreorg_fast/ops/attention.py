@@ -19,29 +19,30 @@ from .dispatch import choose
 AttentionImpl = Literal["auto", "xformers", "varlen", "torch", "products"]
 
 XFORMERS_INSTALLED = importlib.util.find_spec("xformers") is not None
-# The first release that says "causal" as a window of keys.
+# 2.11 is the first release whose varlen_attn takes "causal" as a window of keys.
 VARLEN_INSTALLED = torch.torch_version.TorchVersion(torch.__version__) >= (2, 11)
 
-# Asked once: torch.compile cannot trace the question.
+# A constant, because torch.compile cannot trace the call.
 CPU_HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
-# What was measured fastest, by device, form and dtype (benchmarks/test_attention.py), as the order in which "auto"
-# tries. Where nothing is measured yet, what comes with PyTorch goes first.
+# The order in which "auto" tries implementations: UNMEASURED, which begins with PyTorch's own, except where
+# benchmarks/test_attention.py has measured another order, by device, form and dtype.
 UNMEASURED = ("varlen", "torch", "xformers", "products")
 MEASURED: dict[tuple[str, str, torch.dtype], tuple[str, ...]] = {
-    # Flash attention's backward has no bf16 products on a CPU: 3 times as long on images, 7 times on captions.
+    # Flash attention's backward has no bf16 matmul on a CPU: 3 times as long on images, 7 times on captions.
     ("cpu", "dense", torch.bfloat16): ("products", "torch", "varlen", "xformers"),
     ("cpu", "packed", torch.bfloat16): ("products", "torch", "varlen", "xformers"),
 }
 
-# The plain-PyTorch packed form pads every sequence to a multiple of this many rows, and attends all of one length
-# together: narrow buckets compute less, wide ones call less. Measured on a CPU for captions of 10 to 40 tokens, forward
-# and backward: 8 takes 0.7 of the time of equal lengths and 0.4 to 0.6 of that of one bucket. Elsewhere not measured.
+# The plain-PyTorch packed form pads every sequence to a multiple of this many rows and computes sequences of one padded
+# length together: narrow buckets compute less, wide ones make fewer calls. Measured on a CPU for captions of 10 to 40
+# tokens, forward and backward: 8 takes 0.7 of the time of equal lengths and 0.4 to 0.6 of that of one bucket. Not
+# measured on other devices.
 BUCKET_WIDTH = {"cpu": 8}
 UNMEASURED_WIDTH = 32
 
-# Devices whose text encoder pads its rows, so that shapes repeat from step to step: a GPU's memory, compiled graphs and
-# CUDA graphs are kept by shape.
+# Devices on which the text encoder pads its rows, so that shapes repeat from step to step: the caching allocator,
+# compiled graphs and CUDA graphs of a GPU reuse what they made for a shape.
 BUCKETED = {"cuda"}
 
 
@@ -49,13 +50,13 @@ BUCKETED = {"cuda"}
 class Packing:
     """How sequences of different lengths lie end to end in ``[1, S, ...]``; made once, used by every layer.
 
-    S is at least the sum of the lengths. The rows beyond it are padding, cut into sequences of their own: they are
-    computed like all others and seen by none. What they hold is a copy of the first sequence's first row.
+    S is at least the sum of the lengths. Rows beyond the sum are padding, cut into sequences of their own: they are
+    computed like all others, and no other sequence attends to them. They hold copies of the first sequence's first row.
     """
 
     rows: int  # S
-    longest: int  # no sequence is longer; a multiple of 8 where S is padded, so that it repeats
-    starts: Tensor  # int32 [sequences + 1], first row of each sequence, padding included; ends with S
+    max_seqlen: int  # at least the longest sequence; a multiple of 8 where S is padded, so that it repeats
+    cu_seqlens: Tensor  # int32 [sequences + 1], first row of each sequence, padding included; ends with S
     sequence: Tensor  # int64 [S], which sequence a row belongs to (padding: 0)
     position: Tensor  # int64 [S], its place in it (padding: 0)
     last: Tensor  # int64 [len(lengths)], last row of each sequence
@@ -84,25 +85,25 @@ class Packing:
         lengths, device = list(lengths), torch.device(device)
         if not lengths or min(lengths) < 1:
             raise ValueError(f"lengths must be one or more numbers above 0, got {lengths[:8]}")
-        total, longest = sum(lengths), max(lengths)
+        total, max_seqlen = sum(lengths), max(lengths)
         if bucket:
-            longest = -(-longest // 8) * 8
+            max_seqlen = -(-max_seqlen // 8) * 8
             step = _bucket_step(total)
             rows = -(-total // step) * step
         elif rows is None:
             rows = total
         if rows < total:
             raise ValueError(f"{total} rows of {len(lengths)} sequences do not fit into {rows}")
-        # As many sequences of padding as its most rows need, so that their number repeats too; some may be empty.
-        padding, pieces = rows - total, -(-(_bucket_step(total) if bucket else rows - total) // longest)
-        sequences = [*lengths, *(min(longest, max(0, padding - i * longest)) for i in range(pieces))]
+        # As many sequences as the most padding of a bucket needs, so that their number repeats too; some may be empty.
+        padding, pieces = rows - total, -(-(_bucket_step(total) if bucket else rows - total) // max_seqlen)
+        sequences = [*lengths, *(min(max_seqlen, max(0, padding - i * max_seqlen)) for i in range(pieces))]
 
         size = torch.tensor(sequences)
         ends = size.cumsum(0)
         number = torch.repeat_interleave(torch.arange(len(sequences)), size)
         position = torch.arange(rows) - (ends - size)[number]
         step = BUCKET_WIDTH.get(device.type, UNMEASURED_WIDTH)
-        width = (-(-size // step) * step).clamp(max=longest)
+        width = (-(-size // step) * step).clamp(max=max_seqlen)
         order = width.argsort(stable=True)
         first = torch.empty_like(width)
         first[order] = width[order].cumsum(0) - width[order]
@@ -114,8 +115,8 @@ class Packing:
         row = (number.where(real, 0), position.where(real, 0))
         parts = [F.pad(ends, (1, 0)), *row, ends[: len(lengths)] - 1, slots]
         together = upload(torch.cat(parts), device)  # one copy
-        starts, *others = together.split([len(part) for part in parts])
-        return cls(rows, longest, starts.int(), *others, buckets, tuple(sequences))
+        cu_seqlens, *others = together.split([len(part) for part in parts])
+        return cls(rows, max_seqlen, cu_seqlens.int(), *others, buckets, tuple(sequences))
 
     def pack(self, x: Tensor) -> Tensor:
         """``[1, S, ...]`` of padded ``[B, L, ...]``; rows of padding hold the first row."""
@@ -142,12 +143,12 @@ def attention(
         q: ``[B, N, H, D]``; k, v: ``[B, M, H, D]``; fp32, bf16 or fp16.
         causal: position n attends to positions up to n.
         lengths: host integers: the tensors are packed ``[1, S, H, D]``, sequence i being the next ``lengths[i]`` rows,
-            and sequences do not see one another. Rows beyond their sum are padding: finite, and seen by no sequence.
-            Many calls with the same lengths share a :class:`Packing` of them.
-        impl: "torch": PyTorch's SDPA, over buckets of padded sequences where packed; "products": two batched matrix
-            products around a softmax, over the same buckets (bf16 logits, `[B, H, N, M]`, stay for backward);
-            "varlen": PyTorch's variable-length attention; "xformers": its memory-efficient attention, block-diagonal
-            where packed; "auto": by what was measured (`MEASURED`).
+            and each attends within itself. Rows beyond their sum are padding: finite, and no sequence attends to them.
+            Pass a :class:`Packing` to reuse one layout in many calls.
+        impl: "torch": PyTorch's SDPA, over buckets of padded sequences where packed; "products": two batched matmuls
+            around a softmax, over the same buckets (logits `[B, H, N, M]` are kept for backward); "varlen": PyTorch's
+            variable-length attention; "xformers": its memory-efficient attention, block-diagonal where packed; "auto":
+            the first in the measured order (`MEASURED`) that can run.
     Returns:
         ``[B, N, H, D]``.
     Raises:
@@ -201,7 +202,7 @@ def _padded(
     parts, start = [], 0
     for count, width in packing.buckets:
         end = start + count * width
-        # A padded key stands behind its sequence: causal attention does not look there, other must not.
+        # Padded keys follow their sequence: causal attention ignores them, other attention needs the mask.
         mask = None if real is None else real[start:end].view(count, 1, 1, width)
         part = (x[start:end].unflatten(0, (count, width)) for x in (q, k, v))
         parts.append(dense(*part, mask=mask).flatten(0, 1))  # [count * width, H, D]
@@ -224,7 +225,7 @@ def _products(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None
 
 
 class _Take(torch.autograd.Function):
-    """``x[index]`` along the first dimension, no index twice: so the gradient is a copy, where PyTorch's would add."""
+    """``x[index]`` along the first dimension for distinct indices: its gradient is a copy, PyTorch's a sum."""
 
     @staticmethod
     def forward(ctx, x: Tensor, index: Tensor) -> Tensor:
@@ -244,8 +245,8 @@ class _Take(torch.autograd.Function):
 def _varlen(q: Tensor, k: Tensor, v: Tensor, causal: bool, packing: Packing) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # imports Triton
 
-    ends = (packing.starts, packing.starts, packing.longest, packing.longest)
-    return varlen_attn(q[0], k[0], v[0], *ends, window_size=(-1, 0 if causal else -1))[None]
+    layout = (packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen)
+    return varlen_attn(q[0], k[0], v[0], *layout, window_size=(-1, 0 if causal else -1))[None]
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, packing: Packing | None) -> Tensor:
@@ -259,19 +260,19 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, packing: Packing | 
 
 
 def _block_diagonal(packing: Packing, causal: bool):
-    """xformers' mask of a packing, kept beside it: its own copy of the lengths need not be made for every layer."""
+    """xformers' mask of a packing, made once and kept in the packing for all layers."""
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask, BlockDiagonalMask
 
     name = f"_xformers_{'causal' if causal else 'full'}"
     if name not in packing.__dict__:
         mask = BlockDiagonalCausalMask if causal else BlockDiagonalMask
-        made = mask.from_seqlens([n for n in packing.sequences if n], device=packing.starts.device)
+        made = mask.from_seqlens([n for n in packing.sequences if n], device=packing.cu_seqlens.device)
         object.__setattr__(packing, name, made)
     return packing.__dict__[name]
 
 
 def _kernel_reasons(q: Tensor) -> list[str]:
-    """What the flash kernels behind both of them ask for."""
+    """Why the flash kernels, which "varlen" and "xformers" call, cannot run."""
     reasons = []
     if not q.is_cuda:
         reasons.append(f"tensors on {q.device}, CUDA is needed")
@@ -300,7 +301,7 @@ def _xformers_reasons(q: Tensor, packing: Packing | None) -> list[str]:
 
 @cache
 def xformers_problems() -> list[str]:
-    """Why xformers does not load: it is imported to find out, its warning of many lines kept back."""
+    """Why xformers does not load, by importing it without its long warning."""
     log = logging.getLogger("xformers")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -308,14 +309,14 @@ def xformers_problems() -> list[str]:
         from xformers import _cpp_lib
         from xformers.ops import fmha  # noqa: F401
 
-        # Without its extension it may still call PyTorch's own kernels, which "varlen" and "torch" reach without it.
+        # Without its extension xformers may still call PyTorch's kernels, which "varlen" and "torch" reach directly.
         error = _cpp_lib._cpp_library_load_exception
-    except Exception as failure:  # of a build for another PyTorch, anything
+    except Exception as failure:  # a build for another PyTorch can raise anything
         error = failure
     finally:
         log.setLevel(level)
     while error is not None and error.__cause__ is not None:
-        error = error.__cause__  # the loader's own words, such as "libcudart.so.12: cannot open shared object file"
+        error = error.__cause__  # the loader's message, such as "libcudart.so.12: cannot open shared object file"
     return [] if error is None else [f"xformers does not load: {str(error).strip().partition(chr(10))[0]}"]
 
 

@@ -1,4 +1,4 @@
-"""From segments to pixel labels."""
+"""Pixel labels from the soft maps and class scores of segments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Impl, choose, falls_back, triton_reasons
+from .dispatch import Impl, falls_back, uses_triton
 from .registration import kernel
 
 
@@ -68,8 +68,7 @@ def decode_segments(
         raise ValueError(f"decode_segments: size must be two positive numbers, got {tuple(size)}")
     assignment, scores = assignment.detach(), scores.detach()
     threshold = _threshold(background_threshold, assignment)
-    inputs = (assignment, scores)
-    if choose("decode_segments", impl, {"triton": lambda: triton_reasons(*inputs), "torch": list}, inputs) == "triton":
+    if uses_triton("decode_segments", impl, assignment, scores):
         return _decode_segments(assignment, scores, height, width, threshold)
     return decode_segments_reference(assignment, scores, (height, width), threshold)
 
@@ -86,12 +85,6 @@ def _threshold(threshold: Tensor | float | None, assignment: Tensor) -> Tensor |
     return threshold.to(assignment.device, torch.float32).expand(batch)
 
 
-def _fake_labels(assignment: Tensor, scores: Tensor, height: int, width: int, threshold: Tensor | None) -> Tensor:
-    return assignment.new_empty((assignment.shape[0], height, width), dtype=torch.int64)
-
-
-@kernel("decode_segments", fake=_fake_labels)
+@kernel("decode_segments.decode_forward")
 def _decode_segments(assignment: Tensor, scores: Tensor, height: int, width: int, threshold: Tensor | None) -> Tensor:
-    from ..kernels.decode_segments import decode_forward
-
-    return decode_forward(assignment, scores, height, width, threshold)
+    return assignment.new_empty((assignment.shape[0], height, width), dtype=torch.int64)

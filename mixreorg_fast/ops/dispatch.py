@@ -22,9 +22,6 @@ Impl = Literal["auto", "triton", "torch"]
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-# Where the ledger (docs/performance.md) shows PyTorch ahead of the kernel: op -> whether these inputs are such a case.
-PYTORCH_WINS: dict[str, Callable[..., bool]] = {}
-
 
 class UnknownImplementation(ValueError):
     """`impl` names none of the op's implementations, which `known` lists."""
@@ -83,22 +80,29 @@ def choose(op: str, impl: str, reasons: Mapping[str, Callable[[], list[str]]], i
         return impl
     refusals = []
     for name, not_supported_reasons in reasons.items():
-        problems = (_passed_over(op, inputs) if name == "triton" else []) or not_supported_reasons()
+        problems = (passed_over(op, inputs) if name == "triton" else []) or not_supported_reasons()
         if not problems:
             return name
         refusals.append(f"{name}: {'; '.join(problems)}")
     raise CannotRun(f"{op}: no implementation can run on {describe(inputs)}", refusals)
 
 
-def _passed_over(op: str, inputs: Sequence[Tensor]) -> list[str]:
-    """Why "auto" passes the kernel by, whether or not it could run."""
+def uses_triton(op: str, impl: str, *inputs: Tensor | None, limits: Callable[[], list[str]] = list) -> bool:
+    """Whether an op of the two implementations "triton" and "torch" runs its kernel.
+
+    `limits` lists why the kernel cannot take inputs of these sizes. Raises what :func:`choose` raises.
+    """
+    tensors = [x for x in inputs if x is not None]
+    reasons = {"triton": lambda: [*triton_reasons(*tensors), *limits()], "torch": list}
+    return choose(op, impl, reasons, tensors) == "triton"
+
+
+def passed_over(op: str, inputs: Sequence[Tensor]) -> list[str]:
+    """Why "auto" does not take a kernel that might run: Triton's interpreter is slow, or a launch has failed."""
     if not all(_on_gpu(tensor) for tensor in inputs):
         return ["tensors not on CUDA"]
-    if (op, inputs[0].device) in _without_resources:
-        return [_without_resources[op, inputs[0].device]]
-    if op in PYTORCH_WINS and PYTORCH_WINS[op](*inputs):
-        return ["measured slower than PyTorch on such inputs"]
-    return []
+    failure = _without_resources.get((op, inputs[0].device))
+    return [failure] if failure else []
 
 
 def _on_gpu(tensor: Tensor) -> bool:
@@ -159,6 +163,13 @@ def describe(inputs: Sequence[Tensor]) -> str:
     """``"bfloat16 [2, 3] on cuda:0, …"``, for error messages."""
     texts = [f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}" for x in inputs]
     return ", ".join(texts) or "these inputs"
+
+
+def scale_tensor(logit_scale: Tensor | float, device: torch.device) -> Tensor:
+    """`logit_scale` as a 0-d tensor on `device`, fp32 (fp64 if it was), differentiable."""
+    if isinstance(logit_scale, Tensor):
+        return logit_scale.to(device, torch.promote_types(logit_scale.dtype, torch.float32)).reshape(())
+    return torch.full((), logit_scale, dtype=torch.float32, device=device)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

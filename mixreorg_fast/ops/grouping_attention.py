@@ -7,7 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .dispatch import Impl, autocast, choose, falls_back, triton_reasons, without_autocast
+from ..kernels.settings import Grouping
+from .dispatch import Impl, autocast, falls_back, uses_triton, without_autocast
 from .philox import gumbel, philox, seed_tensor
 from .registration import kernel
 
@@ -33,22 +34,19 @@ def grouping_attention_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    seed: int | Tensor | None,
+    settings: Grouping,
     *,
-    scale: float,
-    hard: bool = True,
-    seed: int | Tensor | None = None,
-    first_image: int = 0,
-    tau: float = 1.0,
-    eps: float = 1.0,
     upcast: torch.dtype | None = None,
     operands: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, soft and used assignment by the definition, computed and returned in `upcast` (default: fp32, or the
     inputs' dtype if that is wider).
 
-    With `operands` it rounds to that dtype what the kernels multiply with 16-bit inputs: the assignment, and the
-    gradient of the logits.
+    With `operands` the reference rounds to that dtype what the kernels multiply with 16-bit inputs: the assignment, and
+    the gradient of the logits.
     """
+    scale, hard, first_image, tau, eps, _ = settings
     upcast = torch.promote_types(q.dtype, torch.float32) if upcast is None else upcast
     q, k, v = q.to(upcast), k.to(upcast), v.to(upcast)
     logits = (q @ k.mT) * scale  # [B, G, N] <- [B, G, C] @ [B, C, N]
@@ -117,29 +115,26 @@ def grouping_attention(
         )
     scale = q.shape[2] ** -0.5 if scale is None else scale
     q, k, v = autocast(q, k, v)
-    reasons = {"triton": lambda: _not_supported_reasons(q, k, v), "torch": list}
-    if choose("grouping_attention", impl, reasons, (q, k, v)) == "triton":
+    wants_winner = return_assignment == "winner"
+    written = return_assignment if not wants_winner else "none" if hard else "used"
+    settings = Grouping(scale, hard, first_image, tau, eps, written)
+    if uses_triton("grouping_attention", impl, q, k, v, limits=lambda: _limits(q, k, v)):
         seed = None if seed is None else seed_tensor(seed, q.device)
-        written = return_assignment
-        if return_assignment == "winner":
-            written = "none" if hard else "used"
-        out, assignment, winner, _ = _grouping_attention(q, k, v, seed, first_image, scale, tau, eps, hard, written)
-        if return_assignment == "winner":
-            # A patch with a NaN has no winner, but its number is to be an index as all others.
+        out, assignment, winner, _ = _grouping_attention(q, k, v, seed, settings)
+        if wants_winner:
+            # A patch with a NaN has no winner; its number is clamped to a valid index.
             assignment = winner.clamp(max=q.shape[1] - 1).long() if hard else assignment.argmax(dim=1)
     else:
         with without_autocast(q):
-            out, soft, used = grouping_attention_reference(
-                q, k, v, scale=scale, hard=hard, seed=seed, first_image=first_image, tau=tau, eps=eps
-            )
+            out, soft, used = grouping_attention_reference(q, k, v, seed, settings)
         out, assignment = out.to(v.dtype), soft if return_assignment == "soft" else used
-        if return_assignment == "winner":
+        if wants_winner:
             assignment = used.argmax(dim=1)
     return out if return_assignment == "none" else (out, assignment)
 
 
-def _not_supported_reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
-    reasons = triton_reasons(q, k, v)
+def _limits(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+    reasons = []
     if not q.dtype == k.dtype == v.dtype:
         reasons.append(f"inputs of several dtypes ({q.dtype}, {k.dtype}, {v.dtype})")
     if q.shape[1] > MOST_GROUPS:
@@ -150,11 +145,7 @@ def _not_supported_reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
 # The Triton path.
 
 
-def _fake_gradients(grad_out: Tensor, grad_assignment: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-@kernel("grouping_attention_backward", fake=_fake_gradients)
+@kernel("grouping_attention.grouping_backward")
 def _grouping_attention_backward(
     grad_out: Tensor,
     grad_assignment: Tensor | None,
@@ -165,68 +156,34 @@ def _grouping_attention_backward(
     out: Tensor,
     winner: Tensor,
     total: Tensor,
-    first_image: int,
-    scale: float,
-    tau: float,
-    eps: float,
-    hard: bool,
-    return_assignment: str,
+    settings: Grouping,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from ..kernels.grouping_attention import grouping_backward
-
-    saved = (q, k, v, seed, out, winner, total)
-    return grouping_backward(grad_out, grad_assignment, *saved, first_image, scale, tau, eps, hard, return_assignment)
-
-
-def _fake_outputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seed: Tensor | None,
-    first_image: int,
-    scale: float,
-    tau: float,
-    eps: float,
-    hard: bool,
-    return_assignment: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, groups, patches = *q.shape[:2], k.shape[1]
-    assignment = q.new_empty((batch, groups, 0 if return_assignment == "none" else patches), dtype=torch.float32)
-    winner = q.new_empty((batch, patches if hard else 0), dtype=torch.uint8)
-    return v.new_empty(q.shape), assignment, winner, q.new_empty((batch, groups), dtype=torch.float32)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    q, k, v, seed, *ctx.numbers = inputs
+    *tensors, ctx.settings = inputs
     out, _, winner, total = output
     ctx.mark_non_differentiable(winner, total)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, seed, out, winner, total)
+    ctx.save_for_backward(*tensors, out, winner, total)
 
 
-def _gradient(ctx, grad_out: Tensor | None, grad_assignment: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+def _gradient(ctx, grad_out: Tensor | None, grad_assignment: Tensor | None, *_) -> tuple[Tensor, Tensor, Tensor]:
     saved = ctx.saved_tensors  # once: under activation checkpointing every access unpacks them
     if grad_out is None:
         grad_out = torch.zeros_like(saved[4])
-    if ctx.numbers[-1] == "none":
+    if ctx.settings.return_assignment == "none":
         grad_assignment = None
-    grads = _grouping_attention_backward(grad_out, grad_assignment, *saved, *ctx.numbers)
-    return *grads, None, *(None for _ in ctx.numbers)
+    return _grouping_attention_backward(grad_out, grad_assignment, *saved, ctx.settings)
 
 
-@kernel("grouping_attention", fake=_fake_outputs, save=_save, gradient=_gradient)
+@kernel("grouping_attention.grouping_forward", save=_save, gradient=_gradient)
 def _grouping_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seed: Tensor | None,
-    first_image: int,
-    scale: float,
-    tau: float,
-    eps: float,
-    hard: bool,
-    return_assignment: str,
+    q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, settings: Grouping
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from ..kernels.grouping_attention import grouping_forward
-
-    return grouping_forward(q, k, v, seed, first_image, scale, tau, eps, hard, return_assignment)
+    batch, groups, patches = *q.shape[:2], k.shape[1]
+    columns = 0 if settings.return_assignment == "none" else patches
+    assignment = q.new_empty((batch, groups, columns), dtype=torch.float32)
+    winner = q.new_empty((batch, patches if settings.hard else 0), dtype=torch.uint8)
+    return v.new_empty(q.shape), assignment, winner, q.new_empty((batch, groups), dtype=torch.float32)

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contrastive_loss import multiplier
-from .dispatch import Impl, choose, falls_back, triton_reasons, without_autocast
+from .dispatch import Impl, falls_back, scale_tensor, uses_triton, without_autocast
 from .patch_mixing import MixPlan
 from .registration import kernel
 
 Negatives = Literal["group", "batch"]
+LIMITS = {"G1": 128, "G2": 64, "group_size": 64}  # what the kernels' registers hold
 
 
 def mixed_segmentation_logits(
@@ -98,31 +98,31 @@ def mixed_segmentation_loss(
         segments: ``[B, G2, D]`` and texts: ``[B, D]``, L2-normalised by the caller. The four may differ in dtype
             (fp32, bf16, fp16) and have any strides (the kernel copies what is not contiguous).
         plan: the mixing of these B images.
-        logit_scale: the multiplier of the cosines, a number or a tensor of one element.
-        negatives: "batch" holds every patch against all texts instead of its group's: then segments must name their
-            image rather than tell it from its partners. The texts may be those of more images (of other ranks),
-            ``[T, D]``, the B images' own from number `first_text` on. In PyTorch only; holds ``[B, N, T]``.
-        return_accuracy: adds the share of patches whose largest logit over the texts of their group (whatever
-            `negatives` are, the lowest among equals) is that of their image.
+        logit_scale: factor of the cosines, a number or a tensor of one element.
+        negatives: "batch" compares every patch with all texts, "group" with those of its mixing group. With "batch"
+            texts may be those of more images (of other ranks), ``[T, D]``; those of the B images begin at number
+            `first_text`. "batch" runs in PyTorch only and holds ``[B, N, T]``.
+        return_accuracy: adds the share of patches whose largest logit over the texts of their mixing group is that of
+            their image, for either kind of `negatives`; ties take the lowest text.
     Returns:
         0-d fp32, the mean over B·N patches, or a pair with the accuracy, 0-d fp32; computed in fp32 from inputs of any
-        dtype, under autocast too. The loss is differentiable in all five; deterministic. Backward recomputes: nothing
-        but the inputs is kept.
+        dtype, under autocast too. The loss is differentiable in the five tensors; deterministic. Backward recomputes:
+        only the inputs are kept.
     Raises:
         ValueError: shapes that do not fit together, a batch that does not split into groups of the plan's size.
         RuntimeError: `impl` cannot run here.
     """
     own_texts = texts if negatives == "group" else texts[first_text : first_text + len(first)]
     _check(first, second, segments, own_texts, plan)
-    inputs = (first, second, segments, texts, plan.source)
-    implementations = {"triton": lambda: _triton_reasons(*inputs, plan.group_size, negatives), "torch": list}
-    scale = multiplier(logit_scale, first.device)
-    if choose("mixed_segmentation_loss", impl, implementations, inputs) == "triton":
-        losses, correct = _mixed_segmentation(*inputs, scale.float(), plan.group_size)
+    inputs, group_size = (first, second, segments, texts, plan.source), plan.group_size
+    scale = scale_tensor(logit_scale, first.device)
+    limits = lambda: _limits(first, second, group_size, negatives)  # noqa: E731
+    if uses_triton("mixed_segmentation_loss", impl, *inputs, limits=limits):
+        losses, correct = _mixed_segmentation(*inputs, scale.float(), group_size)
         return (losses.mean(), correct.float().mean()) if return_accuracy else losses.mean()
     return mixed_segmentation_loss_reference(
         *inputs,
-        plan.group_size,
+        group_size,
         scale,
         negatives=negatives,
         first_text=first_text,
@@ -151,33 +151,16 @@ def _check(first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, plan:
         )
 
 
-def _triton_reasons(
-    first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, source: Tensor, group_size: int, negatives: str
-) -> list[str]:
-    reasons = triton_reasons(first, second, segments, texts, source)
-    if negatives == "batch":
-        reasons.append("negatives of the whole batch")
-    if not reasons:
-        from ..kernels.mixed_segmentation_loss import MAX_FIRST_GROUPS, MAX_GROUP_SIZE, MAX_SECOND_GROUPS
-
-        for what, size, most in (
-            ("G1", first.shape[1], MAX_FIRST_GROUPS),
-            ("G2", second.shape[1], MAX_SECOND_GROUPS),
-            ("group_size", group_size, MAX_GROUP_SIZE),
-        ):
-            if size > most:
-                reasons.append(f"{what} = {size} is above {most}")
-    return reasons
+def _limits(first: Tensor, second: Tensor, group_size: int, negatives: str) -> list[str]:
+    sizes = {"G1": first.shape[1], "G2": second.shape[1], "group_size": group_size}
+    reasons = [f"{name} = {size} is above {LIMITS[name]}" for name, size in sizes.items() if size > LIMITS[name]]
+    return reasons if negatives == "group" else ["negatives of the whole batch", *reasons]
 
 
 # The Triton path.
 
 
-def _fake_gradients(grad, first, second, segments, texts, source, scale, group_size):
-    return *(x.new_empty(x.shape) for x in (first, second, segments, texts)), torch.empty_like(scale)
-
-
-@kernel("mixed_segmentation_backward", fake=_fake_gradients)
+@kernel("mixed_segmentation_loss.mixed_segmentation_backward")
 def _mixed_segmentation_backward(
     grad: Tensor,
     first: Tensor,
@@ -188,14 +171,7 @@ def _mixed_segmentation_backward(
     scale: Tensor,
     group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from ..kernels.mixed_segmentation_loss import mixed_segmentation_backward
-
-    return mixed_segmentation_backward(grad, first, second, segments, texts, source, scale, group_size)
-
-
-def _fake_losses(first, second, segments, texts, source, scale, group_size):
-    patches = first.shape[0], first.shape[2]
-    return first.new_empty(patches, dtype=torch.float32), first.new_empty(patches, dtype=torch.bool)
+    return *(x.new_empty(x.shape) for x in (first, second, segments, texts)), torch.empty_like(scale)
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -206,14 +182,13 @@ def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _gradient(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
     *gradients, scale = _mixed_segmentation_backward(grad, *ctx.saved_tensors, ctx.group_size)
-    return *gradients, None, scale, None
+    return *gradients, None, scale
 
 
-@kernel("mixed_segmentation", fake=_fake_losses, save=_save, gradient=_gradient)
+@kernel("mixed_segmentation_loss.mixed_segmentation_forward", save=_save, gradient=_gradient)
 def _mixed_segmentation(
     first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, source: Tensor, scale: Tensor, group_size: int
 ) -> tuple[Tensor, Tensor]:
     """The loss of each patch, fp32 ``[B, N]``, and whether its image has its largest logit, bool; `scale` 0-d fp32."""
-    from ..kernels.mixed_segmentation_loss import mixed_segmentation_forward
-
-    return mixed_segmentation_forward(first, second, segments, texts, source, scale, group_size)
+    patches = first.shape[0], first.shape[2]
+    return first.new_empty(patches, dtype=torch.float32), first.new_empty(patches, dtype=torch.bool)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dispatch import Impl, choose, falls_back, triton_reasons
+from .dispatch import Impl, falls_back, uses_triton
 from .philox import philox, seed_tensor
 from .registration import kernel
 
@@ -57,8 +57,7 @@ class MixPlan:
         if seed is None:
             seed = torch.randint(2**62, (), generator=generator, device=device)
         seed = seed_tensor(seed, torch.device(device))
-        kernel = choose("MixPlan.sample", impl, {"triton": lambda: triton_reasons(seed), "torch": list}, (seed,))
-        draw = _sample_plan if kernel == "triton" else sample_plan_reference
+        draw = _sample_plan if uses_triton("MixPlan.sample", impl, seed) else sample_plan_reference
         return cls(*draw(seed, first_group, batch, patches, group_size), group_size)
 
     @classmethod
@@ -161,16 +160,14 @@ def patch_blend(mixed: Tensor, original: Tensor, plan: MixPlan, alpha: float, *,
     _check("patch_blend", original, plan)
     if mixed.dtype != original.dtype:
         raise ValueError(f"patch_blend: mixed is {mixed.dtype}, original {original.dtype}; expected one dtype")
-    inputs = (mixed, original, plan.source)
-    if choose("patch_blend", impl, {"triton": lambda: triton_reasons(*inputs), "torch": list}, inputs) == "triton":
+    if uses_triton("patch_blend", impl, mixed, original, plan.source):
         return _patch_blend(mixed, original, plan.source, alpha)
     return torch.lerp(mixed, gather(original, plan.source, plan.inverse), alpha)
 
 
 def _permute(op: str, x: Tensor, plan: MixPlan, source: Tensor, inverse: Tensor, impl: Impl) -> Tensor:
     _check(op, x, plan)
-    inputs = (x, source)
-    if choose(op, impl, {"triton": lambda: triton_reasons(*inputs), "torch": list}, inputs) == "triton":
+    if uses_triton(op, impl, x, source):
         return _patch_gather(x, source, inverse)
     return gather(x, source, inverse)
 
@@ -202,36 +199,24 @@ class _Gather(torch.autograd.Function):
 # The Triton path. The adjoint of each op is registered with it as its own adjoint: second derivatives come for free.
 
 
-def _fake_plan(seed: Tensor, first_group: int, batch: int, patches: int, group_size: int) -> tuple[Tensor, Tensor]:
+@kernel("patch_mixing.sample_plan")
+def _sample_plan(seed: Tensor, first_group: int, batch: int, patches: int, group_size: int) -> tuple[Tensor, Tensor]:
     return tuple(seed.new_empty((batch, patches), dtype=torch.int32) for _ in range(2))
 
 
-@kernel("sample_plan", fake=_fake_plan)
-def _sample_plan(seed: Tensor, first_group: int, batch: int, patches: int, group_size: int) -> tuple[Tensor, Tensor]:
-    from ..kernels.patch_mixing import sample_plan
-
-    return sample_plan(seed, first_group, batch, patches, group_size)
-
-
 def _save_plan(ctx, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
+    _, source, inverse = inputs
+    ctx.save_for_backward(source, inverse)
 
 
-def _patch_gather_gradient(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+def _patch_gather_gradient(ctx, grad: Tensor) -> Tensor:
     source, inverse = ctx.saved_tensors
-    return _patch_gather(grad, inverse, source), None, None
+    return _patch_gather(grad, inverse, source)
 
 
-@kernel(
-    "patch_gather",
-    fake=lambda x, source, inverse: x.new_empty(x.shape),
-    save=_save_plan,
-    gradient=_patch_gather_gradient,
-)
+@kernel("patch_mixing.gather_forward", save=_save_plan, gradient=_patch_gather_gradient)
 def _patch_gather(x: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
-    from ..kernels.patch_mixing import gather_forward
-
-    return gather_forward(x, source)
+    return x.new_empty(x.shape)
 
 
 def _save_blend(ctx, inputs: tuple, output: Tensor | tuple[Tensor, Tensor]) -> None:
@@ -239,33 +224,19 @@ def _save_blend(ctx, inputs: tuple, output: Tensor | tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(source)
 
 
-def _patch_blend_gradient(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    return *_patch_blend_backward(grad, *ctx.saved_tensors, ctx.alpha), None, None
+def _patch_blend_gradient(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return _patch_blend_backward(grad, *ctx.saved_tensors, ctx.alpha)
 
 
-def _patch_blend_backward_gradient(ctx, mixed: Tensor, original: Tensor) -> tuple[Tensor, None, None]:
-    return _patch_blend(mixed, original, *ctx.saved_tensors, ctx.alpha), None, None
+def _patch_blend_backward_gradient(ctx, mixed: Tensor, original: Tensor) -> Tensor:
+    return _patch_blend(mixed, original, *ctx.saved_tensors, ctx.alpha)
 
 
-@kernel(
-    "patch_blend",
-    fake=lambda mixed, original, source, alpha: mixed.new_empty(mixed.shape),
-    save=_save_blend,
-    gradient=_patch_blend_gradient,
-)
+@kernel("patch_mixing.blend_forward", save=_save_blend, gradient=_patch_blend_gradient)
 def _patch_blend(mixed: Tensor, original: Tensor, source: Tensor, alpha: float) -> Tensor:
-    from ..kernels.patch_mixing import blend_forward
-
-    return blend_forward(mixed, original, source, alpha)
+    return mixed.new_empty(mixed.shape)
 
 
-@kernel(
-    "patch_blend_backward",
-    fake=lambda grad, source, alpha: (grad.new_empty(grad.shape), grad.new_empty(grad.shape)),
-    save=_save_blend,
-    gradient=_patch_blend_backward_gradient,
-)
+@kernel("patch_mixing.blend_backward", save=_save_blend, gradient=_patch_blend_backward_gradient)
 def _patch_blend_backward(grad: Tensor, source: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    from ..kernels.patch_mixing import blend_backward
-
-    return blend_backward(grad, source, alpha)
+    return grad.new_empty(grad.shape), grad.new_empty(grad.shape)

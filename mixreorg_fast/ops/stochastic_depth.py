@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..devices import upload
-from .dispatch import Impl, choose, triton_reasons
+from .dispatch import Impl, uses_triton
 from .philox import philox, seed_tensor
 from .registration import kernel
 
@@ -23,7 +23,7 @@ def stochastic_depth(
     device: torch.device | str | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """What to multiply each residual by: 0 where it is dropped, else 1 / (the probability that it is kept).
+    """The factor of each residual: 0 where it is dropped, else 1 / (the probability that it is kept).
 
     Args:
         seed: int or 0-d int64 tensor. A number is a pure function of (seed, first_image + image, branch, block).
@@ -41,8 +41,7 @@ def stochastic_depth(
     if device is None:
         device = seed.device if isinstance(seed, Tensor) else "cpu"
     seed = seed_tensor(seed, torch.device(device))
-    reasons = {"triton": lambda: triton_reasons(seed), "torch": list}
-    draw = _draw if choose("stochastic_depth", impl, reasons, (seed,)) == "triton" else stochastic_depth_reference
+    draw = _stochastic_depth if uses_triton("stochastic_depth", impl, seed) else stochastic_depth_reference
     return draw(seed, rates, images, branches, first_image)
 
 
@@ -58,13 +57,6 @@ def stochastic_depth_reference(
     return (bits.double() * 2.0**-32 >= rates).float() / (1 - rates).float()
 
 
-@kernel(
-    "stochastic_depth",
-    fake=lambda seed, rates, images, branches, first_image: seed.new_empty(
-        (2, len(rates), branches * images), dtype=torch.float32
-    ),
-)
-def _draw(seed: Tensor, rates: list[float], images: int, branches: int, first_image: int) -> Tensor:
-    from ..kernels.stochastic_depth import stochastic_depth
-
-    return stochastic_depth(seed, tuple(rates), images, branches, first_image)
+@kernel("stochastic_depth.stochastic_depth")
+def _stochastic_depth(seed: Tensor, rates: list[float], images: int, branches: int, first_image: int) -> Tensor:
+    return seed.new_empty((2, len(rates), branches * images), dtype=torch.float32)

@@ -1,8 +1,8 @@
 """Mixing, restoration and blending of whole tokens, the input of a transformer block (MixReorg, ICCV 2023, section 3).
 
 Tokens ``[B, N + G, C]`` are N patches, then G group tokens (0 where a model has none). Branches (original, mixed,
-restored) lie along the batch. The ops of :mod:`.mixing` move patches alone; around them a model slices its tokens and
-puts them together again, which moves more memory than the ops themselves.
+restored) lie along the batch. The ops of :mod:`.patch_mixing` move patches only: a model that calls them slices its
+tokens and concatenates them again, which moves more memory than the ops do.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .dispatch import Impl, choose, falls_back, triton_reasons
+from ..kernels.settings import Appending, Blending
+from .dispatch import Impl, falls_back, uses_triton
 from .patch_mixing import MixPlan, gather, patch_mix_reference
 from .registration import kernel
 
@@ -71,7 +72,10 @@ def mix_tokens(x: Tensor, plan: MixPlan, groups: Tensor | None = None, *, impl: 
     Raises:
         ValueError: sizes that do not fit the plan, or `groups` of another dtype. RuntimeError: `impl` cannot run here.
     """
-    return _append("mix_tokens", x, 1, plan.source, plan.inverse, plan.group_size, groups, True, impl)
+    groups = _checked("mix_tokens", x, 1, plan, groups)
+    if uses_triton("mix_tokens", impl, x, plan.source, groups):
+        return _append_branch(x, groups, plan.source, Appending(plan.group_size, True, groups is None))
+    return mix_tokens_reference(x, plan.source, plan.group_size, groups, _gather_with(plan.inverse))
 
 
 @falls_back
@@ -89,7 +93,11 @@ def restore_tokens(
     Returns:
         ``[3B, N + G, C]``, without the mixed branch ``[2B, N + G, C]``; same guarantees.
     """
-    return _append("restore_tokens", x, 2, plan.inverse, plan.source, plan.group_size, groups, keep_mixed, impl)
+    groups = _checked("restore_tokens", x, 2, plan, groups)
+    if uses_triton("restore_tokens", impl, x, plan.inverse, groups):
+        return _append_branch(x, groups, plan.inverse, Appending(plan.group_size, keep_mixed, groups is None))
+    by_inverse = _gather_with(plan.source)
+    return restore_tokens_reference(x, plan.inverse, plan.group_size, groups, keep_mixed, by_inverse)
 
 
 @falls_back
@@ -106,115 +114,69 @@ def blend_tokens(x: Tensor, plan: MixPlan, alpha: float, *, impl: Impl = "auto")
     Raises:
         ValueError: a plan for other sizes. RuntimeError: `impl` cannot run here.
     """
-    _check("blend_tokens", x, 2, plan.source)
-    inputs = (x, plan.source)
-    if choose("blend_tokens", impl, {"triton": lambda: triton_reasons(*inputs), "torch": list}, inputs) == "triton":
-        return _blend_tokens(x, plan.source, alpha, plan.group_size, False)
-    return blend_tokens_reference(x, plan.source, alpha, lambda x, source: gather(x, source, plan.inverse))
+    _checked("blend_tokens", x, 2, plan)
+    if uses_triton("blend_tokens", impl, x, plan.source):
+        return _blend_tokens(x, plan.source, Blending(plan.group_size, alpha))
+    return blend_tokens_reference(x, plan.source, alpha, _gather_with(plan.inverse))
 
 
-def _append(
-    op: str,
-    x: Tensor,
-    branches: int,
-    source: Tensor,
-    inverse: Tensor,
-    group_size: int,
-    groups: Tensor | None,
-    keep: bool,
-    impl: Impl,
-) -> Tensor:
-    _check(op, x, branches, source)
-    if groups is not None:
-        shape = (len(source), x.shape[1] - source.shape[1], x.shape[2])
-        if groups.dim() != 3 or groups.shape[0] not in (1, shape[0]) or groups.shape[1:] != shape[1:]:
-            raise ValueError(f"{op}: groups must be {list(shape)} or [1, …], got {list(groups.shape)}")
-        if groups.dtype != x.dtype:
-            raise ValueError(f"{op}: groups are {groups.dtype}, x is {x.dtype}; expected one dtype")
-        groups = groups.expand(shape)
-    inputs = (x, source) if groups is None else (x, source, groups)
-    if choose(op, impl, {"triton": lambda: triton_reasons(*inputs), "torch": list}, inputs) == "triton":
-        return _append_branch(x, groups, source, group_size, keep)
-    by_index = lambda x, source: gather(x, source, inverse)  # noqa: E731
-    if branches == 1:
-        return mix_tokens_reference(x, source, group_size, groups, by_index)
-    return restore_tokens_reference(x, source, group_size, groups, keep, by_index)
-
-
-def _check(op: str, x: Tensor, branches: int, source: Tensor) -> None:
-    batch, patches = source.shape
+def _checked(op: str, x: Tensor, branches: int, plan: MixPlan, groups: Tensor | None = None) -> Tensor | None:
+    """`groups` of all images, once everything fits."""
+    batch, patches = plan.source.shape
     if x.dim() != 3 or x.shape[0] != branches * batch or x.shape[1] < patches:
         expected = f"[{branches * batch}, {patches} + G, C]"
-        raise ValueError(f"{op}: x must be {expected} for a plan {list(source.shape)}, got {list(x.shape)}")
+        raise ValueError(f"{op}: x must be {expected} for a plan {[batch, patches]}, got {list(x.shape)}")
+    if groups is None:
+        return None
+    shape = (batch, x.shape[1] - patches, x.shape[2])
+    if groups.dim() != 3 or groups.shape[0] not in (1, batch) or groups.shape[1:] != shape[1:]:
+        raise ValueError(f"{op}: groups must be {list(shape)} or [1, …], got {list(groups.shape)}")
+    if groups.dtype != x.dtype:
+        raise ValueError(f"{op}: groups are {groups.dtype}, x is {x.dtype}; expected one dtype")
+    return groups.expand(shape)
+
+
+def _gather_with(inverse: Tensor) -> Gather:
+    """A gather of patches whose gradient is a gather by `inverse`."""
+    return lambda x, source: gather(x, source, inverse)
 
 
 # The Triton path. The adjoint of an op's adjoint is the op: this gives second derivatives.
 
 
-def _fake_append(x: Tensor, groups: Tensor | None, source: Tensor, group_size: int, keep: bool) -> Tensor:
-    return x.new_empty((x.shape[0] + source.shape[0] * keep, *x.shape[1:]))
-
-
-def _save_append(ctx, inputs: tuple, output: Tensor) -> None:
-    _, groups, source, ctx.group_size, ctx.keep = inputs
-    ctx.mean = groups is None
+def _save(ctx, inputs: tuple, output: Tensor) -> None:
+    *_, source, ctx.settings = inputs
     ctx.save_for_backward(source)
 
 
-def _append_gradient(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+def _append_gradient(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
     (source,) = ctx.saved_tensors
     batch, patches = source.shape
-    grad_x = _append_branch_backward(grad, source, ctx.group_size, ctx.keep, ctx.mean)
-    return grad_x, None if ctx.mean else grad[-batch:, patches:], None, None, None
+    grad_x = _append_branch_backward(grad, source, ctx.settings)
+    return grad_x, None if ctx.settings.mean else grad[-batch:, patches:]
 
 
-@kernel("append_branch", fake=_fake_append, save=_save_append, gradient=_append_gradient)
-def _append_branch(x: Tensor, groups: Tensor | None, source: Tensor, group_size: int, keep: bool) -> Tensor:
-    from ..kernels.token_mixing import append_branch_forward
-
-    return append_branch_forward(x, groups, source, group_size, keep)
+@kernel("token_mixing.append_branch_forward", save=_save, gradient=_append_gradient)
+def _append_branch(x: Tensor, groups: Tensor | None, source: Tensor, settings: Appending) -> Tensor:
+    return x.new_empty((x.shape[0] + source.shape[0] * settings.keep, *x.shape[1:]))
 
 
-def _fake_append_backward(grad: Tensor, source: Tensor, group_size: int, keep: bool, mean: bool) -> Tensor:
-    return grad.new_empty((grad.shape[0] - source.shape[0] * keep, *grad.shape[1:]))
-
-
-def _save_append_backward(ctx, inputs: tuple, output: Tensor) -> None:
-    _, source, ctx.group_size, ctx.keep, ctx.mean = inputs
-    ctx.save_for_backward(source)
-
-
-def _append_backward_gradient(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+def _append_backward_gradient(ctx, grad: Tensor) -> Tensor:
     (source,) = ctx.saved_tensors
-    groups = None if ctx.mean else torch.zeros_like(grad[-len(source) :, source.shape[1] :])
-    return _append_branch(grad, groups, source, ctx.group_size, ctx.keep), None, None, None, None
+    groups = None if ctx.settings.mean else torch.zeros_like(grad[-len(source) :, source.shape[1] :])
+    return _append_branch(grad, groups, source, ctx.settings)
 
 
-@kernel(
-    "append_branch_backward", fake=_fake_append_backward, save=_save_append_backward, gradient=_append_backward_gradient
-)
-def _append_branch_backward(grad: Tensor, source: Tensor, group_size: int, keep: bool, mean: bool) -> Tensor:
-    from ..kernels.token_mixing import append_branch_backward
-
-    return append_branch_backward(grad, source, group_size, keep, mean)
+@kernel("token_mixing.append_branch_backward", save=_save, gradient=_append_backward_gradient)
+def _append_branch_backward(grad: Tensor, source: Tensor, settings: Appending) -> Tensor:
+    return grad.new_empty((grad.shape[0] - source.shape[0] * settings.keep, *grad.shape[1:]))
 
 
-def _save_blend(ctx, inputs: tuple, output: Tensor) -> None:
-    _, source, ctx.alpha, ctx.group_size, ctx.adjoint = inputs
-    ctx.save_for_backward(source)
+def _blend_gradient(ctx, grad: Tensor) -> Tensor:
+    group_size, alpha, adjoint = ctx.settings
+    return _blend_tokens(grad, *ctx.saved_tensors, Blending(group_size, alpha, not adjoint))
 
 
-def _blend_gradient(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-    return _blend_tokens(grad, *ctx.saved_tensors, ctx.alpha, ctx.group_size, not ctx.adjoint), None, None, None, None
-
-
-@kernel(
-    "blend_tokens",
-    fake=lambda x, source, alpha, group_size, adjoint: x.new_empty(x.shape),
-    save=_save_blend,
-    gradient=_blend_gradient,
-)
-def _blend_tokens(x: Tensor, source: Tensor, alpha: float, group_size: int, adjoint: bool) -> Tensor:
-    from ..kernels.token_mixing import blend_tokens
-
-    return blend_tokens(x, source, alpha, group_size, adjoint)
+@kernel("token_mixing.blend_tokens", save=_save, gradient=_blend_gradient)
+def _blend_tokens(x: Tensor, source: Tensor, settings: Blending) -> Tensor:
+    return x.new_empty(x.shape)

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import ledger
 from ..errors import UserError, extra
 from ..evaluation.datasets import open_dataset
 from ..evaluation.metrics import FREQUENT, IGNORE
 from ..evaluation.pictures import save_grid
-from ..evaluation.zero_shot import segmenter_for, settings_for
+from ..evaluation.zero_shot import segmenter_for
 from ..files import atomic_path, saving
+from ..inference.model import load
 from ..inference.overlay import blend, class_palette, colourise, segment_palette
-from ..ledger import between_markers, file_stem
-from ..models.weights import load
+from ..ledger import Row
 from .plan import Run
 from .rows import read_metrics
 
-Row = Mapping[str, Any]
 PAGE = "results.md"
 PICTURES = "images"  # beside the page
 
@@ -29,27 +29,13 @@ PICTURES = "images"  # beside the page
 
 
 def write_page(results: Path, docs: Path, *, check: bool = False) -> bool:
-    """Write the tables of ``docs/results.md`` anew from the results files in `results`.
-
-    Only what stands between the page's two markers is replaced. Returns whether it changed (with `check`: would).
-    """
-    page = docs / PAGE
-    old = page.read_text() if page.exists() else None
-    new = between_markers(old if old is not None else "# Results\n", tables(results, docs))
-    if new == old:
-        return False
-    if not check:
-        with saving(page), atomic_path(page) as temporary:
-            temporary.write_text(new)
-    return True
+    """Write the tables of ``docs/results.md`` from the results files in `results`; see :func:`ledger.write_page`."""
+    return ledger.write_page(docs / PAGE, tables(results, docs), check=check)
 
 
 def tables(results: Path, docs: Path) -> str:
     """One section per device that has study rows."""
-    files = (json.loads(path.read_text()) for path in sorted(results.glob("*.json")))
-    return "\n\n".join(
-        section(file, docs) for file in files if any(row.get("suite") == "study" for row in file["rows"])
-    )
+    return "\n\n".join(section(file, docs) for file in ledger.results_files(results, ["study"]))
 
 
 def section(file: Row, docs: Path) -> str:
@@ -71,25 +57,24 @@ def section(file: Row, docs: Path) -> str:
 
 
 def picture_name(device: str, study: str, world: str, kind: str) -> str:
-    return f"study_{file_stem(device)}_{study}_{world}_{kind}.png"
+    return f"study_{ledger.file_stem(device)}_{study}_{world}_{kind}.png"
 
 
 def study_table(rows: Sequence[Row]) -> list[str]:
     """A line per variant and budget: means over seeds, ± their standard deviation, and the distance to the first."""
     worlds = list(dict.fromkeys(row["world"] for row in rows))
     head = ["variant", "seeds", "steps", "seconds"]
-    # Where some classes are too rare for their scores to say much, the others have a column of their own.
+    # IoU of rare classes is mostly noise, so the frequent classes have a column of their own where there are rare ones.
     with_frequent = {row["world"] for row in rows if row.get("frequent_miou") not in (None, row["miou"])}
     for world in worlds:
         head += [f"{world} mIoU", "against the first"]
         head += [f"classes in {FREQUENT} photos"] if world in with_frequent else []
         head += ["oracle mIoU", *(["segments used"] if world == worlds[0] else [])]
-    lines = [_line(head), "|" + "---|" * len(head)]
+    body = []
     groups = list(dict.fromkeys((row["variant"], row["budget"]) for row in rows))
     for variant, budget in groups:
         of_variant = [row for row in rows if (row["variant"], row["budget"]) == (variant, budget)]
-        first = of_variant[0]
-        about = first.get("about", variant)
+        about = of_variant[0].get("about", variant)
         cells = [f"{about}, equal time" if budget == "time" else about]
         cells += [len({row["seed"] for row in of_variant}), _spread(of_variant, "steps", 0)]
         cells.append(_spread([row for row in of_variant if row["world"] == worlds[0]], "seconds", 0))
@@ -99,7 +84,8 @@ def study_table(rows: Sequence[Row]) -> list[str]:
             cells += [_spread(here, "miou"), "" if here == base else _difference(here, base)]
             cells += [_spread(here, "frequent_miou")] if world in with_frequent else []
             cells += [_spread(here, "oracle_miou"), *([_spread(here, "groups_used")] if world == worlds[0] else [])]
-        lines.append(_line(cells))
+        body.append(cells)
+    lines = ledger.table(head, body)
     for world in worlds:
         background = {row["all_background_miou"] for row in rows if row["world"] == world} - {None}
         if background:
@@ -111,17 +97,11 @@ def run_table(rows: Sequence[Row]) -> list[str]:
     """A line per run and data set."""
     head = ["run", "method", "seed", "steps", "images seen", "seconds", "scored on", "images", "mIoU"]
     head += [f"classes in {FREQUENT} photos", "all background", "oracle mIoU", "segments used"]
-    lines = [_line(head), "|" + "---|" * len(head)]
-    for row in rows:
-        cells = [row["run"], row["variant"], row["seed"], row["steps"], row["images_seen"], f"{row['seconds']:.0f}"]
-        cells += [row["world"], row["images"], row["miou"]]
-        cells += [row.get("frequent_miou") or "–", row["all_background_miou"] or "–"]
-        lines.append(_line([*cells, row["oracle_miou"], row["groups_used"]]))
-    return lines
-
-
-def _line(cells: Iterable[Any]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
+    columns = ("run", "variant", "seed", "steps", "images_seen", "seconds", "world", "images", "miou")
+    columns += ("frequent_miou", "all_background_miou", "oracle_miou", "groups_used")
+    absent = {"frequent_miou": "–", "all_background_miou": "–"}
+    shown = ({**absent, **row, "seconds": f"{row['seconds']:.0f}"} for row in rows)
+    return ledger.table(head, (["–" if row[name] is None else row[name] for name in columns] for row in shown))
 
 
 def _values(rows: Sequence[Row], name: str) -> list[float]:
@@ -228,8 +208,7 @@ def pictures_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path, 
     seen = {int(label) for sample in samples for label in set(sample.mask.ravel().tolist())} - {IGNORE}
     for run in runs:
         model = load(run.folder)
-        settings = settings_for(run.config.eval.with_options(), dataset, entry["background_threshold"])
-        segmenter = segmenter_for(model, dataset, settings)
+        segmenter = segmenter_for(model, dataset, run.config.eval.with_options(), entry["background_threshold"])
         for number, sample in enumerate(samples):
             decoded = segmenter.segment(sample.image)
             labelled[number].append(colourise(decoded.labels.cpu().numpy(), palette))

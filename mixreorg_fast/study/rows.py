@@ -74,20 +74,20 @@ def results_file(folder: Path) -> Path:
 def write_study_rows(
     rows: Iterable[Row], path: Path, command: str, runs: Mapping[str, Collection[tuple[str, str]]] | None = None
 ) -> None:
-    """Put `rows` into the results file `path`, in place of those it holds of the same runs; others stay.
+    """Put `rows` into the results file `path`. They replace the rows of the same runs; other rows stay.
 
     Args:
-        runs: by study, world and name of those that its file asks for; rows of others are dropped, for nothing tells
-            what they are.
+        runs: for each study, the data set and name of the runs that its file lists. Rows of its other runs are dropped.
     """
     rows = list(rows)
     replaced = {_run(row) for row in rows}
-    old = json.loads(path.read_text())["rows"] if path.exists() else []
-    stay = [row for row in old if _run(row) not in replaced]
-    for study, names in (runs or {}).items():
-        stay = [row for row in stay if row.get("study") != study or (row["trained_on"], row["run"]) in names]
-    ledger.write_rows(path, ledger.versions(command), [*stay, *rows])
+
+    def stays(row: ledger.Row) -> bool:
+        listed = (runs or {}).get(row.get("study"))
+        return _run(row) not in replaced and (listed is None or (row["trained_on"], row["run"]) in listed)
+
+    ledger.write_rows(path, ledger.versions(command), rows, stays)
 
 
-def _run(row: Mapping[str, Any]) -> tuple:
+def _run(row: ledger.Row) -> tuple:
     return (row.get("study"), row.get("trained_on"), row["run"])

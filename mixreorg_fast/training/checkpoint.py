@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..data.text.tokenizer import Tokenizer
 from ..errors import UserError, nearest
 from ..files import write_json
 from ..models import GroupViT, weights
@@ -156,7 +157,15 @@ def _fitting(saved: dict[str, Tensor], name: str, shape: torch.Size, checkpoint:
 # ---------------------------------------------------------------------- folders
 
 
-def save(run: Path, step: int, engine: Any, ranks: Ranks, state: dict[str, Any], keep: int) -> Path:
+def save(
+    run: Path,
+    step: int,
+    engine: Any,
+    ranks: Ranks,
+    state: dict[str, Any],
+    keep: int,
+    tokenizer: Tokenizer | None = None,
+) -> Path:
     """Write ``checkpoints/step_*`` atomically and remove all but the newest `keep`; call on every rank.
 
     Raises:
@@ -170,7 +179,8 @@ def save(run: Path, step: int, engine: Any, ranks: Ranks, state: dict[str, Any],
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            weights.write_files(engine.module.backbone, partial, tensors)
+            module = engine.module
+            weights.write_files(module.backbone, partial, tensors, tokenizer, module.config.inference)
             save_file(moments, partial / OPTIMIZER)
             content = {"step": step, **state, "files": {p.name: _digest(p) for p in sorted(partial.iterdir())}}
             write_json(partial / STATE, {**content, "sha256": _digest_of(content)})

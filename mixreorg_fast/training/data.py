@@ -16,10 +16,12 @@ from ..config import Config
 from ..data.reading.decoder import Decoder
 from ..data.reading.samples import reading_threads
 from ..data.reading.training_set import TrainingSet, shard_sets
-from ..data.shards.shards import Bad, expand, open_shard
+from ..data.shards.bad import Bad
+from ..data.shards.index import open_shard
+from ..data.shards.patterns import expand
 from ..data.shards.verify import is_ready, verifying
 from ..errors import UserError
-from ..files import atomic_path
+from ..files import write_text
 from ..ranks import Ranks, gather_objects, local_rank, local_size, on_main, sum_over_ranks
 
 # Seconds between exchanges while the ranks work on shards, and between steps of the bar.
@@ -127,8 +129,7 @@ class BadSamples:
         lines = {str(bad): None for bad in (*self._training_set.bad, *self._found.values())}
         if self._path.is_file():  # of the run before it was resumed
             lines = dict.fromkeys(self._path.read_text(encoding="utf-8").splitlines()) | lines
-        with atomic_path(self._path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_text(self._path, "".join(f"{line}\n" for line in lines))
 
 
 def _too_many(bad: int, total: int, config: Config) -> str:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from ..config import Config
 from ..data.reading.training_set import TrainingSet, shard_sets
-from ..data.shards.shards import expand, open_shard, open_shards
+from ..data.shards.index import open_shard
+from ..data.shards.patterns import expand
+from ..data.shards.shard_set import open_shards
 from ..data.text.tokenizer import Tokenizer
 from ..errors import UserError
 from ..evaluation.datasets import open_dataset

@@ -24,8 +24,9 @@ from ..data.scenes.folder import with_scenes
 from ..data.text.tokenizer import Tokenizer
 from ..errors import UserError
 from ..files import write_json
-from ..models import Batch, GroupViT, MixReorg, weights
-from ..models.mixreorg import Features
+from ..inference.model import Model
+from ..models import Batch, MixReorg, weights
+from ..models.features import Features
 from ..ranks import Ranks, on_main, wait_patiently
 from . import checkpoint, run_folder, validation
 from .data import BadSamples, open_training_set
@@ -119,7 +120,6 @@ class Trainer:
         config, ranks = self.config, self.ranks
         torch.manual_seed(config.seed)
         module = MixReorg(config)
-        module.backbone.tokenizer, module.backbone.inference = self.tokenizer, config.inference
         if source is not None:
             checkpoint.restore_weights(module, source)
         elif config.model.init is not None:
@@ -333,11 +333,11 @@ class Trainer:
         }
         self.reports.write(self.step, loader.bad_samples, measures)
 
-    def _score(self, limit: int | None) -> tuple[GroupViT, dict[str, Any]]:
+    def _score(self, limit: int | None) -> tuple[Model, dict[str, Any]]:
         """A copy of the network for evaluation, and its scores on `limit` images of each data set (None: all)."""
         state = checkpoint.portable_state(self.engine)
-        model = validation.evaluation_model(self.engine.module.backbone, state, self.ranks)
-        return model, validation.score(model, self.config, self.tokenizer, self.ranks, limit=limit)
+        model = validation.evaluation_model(self.config, self.tokenizer, state, self.ranks)
+        return model, validation.score(model, self.config, self.ranks, limit=limit)
 
     def _validate(self) -> None:
         """Score a part of the evaluation data; keep the weights with the best mean mIoU so far."""
@@ -348,7 +348,7 @@ class Trainer:
         if mean is not None and (self.best is None or mean > self.best):
             self.best = mean
             if self.ranks.is_main:
-                weights.save(model, self.run_folder / "best")
+                model.save(self.run_folder / "best")
 
     def _finish(self) -> dict[str, Any]:
         """Score all evaluation data and draw the pictures."""
@@ -356,7 +356,7 @@ class Trainer:
         if self.ranks.is_main:
             if scores:
                 write_json(self.run_folder / "eval.json", scores)
-            validation.draw(model, self.config, self.tokenizer, self._images, self.run_folder)
+            validation.draw(model, self.config, self._images, self.run_folder)
             print(closing(scores, self.config), flush=True)
         return scores
 
@@ -369,4 +369,5 @@ class Trainer:
             "order": self.training_set.digest,
             "best": self.best,
         }
-        return checkpoint.save(self.run_folder, self.step, self.engine, self.ranks, state, self.config.checkpoint.keep)
+        keep = self.config.checkpoint.keep
+        return checkpoint.save(self.run_folder, self.step, self.engine, self.ranks, state, keep, self.tokenizer)

@@ -13,24 +13,24 @@ from torch import Tensor
 from .. import ops
 from ..config import Config
 from ..data.reading.validation_loader import ValidationLoader
-from ..data.shards.shards import ShardSet, open_shards
+from ..data.shards.shard_set import ShardSet, open_shards
 from ..data.text.tokenizer import Tokenizer
 from ..evaluation.datasets import open_dataset
 from ..evaluation.pictures import dataset_figure, mixing_figure, segments_figure
 from ..evaluation.retrieval import retrieval_at_1
-from ..evaluation.zero_shot import evaluate, segmenter_for, settings_for
-from ..models import GroupViT
+from ..evaluation.zero_shot import evaluate, segmenter_for
+from ..inference.model import Model
 from ..ranks import Ranks
 
 
-def evaluation_model(backbone: GroupViT, state: dict[str, Tensor], ranks: Ranks) -> GroupViT:
-    """A copy of the backbone with the tensors of `state`, apart from the engine that owns the parameters."""
-    model = GroupViT(backbone.config, backbone.mean, backbone.std, backbone.tokenizer, backbone.inference)
+def evaluation_model(config: Config, tokenizer: Tokenizer, state: dict[str, Tensor], ranks: Ranks) -> Model:
+    """A model with the tensors of `state`, apart from the engine that owns the parameters."""
+    model = Model(config.model, tokenizer=tokenizer, inference=config.inference)
     model.load_state_dict(copy.copy(state))
     return model.to(ranks.device).eval()
 
 
-def score(model: GroupViT, config: Config, tokenizer: Tokenizer, ranks: Ranks, *, limit: int | None) -> dict[str, Any]:
+def score(model: Model, config: Config, ranks: Ranks, *, limit: int | None) -> dict[str, Any]:
     """Zero-shot mIoU per data set and, with validation shards, retrieval R@1; call on every rank.
 
     Args:
@@ -39,12 +39,12 @@ def score(model: GroupViT, config: Config, tokenizer: Tokenizer, ranks: Ranks, *
     scores: dict[str, Any] = {}
     for entry in config.eval.datasets:
         dataset = open_dataset(entry.dataset, entry.root, entry.split)
-        settings = settings_for(config.eval.with_options(), dataset, entry.background_threshold)
+        segmenter = segmenter_for(model, dataset, config.eval.with_options(), entry.background_threshold)
         images = min(filter(None, (limit, entry.limit)), default=None)
-        scores[entry.name] = evaluate(model, tokenizer, dataset, settings, images, progress=limit is None)
+        scores[entry.name] = evaluate(segmenter, dataset, images, progress=limit is None)
     if config.data.val_shards:
         shards = open_shards(config.data.val_shards)
-        scores["retrieval"] = retrieval_at_1(model, _pairs(config, tokenizer, shards, ranks, limit))
+        scores["retrieval"] = retrieval_at_1(model, _pairs(config, model.tokenizer, shards, ranks, limit))
     return scores
 
 
@@ -78,7 +78,7 @@ def headline(scores: dict[str, Any]) -> dict[str, float]:
     return figures
 
 
-def draw(model: GroupViT, config: Config, tokenizer: Tokenizer, images: Tensor, run: Path) -> list[str]:
+def draw(model: Model, config: Config, images: Tensor, run: Path) -> list[str]:
     """``segmentation.png`` of the first data set, and ``mixing.png`` of training `images` ``[B, 3, H, W]``; without a
     data set ``segments.png`` of those images.
 
@@ -89,8 +89,8 @@ def draw(model: GroupViT, config: Config, tokenizer: Tokenizer, images: Tensor, 
     if config.eval.datasets:
         entry = config.eval.datasets[0]
         dataset = open_dataset(entry.dataset, entry.root, entry.split)
-        settings = settings_for(config.eval.with_options(), dataset, entry.background_threshold)
-        dataset_figure(segmenter_for(model, dataset, settings, tokenizer), dataset, run / "segmentation.png")
+        segmenter = segmenter_for(model, dataset, config.eval.with_options(), entry.background_threshold)
+        dataset_figure(segmenter, dataset, run / "segmentation.png")
         drawn.append("segmentation.png")
     elif len(images):
         shown = images[:6].float()

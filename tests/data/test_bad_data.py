@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,12 @@ from PIL import Image
 
 from mixreorg_fast.data.reading.train_loader import TrainLoader
 from mixreorg_fast.data.reading.training_set import TrainingSet
-from mixreorg_fast.data.shards.build import write_shard
-from mixreorg_fast.data.shards.shards import Bad, index_places
-from mixreorg_fast.data.shards.sources import Pair
+from mixreorg_fast.data.shards import index
+from mixreorg_fast.data.shards.bad import Bad
+from mixreorg_fast.data.shards.index import index_places
+from mixreorg_fast.data.shards.pair import Pair
 from mixreorg_fast.data.shards.verify import verify
+from mixreorg_fast.data.shards.write import write_shard
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.ranks import Ranks
 from mixreorg_fast.training.data import BadSamples, check_bad, open_training_set
@@ -193,6 +196,19 @@ def test_verifying_and_reading_agree_after_the_fact(plain, tokenizer, tmp_path):
     assert {bad.key: bad.reason for bad in shard.bad}["bomb"].startswith("60000 x 60000 pixels")
 
 
+def refuse_writing(monkeypatch, refuses: Callable[[Path], bool]) -> None:
+    """Stage a read-only folder, since root may write anywhere: an index or a list that `refuses` is not written."""
+    for name in ("atomic_path", "write_text"):
+        write = getattr(index, name)
+
+        def refuse(path, *rest, write=write):
+            if refuses(path):
+                raise PermissionError
+            return write(path, *rest)
+
+        monkeypatch.setattr(index, name, refuse)
+
+
 class TestReady:
     @pytest.fixture
     def three(self, tmp_path) -> Path:
@@ -231,17 +247,8 @@ class TestReady:
         assert opened.lost == 0 and not any(shard.verified for shard in opened.shards.shards)
 
     def test_read_only_folders(self, plain, three, monkeypatch):
-        """The index goes to the cache folder (staged: root may write anywhere)."""
-        from mixreorg_fast.data.shards import shards
-
-        write = shards.write_atomically
-
-        def refuse(target, *rest):
-            if target.parent == three:
-                raise PermissionError
-            write(target, *rest)
-
-        monkeypatch.setattr(shards, "write_atomically", refuse)
+        """The index goes to the cache folder."""
+        refuse_writing(monkeypatch, lambda path: path.parent == three)
         config = plain(str(three / "*.tar"))
         opened = open_training_set(config, HERE)
         assert opened.lost == 2 and [bad.key for bad in opened.bad] == ["bad1", "bad2"]
@@ -259,12 +266,24 @@ class TestReady:
             prepare(strict, opened, resuming=False)
         assert not (three / "runs").exists()
 
+    def test_the_run_stops_where_the_list_can_be_written_nowhere(self, plain, tmp_path, monkeypatch):
+        write_shard(tmp_path / "a.tar", pairs(3))
+        with tarfile.open(tmp_path / "a.tar", "a") as tar:
+            add(tar, "no_caption.jpg", WHOLE)
+        refuse_writing(monkeypatch, lambda path: True)
+        config = plain(str(tmp_path / "a.tar"), verify=False)
+        opened = open_training_set(config, HERE)
+        assert not list(tmp_path.glob("a.tar.*")) and opened.bad == [(f"{tmp_path}/a.tar", "", "samples left out: 1")]
+        with pytest.raises(UserError, match=r"1 of 4 samples .*max_bad 0\.01.*a\.tar: samples left out: 1"):
+            check_bad(opened, config)
+
 
 def ranks_of_one_node(rank: int) -> dict[str, str]:
     """Environment of a rank of two, as the deepspeed launcher sets it: without LOCAL_WORLD_SIZE."""
     return {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_SIZE": "2"}
 
 
+@pytest.mark.launch
 def test_two_ranks_share_the_work_and_the_account(tmp_path):
     for number in range(4):
         write_shard(tmp_path / f"{number}.tar", [*pairs(10, 10 * number), Pair(f"bad{number}", b"no", "jpg", ["x"])])

@@ -15,7 +15,7 @@ from mixreorg_fast.data.reading.augment import training_graph, validation_graph
 from mixreorg_fast.data.reading.decoder import feed, take
 from mixreorg_fast.data.reading.samples import MOST_THREADS, reading_threads
 from mixreorg_fast.data.reading.validation_loader import ValidationLoader
-from mixreorg_fast.data.shards.shards import open_shards
+from mixreorg_fast.data.shards.shard_set import open_shards
 
 from .conftest import open_loader, photo
 

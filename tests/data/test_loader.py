@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from mixreorg_fast.data.reading.augment import MEAN, STD
 from mixreorg_fast.data.reading.pairs import Pairs
 from mixreorg_fast.data.reading.samples import SampleReader
 from mixreorg_fast.data.reading.training_set import TrainingSet
 from mixreorg_fast.data.reading.validation_loader import ValidationLoader
-from mixreorg_fast.data.shards.build import write_shard
-from mixreorg_fast.data.shards.shards import open_shards
-from mixreorg_fast.data.shards.sources import Pair
+from mixreorg_fast.data.shards.pair import Pair
+from mixreorg_fast.data.shards.shard_set import open_shards
+from mixreorg_fast.data.shards.write import write_shard
 from mixreorg_fast.errors import UserError
+from mixreorg_fast.images import IMAGENET_MEAN, IMAGENET_STD
 
 from .conftest import bomb, open_loader, pairs, photo
 
@@ -103,7 +103,7 @@ def test_pixels_without_augmentation(config, tokenizer):
     (batch,) = take(config({"augment": STILL}), tokenizer, 1, micro_batch=8)
     for key, image in zip(batch.keys, batch.images, strict=True):
         picture = Image.open(io.BytesIO(images[key])).resize((32, 32), Image.Resampling.BICUBIC)
-        expected = (np.asarray(picture) / 255 - MEAN) / STD
+        expected = (np.asarray(picture) / 255 - IMAGENET_MEAN) / IMAGENET_STD
         assert np.abs(image.permute(1, 2, 0).numpy() - expected).mean() < 0.05
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from mixreorg_fast import cli
 from mixreorg_fast.data.shards.build import Built, build
-from mixreorg_fast.data.shards.shards import open_shards
+from mixreorg_fast.data.shards.shard_set import open_shards
 from mixreorg_fast.errors import UserError
 
 from .conftest import photo
@@ -186,7 +186,7 @@ class TestTextFiles:
     def test_a_photo_that_came_in_between_is_told(self, folder, monkeypatch):
         out = f"{folder.parent}/out/t-{{0..}}.tar"
         with monkeypatch.context() as patch:
-            patch.setattr("mixreorg_fast.data.shards.build._Target.publish", lambda *_: 1 / 0)
+            patch.setattr("mixreorg_fast.data.shards.build.Target.publish", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 build(folder, out, progress=False)
         time.sleep(0.01)

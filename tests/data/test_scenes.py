@@ -26,7 +26,7 @@ from mixreorg_fast.data.scenes.folder import (
     plan_scene,
     render,
 )
-from mixreorg_fast.data.shards.shards import open_shards
+from mixreorg_fast.data.shards.shard_set import open_shards
 from mixreorg_fast.errors import UserError
 
 
@@ -93,6 +93,7 @@ def test_same_settings_give_the_same_bytes(made, tmp_path):
     assert digest(made.evaluation.parent) == digest(again.evaluation.parent)
 
 
+@pytest.mark.launch
 def test_processes_at_once_draw_once(tmp_path):
     code = (
         "import sys; from mixreorg_fast.config import ScenesConfig;"

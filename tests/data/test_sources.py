@@ -16,7 +16,7 @@ import pytest
 
 from mixreorg_fast import cli
 from mixreorg_fast.data.shards.build import build
-from mixreorg_fast.data.shards.shards import ShardSet, open_shards
+from mixreorg_fast.data.shards.shard_set import ShardSet, open_shards
 from mixreorg_fast.errors import UserError
 
 from .conftest import pairs, photo
@@ -194,6 +194,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.launch
 def test_a_killed_build_goes_on_and_ends_the_same(photos, tmp_path, capsys):
     whole = build(photos, out(tmp_path / "whole"), samples_per_shard=4, progress=False).shards
     command = ["shards", "build", str(photos), "--out", out(tmp_path / "cut"), "--workers", "1"]
@@ -258,7 +259,7 @@ def test_killed_while_the_shards_get_their_names(photos, tmp_path, monkeypatch):
 
 def test_a_source_that_has_changed_is_told(photos, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("mixreorg_fast.data.shards.build._Target.publish", lambda *_: 1 / 0)
+        patch.setattr("mixreorg_fast.data.shards.build.Target.publish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build(photos, out(tmp_path), progress=False)
     os.utime(photos / "captions.tsv")

@@ -47,6 +47,7 @@ def test_case_is_ignored_and_any_text_can_be_encoded():
     assert lengths[0] > 5  # bytes, none of them dropped
 
 
+@pytest.mark.launch
 def test_training_is_deterministic_across_processes(tmp_path):
     code = (
         "import sys, json; from mixreorg_fast.data.text.tokenizer import Tokenizer;"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .fakes import FakeModel, FakeTokenizer, draw_mask, draw_photo
+from .fakes import FakeModel, draw_mask, draw_photo
 
 
 @pytest.fixture(autouse=True)
@@ -22,11 +22,6 @@ def one_thread():
 @pytest.fixture
 def model() -> FakeModel:
     return FakeModel().eval()
-
-
-@pytest.fixture
-def tokenizer() -> FakeTokenizer:
-    return FakeTokenizer()
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ class FakeModel(nn.Module):
     """Segments by patch colour; every image is treated alone, so batching must not change a thing."""
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    inference = InferenceConfig()
+    inference, tokenizer = InferenceConfig(), FakeTokenizer()
     config = SimpleNamespace(patch_size=8, text=SimpleNamespace(context=40))
 
     def __init__(self, groups: int = 5, dim: int = 16):
@@ -37,6 +37,10 @@ class FakeModel(nn.Module):
         self.groups = nn.Parameter(torch.randn(groups, dim, generator=draw))
         self.words = nn.Parameter(torch.randn(256, dim, generator=draw))
         self.colour = nn.Parameter(torch.randn(3, dim, generator=draw))
+
+    @property
+    def device(self) -> torch.device:
+        return self.words.device
 
     def segments(self, images: Tensor) -> Segments:
         patches = F.avg_pool2d(images, self.config.patch_size)

@@ -12,8 +12,7 @@ from PIL import Image
 from mixreorg_fast.cli import main
 from mixreorg_fast.config import InferenceConfig, ModelConfig, TextConfig
 from mixreorg_fast.data.text.tokenizer import Tokenizer
-from mixreorg_fast.models import GroupViT
-from mixreorg_fast.models.weights import save
+from mixreorg_fast.inference.model import Model
 
 from .fakes import draw_photo
 
@@ -28,12 +27,12 @@ def weights(tmp_path_factory):
         projection_hidden=32, text=text,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = GroupViT(config, tokenizer=tokenizer)
+    model = Model(config, tokenizer=tokenizer)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     folder = tmp_path_factory.mktemp("weights") / "w"
-    save(model, folder)
+    model.save(folder)
     return str(folder)
 
 
@@ -84,6 +83,7 @@ def evaluate_on_two_ranks(weights, plain, out):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.launch
 def test_evaluate_on_two_ranks(weights, plain, tmp_path):
     """The launcher's ranks share the photos; the first alone speaks and writes; a bad photo is named by its rank."""
     out = tmp_path / "both.json"
@@ -156,6 +156,7 @@ def test_segment_skips_what_is_broken_and_says_so(weights, tmp_path, capsys):
     assert (out / "good.png").is_file() and not (out / "cut.png").exists()
 
 
+@pytest.mark.launch
 def test_segment_takes_huge_photos_within_memory(weights, tmp_path):
     """48 megapixels: the process, PyTorch included, stays under 1.5 GiB."""
     Image.new("RGB", (8000, 6000), "red").save(tmp_path / "huge.png", compress_level=1)
@@ -290,13 +291,13 @@ def test_weights_carry_their_settings(weights, plain, tmp_path, capsys):
     """Command, Python and evaluation take the same from model.json; an option overrules it in each."""
     import mixreorg_fast
     from mixreorg_fast.evaluation.datasets import open_dataset
-    from mixreorg_fast.evaluation.zero_shot import evaluate
+    from mixreorg_fast.evaluation.zero_shot import evaluate, segmenter_for
 
     model = mixreorg_fast.load(weights)
     model.inference = InferenceConfig(
         short_side=40, mode="sliding", window=32, stride=16, background_threshold=0.6, templates="a {}."
     )
-    save(model, tmp_path / "carrying")
+    model.save(tmp_path / "carrying")
     again = mixreorg_fast.load(tmp_path / "carrying")
     assert again.inference == model.inference
 
@@ -319,7 +320,7 @@ def test_weights_carry_their_settings(weights, plain, tmp_path, capsys):
     assert main(["evaluate", "--weights", carrying, "--root", str(plain), "--out", str(tmp_path / "a.json")]) == 0
     scores = json.loads((tmp_path / "a.json").read_text())
     assert scores["settings"] | model.inference.model_dump(mode="json") == scores["settings"]
-    assert scores["mIoU"] == evaluate(model, model.tokenizer, dataset, progress=False)["mIoU"]
+    assert scores["mIoU"] == evaluate(segmenter_for(model, dataset), dataset, progress=False)["mIoU"]
     capsys.readouterr()
     assert main(["segment", *options, "--out", str(tmp_path / "out"), "--classes", "Background, cat"]) == 2
     assert "'background' is what scores below the background threshold (0.6)" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from PIL import Image
 from mixreorg_fast.config import InferenceConfig
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.evaluation.datasets import KINDS, LAYOUTS, open_dataset
-from mixreorg_fast.evaluation.zero_shot import evaluate
+from mixreorg_fast.evaluation.zero_shot import evaluate, segmenter_for
 
 from .fakes import draw_mask, draw_photo
 
@@ -135,8 +135,8 @@ def fail(kind: str, root: Path, split: str = "val", index: int = 0) -> str:
 def test_errors_of_the_plain_layout(plain):
     assert "unknown data set layout 'voc'" in fail("voc", plain)
     assert "did you mean 'ade20k'" in fail("ade", plain) or "choose from" in fail("ade", plain)
-    assert fail("plain", plain.parent / "shape").endswith("(did you mean 'shapes'?)")
-    assert "; make it with: ln -s " in fail("plain", plain / "data" / "camvid")
+    assert "(did you mean 'shapes'?); docs/evaluate.md lists" in fail("plain", plain.parent / "shape")
+    assert fail("plain", plain / "data" / "camvid").endswith("data/camvid; docs/evaluate.md lists the layouts")
     message = fail("plain", plain, "vall")
     assert "splits/vall.txt is missing" in message and "did you mean 'val'" in message
 
@@ -193,14 +193,15 @@ def test_every_kind_is_documented():
 
 
 @pytest.mark.parametrize(("name", "classes"), [("voc2012_subset", 21), ("camvid", 11)])
-def test_real_sets_evaluate_in_the_plain_layout_and_in_vocs(model, tokenizer, tmp_path, name, classes):
+def test_real_sets_evaluate_in_the_plain_layout_and_in_vocs(model, tmp_path, name, classes):
     copy = COPIES / name
     if not copy.is_dir():
         pytest.skip(f"no copy at {copy}")
 
     def score(kind: str, root: Path) -> dict:
-        settings = InferenceConfig(short_side=64)
-        return evaluate(model, tokenizer, open_dataset(kind, root), settings, limit=3, progress=False)
+        dataset = open_dataset(kind, root)
+        segmenter = segmenter_for(model, dataset, InferenceConfig(short_side=64))
+        return evaluate(segmenter, dataset, limit=3, progress=False)
 
     plain = score("plain", copy)
     assert plain["images"] == 3 and 0 <= plain["mIoU"] <= plain["oracle_mIoU"] <= 100

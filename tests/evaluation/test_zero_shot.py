@@ -14,12 +14,14 @@ from mixreorg_fast.config import EvalConfig, InferenceConfig, ModelConfig, TextC
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.evaluation import metrics
 from mixreorg_fast.evaluation.datasets import open_dataset
-from mixreorg_fast.evaluation.zero_shot import evaluate, settings_for
-from mixreorg_fast.inference.class_scores import class_scores, image_threshold
+from mixreorg_fast.evaluation.zero_shot import evaluate, segmenter_for
+from mixreorg_fast.inference.model import Model
 from mixreorg_fast.inference.prompts import text_classifier
 from mixreorg_fast.inference.segmenter import Segmenter
 from mixreorg_fast.inference.windows import Box, decode, decode_groupvit_reference, window_boxes
-from mixreorg_fast.models import GroupViT
+from mixreorg_fast.models.class_scores import class_scores, image_threshold
+
+from .fakes import FakeTokenizer
 
 
 def random_windows(boxes: list[Box], groups: int, classes: int, patch: int, seed: int = 0):
@@ -151,22 +153,21 @@ SETTINGS = InferenceConfig(short_side=64, window=64, stride=32, background_thres
 
 @pytest.mark.parametrize("mode", ["whole", "sliding"])
 @pytest.mark.parametrize("decoding", ["groupvit", "direct"])
-def test_evaluation_is_the_sum_over_photos(model, tokenizer, plain, mode, decoding):
+def test_evaluation_is_the_sum_over_photos(model, plain, mode, decoding):
     """Against the protocol written out photo by photo, with the dense decoding; batches must not matter."""
     dataset = open_dataset("plain", plain)
     settings = SETTINGS.with_options(mode=mode, decoding=decoding)
-    result = evaluate(model, tokenizer, dataset, settings, progress=False)
-    assert result == evaluate(model, tokenizer, dataset, settings, progress=False, batch=1) | {
-        "settings": result["settings"]
-    }
-    texts = text_classifier(model, tokenizer, dataset.prompts)
+    segmenter = segmenter_for(model, dataset, settings)
+    result = evaluate(segmenter, dataset, progress=False)
+    singly = evaluate(segmenter_for(model, dataset, settings, batch=1), dataset, progress=False)
+    assert result == singly | {"settings": result["settings"]}
     matrix = torch.zeros(4, 4, dtype=torch.int64)
     for sample in dataset:
-        pixels = Segmenter(model, texts, settings).tensor(sample.image)
+        pixels = segmenter.tensor(sample.image)
         network = tuple(pixels.shape[1:])
         boxes = window_boxes(*network, 64, 32) if mode == "sliding" else [Box(0, 0, *network)]
         seen = [model.segments(pixels[None, :, t : t + h, x : x + w]) for t, x, h, w in boxes]
-        scores = torch.cat([class_scores(s.embeddings, s.image, texts, 10.0) for s in seen]).detach()
+        scores = torch.cat([class_scores(s.embeddings, s.image, segmenter.texts, 10.0) for s in seen]).detach()
         maps = torch.cat([s.maps for s in seen]).detach()
         if decoding == "groupvit":
             labels = decode_groupvit_reference(maps, scores, boxes, network, sample.mask.shape, 0.4)
@@ -184,21 +185,21 @@ def test_evaluation_is_the_sum_over_photos(model, tokenizer, plain, mode, decodi
     assert result["settings"]["background_threshold"] == 0.4
 
 
-def test_limit_spreads_over_the_split(model, tokenizer, plain, monkeypatch):
+def test_limit_spreads_over_the_split(model, plain, monkeypatch):
     dataset = open_dataset("plain", plain)
     read = []
     inner = dataset._paths
     dataset._paths = lambda name: (read.append(name), inner(name))[1]
-    result = evaluate(model, tokenizer, dataset, SETTINGS, limit=3, progress=False)
+    result = evaluate(segmenter_for(model, dataset, SETTINGS), dataset, limit=3, progress=False)
     assert result["images"] == 3
     assert sorted(read) == ["photo0", "photo2", "photo4"]
 
 
-def test_an_interrupted_evaluation_goes_on(model, tokenizer, plain, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_goes_on(model, plain, tmp_path, monkeypatch):
     monkeypatch.setattr("mixreorg_fast.evaluation.zero_shot.SAVE_EVERY", -1.0)
-    options, keep = {"settings": SETTINGS, "progress": False, "batch": 1}, tmp_path / "eval.json.partial"
-    dataset = open_dataset("plain", plain)
-    whole = evaluate(model, tokenizer, dataset, **options)
+    keep, dataset = tmp_path / "eval.json.partial", open_dataset("plain", plain)
+    segmenter = segmenter_for(model, dataset, SETTINGS, batch=1)
+    whole = evaluate(segmenter, dataset, progress=False)
     inner, read = dataset._paths, []
 
     def paths(name: str):
@@ -209,14 +210,14 @@ def test_an_interrupted_evaluation_goes_on(model, tokenizer, plain, tmp_path, mo
 
     dataset._paths = paths
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, tokenizer, dataset, **options, keep=keep)
+        evaluate(segmenter, dataset, progress=False, keep=keep)
     read[:] = [None] * 5  # from here on nothing interrupts
-    assert evaluate(model, tokenizer, dataset, **options, keep=keep, resume=True) == whole
+    assert evaluate(segmenter, dataset, progress=False, keep=keep, resume=True) == whole
     assert 0 < len(read) - 5 < 7
     assert not list(tmp_path.glob("*.partial*"))
 
 
-def test_counts_of_another_model_are_not_gone_on_from(model, tokenizer, plain, tmp_path):
+def test_counts_of_another_model_are_not_gone_on_from(model, plain, tmp_path):
     about = {"model": 1.0}
     tally = metrics.Tally(4)
     tally.add(3, torch.zeros(2, 2, dtype=torch.uint8), torch.ones(2, 2), torch.zeros(2, 2), 1, 1)
@@ -230,9 +231,10 @@ def test_counts_of_another_model_are_not_gone_on_from(model, tokenizer, plain, t
     assert not other.done
 
 
-def test_predictions_are_written_as_palette_pngs(model, tokenizer, plain, tmp_path):
+def test_predictions_are_written_as_palette_pngs(model, plain, tmp_path):
     dataset = open_dataset("plain", plain)
-    result = evaluate(model, tokenizer, dataset, SETTINGS, progress=False, predictions=tmp_path / "p")
+    segmenter = segmenter_for(model, dataset, SETTINGS)
+    result = evaluate(segmenter, dataset, progress=False, predictions=tmp_path / "p")
     matrix = torch.zeros(4, 4, dtype=torch.int64)
     for sample in dataset:
         with Image.open(tmp_path / "p" / f"{sample.name}.png") as picture:
@@ -242,12 +244,7 @@ def test_predictions_are_written_as_palette_pngs(model, tokenizer, plain, tmp_pa
     assert metrics.mean_iou(matrix) == result["mIoU"]
 
 
-def test_evaluation_leaves_the_mode_of_the_model(model, tokenizer, plain):
-    model.train()
-    evaluate(model, tokenizer, open_dataset("plain", plain), SETTINGS, limit=1, progress=False)
-    assert model.training
-
-
+@pytest.mark.launch
 def test_largest_photos_of_150_classes_stay_within_memory():
     """ADE20K's largest are about 6 megapixels: the process, PyTorch included, stays under 2 GiB."""
     code = """
@@ -265,19 +262,20 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
     assert int(done.stdout) < 2048, f"{done.stdout.strip()} MiB"
 
 
-def test_with_a_real_model(tokenizer):
+def test_with_a_real_model():
     torch.manual_seed(0)
     text = TextConfig(width=16, heads=2, layers=1, context=40, vocab_size=256)
     config = ModelConfig(
         image_size=32, patch_size=8, width=32, heads=2, depths=(1, 1, 1), groups=(8, 4), embed_dim=16,
         projection_hidden=32, text=text,
     )  # fmt: skip
-    model = GroupViT(config).eval()
+    model = Model(config, tokenizer=FakeTokenizer()).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    texts = text_classifier(model, tokenizer, ["cat", "dog", "sky"])
+    names = ["cat", "dog", "sky"]
+    texts = text_classifier(model, names)
     settings = InferenceConfig(short_side=64, decoding="direct")
-    segmenter = Segmenter(model, texts, settings)
+    segmenter = Segmenter(model, names, settings, names)
     pixels = torch.randn(2, 3, 64, 88)
     decoded = list(segmenter(pixels, [(64, 88)] * 2))
     expected = model.segment_labels(pixels, texts)
@@ -291,19 +289,18 @@ def test_settings_come_from_the_configuration():
     assert type(settings) is InferenceConfig
 
 
-def test_the_data_set_decides_about_background(model, tokenizer, plain):
-    dataset = open_dataset("plain", plain)
-    assert settings_for(InferenceConfig(), dataset).background_threshold == 0.95
-    assert settings_for(SETTINGS, dataset).background_threshold == 0.4
-    assert settings_for(SETTINGS, dataset, 0.0).background_threshold == 0.0
+def test_the_data_set_decides_about_background(model, plain):
+    def threshold(*settings) -> float | None:
+        return segmenter_for(model, open_dataset("plain", plain), *settings).settings.background_threshold
+
+    assert threshold() == threshold(InferenceConfig()) == 0.95
+    assert threshold(SETTINGS) == 0.4
+    assert threshold(SETTINGS, 0.0) == 0.0
     (plain / "classes.txt").write_text("sky\ncat\ndog\nred car\n")
-    dataset = open_dataset("plain", plain)
-    # What the weights carry does not apply; what is asked for is refused.
-    assert settings_for(SETTINGS, dataset).background_threshold is None
+    # The weights' threshold does not apply; an explicit threshold is refused.
+    assert threshold(SETTINGS) is None
     with pytest.raises(UserError, match="no class 'background' .its first is 'sky'"):
-        settings_for(SETTINGS, dataset, 0.4)
-    with pytest.raises(UserError, match="no class 'background' .its first is 'sky'"):
-        evaluate(model, tokenizer, dataset, SETTINGS, progress=False)
+        threshold(SETTINGS, 0.4)
 
 
 @pytest.mark.parametrize(
@@ -325,12 +322,10 @@ def test_impossible_settings_are_refused(values, message):
 
 def test_a_window_that_cuts_patches_is_refused(model):
     with pytest.raises(UserError, match="window 60 is no multiple of the patch 8 .nearest: 56 or 64"):
-        Segmenter(model, torch.zeros(1, 16), InferenceConfig(mode="sliding", window=60, stride=30))
+        Segmenter(model, ["cat"], InferenceConfig(mode="sliding", window=60, stride=30), ["cat"])
 
 
-def test_labels_reach_numpy_small(model, tokenizer):
-    texts = text_classifier(model, tokenizer, ["cat", "dog"])
-
-    decoded = Segmenter(model, texts, SETTINGS).segment(Image.new("RGB", (50, 40), "red"))
+def test_labels_reach_numpy_small(model):
+    decoded = Segmenter(model, ["cat", "dog"], SETTINGS, ["cat", "dog"]).segment(Image.new("RGB", (50, 40), "red"))
     assert decoded.labels.numpy().dtype == np.uint8
     assert decoded.labels.shape == decoded.segments.shape == (40, 50)

@@ -31,11 +31,10 @@ def test_the_first_classes_are_told_apart_over_dark_and_bright_photos(background
 
 
 def test_masks_keep_voc_colours():
-    palette = overlay.voc_palette()
+    palette = overlay.mask_palette(True)
     known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 15: (192, 128, 128), 20: (0, 64, 128), 255: (224, 224, 192)}
     assert {i: tuple(palette[i].tolist()) for i in known} == known
     assert tuple(overlay.mask_palette(False)[0].tolist()) == (128, 0, 0)
-    assert (overlay.mask_palette(True)[:255] == palette[:255]).all()
 
 
 def test_segment_colours_differ():

@@ -10,16 +10,17 @@ from PIL import Image
 
 from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
+from mixreorg_fast.inference.model import Model
 from mixreorg_fast.models import GroupViT
 from tests.evaluation.fakes import draw_photo
 from tests.tiny import fill, tiny_config
 
 
 @pytest.fixture(scope="module")
-def model() -> GroupViT:
+def model() -> Model:
     tokenizer = Tokenizer.train(["a photo of a cat and a dog", "a red car on the road"] * 3, 300)
     config = tiny_config(model={"text": {"vocab_size": tokenizer.vocab_size, "context": 24}}).model
-    model = GroupViT(config, tokenizer=tokenizer).eval()
+    model = Model(config, tokenizer=tokenizer).eval()
     fill(model)
     return model
 
@@ -27,6 +28,18 @@ def model() -> GroupViT:
 @pytest.fixture
 def photo(tmp_path) -> Image.Image:
     return draw_photo(tmp_path / "photo.png", (70, 50), seed=0)
+
+
+def test_the_model_is_a_module_with_the_networks_tensors(model, photo):
+    """It pickles, compiles and changes its dtype with its tokenizer and settings."""
+    assert model.state_dict().keys() == GroupViT(model.config).state_dict().keys()
+    again = pickle.loads(pickle.dumps(model))
+    found, expected = again.segment(photo, "cat, dog"), model.segment(photo, "cat, dog")
+    assert torch.equal(found.labels, expected.labels) and again.inference == model.inference
+    assert again.bfloat16().dtype == torch.bfloat16 and again.segment(photo, "cat, dog").labels.shape == (50, 70)
+    images = torch.randn(1, 3, 32, 48)
+    compiled = torch.compile(model.segments, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images).embeddings, model.segments(images).embeddings)
 
 
 def test_strings_and_arrays_of_names_and_templates_mean_the_same(model, photo):
@@ -97,7 +110,7 @@ def test_areas_scores_and_pictures(model, photo, tmp_path):
 
 
 def test_a_threshold_of_0_is_no_background(model, photo):
-    carrying = GroupViT(model.config, tokenizer=model.tokenizer).eval()
+    carrying = Model(model.config, tokenizer=model.tokenizer).eval()
     carrying.load_state_dict(model.state_dict())
     carrying.inference = model.inference.with_options(background_threshold=0.5)
     assert carrying.segment(photo, "cat, dog").classes == ["background", "cat", "dog"]

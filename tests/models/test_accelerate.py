@@ -120,6 +120,7 @@ def test_lower_precision_keeps_its_dtype(fast):
     assert {out.pooler_output.dtype, *(a.dtype for a in out.attentions)} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_segment_labels_and_a_training_step_compile_whole(fast):
     images = inputs()["pixel_values"]
     texts = torch.nn.functional.normalize(torch.randn(7, 16, generator=torch.Generator().manual_seed(0)), dim=-1)

@@ -10,7 +10,7 @@ import torch
 import mixreorg_fast
 from mixreorg_fast.cli import main
 from mixreorg_fast.models import GroupViT
-from mixreorg_fast.models.encoders import resize_positions
+from mixreorg_fast.models.image_encoder import resize_positions
 from tests.tiny import tiny_config
 
 from .huggingface import SMALL, VOCABULARY, build, random_ids, random_images, random_model
@@ -18,7 +18,7 @@ from .huggingface import SMALL, VOCABULARY, build, random_ids, random_images, ra
 POSITIONS = "vision_model.embeddings.position_embeddings"
 
 
-@pytest.fixture(scope="module", params=["small", "official"])
+@pytest.fixture(scope="module", params=["small", pytest.param("official", marks=pytest.mark.slow)])
 def pair(request, tmp_path_factory):
     """The same random weights in both implementations, with the configuration and the size of the vocabulary."""
     config, vocabulary = (SMALL, VOCABULARY) if request.param == "small" else ({}, 49408)

@@ -12,6 +12,8 @@ from mixreorg_fast.models import Batch, MixReorg, layers
 from mixreorg_fast.models.layers import Projection, compiled_call
 from tests.tiny import fill, random_batch, tiny_config
 
+pytestmark = pytest.mark.slow
+
 
 def module(**changes) -> MixReorg:
     model = MixReorg(tiny_config(model={"drop_path": 0.3, "depths": [3, 2, 2]}, **changes))

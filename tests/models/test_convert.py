@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 import mixreorg_fast
 from mixreorg_fast.cli import main
+from mixreorg_fast.convert import read_tokenizer
 from mixreorg_fast.data.text.tokenizer import Tokenizer
-from mixreorg_fast.models import pth, weights
-from mixreorg_fast.models.convert import read_tokenizer
+from mixreorg_fast.models import pth
 
 from .huggingface import SMALL, VOCABULARY, random_ids, random_images, random_model, state_equal, transformers
 
@@ -82,19 +82,19 @@ def test_hugging_face_to_ours_and_back_is_exact(dtype, tmp_path):
 
 
 def test_the_temperature_of_the_assignment_goes_into_the_queries(our_folder, tmp_path, capsys):
-    model = weights.load(our_folder)
+    model = mixreorg_fast.load(our_folder)
     model.config.tau = 0.25
-    weights.save(model, tmp_path / "ours")
+    model.save(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "theirs", "--to", "hf")
     convert(tmp_path / "theirs", tmp_path / "again")
     again = mixreorg_fast.load(tmp_path / "again")
     images = random_images(2, 64, 64)
     assert again.config.tau == 1.0
-    assert not torch.allclose(weights.load(our_folder).grouping(images), model.grouping(images), atol=1e-3)
+    assert not torch.allclose(mixreorg_fast.load(our_folder).grouping(images), model.grouping(images), atol=1e-3)
     torch.testing.assert_close(again.grouping(images), model.grouping(images), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(again.image_embeddings(images), model.image_embeddings(images), rtol=1e-4, atol=1e-5)
     model.config.hard_assignment = False
-    weights.save(model, tmp_path / "soft")
+    model.save(tmp_path / "soft")
     assert "hard_assignment" in refusal(capsys, tmp_path / "soft", tmp_path / "no", "--to", "hf")
 
 
@@ -110,11 +110,11 @@ def test_pytorch_bin_is_read_as_safetensors_is(theirs, their_folder, our_folder,
 
 
 def test_ours_as_a_hugging_face_folder_gives_the_same_embeddings(theirs, our_folder, tmp_path):
-    model = weights.load(our_folder)
+    model = mixreorg_fast.load(our_folder)
     model.tokenizer = Tokenizer.train(CAPTIONS, 300)
     model.config.text.vocab_size = model.tokenizer.vocab_size
     model.text_encoder.token_embedding = torch.nn.Embedding(model.tokenizer.vocab_size, model.config.text.width)
-    weights.save(model, tmp_path / "ours")
+    model.save(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "theirs", "--to", "hf")
 
     back = transformers.GroupViTModel.from_pretrained(tmp_path / "theirs").eval()
@@ -324,10 +324,10 @@ def test_code_in_the_place_of_weights_is_refused(wide, tmp_path, capsys):
 def test_a_run_gives_its_newest_checkpoint(our_folder, tmp_path):
     for step, source in ((9, "old"), (10, "new")):
         folder = tmp_path / "run" / "checkpoints" / f"step_{step:08d}"
-        model = weights.load(our_folder)
+        model = mixreorg_fast.load(our_folder)
         with torch.no_grad():
             model.logit_scale.fill_(len(source) + step)
-        weights.save(model, folder)
+        model.save(folder)
     (tmp_path / "run" / "config.json").write_text('{"name": "run", "model": {}}')
     convert(tmp_path / "run", tmp_path / "out")
     assert load_file(tmp_path / "out" / "model.safetensors")["logit_scale"] == 13

@@ -170,6 +170,19 @@ def test_nothing_of_training_reaches_evaluation(method):
     assert torch.equal(again.maps, together.maps) and torch.equal(again.embeddings, together.embeddings)
 
 
+def test_the_forward_of_the_backbone_is_its_evaluation():
+    """Both embeddings and the logit scale; gradients reach every parameter; the image encoder exports."""
+    model = module().backbone.eval()
+    batch = random_batch(tiny_config(), 4)
+    images, texts, scale = model(batch.images, batch.ids)
+    assert torch.equal(images, model.image_embeddings(batch.images)) and texts.dtype == torch.float32
+    assert torch.equal(texts, model.text_embeddings(batch.ids)) and torch.equal(scale, model.logit_multiplier())
+    ops.contrastive_loss(images, texts, scale).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    exported = torch.export.export(model.image_encoder, (batch.images,)).module()
+    torch.testing.assert_close(exported(batch.images), model.image_encoder(batch.images))
+
+
 def test_shapes_and_weights_at_test_time_are_the_backbones():
     learned = module(mixing={"group_tokens": "learned"})
     baseline = GroupViT(learned.config.model)
@@ -220,6 +233,7 @@ def test_bf16_is_near_fp32():
     assert abs(a["loss"] - b["loss"]) < 0.05 * a["loss"]
 
 
+@pytest.mark.slow
 def test_a_tiny_batch_is_overfitted():
     """Mixed-patch accuracy above 95 %, both contrastive losses near zero."""
     torch.manual_seed(1)  # from some other starts the mixed images stay confused with one another

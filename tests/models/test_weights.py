@@ -13,23 +13,24 @@ import mixreorg_fast
 from mixreorg_fast.config import InferenceConfig, parse_config
 from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
-from mixreorg_fast.inference.class_scores import segment_of_pixels
+from mixreorg_fast.inference.model import Model
+from mixreorg_fast.inference.windows import segment_of_pixels
 from mixreorg_fast.models import GroupViT, weights
-from mixreorg_fast.models.encoders import resize_positions
+from mixreorg_fast.models.image_encoder import resize_positions
 from tests.tiny import fill, tiny_config
 
 POSITIONS = "image_encoder.positions.weight"
 
 
 @pytest.fixture
-def model() -> GroupViT:
+def model() -> Model:
     torch.manual_seed(0)
-    return GroupViT(tiny_config().model, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)).eval()
+    return Model(tiny_config().model, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)).eval()
 
 
 @pytest.fixture
 def folder(model, tmp_path):
-    weights.save(model, tmp_path / "weights")
+    model.save(tmp_path / "weights")
     return tmp_path / "weights"
 
 
@@ -42,7 +43,7 @@ def rewrite(folder, change) -> None:
 def test_what_is_saved_is_loaded(model, tmp_path):
     captions = ["a cat on grass", "a dog on sand"]
     model.tokenizer = Tokenizer.train(captions, 280)
-    weights.save(model, tmp_path / "weights")
+    model.save(tmp_path / "weights")
     again = mixreorg_fast.load(tmp_path / "weights")
     assert not again.training
     assert again.config == model.config
@@ -57,19 +58,19 @@ def test_what_is_saved_is_loaded(model, tmp_path):
 
 def test_the_temperature_is_a_number_in_the_file(model, folder):
     assert load_file(folder / weights.WEIGHTS)["logit_scale"].shape == ()
-    assert weights.load(folder).logit_scale.shape == (1,)
+    assert mixreorg_fast.load(folder).logit_scale.shape == (1,)
 
 
 def test_parameters_that_live_elsewhere_can_be_saved(model, tmp_path):
     state = {name: value + 1 for name, value in model.state_dict().items()}
-    weights.save(model, tmp_path / "weights", state)
-    assert torch.equal(weights.load(tmp_path / "weights").logit_scale, model.logit_scale + 1)
+    model.save(tmp_path / "weights", state)
+    assert torch.equal(mixreorg_fast.load(tmp_path / "weights").logit_scale, model.logit_scale + 1)
 
 
 def test_a_run_stands_for_its_newest_weights(model, tmp_path):
     for step in (8, 16):
         torch.nn.init.constant_(model.logit_scale, step / 8)
-        weights.save(model, tmp_path / "checkpoints" / f"step_{step:08d}")
+        model.save(tmp_path / "checkpoints" / f"step_{step:08d}")
     assert mixreorg_fast.load(tmp_path).logit_scale == 2
 
 
@@ -181,10 +182,10 @@ def test_a_missing_folder_is_named(tmp_path):
 def test_a_failed_write_leaves_what_was_there(model, folder):
     before = (folder / weights.WEIGHTS).read_bytes()
     with pytest.raises(KeyError):
-        weights.save(model, folder, {"no temperature": torch.zeros(1)})
+        model.save(folder, {"no temperature": torch.zeros(1)})
     model.mean = object()
     with pytest.raises(TypeError):
-        weights.save(model, folder)
+        model.save(folder)
     assert (folder / weights.WEIGHTS).read_bytes() == before
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
@@ -193,9 +194,9 @@ def test_a_photo_is_segmented_by_class_names(tmp_path):
     """`load(DIR).segment(...)`: labels at the photo's own size, the same through the tensor interface."""
     tokenizer = Tokenizer.train(["a photo of a cat", "a photo of a dog", "grass"], 300)
     config = tiny_config(model={"text": {"vocab_size": tokenizer.vocab_size, "context": 24}}).model
-    model = GroupViT(config, tokenizer=tokenizer).eval()
+    model = Model(config, tokenizer=tokenizer).eval()
     fill(model)
-    weights.save(model, tmp_path / "weights")
+    model.save(tmp_path / "weights")
     model = mixreorg_fast.load(tmp_path / "weights")
     photo = np.random.default_rng(0).integers(256, size=(50, 70, 3), dtype=np.uint8)
     result = model.segment(photo, ["cat", "dog", "grass"])

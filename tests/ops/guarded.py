@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import wraps
 from typing import Literal
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 Side = Literal["end", "start"]
+SIDES: tuple[Side, ...] = ("end", "start")
 Guard = Callable[[Tensor], Tensor]
 PROT_NONE = 0
 
@@ -67,21 +68,30 @@ def guarded_allocations(side: Side) -> AbstractContextManager:
     return patches
 
 
-def assert_within_bounds(side: Side, case: Callable[..., None], *arguments: object) -> None:
-    """Run ``case(guard, *arguments)`` under the interpreter; fail with the line of an access out of bounds.
+def assert_within_bounds(case: Callable[..., None], *arguments: object, sides: Sequence[Side] = SIDES) -> None:
+    """Run ``case(guard, *arguments)`` under the interpreter, once per side, at the same time.
 
     `case` is a function of a module; `guard` places a tensor against an unreadable page.
+
+    Raises:
+        AssertionError: an access is out of bounds; it names the side and the Python line.
     """
     context = multiprocessing.get_context("forkserver")  # forked from a process that has imported the case's module
     context.set_forkserver_preload([case.__module__])
-    with tempfile.NamedTemporaryFile("r") as report:
-        process = context.Process(target=_run, args=(report.name, side, case, *arguments))
-        with mock.patch.dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""):
-            process.start()
-        process.join()
-        if process.exitcode == -signal.SIGSEGV:
-            raise AssertionError(f"access out of bounds at a tensor's {side}:\n{report.read()}")
-        assert process.exitcode == 0, report.read()
+    with ExitStack() as files:
+        running = []
+        for side in sides:
+            report = files.enter_context(tempfile.NamedTemporaryFile("r"))
+            process = context.Process(target=_run, args=(report.name, side, case, *arguments))
+            with mock.patch.dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""):
+                process.start()
+            running.append((side, process, report))
+        for _, process, _ in running:
+            process.join()
+        for side, process, report in running:
+            if process.exitcode == -signal.SIGSEGV:
+                raise AssertionError(f"access out of bounds at a tensor's {side}:\n{report.read()}")
+            assert process.exitcode == 0, report.read()
 
 
 def _run(report: str, side: Side, case: Callable[..., None], *arguments: object) -> None:

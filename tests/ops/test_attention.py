@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mixreorg_fast import ops
 from mixreorg_fast.config import TextConfig
-from mixreorg_fast.models import encoders
-from mixreorg_fast.models.encoders import TextEncoder
+from mixreorg_fast.models import text_encoder
+from mixreorg_fast.models.text_encoder import TextEncoder
 from mixreorg_fast.ops.attention import Packing
 from mixreorg_fast.ops.dispatch import CannotRun
 
@@ -105,7 +105,7 @@ def test_implementations_agree_on_a_gpu(impl, causal, device):
 def test_a_packing_and_its_way_back():
     lengths = [3, 1, 4]
     packing = Packing.of(lengths, bucket=True)
-    assert packing.rows == 8 and packing.starts[:4].tolist() == [0, 3, 4, 8]
+    assert packing.rows == 8 and packing.cu_seqlens[:4].tolist() == [0, 3, 4, 8]
     x = torch.arange(3 * 6).view(3, 6, 1)
     assert packing.pack(x).flatten().tolist() == [0, 1, 2, 6, 12, 13, 14, 15]
     assert packing.pack(x)[0, packing.last, 0].tolist() == [2, 6, 15]
@@ -119,14 +119,14 @@ def test_padding_rows_hold_what_a_real_row_holds():
         # Captions of the web: short ones mostly, some cut at the context.
         lengths = (5 + torch.randn(512, generator=generator).exp() * 14).long().clamp(max=CONTEXT).tolist()
         packing = Packing.of(lengths, bucket=True)
-        assert packing.longest % 8 == 0 and max(packing.sequences) <= packing.longest
+        assert packing.max_seqlen % 8 == 0 and max(packing.sequences) <= packing.max_seqlen
         assert packing.position.min() >= 0 and packing.position.max() < max(lengths)
         assert packing.sequence.min() >= 0 and packing.sequence.max() < len(lengths)
         plain, total = Packing.of(lengths), sum(lengths)
         for name in ("sequence", "position"):
             ours, theirs = getattr(packing, name), getattr(plain, name)
             assert torch.equal(ours[:total], theirs) and not ours[total:].any()
-        assert torch.equal(packing.last, plain.last) and packing.starts[-1] == packing.rows
+        assert torch.equal(packing.last, plain.last) and packing.cu_seqlens[-1] == packing.rows
         assert packing.slots.unique().numel() == packing.rows  # no place is written twice
         assert packing.slots.max() < sum(count * width for count, width in packing.buckets)
         padded += packing.rows > total
@@ -153,7 +153,7 @@ def test_text_encoder_as_on_a_gpu(monkeypatch, varlen_on_cpu):
 
     features, gradients = run()
     assert not varlen_on_cpu
-    monkeypatch.setattr(encoders, "BUCKETED", {"cpu"})
+    monkeypatch.setattr(text_encoder, "BUCKETED", {"cpu"})
     monkeypatch.setattr(module, "_kernel_reasons", lambda q: [])
     padded, padded_gradients = run()
     assert len(varlen_on_cpu) == config.layers and all(rows == sum(lengths) + 121 for rows in varlen_on_cpu)
@@ -208,11 +208,11 @@ def test_shapes_repeat_from_step_to_step():
     generator = torch.Generator().manual_seed(0)
     steps = [torch.randint(10, 23, (1024,), generator=generator).tolist() for _ in range(20)]
     packings = [Packing.of(lengths, bucket=True) for lengths in steps]
-    seen = {(p.rows, p.longest, len(p.starts), p.sequence.shape, p.slots.shape) for p in packings}
+    seen = {(p.rows, p.max_seqlen, len(p.cu_seqlens), p.sequence.shape, p.slots.shape) for p in packings}
     assert len(seen) <= 2
     for lengths, packing in zip(steps, packings, strict=True):
         assert sum(lengths) <= packing.rows <= sum(lengths) * 17 / 16
-        assert sum(packing.sequences) == packing.rows == packing.starts[-1]
+        assert sum(packing.sequences) == packing.rows == packing.cu_seqlens[-1]
 
 
 @pytest.mark.parametrize(

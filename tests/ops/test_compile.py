@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from mixreorg_fast import ops
 from mixreorg_fast.ops import MixPlan
 
+pytestmark = pytest.mark.slow
+
 BATCH, PATCHES, GROUPS, CHANNELS, GROUP_SIZE = 4, 9, 4, 16, 2
 
 

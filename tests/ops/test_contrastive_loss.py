@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from mixreorg_fast import ops
+from mixreorg_fast.kernels.settings import LogitBlock
+from mixreorg_fast.ops import contrastive_blocks
+from mixreorg_fast.ops.contrastive_blocks import TORCH, TRITON
 from mixreorg_fast.ops.contrastive_loss import contrastive_loss_reference
 
 from .tolerances import TOLERANCE, assert_close_to_truth
-
-contrastive = importlib.import_module("mixreorg_fast.ops.contrastive_loss")
 
 IMPLEMENTATIONS = ("torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,7 +72,7 @@ def small_budgets(monkeypatch):
 
     monkeypatch.setattr(kernels, "STRIP_BYTES", 0)
     monkeypatch.setattr(kernels, "PARTIALS_BYTES", 0)
-    monkeypatch.setattr(contrastive, "CHUNK_ELEMENTS", 50 * 300)
+    monkeypatch.setattr(contrastive_blocks, "CHUNK_ELEMENTS", 50 * 300)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -115,7 +115,7 @@ def test_no_matrix_of_all_logits(impl, device, small_budgets, monkeypatch):
 @pytest.mark.parametrize(
     ("magnitude", "scale"),
     [
-        (1.0, 100.0),  # the temperature's limit
+        (1.0, 100.0),  # the logit scale's limit
         (30.0, 100.0),  # logits of ±90,000: exponentials only relative to the largest
         (1.0, 0.0),  # all logits equal
     ],
@@ -129,7 +129,7 @@ def test_extreme_logits(magnitude, scale, impl, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cosine", [0.8, 0.6, 0.1, -1.0])
 def test_rows_far_below_the_largest_logit_of_their_tile(cosine, dtype, swap, device):
-    """Half of the images have this cosine with every text, the others 1. At a multiplier of 100 their exponentials lie
+    """Half of the images have this cosine with every text, the others 1. At a logit scale of 100 their exponentials lie
     2**-29 to 2**-289 below the tile's largest: they share them with the texts, or vanish if they do."""
     image, text, _ = make((70, 0, 16), torch.float32, device)
     common = torch.zeros(16, device=device)
@@ -141,7 +141,7 @@ def test_rows_far_below_the_largest_logit_of_their_tile(cosine, dtype, swap, dev
     image, text = (x.to(dtype) for x in ((text, image) if swap else (image, text)))
     scale = torch.tensor(100.0, device=device)
     logits = 100 * image.double() @ text.double().mT
-    for lse, axis in zip(contrastive._log_sum_exp_triton(image, text, scale, True), (1, 0), strict=True):
+    for lse, axis in zip(TRITON.log_sum_exp(image, text, scale, True), (1, 0), strict=True):
         truth = logits.logsumexp(axis)
         assert_close_to_truth(lse, logits.float().logsumexp(axis), truth, torch.float32)
 
@@ -150,12 +150,12 @@ def test_rows_far_below_the_largest_logit_of_their_tile(cosine, dtype, swap, dev
 def test_weights_are_rounded_to_the_nearest(dtype, device):
     """Of the gradients, all but the rounding of the weights is fp32, interpreted too."""
     image, text, scale = make((40, 0, 24), dtype, device)
-    row_lse, column_lse = contrastive._log_sum_exp_torch(image, text, scale[0], True)
+    row_lse, column_lse = TORCH.log_sum_exp(image, text, scale[0], True)
     logits = image.float() @ text.float().mT * scale
     weights = (logits - row_lse[:, None]).exp() + (logits - column_lse).exp() - 2 * torch.eye(40, device=device)
     factor = 4096 if dtype == torch.float16 else 1
     weights = (weights * factor).to(dtype).float() / factor
-    results = contrastive._gradient_triton(image, text, row_lse, column_lse, scale[0], 1, 1, 0, True)
+    results = TRITON.gradient(image, text, row_lse, column_lse, scale[0], LogitBlock(1, 1, 0, True))
     # A weight halfway between two numbers of 16 bits may go either way: exponentials are not bit for bit alike. Then
     # its row and its column differ.
     for result, truth in zip(results, (weights @ text.float(), weights.mT @ image.float()), strict=True):
@@ -189,8 +189,8 @@ def test_any_strides_any_scale_and_frozen_inputs(impl, device):
     results = run(lambda *x: ops.contrastive_loss(*x, impl=impl), (apart, wider, scale))
     for result, truth in zip(results, expected, strict=True):
         torch.testing.assert_close(result, truth)
-    for multiplier in (14.0, scale[0]):
-        torch.testing.assert_close(ops.contrastive_loss(image, text, multiplier, impl=impl), expected[0])
+    for other in (14.0, scale[0]):
+        torch.testing.assert_close(ops.contrastive_loss(image, text, other, impl=impl), expected[0])
     for index in range(3):  # one input alone needs a gradient
         inputs = [x.detach().clone() for x in (image, text, scale)]
         inputs[index].requires_grad_()
@@ -224,15 +224,14 @@ def test_gradcheck(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_registration_passes_opcheck(dtype, device):
-    """With a multiplier in fp64 too: outputs are fp32."""
+    """With a logit scale in fp64 too: outputs are fp32."""
     image, text, scale = make((5, 2, 16), torch.float32, device)
     texts, scale = text.flatten(0, 1), scale[0].to(dtype)
     for both in (False, True):
-        torch.library.opcheck(contrastive._log_sum_exp_triton.op, (image, texts, scale, both))
-        row_lse, column_lse = contrastive._log_sum_exp_torch(image, texts, scale, True)
-        torch.library.opcheck(
-            contrastive._gradient_triton.op, (image, texts, row_lse, column_lse, scale, 1, 2, 0, both)
-        )
+        torch.library.opcheck(torch.ops.mixreorg.contrastive_log_sum_exp.default, (image, texts, scale, both))
+        row_lse, column_lse = TORCH.log_sum_exp(image, texts, scale, True)
+        arguments = (image, texts, row_lse, column_lse, scale, *LogitBlock(1, 2, 0, both))
+        torch.library.opcheck(torch.ops.mixreorg.contrastive_gradient.default, arguments)
 
 
 def test_errors_name_what_is_wrong(device):
@@ -282,6 +281,7 @@ def run_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.launch
 def test_four_ranks_equal_one_process_with_the_whole_batch(tmp_path: Path):
     torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=RANKS)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
@@ -329,11 +329,12 @@ def test_more_than_2_31_elements(device):
     rows, width = 2**23 + 3, 256
     features = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
     columns, scale = torch.randn(16, width, device=device, dtype=torch.bfloat16), torch.tensor(0.1, device=device)
-    lse, _ = contrastive._log_sum_exp_triton(features, columns, scale, False)
-    truth, _ = contrastive._log_sum_exp_torch(features[-1000:], columns, scale, False)
+    lse, _ = TRITON.log_sum_exp(features, columns, scale, False)
+    truth, _ = TORCH.log_sum_exp(features[-1000:], columns, scale, False)
     torch.testing.assert_close(lse[-1000:], truth, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_cuda_graph_and_compile(device):
     inputs = [x.requires_grad_() for x in make((1000, 0, 256), torch.bfloat16, device)]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mixreorg_fast import ops
 from mixreorg_fast.ops.decode_segments import decode_segments_reference
-
-decoding = importlib.import_module("mixreorg_fast.ops.decode_segments")
 
 IMPLEMENTATIONS = ("torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,7 +87,7 @@ def test_any_strides_are_read_in_place(impl, device):
 def test_registration_passes_opcheck(device):
     maps, scores = make((1, 2, (2, 3), (4, 5), 2), torch.float32, device)
     for threshold in (None, torch.full((1,), 0.5, device=device)):
-        torch.library.opcheck(decoding._decode_segments.op, (maps, scores, 4, 5, threshold))
+        torch.library.opcheck(torch.ops.mixreorg.decode_segments.default, (maps, scores, 4, 5, threshold))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -146,12 +146,14 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.launch
 def test_the_package_needs_torch_and_nothing_else():
     result = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "Triton is not installed" in result.stdout
 
 
+@pytest.mark.launch
 def test_importing_the_ops_does_not_import_triton():
     code = "import sys; from mixreorg_fast import ops; assert 'triton' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

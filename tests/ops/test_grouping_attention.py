@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.test_grouping_attention import eager as eager_attention
 from mixreorg_fast import ops
+from mixreorg_fast.kernels.settings import Grouping
 from mixreorg_fast.ops.grouping_attention import grouping_attention_reference, grouping_noise
 
 from .tolerances import TOLERANCE, assert_close_to_truth, relative_error
-
-grouping = importlib.import_module("mixreorg_fast.ops.grouping_attention")
 
 IMPLEMENTATIONS = ("torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,9 +47,9 @@ def make(shape, dtype, device, settings=TRAINING):
     raise AssertionError("no inputs with a clear assignment")
 
 
-def reference(q, k, v, scale=None, upcast=torch.float64, **settings):
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    return grouping_attention_reference(q, k, v, scale=scale, upcast=upcast, **settings)
+def reference(q, k, v, scale=None, seed=None, upcast=torch.float64, operands=None, **settings):
+    settings = Grouping(q.shape[2] ** -0.5 if scale is None else scale, **settings)
+    return grouping_attention_reference(q, k, v, seed, settings, upcast=upcast, operands=operands)
 
 
 def truth(q, k, v, *, return_assignment="none", **settings):
@@ -214,8 +211,9 @@ def test_nan_is_not_hidden(impl, device):
 
 
 def test_whole_rows_are_prefetched_where_the_device_can(monkeypatch):
-    kernels = pytest.importorskip("mixreorg_fast.kernels.grouping_attention")
-    assert kernels._prefetch_bytes(torch.empty(2, 3, 16, device="meta")) == 0  # not interpreted
+    from mixreorg_fast.kernels import grouping_problem as kernels
+
+    assert kernels.prefetch_bytes(torch.empty(2, 3, 16, device="meta")) == 0  # not interpreted
     monkeypatch.setattr(kernels, "INTERPRET", False)
     for capability, dtype, width, size in (
         (90, torch.bfloat16, 384, 768),
@@ -225,8 +223,8 @@ def test_whole_rows_are_prefetched_where_the_device_can(monkeypatch):
     ):
         monkeypatch.setattr(kernels, "architecture", lambda _, capability=capability: capability)
         rows = torch.empty(2, 3, 2 * width, dtype=dtype, device="meta")
-        assert kernels._prefetch_bytes(rows[..., :width], rows[..., width:]) == size
-    assert kernels._prefetch_bytes(torch.empty(2, 3, 17, device="meta")[..., 1:]) == 0  # rows not aligned
+        assert kernels.prefetch_bytes(rows[..., :width], rows[..., width:]) == size
+    assert kernels.prefetch_bytes(torch.empty(2, 3, 17, device="meta")[..., 1:]) == 0  # rows not aligned
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -306,11 +304,13 @@ def test_the_hard_gradient_is_the_soft_ones(device):
 def test_registration_passes_opcheck(device):
     q, k, v = make((1, 3, 5, 16), torch.float32, device)
     seed = torch.tensor(3, device=device)
-    torch.library.opcheck(grouping._grouping_attention.op, (q, k, v, seed, 2, 0.25, 1.0, 1.0, True, "used"))
-    torch.library.opcheck(grouping._grouping_attention.op, (q, k, v, None, 0, 0.25, 1.0, 1.0, False, "none"))
-    out, assignment, winner, total = grouping._grouping_attention(q, k, v, seed, 2, 0.25, 1.0, 1.0, True, "used")
+    forward, backward = (getattr(torch.ops.mixreorg, f"grouping_attention{x}").default for x in ("", "_backward"))
+    settings = Grouping(0.25, first_image=2, return_assignment="used")
+    torch.library.opcheck(forward, (q, k, v, seed, *settings))
+    torch.library.opcheck(forward, (q, k, v, None, *Grouping(0.25, hard=False)))
+    out, assignment, winner, total = forward(q, k, v, seed, *settings)
     saved = (x.detach() for x in (out, assignment, q, k, v, seed, out, winner, total))
-    torch.library.opcheck(grouping._grouping_attention_backward.op, (*saved, 2, 0.25, 1.0, 1.0, True, "used"))
+    torch.library.opcheck(backward, (*saved, *settings))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

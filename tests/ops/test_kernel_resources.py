@@ -11,6 +11,7 @@ from mixreorg_fast.kernels.variants import ARCHITECTURES, Config
 from mixreorg_fast.ops.dispatch import TRITON_INSTALLED
 
 
+@pytest.mark.launch
 @pytest.mark.skipif(not TRITON_INSTALLED, reason="needs Triton")
 def test_no_launch_spills():
     """Of the network's launches; `mixreorg info --kernels` checks those of every op on every architecture."""
@@ -45,18 +46,18 @@ def test_retuning_takes_the_fastest_candidate_once(monkeypatch, capsys):
             raise OutOfResources(2, 1, "shared memory")
         return milliseconds[config.blocks["BLOCK"]]
 
-    def chosen():
-        return variants.configuration("kernel", table, torch.device("cpu"), (1, 2), candidates, launch)
+    def taken():
+        return variants.tuned("kernel", launch, torch.empty(0), table, candidates, (1, 2))
 
     monkeypatch.setattr("triton.testing.do_bench", do_bench)
     monkeypatch.setattr(variants, "INTERPRET", False)
     monkeypatch.setattr(variants, "_winners", {})
-    assert chosen() == table[90]
-    assert not measured
+    assert taken() == milliseconds[16]
+    assert measured == [16]
     monkeypatch.setattr(variants, "RETUNE", True)
-    assert chosen() == chosen() == candidates[1]
-    assert measured == [16, 32, 64]
-    assert "kernel sm_90 (1, 2): Config(blocks={'BLOCK': 32}" in capsys.readouterr().err
+    assert taken() == taken() == milliseconds[32]
+    assert measured[1:] == [16, 32, 64, 32, 32]
+    assert "kernel sm_90 torch.float32 (1, 2): Config(blocks={'BLOCK': 32}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "on"), [("", False), ("0", False), ("false", False), ("1", True), ("True", True)])

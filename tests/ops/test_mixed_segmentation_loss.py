@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,15 +12,15 @@ from mixreorg_fast.ops.patch_mixing import MixPlan
 
 from .tolerances import TOLERANCE, assert_close_to_truth
 
-mixed_segmentation = importlib.import_module("mixreorg_fast.ops.mixed_segmentation_loss")
-
 IMPLEMENTATIONS = ("torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [  # images, G1, N, G2, D, group size
     (4, 64, 196, 8, 256, 4),  # the model's
     (6, 7, 13, 3, 20, 3),  # primes; sides far below a block
     (14, 8, 33, 5, 100, 7),  # one patch more than a block; a width that is no multiple of one
-    (17, 5, 9, 17, 16, 17),  # a group and segments of one more than the smallest block
+    pytest.param(
+        (17, 5, 9, 17, 16, 17), marks=pytest.mark.slow
+    ),  # a group, segments of one more than the smallest block
     (3, 16, 32, 2, 16, 1),  # groups of one image: no loss
     (12, 6, 10, 3, 16, 12),  # texts in two passes
     (2, 128, 35, 3, 16, 2),  # as many groups as a kernel takes
@@ -143,7 +141,7 @@ def test_scales_of_any_dtype(impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape", [(8, 16, 20, 4, 32, 4), (17, 5, 9, 17, 16, 17), (3, 16, 32, 2, 16, 1)])
+@pytest.mark.parametrize("shape", [(8, 16, 20, 4, 32, 4), SHAPES[3], (3, 16, 32, 2, 16, 1)])
 def test_accuracy_is_the_share_of_patches_whose_image_is_found(shape, impl, device):
     (*tensors, scale), plan = make(shape, torch.float32, device)
     logits = mixed_segmentation_logits(*tensors, plan.group_size, scale, upcast=torch.float64)
@@ -189,11 +187,10 @@ def test_gradcheck_of_the_reference(device):
 def test_registration_passes_opcheck(device):
     (*tensors, scale), plan = make((4, 3, 5, 2, 16, 2), torch.float32, device)
     arguments = (*(x.requires_grad_() for x in tensors), plan.source, scale[0].clone().requires_grad_(), 2)
-    torch.library.opcheck(mixed_segmentation._mixed_segmentation.op, arguments)
+    torch.library.opcheck(torch.ops.mixreorg.mixed_segmentation.default, arguments)
     arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-    torch.library.opcheck(
-        mixed_segmentation._mixed_segmentation_backward.op, (torch.ones(4, 5, device=device), *arguments)
-    )
+    backward = torch.ops.mixreorg.mixed_segmentation_backward.default
+    torch.library.opcheck(backward, (torch.ones(4, 5, device=device), *arguments))
 
 
 def test_errors_name_what_is_wrong(device):
@@ -231,10 +228,11 @@ def test_more_than_2_31_elements(device):
     others = [x.repeat(times, *[1] * (x.dim() - 1)) for x in others]
     offset = 8 * torch.arange(times, device=device).repeat_interleave(8)[:, None]
     source = (plan.source.repeat(times, 1) + offset).int()
-    losses, _ = mixed_segmentation._mixed_segmentation(first, *others, source, scale[0], 4)
+    losses, _ = torch.ops.mixreorg.mixed_segmentation(first, *others, source, scale[0], 4)
     assert torch.equal(losses[-8:], losses[:8])
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_cuda_graph_and_compile(device):
     inputs, plan = make((64, 64, 196, 8, 256, 4), torch.bfloat16, device)

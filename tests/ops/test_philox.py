@@ -67,6 +67,7 @@ def inlined(graph: GraphModule) -> int:
     return max(sizes.values(), default=0)
 
 
+@pytest.mark.slow
 def test_compiled_ops_take_integer_seeds():
     """Code of bounded size, a graph for the first seed and one for all others, and the noise of eager mode."""
     torch._dynamo.reset()

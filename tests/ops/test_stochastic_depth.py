@@ -7,7 +7,6 @@ import torch
 
 from mixreorg_fast import ops
 from mixreorg_fast.ops.philox import philox
-from mixreorg_fast.ops.stochastic_depth import _draw
 
 RATES = [0.0, 1 / 3, 0.5, 2.0**-32, 0.9]  # never; no binary fraction; one; the smallest that drops; most
 
@@ -60,4 +59,6 @@ def test_rates_that_are_no_probabilities_are_refused():
 
 
 def test_registration_passes_opcheck(device):
-    torch.library.opcheck(_draw.op, (torch.tensor(3, device=device), [0.1, 0.2], 2, 3, 1))
+    torch.library.opcheck(
+        torch.ops.mixreorg.stochastic_depth.default, (torch.tensor(3, device=device), [0.1, 0.2], 2, 3, 1)
+    )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mixreorg_fast import ops
+from mixreorg_fast.kernels.settings import Appending, Blending
 from mixreorg_fast.ops import token_mixing as tokens
 from mixreorg_fast.ops.patch_mixing import MixPlan
 from mixreorg_fast.ops.token_mixing import blend_tokens_reference, mix_tokens_reference, restore_tokens_reference
@@ -145,10 +146,13 @@ def test_second_derivatives(impl, device):
 def test_registration_passes_opcheck(device):
     x, groups, plan = make((2, 3, 2, 4, 2), 2, torch.float32, device)
     x, groups = x.clone().requires_grad_(), groups.expand(2, -1, -1).clone().requires_grad_()
-    for inputs in ((x[:2], None, plan.source, 2, True), (x, groups, plan.inverse, 2, False)):
+    for inputs in (
+        (x[:2], None, plan.source, *Appending(2, True, mean=True)),
+        (x, groups, plan.inverse, *Appending(2, False, mean=False)),
+    ):
         torch.library.opcheck(tokens._append_branch.op, inputs)
-    torch.library.opcheck(tokens._append_branch_backward.op, (x, plan.source, 2, True, True))
-    torch.library.opcheck(tokens._blend_tokens.op, (x, plan.source, 0.3, 2, False))
+    torch.library.opcheck(tokens._append_branch_backward.op, (x, plan.source, *Appending(2, True, mean=True)))
+    torch.library.opcheck(tokens._blend_tokens.op, (x, plan.source, *Blending(2, 0.3)))
 
 
 def test_autocast_keeps_the_inputs_dtype(device):
@@ -183,13 +187,14 @@ def test_images_further_apart_than_31_bits(device):
     x = memory.as_strided((batch, patches + groups, channels), (stride, channels, 1))
     x.copy_(torch.randn(x.shape))
     near = x.clone().requires_grad_()
-    mixed = tokens._append_branch(x, None, plan.source, batch, True)
+    mixed = tokens._append_branch(x, None, plan.source, Appending(batch, True, mean=True))
     expected = mix_tokens_reference(near, plan.source, batch)
     torch.testing.assert_close(mixed, expected)
     (grad,) = torch.autograd.grad(expected, near, torch.cat([torch.zeros_like(x), x]))
-    torch.testing.assert_close(tokens._append_branch_backward(x, plan.source, batch, False, True), grad)
+    settings = Appending(batch, keep=False, mean=True)
+    torch.testing.assert_close(tokens._append_branch_backward(x, plan.source, settings), grad)
     pair = MixPlan.sample(2, patches, 2, seed=0, device=device)
-    blended = tokens._blend_tokens(x[1:], pair.source, 0.3, 2, False)
+    blended = tokens._blend_tokens(x[1:], pair.source, Blending(2, 0.3))
     torch.testing.assert_close(blended, blend_tokens_reference(x[1:], pair.source, 0.3))
 
 

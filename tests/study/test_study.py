@@ -96,6 +96,7 @@ def test_an_unknown_block_or_file_names_the_nearest(tmp_path):
         Study(tmp_path / "studi.json")
 
 
+@pytest.mark.slow
 def test_a_study_trains_resumes_and_writes_its_page(tmp_path, capsys):
     pytest.importorskip("deepspeed")
     path = write_study(tmp_path, seeds=[0])

@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from mixreorg_fast.config import merged
 from mixreorg_fast.data.reading.pairs import Pairs
 from mixreorg_fast.data.text.tokenizer import Tokenizer
-from mixreorg_fast.models import encoders
+from mixreorg_fast.models import text_encoder
 from mixreorg_fast.training.data import BadSamples
 from mixreorg_fast.training.distributed import initialise
 from mixreorg_fast.training.reports import Reports
@@ -105,7 +105,7 @@ def run(case: dict, ranks, folder: Path) -> dict[str, list[str]]:
 
 def main(out: str) -> None:
     torch.set_num_threads(1)
-    encoders.BUCKETED = {"cpu"}
+    text_encoder.BUCKETED = {"cpu"}
     Reports.means = lambda *_: {}
     BadSamples.count = lambda *_: 0
     with tempfile.TemporaryDirectory() as folder:

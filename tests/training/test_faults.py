@@ -140,6 +140,7 @@ def assert_same_end(run: Path, other: Path) -> None:
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+@pytest.mark.launch
 def test_steps_that_are_nan_are_skipped_and_then_stop_the_run(folder, reference):
     run, output = reference
     reports = reports_of(run)
@@ -157,6 +158,7 @@ def test_steps_that_are_nan_are_skipped_and_then_stop_the_run(folder, reference)
     assert steps(folder / "runs" / "nan") == [2, 4]
 
 
+@pytest.mark.launch
 def test_a_run_survives_one_fault_after_the_other(folder, reference):
     run = folder / "runs" / "struck"
     every = {"nan": [5]}
@@ -186,6 +188,7 @@ def test_a_run_survives_one_fault_after_the_other(folder, reference):
     assert list(reports_of(run)) == list(range(1, STEPS + 1)) and (run / "losses.png").stat().st_size > 0
 
 
+@pytest.mark.launch
 def test_a_full_disk_leaves_the_checkpoint_before(folder, reference):
     run = folder / "runs" / "full"
     lines = reference[1].splitlines()
@@ -195,6 +198,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(folder, reference):
     assert not list(run.rglob("*.partial"))
 
 
+@pytest.mark.root
+@pytest.mark.launch
 def test_a_disk_that_is_full_in_truth(small_disk, reference):
     """Refused, with the checkpoint before intact; with room again, the run goes on from it to the same end."""
     if small_disk is None:
@@ -209,6 +214,7 @@ def test_a_disk_that_is_full_in_truth(small_disk, reference):
     assert_same_end(run, reference[0])
 
 
+@pytest.mark.launch
 def test_leaps_of_the_gradient_are_skipped_and_then_stop_the_run(folder, reference):
     run, first = folder / "runs" / "spike", SETTLED + 1
     reports = reports_of(run)
@@ -225,11 +231,13 @@ def test_leaps_of_the_gradient_are_skipped_and_then_stop_the_run(folder, referen
     assert steps(run)[-1] == stop - 1 and list(reports)[-1] == stop - 1
 
 
+@pytest.mark.launch
 def test_heartbeat(reference):
     beat = json.loads((reference[0] / "heartbeat.json").read_text())
     assert beat["time"] > 1e9 and beat["pid"] > 1 and 0 <= beat["step"] <= STEPS and beat["place"]
 
 
+@pytest.mark.launch
 def test_a_slow_rank_is_named(folder, reference):
     reports = reports_of(folder / "runs" / "nan")
     for step in (3, 4):  # the first ones have more to wait for
@@ -239,6 +247,7 @@ def test_a_slow_rank_is_named(folder, reference):
     assert "rank 1 on" in reference[1] and "more than the ranks' mean" in reference[1]
 
 
+@pytest.mark.launch
 def test_grad_cache_trains_as_one_big_batch(folder, reference):
     """Two ranks: four micro-steps, or one. The random numbers are the same too."""
     whole, cached = (reports_of(folder / "runs" / name) for name in ("whole", "cached"))
@@ -248,6 +257,7 @@ def test_grad_cache_trains_as_one_big_batch(folder, reference):
         assert cached[3][name] == pytest.approx(whole[3][name], rel=1e-2), name
 
 
+@pytest.mark.launch
 def test_a_rank_without_memory_says_what_to_set(folder):
     """And ends, and with it the others, which wait for it."""
     settings = config(folder, "memory", batch=16, accumulation=1, timeout=60.0)
@@ -260,10 +270,12 @@ def test_a_rank_without_memory_says_what_to_set(folder):
     assert steps(folder / "runs" / "memory") == [2]
 
 
+@pytest.mark.launch
 def test_preparing_may_take_longer_than_collectives_waited(folder, reference):
     assert list(reports_of(folder / "runs" / "whole")) == [1, 2, 3]
 
 
+@pytest.mark.launch
 def test_a_hung_rank_is_named(reference):
     """By Watch, before the collectives give up."""
     errors = [line for line in reference[1].splitlines() if line.startswith("error:")]

@@ -9,6 +9,8 @@ import pytest
 
 from .parity_worker import RESUMED, cases
 
+pytestmark = pytest.mark.launch
+
 pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[2]
 

@@ -18,6 +18,8 @@ from mixreorg_fast.training import checkpoint, run_folder
 from mixreorg_fast.training.watch import StopRequest
 from tests.tiny import tiny_config
 
+pytestmark = pytest.mark.launch
+
 pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[2]
 

@@ -40,6 +40,7 @@ def test_a_cpu():
     assert line.endswith("), fp32, not compiled, attention: torch/torch, ZeRO-2, 8 images a step")
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(("on", "precision"), [(True, "high"), (False, "highest")])
 def test_tf32_is_set_so_that_every_reader_agrees(on, precision):
     """torch.compile reads all of these, and warnings are errors here."""
@@ -55,6 +56,7 @@ print(torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.fp32_prec
     assert done.stdout.split() == [precision, *[str(on)] * 4], done.stderr
 
 
+@pytest.mark.launch
 def test_a_single_process_takes_every_processor_and_a_rank_its_share():
     code = """
 import os, torch

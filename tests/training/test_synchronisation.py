@@ -62,11 +62,13 @@ def found(tmp_path_factory) -> dict[str, dict[str, list[str]]]:
     return json.loads(out.read_text())
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("case", OPTIMIZER_STEP)
 def test_micro_steps_wait_for_nothing(found, case):
     assert found[case]["micro-step"] == []
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("case", OPTIMIZER_STEP)
 def test_the_optimizers_step_waits_for_what_is_known(found, case):
     assert Counter(found[case]["optimizer step"]) == OPTIMIZER_STEP[case]

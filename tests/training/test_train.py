@@ -77,6 +77,7 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.launch
 def test_run_folder_holds_what_is_promised(run):
     folder = run / "runs" / "run"
     for name in (
@@ -110,10 +111,12 @@ def test_run_folder_holds_what_is_promised(run):
     assert json.loads((folder / "config.json").read_text())["model"]["text"]["vocab_size"] > 0
 
 
+@pytest.mark.launch
 def test_launching_compiles_no_operator(run):
     assert not (run / "extensions").exists()
 
 
+@pytest.mark.launch
 @pytest.mark.gpu
 def test_a_gpu_trains(tmp_path, monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR")
@@ -123,6 +126,7 @@ def test_a_gpu_trains(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "run" / "eval.json").is_file()
 
 
+@pytest.mark.launch
 def test_weights_load_and_segment(run):
     model = mixreorg_fast.load(run / "runs" / "run")
     assert not model.training and model.tokenizer is not None
@@ -131,6 +135,7 @@ def test_weights_load_and_segment(run):
     assert labels.shape == (2, 32, 32) and labels.max() <= 2
 
 
+@pytest.mark.launch
 def test_the_weights_score_as_the_run_said(run, tmp_path, capsys):
     """`mixreorg evaluate` without options: to the digit, as size, templates and threshold go with the weights."""
     folder = run / "runs" / "run"
@@ -147,6 +152,7 @@ def test_the_weights_score_as_the_run_said(run, tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.launch
 def test_resumed_run_equals_the_uninterrupted_one(run):
     """From step 3 on, in a run folder of its own: the same losses and the same weights, bit for bit."""
     middle = run / "runs" / "run" / "checkpoints" / "step_00000003"
@@ -174,6 +180,7 @@ def flip_a_bit(path: Path) -> None:
         file.write(bytes([byte ^ 1]))
 
 
+@pytest.mark.launch
 def test_another_number_of_ranks_takes_the_last_sound_checkpoint(run):
     """One rank goes on from what two ranks left, the newest checkpoint being damaged."""
     whole, one = run / "runs" / "run", run / "runs" / "one_rank"
@@ -196,6 +203,7 @@ def test_another_number_of_ranks_takes_the_last_sound_checkpoint(run):
 # ---------------------------------------------------------------------- mistakes, found before anything is made
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -216,6 +224,7 @@ def test_missing_data(run, tmp_path, changes, parts):
     assert not config.run_folder.exists()
 
 
+@pytest.mark.launch
 def test_all_that_is_missing_is_said_at_once(run, tmp_path):
     """Before anything is verified or made, on every rank, in one line."""
     shard = f"{run}/scenes/val-*.tar"
@@ -245,6 +254,7 @@ def test_all_that_is_missing_is_said_at_once(run, tmp_path):
     assert not config.run_folder.exists()
 
 
+@pytest.mark.launch
 def test_command_line_mistakes():
     def call(*arguments: str) -> str:
         done = subprocess.run(
@@ -263,6 +273,7 @@ def test_command_line_mistakes():
     assert "tf32 needs precision fp32" in call(*on_cpu, "--set", "train.tf32=true", "--set", "train.precision=bf16")
 
 
+@pytest.mark.launch
 def test_resume_names_a_checkpoint(run, tmp_path):
     folder = run / "runs" / "run"
     older, newest = checkpoint.complete(folder)
@@ -291,6 +302,7 @@ def _forge(path: Path) -> None:
     path.write_text(path.read_text().replace('"step": 6', '"step": 7'))
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [

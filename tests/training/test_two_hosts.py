@@ -14,6 +14,8 @@ from mixreorg_fast.data.scenes.folder import ensure_scenes
 
 from .test_faults import STEPS, config
 
+pytestmark = [pytest.mark.launch, pytest.mark.root]
+
 pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[2]
 NODES = 2

@@ -45,6 +45,7 @@ def make(tmp_path, rank: int = 0, size: int = 1) -> Watch:
     return Watch(Ranks(rank, size, torch.device("cpu")), TIMEOUT, tmp_path)
 
 
+@pytest.mark.slow
 def test_compiling_is_not_timed(tmp_path, ends):
     def compiler(graph: torch.fx.GraphModule, inputs: list):
         time.sleep(4 * TIMEOUT)
@@ -58,6 +59,7 @@ def test_compiling_is_not_timed(tmp_path, ends):
         assert "no progress" in wait_for(ends)  # from here on the same place is a hang
 
 
+@pytest.mark.slow
 def test_a_rank_that_compiles_is_waited_for(tmp_path, ends):
     with make(tmp_path, 0, 2) as waiting, make(tmp_path, 1, 2) as compiling:
         compiling.at(1, "forward and backward")

@@ -15,10 +15,8 @@ import numpy as np
 import torch
 
 from ...config import AugmentConfig
+from ...images import IMAGENET_MEAN, IMAGENET_STD
 from .order import Purpose, uniforms
-
-MEAN = np.array([0.485, 0.456, 0.406])  # ImageNet, RGB in [0, 1]
-STD = np.array([0.229, 0.224, 0.225])
 
 MAGNITUDES = 31  # RandAugment's scale: 0 … 30
 MAGNITUDE_NOISE = 1.5  # standard deviation on that scale: timm's mstd0.5 of 10
@@ -210,7 +208,7 @@ def _decoder(device: torch.device, hw_decoder_load: float | None) -> dict[str, A
 def _normalised(images: Any, **crop: Any) -> Any:
     from nvidia.dali import fn, types
 
-    mean, std = (255 * MEAN).tolist(), (255 * STD).tolist()
+    mean, std = ([255 * value for value in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std, **crop)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError, extra
-from ..shards.shards import LARGEST_PHOTO
+from ...images import MAX_PIXELS
 from .augment import validation_graph
 
 # Photos that are decoded together: so many, and unless it is a single one, so many pixels (200 MB).
@@ -53,8 +53,8 @@ class Decoder:
             height, width = stream.height, stream.width
         except RuntimeError:
             raise ValueError("not an image") from None
-        if height * width > LARGEST_PHOTO:
-            raise ValueError(f"{width} x {height} pixels, more than {LARGEST_PHOTO}")
+        if height * width > MAX_PIXELS:
+            raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS}")
         return (width, height) if _turned(photo) else (height, width)
 
     def failing(self, photos: Sequence[np.ndarray]) -> dict[int, str]:

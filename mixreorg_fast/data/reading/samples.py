@@ -14,7 +14,8 @@ import torch
 from ...config import DataConfig
 from ...errors import UserError
 from ...ranks import local_size
-from ..shards.shards import Bad, Sample, ShardSet
+from ..shards.bad import Bad
+from ..shards.shard_set import Sample, ShardSet
 from .decoder import Decoder
 from .order import stand_in
 

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from ... import devices
 from ...config import Config
-from ..shards.shards import Bad, Sample
+from ..shards.bad import Bad
+from ..shards.shard_set import Sample
 from ..text.tokenizer import Tokenizer
 from .augment import draw, training_graph
 from .decoder import feed, take

@@ -10,7 +10,8 @@ import numpy as np
 
 from ...config import Config, DataConfig
 from ...errors import UserError
-from ..shards.shards import Bad, ShardSet, open_shards
+from ..shards.bad import Bad
+from ..shards.shard_set import ShardSet, open_shards
 from ..text.tokenizer import Tokenizer
 from .order import Mixture, Order
 
@@ -41,10 +42,10 @@ class TrainingSet:
         """Open the shards of ``data.shards``.
 
         Args:
-            warn: as for :func:`~mixreorg_fast.data.shards.shards.open_shards`.
+            warn: as for :func:`~mixreorg_fast.data.shards.shard_set.open_shards`.
 
         Raises:
-            UserError: as :func:`~mixreorg_fast.data.shards.shards.open_shards`; the weight of a set is too small.
+            UserError: as :func:`~mixreorg_fast.data.shards.shard_set.open_shards`; the weight of a set is too small.
         """
         patterns, weights = zip(*shard_sets(config.data), strict=True)
         sets = [open_shards(pattern, warn=warn) for pattern in patterns]

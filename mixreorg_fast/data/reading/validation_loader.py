@@ -9,7 +9,7 @@ import torch
 
 from ... import devices
 from ...config import Config
-from ..shards.shards import ShardSet
+from ..shards.shard_set import ShardSet
 from ..text.tokenizer import Tokenizer
 from .augment import validation_graph
 from .decoder import feed, take

@@ -34,8 +34,9 @@ from tqdm import tqdm
 
 from ...config import Config, EvalDatasetConfig, ScenesConfig
 from ...errors import UserError
-from ..shards.build import Pair, write_shard
-from ..shards.shards import write_atomically
+from ...files import write_json
+from ..shards.pair import Pair
+from ..shards.write import write_shard
 from .drawing import GROUNDS, PATTERNS, SHAPES, Painter, Placed
 
 FORMAT = 3  # raised when the same settings would draw other scenes
@@ -365,7 +366,7 @@ def _replace(folder: Path, config: ScenesConfig, settings: dict, workers: int, p
             stems = [f"{split}{number:06d}" for number in range(config.val)]
             (fresh / split / "splits" / "val.txt").write_text("\n".join(stems) + "\n")
         _draw_all(fresh, config, workers, progress)
-        write_atomically(fresh / "settings.json", lambda temporary: temporary.write_text(json.dumps(settings)))
+        write_json(fresh / "settings.json", settings)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(fresh, folder)

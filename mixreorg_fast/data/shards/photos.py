@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...errors import UserError, nearest
-from .pairs import CAPTION_COLUMNS, Pair, checked, find_column
-from .shards import IMAGE_EXTENSIONS, Bad
+from .bad import Bad
+from .pair import CAPTION_COLUMNS, Pair, checked, find_column
+from .scan import IMAGE_EXTENSIONS
 
 # What the table of a folder may be called. The first needs no header, and quotes mean nothing in it.
 TABLES = ("captions.tsv", "captions.csv", "captions.txt")
@@ -92,16 +93,17 @@ def beside_texts(root: Path) -> Photos:
 
 
 def listed(
-    table: Path,
+    path: Path,
     *,
     split: str | None = None,
     images: str | Path | None = None,
     image_column: str | None = None,
     caption_column: str | None = None,
 ) -> Photos:
-    """The photos that a table names, with the captions of all of their lines, in the order of their first ones.
+    """The photos that a table names, with the captions of all of their lines, in the order of their first lines.
 
     Args:
+        path: the table, or its folder.
         split: only the photos whose stems are the lines of ``splits/<split>.txt`` beside the table.
         images: the folder of photos; None: the table's, or ``images`` in it.
         image_column, caption_column: as :func:`read_table`.
@@ -109,6 +111,7 @@ def listed(
     Raises:
         UserError: as :func:`read_table`; there is no such split, or no photo of it has a caption.
     """
+    table = table_of(path)
     captions, left_out = read_table(table, image_column, caption_column)
     if split is not None:
         stems = _read_split(table.parent, split)

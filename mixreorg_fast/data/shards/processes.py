@@ -1,4 +1,4 @@
-"""Worker processes that show how far they are, and end with the process that started them, however it ends."""
+"""Worker processes that report their progress, and end when the process that started them ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _count: Any = None  # shared by the processes of a pool
 
 
 def advance(number: int) -> None:
-    """Tell the bar of the pool that this code runs in, if there is one."""
+    """Count `number` items done, for the progress bar of the pool that runs this code, if there is one."""
     if _count is not None:
         with _count.get_lock():
             _count.value += number
@@ -49,7 +49,7 @@ def pool(workers: int, bar: tqdm | None = None) -> Iterator[Callable[[Callable, 
         try:
             yield executor.map
         except BrokenProcessPool:
-            raise UserError("a worker process was killed (out of memory?); fewer --workers need less of it") from None
+            raise UserError("a worker process was killed (out of memory?); fewer --workers need less memory") from None
 
 
 @contextlib.contextmanager
@@ -78,10 +78,10 @@ def _share(count: Any) -> None:
 
 
 def _begin(count: Any) -> None:
-    """First thing in a process of a pool."""
+    """Runs first in each process of a pool."""
     _share(count)
 
-    def follow() -> None:  # it would wait for work forever after its parent was killed
+    def follow() -> None:  # else it would wait for work forever after its parent was killed
         parent_process().join()
         os._exit(1)
 

@@ -1,4 +1,4 @@
-"""Tar members by their headers alone, and the stretches of a damaged tar that hold none."""
+"""The members of a tar, from its headers alone, and the stretches of a damaged tar where members are missing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NOT_ZERO = re.compile(rb"[^\0]")
 
 
 class NotTar(Exception):
-    """The file holds no member's header, and more than zeros."""
+    """The file holds no header of a member, and is not all zeros."""
 
 
 class Lost(NamedTuple):
@@ -30,8 +30,8 @@ class Members:
     """Iterates over a tar's regular files as (name, offset, size), from its headers alone.
 
     The standard library's reader takes ten times as long, which counts with ten million members. Plain, GNU and
-    POSIX (pax) headers are understood. Where no header is, reading continues at the next one. It does so behind an end
-    marker too: that may be a stretch of zeros within a tar, or the end of the first of several joined tars.
+    POSIX (pax) headers are understood. Where a header is missing, reading continues at the next header. An end marker
+    does not stop it: that may be a stretch of zeros within a tar, or the end of the first of several joined tars.
 
     Attributes:
         lost: the places where members are missing, after the iteration.
@@ -89,7 +89,7 @@ class Members:
         return len(self.data)
 
     def _note(self, at: int, following: int) -> None:
-        """Note what is lost between `at`, where no header is, and the header `following` or the end of the tar."""
+        """Note what is lost between `at`, where a header is missing, and `following`, the next header or the end."""
         size, last = following - at, following == len(self.data)
         filled = _NOT_ZERO.search(self.data, at, following)
         zeros = size if filled is None else filled.start() - at
@@ -115,7 +115,7 @@ def _is_header(block: bytes) -> bool:
 
 
 def _octal(field: bytes) -> int:
-    """A number of a tar header: octal digits, or big-endian binary behind a 0x80 byte; -1 where it is neither."""
+    """A number of a tar header: octal digits, or big-endian binary after a 0x80 byte; -1 for anything else."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     text = field.strip(b" \0")
@@ -132,7 +132,7 @@ def _name(header: bytes) -> bytes:
 
 
 def _pax(data: bytes) -> dict[bytes, bytes]:
-    """Records ``LENGTH KEY=VALUE\\n`` of a pax header; stops at the first that is none."""
+    """Records ``LENGTH KEY=VALUE\\n`` of a pax header; stops at the first malformed record."""
     fields: dict[bytes, bytes] = {}
     while data:
         digits, space, _ = data.partition(b" ")

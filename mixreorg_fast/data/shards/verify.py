@@ -1,7 +1,7 @@
 """Verifying shards: every photo is decoded by the decoder that training uses, before training reads it.
 
-One photo that cannot be decoded would lose the whole batch it is in. So the index of a shard is made without the
-samples that are of no use, and those are listed with reasons beside it.
+One photo that cannot be decoded would lose its whole batch. So the index of a verified shard leaves out the samples
+that cannot be used, and a list beside it gives their reasons.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ from tqdm import tqdm
 
 from ... import devices
 from ..reading.decoder import BATCH, Decoder
+from .bad import LeftOut
+from .captions import captions_of
+from .index import Shard, indexed, open_shard, write_index
+from .patterns import expand
 from .processes import advance, pool
-from .shards import LeftOut, Shard, captions_of, expand, indexed, open_shard, scan, write_index
+from .scan import read_member, scan
 
 
 def verify(
@@ -33,7 +37,7 @@ def verify(
         the shards in order, as they are indexed now.
 
     Raises:
-        UserError: as :func:`~.shards.expand` and :func:`~mixreorg_fast.devices.choose`; DALI is not installed.
+        UserError: as :func:`~.patterns.expand` and :func:`~mixreorg_fast.devices.choose`; DALI is not installed.
     """
     kind = devices.choose(device).type
     paths = [path for path in expand(patterns) if path.is_file()]
@@ -55,7 +59,7 @@ def verify_shard(path: Path, kind: str = "cpu") -> Shard:
 
 
 def verifying(path: Path, decoder: Decoder) -> Iterator[int]:
-    """Verify one shard a batch at a time, for callers that have other things to do in between.
+    """Verify one shard a batch at a time, for callers with other work in between.
 
     Yields:
         bytes of the tar that have been read since the last time.
@@ -81,28 +85,19 @@ def verifying(path: Path, decoder: Decoder) -> Iterator[int]:
 
 
 def is_ready(path: Path, *, verified: bool) -> bool:
-    """Whether a shard has a fitting index, and was `verified` if that is asked for."""
+    """Whether a shard has an index of its present state that is `verified`, if that is asked for."""
     shard = indexed(path)
     return shard is not None and (shard.verified or shard.gone or not verified)
 
 
-def too_many_bad(bad: int, usable: int, limit: float) -> bool:
-    """Whether `bad` samples beside `usable` ones are more than the share `limit`."""
-    return bad > limit * (bad + usable)
-
-
 def _problems(file: int, samples: list[dict], decoder: Decoder) -> list[str | None]:
-    """For each sample why it is of no use, or None."""
+    """For each sample why it cannot be used, or None."""
     reasons: list[str | None] = [None] * len(samples)
     photos: dict[int, np.ndarray] = {}
     for place, sample in enumerate(samples):
-
-        def member(name: str, sample: dict = sample) -> bytes:
-            return os.pread(file, sample[f"{name}_size"], sample["start"] + sample[f"{name}_at"])
-
         try:
-            captions_of(member("text"))
-            photo = member("image")
+            captions_of(read_member(file, sample, "text"))
+            photo = read_member(file, sample, "image")
             decoder.size(photo)
             photos[place] = np.frombuffer(photo, np.uint8)
         except ValueError as error:

@@ -12,7 +12,7 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from ...errors import UserError
-from ..shards.shards import write_atomically
+from ...files import atomic_path
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -83,8 +83,8 @@ class Tokenizer:
     def save(self, folder: str | os.PathLike) -> Path:
         """Write ``tokenizer.json`` into a folder, atomically; returns its path."""
         path = Path(folder) / "tokenizer.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: self._backend.save(str(temporary)))
+        with atomic_path(path) as temporary:
+            self._backend.save(str(temporary))
         return path
 
     def encode(self, texts: Sequence[str], context: int) -> tuple[Tensor, list[int]]:

@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from ..config import ModelConfig
-from ..data.text.tokenizer import END, START, Tokenizer
-from ..errors import UserError
-from ..files import atomic_path, write_json
-from . import pth, weights
-from .groupvit import IMAGENET_MEAN, IMAGENET_STD, GroupViT
-from .interop import from_foreign, to_foreign
+from .config import ModelConfig
+from .data.text.tokenizer import END, START, Tokenizer
+from .errors import UserError
+from .files import atomic_path, write_json
+from .images import IMAGENET_MEAN, IMAGENET_STD
+from .inference.model import Model, load
+from .models import pth, weights
+from .models.interop import from_foreign, to_foreign
 
 # What Hugging Face's configuration can vary and ours cannot; also its defaults, which its files leave out.
 _FIXED = {
@@ -55,19 +56,19 @@ def main(args: argparse.Namespace) -> None:
             f"{config.text.vocab_size}"
         )
     try:
-        (weights.save if args.to == "ours" else save_huggingface)(model, args.target.resolve(), state)
+        (Model.save if args.to == "ours" else save_huggingface)(model, args.target.resolve(), state)
     except OSError as error:
         raise UserError(f"{args.target} cannot be written: {error}") from None
     size = sum(value.numel() for value in state.values()) / 1e6
     print(f"{args.target}: {size:.1f} million numbers, {config.image_size} px, {config.groups[1]} segments")
 
 
-def read(source: Path) -> tuple[GroupViT, dict[str, Tensor]]:
+def read(source: Path) -> tuple[Model, dict[str, Tensor]]:
     """Weights of any format: a model without memory for its tensors (sizes, normalisation, tokenizer), and the
-    tensors under our names, in the dtypes of the file, the temperature 0-d.
+    tensors under our names, in the dtypes of the file, the logit scale 0-d.
 
     Raises:
-        UserError: nothing there, or nothing that is recognised; damaged; tensors missing, unknown or of wrong sizes.
+        UserError: a missing or damaged file, an unknown format, tensors missing, unknown or of wrong sizes.
     """
     if source.is_file():
         return _read_nvlabs(source)
@@ -84,24 +85,24 @@ def read(source: Path) -> tuple[GroupViT, dict[str, Tensor]]:
     )
 
 
-def _skeleton(config: ModelConfig, mean: Any = IMAGENET_MEAN, std: Any = IMAGENET_STD, tokenizer=None) -> GroupViT:
+def _skeleton(config: ModelConfig, mean: Any = IMAGENET_MEAN, std: Any = IMAGENET_STD, tokenizer=None) -> Model:
     with torch.device("meta"):
-        return GroupViT(config, mean, std, tokenizer)
+        return Model(config, mean, std, tokenizer)
 
 
 # ---------------------------------------------------------------------- reading
 
 
-def _read_ours(source: Path) -> tuple[GroupViT, dict[str, Tensor]]:
+def _read_ours(source: Path) -> tuple[Model, dict[str, Tensor]]:
     folder = weights.find_weights(source)
-    model = weights.load(folder)
+    model = load(folder)
     dtypes = {name: value.dtype for name, value in load_file(folder / weights.WEIGHTS).items()}
     state = {name: value.to(dtypes[name]) for name, value in model.state_dict().items()}
     state["logit_scale"] = state["logit_scale"].reshape(())
     return model, state
 
 
-def _read_nvlabs(source: Path) -> tuple[GroupViT, dict[str, Tensor]]:
+def _read_nvlabs(source: Path) -> tuple[Model, dict[str, Tensor]]:
     content = pth.read(source)
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]
@@ -114,7 +115,7 @@ def _read_nvlabs(source: Path) -> tuple[GroupViT, dict[str, Tensor]]:
     return _skeleton(config), state
 
 
-def _read_huggingface(source: Path, values: dict[str, Any]) -> tuple[GroupViT, dict[str, Tensor]]:
+def _read_huggingface(source: Path, values: dict[str, Any]) -> tuple[Model, dict[str, Tensor]]:
     if values["model_type"] != "groupvit":
         raise UserError(f"{source}: a model of type '{values['model_type']}'; 'groupvit' was expected")
     vision, text = (dict(values.get(section) or {}) for section in _FIXED)
@@ -167,7 +168,7 @@ def read_tokenizer(source: Path) -> Tokenizer:
     """The tokenizer of a ``tokenizer.json``, of a folder with one, or of one with ``vocab.json`` and ``merges.txt``.
 
     Raises:
-        UserError: there is none, or it is not CLIP's kind.
+        UserError: no tokenizer, or one of another kind than CLIP's.
     """
     vocabulary, merges = source / "vocab.json", source / "merges.txt"
     if (source / "tokenizer.json").is_file() or not vocabulary.is_file():
@@ -199,7 +200,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------- writing Hugging Face's
 
 
-def save_huggingface(model: GroupViT, folder: str | Path, state: Mapping[str, Tensor]) -> None:
+def save_huggingface(model: Model, folder: str | Path, state: Mapping[str, Tensor]) -> None:
     """Write a folder for ``GroupViTModel.from_pretrained`` and ``AutoProcessor.from_pretrained``, atomically.
 
     Args:
@@ -225,12 +226,12 @@ def save_huggingface(model: GroupViT, folder: str | Path, state: Mapping[str, Te
 
 
 def _without_temperature(state: Mapping[str, Tensor], tau: float) -> dict[str, Tensor]:
-    """The tensors of a model whose assignment has the temperature `tau`, for one that knows none: it goes into q."""
+    """The tensors with the temperature `tau` of the assignment divided into q, for a model without this setting."""
     queries = re.compile(r".*\.grouping\.q\.(weight|bias)")
     return {name: value / tau if tau != 1.0 and queries.fullmatch(name) else value for name, value in state.items()}
 
 
-def _huggingface_config(model: GroupViT, dtype: str) -> dict[str, Any]:
+def _huggingface_config(model: Model, dtype: str) -> dict[str, Any]:
     config, text = model.config, model.config.text
     end = text.vocab_size - 1 if model.tokenizer is None else model.tokenizer.end_id
     return {
@@ -269,7 +270,7 @@ def _huggingface_config(model: GroupViT, dtype: str) -> dict[str, Any]:
     }
 
 
-def _huggingface_preprocessor(model: GroupViT) -> dict[str, Any]:
+def _huggingface_preprocessor(model: Model) -> dict[str, Any]:
     side = model.config.image_size
     return {
         "image_processor_type": "CLIPImageProcessor",

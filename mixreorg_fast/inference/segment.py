@@ -8,12 +8,11 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..images import find_images
-from ..inference.fonts import drawable
-from ..inference.overlay import save_labels, save_picture
-from ..inference.segmenter import Segmenter
 from ..names import MASK_CLASSES, parse_classes, read_classes
-from .evaluate import add_view_arguments, load_on_device, settings_from
+from .fonts import drawable
+from .options import add_options, load_on_device, options_of
 from .outputs import AREAS, Outputs, mask_of, notes, written_here
+from .overlay import save_labels, save_picture
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER", help=f"gets NAME.png per photo, and {AREAS}")
     parser.add_argument("--recursive", action="store_true", help="take the sub-folders of folders too")
     parser.add_argument("--mask", action="store_true", help="also NAME_mask.png, whose values are class numbers")
-    add_view_arguments(parser, decoding="direct")
+    add_options(parser, decoding="direct")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -36,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
     photos = find_photos(args.photos, args.recursive)
     outputs = Outputs(Path(args.out), list(photos), args.mask)
     model = load_on_device(args.weights, args.device)
-    segmenter = Segmenter.of_classes(model, classes, settings_from(args, model.inference), args.batch)
+    segmenter = model.segmenter(classes, batch=args.batch, **options_of(args))
     if boxes := [name for name in classes if drawable(name) != name]:
         print(f"no font here has all of '{boxes[0]}': legends show '{drawable(boxes[0])}'", file=sys.stderr, flush=True)
     failures = 0
@@ -51,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
         save_picture(place, found.overlay(), about=about)
         if args.mask:
             save_labels(mask_of(place), found.labels, found.has_background, about)
-        # After each photo, so that an interrupted run has told what it did.
+        # After each photo, so that an interrupted run has reported its photos.
         areas = found.areas
         outputs.note(photo, areas)
         largest = sorted((name for name in areas if areas[name] > 0), key=areas.get, reverse=True)
@@ -71,7 +70,7 @@ def find_photos(sources: list[str], recursive: bool) -> dict[Path, Path]:
     """
     found: dict[Path, Path] = {}
     for source in map(Path, sources):
-        for photo in find_images([source], recursive):
+        for photo in find_images(source, recursive):
             if not source.is_dir():
                 found.setdefault(photo, Path())
             elif written_here(photo) is None:

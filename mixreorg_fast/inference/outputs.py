@@ -63,7 +63,7 @@ class Outputs:
         """The shares by photo that are noted so far.
 
         Raises:
-            UserError: not such a file.
+            UserError: ``areas.json`` is damaged or not of this command.
         """
         path = self.folder / AREAS
         try:

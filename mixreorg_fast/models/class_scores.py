@@ -1,31 +1,30 @@
-"""What the final segments of an image say about classes (GroupViT, CVPR 2022)."""
+"""Class scores of an image's final segments (GroupViT, CVPR 2022)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .. import ops
+TOP = 5  # classes that an image may show
 
 
-def class_scores(embeddings: Tensor, image: Tensor, texts: Tensor, logit_scale: Tensor | float, top: int = 5) -> Tensor:
+def class_scores(embeddings: Tensor, image: Tensor, texts: Tensor, logit_scale: Tensor | float) -> Tensor:
     """Scores of every class for every segment.
 
     ``softmax(s·cos over the image's best classes) · softmax(s·cos over all classes)``, where the image's best classes
-    are the `top` ones whose text is most similar to the whole image; every other class scores exactly 0.
+    are the `TOP` ones whose text is most similar to the whole image; every other class scores exactly 0.
 
     Args:
         embeddings: ``[B, G, D]`` L2-normalised segment embeddings.
         image: ``[B, D]`` L2-normalised image embeddings.
         texts: ``[T, D]`` L2-normalised class embeddings.
         logit_scale: the multiplier s.
-        top: how many classes an image may show.
     Returns:
         fp32 ``[B, G, T]`` in 0..1.
     """
     embeddings, image, texts = embeddings.float(), image.float(), texts.float()
     logits = embeddings @ texts.T * logit_scale  # [B, G, T]
-    best = (image @ texts.T).topk(min(top, len(texts)), dim=-1).indices  # [B, top]
+    best = (image @ texts.T).topk(min(TOP, len(texts)), dim=-1).indices  # [B, TOP]
     absent = torch.ones(len(image), len(texts), dtype=torch.bool, device=logits.device).scatter(1, best, False)
     restricted = logits.masked_fill(absent[:, None], float("-inf")).softmax(dim=-1)
     return restricted * logits.softmax(dim=-1)
@@ -34,16 +33,6 @@ def class_scores(embeddings: Tensor, image: Tensor, texts: Tensor, logit_scale: 
 def image_threshold(scores: Tensor, threshold: float) -> Tensor:
     """``min(threshold, the image's best score)``: ``[B]`` from scores ``[B, G, T]``.
 
-    So the surest segment of an image is never background.
+    With this threshold the segment of the best score is never background.
     """
     return scores.flatten(1).amax(dim=1).clamp(max=threshold)
-
-
-def segment_of_pixels(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """The most probable segment of every pixel: int64 ``[B, H, W]`` from soft maps ``[B, G, h, w]``.
-
-    The maps are upsampled bilinearly to `size` (align_corners=False).
-    """
-    # Classes that are the segments themselves: the label of a pixel is then its segment.
-    own = torch.eye(maps.shape[1], device=maps.device).expand(len(maps), -1, -1)
-    return ops.decode_segments(maps, own, size)

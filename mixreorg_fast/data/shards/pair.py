@@ -1,4 +1,4 @@
-"""A photo with its captions on the way into a shard: what every kind of source checks alike."""
+"""A photo with its captions, to be written to a shard, and the checks that every kind of source makes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import UserError, nearest
-from .shards import LARGEST_MEMBER, Bad, captions_of
+from .bad import Bad
+from .captions import captions_of
+from .scan import LARGEST_MEMBER
 
 # Names of columns, in any case.
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "title", "comment")
@@ -50,7 +52,7 @@ def find_column(file: Path, what: str, asked: str | None, usual: Sequence[str], 
     """The column of a table that is `asked` for, else the first of the `usual` names, in any case.
 
     Raises:
-        UserError: `there` is none; `what` names it and its option.
+        UserError: no column of `there` fits; `what` names the column and its option.
     """
     if asked is not None:
         if asked not in there:

@@ -1,0 +1,110 @@
+"""Parquet files as a source of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError, extra, nearest
+from .bad import Bad
+from .pair import CAPTION_COLUMNS, Pair, checked, find_column
+from .stretches import Stretches
+
+IMAGE_COLUMNS = ("image", "image.bytes", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
+
+
+@dataclass(frozen=True)
+class Parquet(Stretches):
+    """Rows of Parquet files with encoded photos (bytes, or Hugging Face's ``{bytes, path}``) and captions."""
+
+    image: str
+    caption: str
+    root: Path
+    left_out = ()
+
+    @classmethod
+    def open(cls, path: Path, split: str | None, image: str | None, caption: str | None) -> Parquet:
+        parquet = _pyarrow()
+        files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+        if split is not None:
+            splits = {file: {file.stem.partition("-")[0], file.parent.name} for file in files}
+            files = [file for file in files if split in splits[file]]
+            if not files:
+                choices = sorted(set().union(*splits.values()) - {path.name})
+                raise UserError(f"{path}: no Parquet files of split '{split}'{nearest(split, choices)}")
+        stretches = []
+        for file in files:
+            try:
+                table = parquet.ParquetFile(file)
+                stretches.append((file, 0, table.metadata.num_rows))
+                columns = _columns(table.schema_arrow)
+            except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+                raise UserError(f"{file}: not a readable Parquet file: {error}") from None
+            image = find_column(file, "image", image, IMAGE_COLUMNS, columns)
+            caption = find_column(file, "caption", caption, CAPTION_COLUMNS, columns)
+        return cls(tuple(stretches), image, caption, path if path.is_dir() else path.parent)
+
+    def __iter__(self) -> Iterator[Pair | Bad]:
+        for path, first, last in self.stretches:
+            stem = path.relative_to(self.root).with_suffix("").as_posix().replace(".", "_")
+            for row, image, caption in self._rows(path, first, last):
+                yield _row_sample(path, f"{stem}-{row:08d}", image, caption)
+
+    def _rows(self, path: Path, first: int, last: int) -> Iterator[tuple[int, Any, Any]]:
+        """Row numbers, photos and captions; of the row groups that hold rows first … last - 1 alone."""
+        table = _pyarrow().ParquetFile(path)
+        counts = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+        ends = [sum(counts[: group + 1]) for group in range(len(counts))]
+        groups = [g for g, end in enumerate(ends) if end > first and end - counts[g] < last]
+        row = ends[groups[0]] - counts[groups[0]]
+        tops = list(dict.fromkeys(_top(name, table.schema_arrow.names) for name in (self.image, self.caption)))
+        # Small batches: a photo may have megabytes.
+        for batch in table.iter_batches(32, row_groups=groups, columns=tops):
+            if row + len(batch) > first and row < last:
+                images, captions = (_values(batch, name) for name in (self.image, self.caption))
+                for place in range(max(first - row, 0), min(last - row, len(batch))):
+                    yield row + place, images[place].as_py(), captions[place].as_py()
+            row += len(batch)
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise UserError(f"reading Parquet files needs pyarrow: {extra('parquet')}") from None
+    return parquet
+
+
+def _columns(schema: Any) -> list[str]:
+    """Names of columns; a struct's fields follow it as ``column.field``."""
+    names = []
+    for field in schema:
+        names.append(field.name)
+        if str(field.type).startswith("struct"):
+            names += [f"{field.name}.{field.type.field(number).name}" for number in range(field.type.num_fields)]
+    return names
+
+
+def _top(name: str, columns: Sequence[str]) -> str:
+    return name if name in columns else name.rpartition(".")[0]
+
+
+def _values(batch: Any, name: str) -> Any:
+    """A column, or the field ``column.field`` of a struct."""
+    top = _top(name, batch.schema.names)
+    column = batch.column(top)
+    return column if top == name else column.field(name.rpartition(".")[2])
+
+
+def _row_sample(path: Path, key: str, image: Any, caption: Any) -> Pair | Bad:
+    captions = [text for text in (caption if isinstance(caption, list) else [caption]) if isinstance(text, str)]
+    if isinstance(image, dict):  # Hugging Face's images
+        named, image = image.get("path"), image.get("bytes")
+        if image is None and named:
+            return Bad(str(path), key, "the table holds the path of a photo, not the photo")
+    if not isinstance(image, bytes) or not image:
+        return Bad(str(path), key, "no image")
+    text = "\n".join(" ".join(text.split()) for text in captions)
+    return checked(path, key, image, text.encode(errors="replace"))

@@ -1,0 +1,105 @@
+"""Patterns of shards: braces, globs, lists."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...errors import UserError, nearest
+from .index import index_places
+
+EXAMPLE = "expected something like 'data/train-{000000..000123}.tar'"
+HELP = "; docs/data.md tells how to make shards"
+
+
+def expand(patterns: str | Sequence[str]) -> list[Path]:
+    """Paths that brace patterns (``{000..123}``, ``{a,b}``), globs and comma-separated alternatives stand for.
+
+    The order is that of the patterns; within a glob it is alphabetical. A path named twice counts once. A shard that
+    has vanished keeps its place, and so the order of a run, by the index that it left behind.
+
+    Raises:
+        UserError: a brace is not closed, a named file is missing, a glob matches nothing, or it is a URL.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    paths: dict[Path, None] = {}
+    missing: list[str] = []
+    for name in (name for whole in patterns for pattern in _split(whole) for name in _braces(pattern)):
+        name = os.path.expanduser(name)
+        if glob.has_magic(name):
+            left = (match.removesuffix(".index") for match in glob.glob(f"{name}.index", recursive=True))
+            matches = sorted({*glob.glob(name, recursive=True), *left})
+            if not any(map(os.path.isfile, matches)):
+                raise UserError(f"no shard matches {name}{_nearby(name)}{HELP}")
+            paths.update(dict.fromkeys(map(Path, matches)))
+        elif os.path.isfile(name) or any(place.is_file() for place in index_places(Path(name))):
+            paths[Path(name)] = None
+        else:
+            missing.append(name)
+    if not missing and not any(map(os.path.isfile, paths)):
+        missing = [str(path) for path in paths]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"no shard {missing[0]}{more}{_nearby(missing[0])}{HELP}")
+    if not paths:
+        raise UserError(f"no shards: the pattern is empty; {EXAMPLE}")
+    return list(paths)
+
+
+def _split(pattern: str) -> list[str]:
+    """Parts of a pattern between the commas that are outside of braces."""
+    parts, depth = [""], 0
+    for character in pattern:
+        depth += (character == "{") - (character == "}")
+        if depth < 0:
+            break
+        if character == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    if depth:
+        raise UserError(f"pattern {pattern}: braces do not match; {EXAMPLE}")
+    parts = [part.strip() for part in parts if part.strip()]
+    for part in parts:
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:", part):
+            raise UserError(
+                f"{part}: shards are read in place from local paths; copy them first (such as `aws s3 sync`, "
+                f"`gsutil rsync`, `wget`) or mount the bucket (such as `mount-s3`, `rclone mount`) and name that path"
+            )
+    return parts
+
+
+def _braces(pattern: str) -> list[str]:
+    """A pattern's brace expressions written out; ``{008..011}`` keeps its leading zeros."""
+    found = re.search(r"\{([^{}]*)\}", pattern)  # an innermost one
+    if not found:
+        return [pattern]
+    inside = found[1]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    if numbers:
+        first, last = map(int, numbers.groups())
+        if last < first or last - first >= 10_000_000:
+            raise UserError(f"pattern {pattern}: {{{inside}}} is not a rising range")
+        choices = [str(number).zfill(len(numbers[1])) for number in range(first, last + 1)]
+    elif "," in inside:
+        choices = inside.split(",")
+    else:
+        raise UserError(
+            f"pattern {pattern}: {{{inside}}} is neither a range such as {{000000..000123}} nor a list {{a,b}}"
+        )
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return [name for choice in choices for name in _braces(before + choice + after)]
+
+
+def _nearby(name: str) -> str:
+    """The closest existing tar in the folder of a missing one."""
+    folder = os.path.dirname(name) or "."
+    if glob.has_magic(folder) or not os.path.isdir(folder):
+        return ""
+    siblings = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
+    if len(siblings) > 3:
+        return nearest(name, siblings)
+    return f" (there are: {', '.join(siblings)})" if siblings else ""

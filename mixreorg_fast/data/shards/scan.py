@@ -1,0 +1,88 @@
+"""The samples of a tar, from its headers alone.
+
+A sample is consecutive members of the tar with the same key (the file name up to its first dot): an image
+(``.jpg .jpeg .png .webp``), a ``.txt`` with one caption per line, and optionally a ``.json`` with ``nouns``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from .bad import LeftOut
+from .tar import Members, NotTar
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+# Bytes. A larger member is not a photo, and reading it would only cost memory.
+LARGEST_MEMBER = 256 << 20
+
+
+def scan(path: Path) -> tuple[list[dict], list[LeftOut]]:
+    """Samples of a tar, and what is incomplete or lost.
+
+    Returns:
+        samples: for each `key`, `start` and `span` (bytes), and the place (from `start`) and size of each member:
+            `image_at`, `image_size`, `text_at`, `text_size`, `json_at`, `json_size`.
+        left_out: samples that lack an image or a caption, then lost parts of the tar.
+    """
+    samples: list[dict] = []
+    left_out: list[LeftOut] = []
+    if not os.path.getsize(path):
+        return samples, [LeftOut("", "empty file; expected a tar of images and captions")]
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:2] == b"\x1f\x8b":
+            reason = "compressed tar; shards are read in place, so expand it first with gunzip"
+            return samples, [LeftOut("", reason)]
+        members = Members(data)
+        try:
+            keyed = ((*_split_name(name), offset, size) for name, offset, size in members)
+            for key, group in itertools.groupby(keyed, key=lambda member: member[0]):
+                sample = _group(key, {extension: (offset, size) for _, extension, offset, size in group})
+                if isinstance(sample, str):
+                    left_out.append(LeftOut(key.decode(errors="replace"), sample))
+                elif sample is not None:
+                    samples.append(sample)
+        except NotTar:
+            return [], [LeftOut("", "not a tar file; expected a tar of images and captions")]
+        readable = len(data) - sum(lost.size for lost in members.lost)
+    for lost in members.lost:
+        left_out.append(LeftOut("", lost.reason, max(1, round(lost.size * len(samples) / max(readable, 1)))))
+    return samples, left_out
+
+
+def read_member(file: int, sample: Mapping | np.void, name: str) -> bytes:
+    """The `image`, `text` or `json` of a sample, from the tar's open `file` descriptor."""
+    return os.pread(file, int(sample[f"{name}_size"]), int(sample["start"] + sample[f"{name}_at"]))
+
+
+def _split_name(name: bytes) -> tuple[bytes, str]:
+    """WebDataset's rule: the key is the path up to the first dot of the file name, the extension is the rest."""
+    folder, slash, file = name.rpartition(b"/")
+    stem, _, extension = file.partition(b".")
+    return folder + slash + stem, extension.decode(errors="replace").lower()
+
+
+def _group(key: bytes, members: dict[str, tuple[int, int]]) -> dict | str | None:
+    """Index fields of one sample, or what it lacks; None without an image and without a text."""
+    image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+    text = members.get("txt")
+    if image is None and text is None:
+        return None
+    if image is None:
+        return f"no image ({', '.join('.' + extension for extension in IMAGE_EXTENSIONS)})"
+    if text is None:
+        return "no caption (.txt)"
+    places = {"image": image, "text": text, "json": members.get("json", (text[0], 0))}
+    start = min(offset for offset, _ in places.values())
+    span = max(offset + size for offset, size in places.values()) - start
+    if span > LARGEST_MEMBER:
+        return f"{span} bytes, more than {LARGEST_MEMBER}"
+    fields = {"key": key, "start": start, "span": span}
+    for name, (offset, size) in places.items():
+        fields |= {f"{name}_at": offset - start, f"{name}_size": size}
+    return fields

@@ -1,0 +1,141 @@
+"""Samples of several shards by number, read in place with one ``pread`` each."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...errors import UserError
+from .bad import Bad
+from .captions import captions_of, nouns_of
+from .index import Shard, open_shard
+from .patterns import expand
+from .scan import read_member
+
+log = logging.getLogger("mixreorg_fast")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image-text pair as it lies in its shard."""
+
+    key: str
+    image: bytes  # encoded
+    captions: list[str]  # at least one
+    nouns: list[str]
+
+
+def open_shards(patterns: str | Sequence[str], *, warn: bool = True) -> ShardSet:
+    """The shards of `patterns`, indexed; damaged, empty and vanished ones are named in a warning and listed as bad.
+
+    Raises:
+        UserError: as :func:`~.patterns.expand`; no shard holds a sample.
+    """
+    shards = [open_shard(path) for path in expand(patterns)]
+    if not any(len(shard.samples) for shard in shards):
+        _refuse_empty(shards[0])
+    for shard in shards if warn else ():
+        if shard.gone:
+            log.warning(
+                "%s is gone; other samples replace its %d samples. To train without it, delete %s.index too",
+                *(shard.path, len(shard.samples), shard.path),
+            )
+        elif shard.problem:
+            log.warning("%s: %s; its %d whole samples are used", shard.path, shard.problem, len(shard.samples))
+        elif not len(shard.samples):
+            log.warning("%s holds no sample that can be used", shard.path)
+    return ShardSet(shards)
+
+
+def _refuse_empty(shard: Shard) -> None:
+    if shard.problem:
+        raise UserError(f"{shard.path}: {shard.problem}")
+    reason = "no sample can be used" if shard.verified else "no image with a .txt of the same name"
+    raise UserError(f"{shard.path}: no samples ({reason}); expected pairs such as 0001.jpg + 0001.txt")
+
+
+class ShardSet:
+    """Samples of several shards under one number, 0 … ``len(self) - 1``; thread-safe for reading."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards = list(shards)
+        self.sizes = np.array([len(shard.samples) for shard in self.shards], dtype=np.int64)
+        self._ends = np.cumsum(self.sizes)
+        self._files: dict[int, int] = {}  # shard -> descriptor, oldest first
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def lost(self) -> int:
+        """Samples that the indexes leave out. Of a tar with missing parts: the difference to the mean of the whole
+        tars, or what its index says if that is more."""
+        whole = [len(shard.samples) for shard in self.shards if not shard.problem]
+        mean = round(sum(whole) / len(whole)) if whole else 0
+        return sum(
+            max(shard.broken, mean - len(shard.samples)) if shard.problem else shard.broken for shard in self.shards
+        )
+
+    @property
+    def bad(self) -> list[Bad]:
+        """What the indexes leave out."""
+        return [bad for shard in self.shards if shard.broken for bad in shard.bad]
+
+    def open_for(self, samples: np.ndarray) -> None:
+        """Open the files that hold these samples, and close the ones unused for longest.
+
+        Not thread-safe: call it before the :meth:`read` calls it serves, while no other is in flight.
+        """
+        needed = np.unique(np.searchsorted(self._ends, samples, side="right")).tolist()
+        for shard in needed:
+            descriptor = self._files.pop(shard, None)
+            with contextlib.suppress(OSError):  # read raises for a shard that has vanished
+                self._files[shard] = os.open(self.shards[shard].path, os.O_RDONLY) if descriptor is None else descriptor
+        while len(self._files) > max(64, len(needed)):
+            os.close(self._files.pop(next(iter(self._files))))
+
+    def read(self, number: int) -> Sample:
+        """Sample `number`, after :meth:`open_for` has been called with it.
+
+        Raises:
+            OSError: the shard cannot be read, or has been cut since it was indexed.
+            ValueError: no caption can be used.
+        """
+        shard, record = self._record(number)
+        if shard not in self._files:
+            raise OSError(f"{self.shards[shard].path} cannot be opened any more")
+        data = os.pread(self._files[shard], int(record["span"]), int(record["start"]))
+        if len(data) < record["span"]:
+            raise OSError(f"{self.shards[shard].path} is shorter than when it was indexed")
+        image, text, json = (
+            data[record[f"{name}_at"] : record[f"{name}_at"] + record[f"{name}_size"]]
+            for name in ("image", "text", "json")
+        )
+        return Sample(record["key"].decode(errors="replace"), image, captions_of(text), nouns_of(json))
+
+    def bad_sample(self, number: int, reason: str) -> Bad:
+        shard, record = self._record(number)
+        return Bad(str(self.shards[shard].path), record["key"].decode(errors="replace"), reason)
+
+    def captions(self, limit: int | None = None) -> Iterator[str]:
+        """All captions in order, or those of about `limit` samples spread evenly over the shards."""
+        step = 1 if limit is None else max(1, -(-len(self) // limit))
+        for shard in self.shards:
+            with contextlib.suppress(OSError), open(shard.path, "rb") as file:
+                for record in shard.samples[::step]:
+                    with contextlib.suppress(ValueError):
+                        yield from captions_of(read_member(file.fileno(), record, "text"))
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _record(self, number: int) -> tuple[int, np.void]:
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        start = self._ends[shard] - self.sizes[shard]
+        return shard, self.shards[shard].samples[number - start]

@@ -1,0 +1,110 @@
+"""What ``mixreorg_fast.load`` returns: the network with its tokenizer and its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import InferenceConfig, ModelConfig
+from ..data.text.tokenizer import Tokenizer
+from ..errors import UserError
+from ..files import atomic_path
+from ..images import IMAGENET_MEAN, IMAGENET_STD
+from ..models import weights
+from ..models.groupvit import GroupViT
+from ..names import parse_classes
+from .segmentation import Segmentation
+from .segmenter import Segmenter
+
+
+class Model(GroupViT):
+    """GroupViT with a tokenizer and settings, so that it takes photos and class names.
+
+    Args:
+        config, mean, std: as of :class:`~mixreorg_fast.models.GroupViT`.
+        tokenizer: None: only the tensor methods work.
+        inference: settings of these weights; None: GroupViT's, at twice the training size (448 px).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        tokenizer: Tokenizer | None = None,
+        inference: InferenceConfig | None = None,
+    ):
+        super().__init__(config, mean, std)
+        self.tokenizer = tokenizer
+        self.inference = inference or InferenceConfig(short_side=2 * config.image_size)
+
+    def save(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write a folder of weights, atomically; `state`: the tensors, where the parameters live elsewhere."""
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            state = self.state_dict() if state is None else state
+            weights.write_files(self, temporary, state, self.tokenizer, self.inference)
+
+    def segment(self, image: Any, classes: str | Sequence[str], **options: Any) -> Segmentation | list[Segmentation]:
+        """Segment a photo, or a list of photos, by class names.
+
+        Args:
+            image: a path, bytes, a binary file, a Pillow image or an array (see
+                :func:`~mixreorg_fast.images.load_image`); or a list or tuple of them, which gives a list.
+            classes, options: as of :meth:`segmenter`.
+        Raises:
+            UserError: as :meth:`segmenter` and :func:`~mixreorg_fast.images.load_image`.
+        """
+        segmenter = self.segmenter(classes, **options)
+        if isinstance(image, list | tuple):
+            return [segmenter.photo(each).long() for each in image]
+        return segmenter.photo(image).long()
+
+    def segmenter(
+        self, classes: str | Sequence[str], *, batch: int = 8, decoding: str | None = "direct", **options: Any
+    ) -> Segmenter:
+        """A segmenter of photos by class names.
+
+        Args:
+            classes: names, such as ``"cat, dog, sofa"`` or ``["cat", "dog", "sofa"]``
+                (see :func:`~mixreorg_fast.names.parse_classes`).
+            batch: windows per forward pass.
+            decoding, options: settings (see :class:`~mixreorg_fast.config.InferenceConfig`) that overrule
+                :attr:`inference`, such as `short_side` in pixels; `templates`, one prompt template, several, or the
+                name of a set; `background_threshold`, 0..1: segments whose best score is below min(this, the image's
+                best score) are background, and "background" becomes the first class; 0: no background.
+        Raises:
+            UserError: no classes, an option that does not fit, "background" named beside a background threshold, or
+                weights without a tokenizer.
+        """
+        settings = self.inference.with_options(decoding=decoding, **options)
+        settings = settings.model_copy(update={"background_threshold": settings.background_threshold or None})
+        labels = names = parse_classes(classes)
+        if settings.background_threshold is not None:
+            if "background" in map(str.casefold, names):
+                raise UserError(
+                    "classes: 'background' is what scores below the background threshold "
+                    f"({settings.background_threshold:g}); leave it out of the names, or set the threshold to 0"
+                )
+            labels = ["background", *names]
+        return Segmenter(self, names, settings, labels, batch)
+
+
+def load(folder: str | Path, device: torch.device | str = "cpu") -> Model:
+    """The model of a folder of weights, in evaluation mode on `device`, with its tokenizer where it has one.
+
+    A run folder or a checkpoint folder will do: its newest weights are taken.
+
+    Raises:
+        UserError: a file is missing, damaged, or does not fit the others.
+    """
+    folder = weights.find_weights(folder)
+    model = Model(**weights.read_description(folder))
+    weights.load_state(model, folder)
+    if (folder / weights.TOKENIZER).exists():
+        model.tokenizer = Tokenizer.load(folder / weights.TOKENIZER)
+    return model.to(device).eval()

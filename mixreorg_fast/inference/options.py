@@ -1,0 +1,58 @@
+"""The command line of inference: one option per setting, shared by `segment`, `evaluate` and `demo`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, Literal, get_args, get_origin
+
+from .. import devices
+from ..config import InferenceConfig
+from ..errors import UserError
+from ..names import TEMPLATES
+from .model import Model, load
+
+
+def add_options(parser: argparse.ArgumentParser, *names: str, decoding: str | None = None) -> None:
+    """Options for the settings `names` (default: all, and the batch size) and for the device.
+
+    Args:
+        decoding: the command's default; every other default is the weights' setting.
+    """
+    kinds = {
+        "background_threshold": {"type": float, "metavar": "X"},
+        "templates": {"metavar": f"{'|'.join(TEMPLATES)}|TEXT"},
+    }
+    for name in names or InferenceConfig.model_fields:
+        field, default = InferenceConfig.model_fields[name], decoding if name == "decoding" else None
+        if get_origin(field.annotation) is Literal:
+            kind = {"choices": get_args(field.annotation)}
+        else:
+            kind = kinds.get(name, {"type": int, "metavar": "PX"})
+        about = f"{field.description} (default: {default or 'as in the weights'})"
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=about, **kind)
+    if not names:
+        parser.add_argument("--batch", type=int, default=8, metavar="N", help="photos per forward pass (8)")
+    parser.add_argument("--device", help="default: the GPU, or the CPU of a machine without")
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the options of :func:`add_options` give; None: the weights' setting.
+
+    Raises:
+        UserError: `--batch` below 1.
+    """
+    if args.batch < 1:
+        raise UserError(f"--batch must be at least 1, got {args.batch}")
+    return {name: getattr(args, name) for name in InferenceConfig.model_fields}
+
+
+def load_on_device(weights: str, device: str | None) -> Model:
+    """The model in folder `weights`, on the `device` of :func:`mixreorg_fast.devices.choose`.
+
+    Raises:
+        UserError: as these two; weights without a tokenizer.
+    """
+    model = load(weights, devices.choose(device))
+    if model.tokenizer is None:
+        raise UserError(f"{weights}: no tokenizer.json, so class names cannot be read")
+    return model

@@ -1,0 +1,177 @@
+"""GroupViT's image encoder (CVPR 2022, sections 3.1 and 3.2)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import ModelConfig
+from .layers import Block, GroupingBlock, LayerNorm, LearnedTokens, Linear, PatchEmbed, TokenMixer, call
+
+
+class Stage(nn.Module):
+    """Transformer blocks over patches and group tokens, then (but in the last stage) a grouping block.
+
+    Patches and group tokens are one tensor ``[B, N + G, C]``, patches first.
+    """
+
+    def __init__(self, config: ModelConfig, number: int):
+        super().__init__()
+        groups = config.groups[number] if number < len(config.groups) else 0
+        self.groups = groups
+        self.first = sum(config.depths[:number])  # its first block's number among the blocks of all stages
+        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depths[number]))
+        self.group_tokens = LearnedTokens(groups, config.width) if groups else None
+        self.group_projector = None
+        if groups and number:  # carries the group tokens of the stage before to this one, [B, G2, C] <- [B, G1, C]
+            mixer = TokenMixer(config.groups[number - 1], config.width // 2, groups)
+            self.group_projector = nn.Sequential(OrderedDict(norm=LayerNorm(config.width), mixer=mixer))
+        self.grouping = GroupingBlock(config.width, config.heads, groups) if groups else None
+
+    def tokens(self, patches: Tensor, previous_groups: Tensor | None) -> Tensor:
+        """Patches ``[B, N, C]`` with the stage's group tokens appended, ``[B, N + G, C]``."""
+        if self.group_tokens is None:
+            return patches
+        groups = self.group_tokens(patches.dtype).expand(patches.shape[0], -1, -1)
+        if self.group_projector is not None:
+            groups = groups + self.group_projector(previous_groups)
+        return torch.cat([patches, groups], dim=1)
+
+    def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches ``[B, N, C]`` and group tokens ``[B, G, C]``, views."""
+        return tokens[:, : tokens.shape[1] - self.groups], tokens[:, tokens.shape[1] - self.groups :]
+
+    def prepare(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the grouping block begins with, see :meth:`GroupingBlock.prepare`."""
+        return self.grouping.prepare(*self.split(tokens))
+
+
+class ImageEncoder(nn.Module):
+    """Patch embedding and three stages; a grouping block after each of the first two merges patches into segments.
+
+    :meth:`forward` is the evaluation network. Training (:mod:`.mixreorg`) calls :meth:`begin`, its own sequence of
+    stage-1 blocks, and :meth:`finish`.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.patch_size = config.patch_size
+        self.side = config.image_size // config.patch_size
+        self.patch_embed = PatchEmbed(config.width, config.patch_size)
+        self.patch_norm = LayerNorm(config.width)
+        self.positions = LearnedTokens(config.patches, config.width)
+        self.stages = nn.ModuleList(Stage(config, number) for number in range(len(config.depths)))
+        self.norm = LayerNorm(config.width)
+        # Stochastic depth grows linearly with the block's number, as in DeiT.
+        depth = sum(config.depths)
+        self.drop_rates = [config.drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        for module in self.modules():
+            if isinstance(module, Linear):
+                nn.init.trunc_normal_(module.weight, std=config.init_std)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Final segments ``[B, G2, C]`` and their mean ``[B, C]``, in the dtype of the weights, of images
+        ``[B, 3, H, W]``; and fp32 soft maps of patches to the segments of both stages, ``[B, G1, h, w]`` and
+        ``[B, G2, h, w]``.
+
+        Raises:
+            ValueError: H or W is no multiple of the patch size.
+        """
+        tokens = self.run_blocks(self.begin(images, self.norm.weight.dtype), 0)
+        segments, pooled, (first, second) = self.finish(tokens, self.assign)
+        height = images.shape[2] // self.patch_size
+        maps = (first, second @ first)  # [B, G2, N] <- [B, G2, G1] @ [B, G1, N]
+        return segments, pooled, tuple(of_stage.unflatten(2, (height, -1)) for of_stage in maps)
+
+    def assign(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The grouping attention of evaluation: no noise, a hard aggregation and a soft assignment for the maps."""
+        hard, tau = self.config.hard_assignment, self.config.tau
+        return ops.grouping_attention(q, k, v, hard=hard, tau=tau, return_assignment="soft")
+
+    def begin(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        """Tokens of the first stage, of images as for :meth:`embed`."""
+        return self.stages[0].tokens(self.embed(images, dtype), None)
+
+    def embed(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        """Patch tokens ``[B, N, C]`` in `dtype` of images ``[B, 3, H, W]``; positions are interpolated (bicubic)
+        where the grid of patches is not the trained one."""
+        patches = self.patch_norm(self.patch_embed(images.to(dtype)))
+        grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
+        positions = self.positions(torch.float32)
+        if grid != (self.side, self.side):
+            positions = resize_positions(positions, *grid)
+        return patches + positions.to(dtype)
+
+    def run_blocks(
+        self,
+        tokens: Tensor,
+        number: int,
+        start: int = 0,
+        end: int | None = None,
+        drops: Tensor | None = None,
+        run: Callable = call,
+    ) -> Tensor:
+        """Blocks `start` to `end` of stage `number`, on tokens ``[B, N + G, C]``.
+
+        Args:
+            drops: stochastic depth, fp32 ``[2, blocks, B or more]``: the factors of both residuals of every block.
+            run: calls a block with its arguments.
+        """
+        stage = self.stages[number]
+        for i in range(start, len(stage.blocks) if end is None else end):
+            block = stage.first + i
+            drops_any = drops is not None and self.drop_rates[block] > 0
+            keep = drops[:, block, : len(tokens)].unbind() if drops_any else (None, None)
+            tokens = run(stage.blocks[i], tokens, keep)
+        return tokens
+
+    def finish(
+        self, tokens: Tensor, assign: Callable, drops: Tensor | None = None, run: Callable = call
+    ) -> tuple[Tensor, Tensor, list]:
+        """All that follows the blocks of stage 1: both grouping blocks, the blocks of stages 2 and 3, the last norm.
+
+        Args:
+            assign: the grouping attention; returns, for ``(stage, q, k, v)``, the collected patches ``[B, G, C]`` and
+                the assignment in any form.
+            drops, run: as of :meth:`run_blocks`.
+        Returns:
+            final segments ``[B, G2, C]``, their mean ``[B, C]``, and the assignments of both stages.
+        """
+        assignments = []
+        for number in range(len(self.stages) - 1):
+            queries, *qkv = run(self.stages[number].prepare, tokens)
+            collected, assignment = assign(number, *qkv)
+            assignments.append(assignment)
+            tokens = run(self.advance, tokens, queries, collected, number)
+            tokens = self.run_blocks(tokens, number + 1, drops=drops, run=run)
+        return *run(self.end, tokens), assignments
+
+    def advance(self, tokens: Tensor, queries: Tensor, collected: Tensor, number: int) -> Tensor:
+        """Tokens of stage `number` + 1.
+
+        Args:
+            tokens: of stage `number`, ``[B, N + G, C]``. queries: its group tokens, ``[B, G, C]``.
+            collected: the output of its grouping attention, ``[B, G, C]``.
+        """
+        stage, following = self.stages[number], self.stages[number + 1]
+        return following.tokens(stage.grouping.finish(queries, collected), stage.split(tokens)[1])
+
+    def end(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Final segments ``[B, G, C]`` of the last stage's tokens, and their mean ``[B, C]``."""
+        segments = self.norm(tokens)
+        return segments, segments.float().mean(1).to(segments.dtype)
+
+
+def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
+    """Position embeddings ``[1, N, C]`` of a square grid for one of `height` x `width` patches, bicubic."""
+    side = int(positions.shape[1] ** 0.5)
+    grid = positions.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)
+    return grid.flatten(2).mT.contiguous()
