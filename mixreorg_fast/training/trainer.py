@@ -362,6 +362,7 @@ class Trainer:
 
     def _save(self) -> Path:
         state = {
+            "step": self.step,
             "samples": self.step * self.config.train.batch,
             "guard": self.guard.state(),
             "seed": self.config.seed,
@@ -369,5 +370,4 @@ class Trainer:
             "order": self.training_set.digest,
             "best": self.best,
         }
-        keep = self.config.checkpoint.keep
-        return checkpoint.save(self.run_folder, self.step, self.engine, self.ranks, state, keep, self.tokenizer)
+        return checkpoint.save(self.run_folder, self.engine, state, self.config.checkpoint.keep, self.tokenizer)

@@ -51,7 +51,7 @@ def score(model: Model, config: Config, ranks: Ranks, *, limit: int | None) -> d
 def _pairs(
     config: Config, tokenizer: Tokenizer, shards: ShardSet, ranks: Ranks, limit: int | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's images and token ids; `limit`: about so many pairs over all ranks."""
+    """This rank's images and token ids; `limit`: the approximate number of pairs over all ranks."""
     loader = ValidationLoader(
         config, tokenizer, shards, micro_batch=64, rank=ranks.rank, world_size=ranks.size, device=ranks.device
     )
@@ -67,8 +67,7 @@ def _pairs(
 
 
 def headline(scores: dict[str, Any]) -> dict[str, float]:
-    """The figures to watch: mIoU, the same if every segment had its best class (whether segments are objects, however
-    they are named), R@1 both ways."""
+    """The main scores: mIoU, oracle mIoU (every segment with its best class), R@1 in both directions."""
     figures = {}
     for figure in ("mIoU", "oracle_mIoU"):
         figures |= {f"{name}_{figure}": value[figure] for name, value in scores.items() if figure in value}
