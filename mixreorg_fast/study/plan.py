@@ -56,9 +56,7 @@ class StudyConfig(Section):
     worlds: dict[str, DatasetConfig]
     variants: dict[str, VariantConfig]
     blocks: dict[str, BlockConfig]
-    pictures: NonNegative = Field(
-        3, description="photos in a picture of all variants; 0: no pictures, no curves"
-    )
+    pictures: NonNegative = Field(3, description="photos in a picture of all variants; 0: no pictures, no curves")
 
     @property
     def folder(self) -> Path:

@@ -61,10 +61,8 @@ class StopRequest:
 
     def shared(self, ranks: Ranks) -> torch.Tensor:
         """The signal that a rank has received, 0 for none, the same on every rank; 0-d int32 on the device."""
-        asked = torch.full(
-            (), self.asked, dtype=torch.int32, device=ranks.device
-        )  # filled on the device: no copy to wait for
-        return max_over_ranks(asked)
+        # Filled on the device, so that the host does not wait for a copy.
+        return max_over_ranks(torch.full((), self.asked, dtype=torch.int32, device=ranks.device))
 
 
 class Watch:
