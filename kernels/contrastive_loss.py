@@ -27,10 +27,8 @@ CONFIGS_16 = {
     90: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 64}, num_warps=8, num_stages=3, most_registers=128),
     100: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 64}, num_warps=8, num_stages=3),
 }
-CONFIGS_32 = {
-    architecture: Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=8, num_stages=2)
-    for architecture in CONFIGS_16
-}
+CONFIGS_MASKED = {80: CONFIGS_16[80]}  # masked loads of 64 features take too many registers
+CONFIGS_32 = {80: Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=8, num_stages=2)}
 CANDIDATES_16 = [
     Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": d}, num_warps=warps, num_stages=stages)
     for m, n, warps in ((128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8), (64, 128, 4))
@@ -235,27 +233,29 @@ def _strips(rows: int, bytes_per_row: float, budget: int) -> list[slice]:
 
 def _cut(x: Tensor, strip: slice) -> Tensor:
     """``x[strip]``, without a new tensor where that is all of it."""
-    return x if strip.stop - strip.start == len(x) else x[strip]
+    return x if strip.stop - strip.start == x.shape[0] else x[strip]
 
 
 def _tiles(rows: Tensor, columns: Tensor, config: Config) -> tuple[tuple[int], tuple[int, ...], dict]:
     """Grid, sizes and constexprs of a kernel over tiles."""
-    grid = (cdiv(len(rows), config.blocks["BLOCK_M"]) * cdiv(len(columns), config.blocks["BLOCK_N"]),)
-    sizes = (len(rows), len(columns), rows.stride(0), columns.stride(0))
+    grid = (cdiv(rows.shape[0], config.blocks["BLOCK_M"]) * cdiv(columns.shape[0], config.blocks["BLOCK_N"]),)
+    sizes = (rows.shape[0], columns.shape[0], rows.stride(0), columns.stride(0))
     precision = "ieee" if rows.dtype == torch.float32 else "tf32"  # fp32 means fp32
     return grid, sizes, {"D": rows.shape[1], "PRECISION": precision, **config.kwargs}
 
 
 def _tuned(name: str, sweep: Callable[[Config], None], rows: Tensor, columns: Tensor) -> None:
-    single = rows.dtype == torch.float32
-    table, candidates = (CONFIGS_32, CANDIDATES_32) if single else (CONFIGS_16, CANDIDATES_16)
-    tuned(name, sweep, rows, table, candidates, (rows.shape, len(columns)))
+    if rows.dtype == torch.float32:
+        table, candidates = CONFIGS_32, CANDIDATES_32
+    else:
+        table, candidates = CONFIGS_16 if rows.shape[1] % 64 == 0 else CONFIGS_MASKED, CANDIDATES_16
+    tuned(name, sweep, rows, table, candidates, (rows.shape, columns.shape[0]))
 
 
 def _merge(parts: Tensor, lse: Tensor, proceed: bool) -> None:
     columns = parts.shape[1]
     grid = (cdiv(columns, MERGE_BLOCK["BLOCK_N"]),)
-    _merge_kernel[grid](parts, lse, len(parts), columns, CONTINUE=proceed, **MERGE_BLOCK, num_warps=4)
+    _merge_kernel[grid](parts, lse, parts.shape[0], columns, CONTINUE=proceed, **MERGE_BLOCK, num_warps=4)
 
 
 def log_sum_exp_forward(rows: Tensor, columns: Tensor, scale: Tensor, both: bool) -> tuple[Tensor, Tensor]:
@@ -265,18 +265,18 @@ def log_sum_exp_forward(rows: Tensor, columns: Tensor, scale: Tensor, both: bool
     rows ``[M, D]`` and columns ``[N, D]`` of one dtype, scale 0-d.
     """
     rows, columns = _features(rows), _features(columns)
-    row_lse = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-    column_lse = torch.empty(len(columns) if both else 0, dtype=torch.float32, device=rows.device)
+    row_lse = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
+    column_lse = torch.empty(columns.shape[0] if both else 0, dtype=torch.float32, device=rows.device)
     smallest = 64  # block, for the budget
-    strips = _strips(len(rows), 4 * len(columns) * (1 + both) / smallest, PARTIALS_BYTES)
+    strips = _strips(rows.shape[0], 4 * columns.shape[0] * (1 + both) / smallest, PARTIALS_BYTES)
 
     def sweep(config: Config) -> None:
-        column_blocks = cdiv(len(columns), config.blocks["BLOCK_N"])
+        column_blocks = cdiv(columns.shape[0], config.blocks["BLOCK_N"])
         for strip in strips:
             part = _cut(rows, strip)
-            row_blocks = cdiv(len(part), config.blocks["BLOCK_M"]) if both else 0
-            row_parts = row_lse.new_empty(column_blocks, len(part))
-            column_parts = row_lse.new_empty(row_blocks, len(columns))
+            row_blocks = cdiv(part.shape[0], config.blocks["BLOCK_M"]) if both else 0
+            row_parts = row_lse.new_empty(column_blocks, part.shape[0])
+            column_parts = row_lse.new_empty(row_blocks, columns.shape[0])
             grid, sizes, constexprs = _tiles(part, columns, config)
             arguments = (part, columns, scale, row_parts, column_parts, *sizes)
             _log_sum_exp_kernel[grid](*arguments, BOTH=both, **constexprs)
@@ -304,8 +304,8 @@ def gradient_backward(
     factor = 4096.0 if rows.dtype == torch.float16 else 1.0  # keeps small weights out of fp16's subnormal numbers
     shifts = (math.log2(row_prompts / factor), math.log2(column_prompts / factor))
     positive = 2 * factor / (row_prompts * column_prompts)
-    width = cdiv(len(columns), 8) * 8  # aligned rows
-    strips = _strips(len(rows), width * rows.element_size(), STRIP_BYTES)
+    width = cdiv(columns.shape[0], 8) * 8  # aligned rows
+    strips = _strips(rows.shape[0], width * rows.element_size(), STRIP_BYTES)
     buffer = torch.empty(strips[0].stop, width, dtype=rows.dtype, device=rows.device)
 
     def sweep(config: Config) -> None:
@@ -315,7 +315,7 @@ def gradient_backward(
             arguments = (part, columns, scale, _cut(row_lse, strip), column_lse, buffer, *sizes)
             numbers = (width, first, row_prompts, column_prompts, *shifts, positive)
             _weights_kernel[grid](*arguments, *numbers, **constexprs)
-            weights = buffer[: len(part), : len(columns)]
+            weights = buffer[: part.shape[0], : columns.shape[0]]
             _multiply(weights, columns, _cut(grad_rows, strip), add=False)
             if both:
                 _multiply(weights.mT, part, grad_columns, add=strip.start > 0)

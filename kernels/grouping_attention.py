@@ -1,10 +1,11 @@
 """Grouping attention: hard Gumbel assignment of patches to groups, and the mean of each group's patches.
 
-The maths of forward and backward, and what each kernel moves, stand in docs/kernels.md. In short: a program owns a
-tile of patches by all groups of one image; its logits, noise and softmax live in registers and are drawn again in
-backward. What forward keeps is the winning group of each patch (one byte) and each group's total.
+docs/kernels.md has the maths of forward and backward and the bytes that each kernel moves. A program owns a tile of
+patches by all groups of one image. Logits, noise and softmax stay in registers; backward computes them again. Forward
+keeps the winning group of each patch (one byte) and each group's total.
 
-Columns of a tile are groups in the order of :func:`group_of_column`, which noise wants; memory is in natural order.
+Columns of a tile are groups in the order of :func:`group_of_column`, in which noise is drawn; memory is in natural
+order.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from .settings import Grouping
 from .variants import Config, cdiv, tuned
 
 _PER_LOG_2: tl.constexpr = tl.constexpr(1.4426950408889634)
-_ONCE: tl.constexpr = tl.constexpr("evict_first")  # cache policy of what is read once: it leaves room for k
+_ONCE: tl.constexpr = tl.constexpr("evict_first")  # cache policy of tensors that are read once, which leaves room for k
 
 
 @triton.jit(do_not_specialize=["first_image"])

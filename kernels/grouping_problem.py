@@ -1,4 +1,4 @@
-"""How the grouping attention cuts a call into tiles, and the configurations that they are launched with."""
+"""How the grouping attention cuts a call into tiles, and the launch configurations of its kernels."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Problem:
     channels: int
     itemsize: int
     architecture: int
-    with_soft: bool = False  # a soft map or assignment, which takes registers of its own
+    with_soft: bool = False  # a soft map or assignment, which takes further registers
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, with_soft: bool) -> Problem:
@@ -83,8 +83,8 @@ class Problem:
 
     @property
     def block_patches(self) -> int:
-        """The whole image if a program's registers hold it, as they do the model's at 224 px in 16 bits."""
-        tensor_memory = self.architecture // 10 == 10  # a product's way through it costs registers
+        """The whole image if it fits a program's registers, as the model's does at 224 px in 16 bits."""
+        tensor_memory = self.architecture // 10 == 10  # results pass through it, which costs registers
         if self.itemsize == 4:
             whole = part = 2**12 if self.architecture < 100 else 2**11
         elif self.with_soft or self.block_groups > 64 or self.channels % 64 > 0 or tensor_memory:
@@ -120,7 +120,7 @@ class Problem:
 
 
 def rows_together(x: Tensor) -> Tensor:
-    """Views are read where they lie, unless channels lie apart or an image spans 2**31 elements: offsets within one are
+    """`x`, copied only if its channels are not adjacent or an image spans 2**31 elements: offsets within an image are
     int32."""
     _, rows, channels = x.shape
     if (x.stride(2) == 1 or channels == 1) and (rows - 1) * x.stride(1) + channels <= 2**31:
@@ -129,7 +129,7 @@ def rows_together(x: Tensor) -> Tensor:
 
 
 def prefetch_bytes(*tensors: Tensor) -> int:
-    """The size of a row, where the device can prefetch whole ones: from sm_90 on, at multiples of 16 bytes."""
+    """A row's size in bytes if the device can prefetch whole rows (from sm_90, at multiples of 16 bytes), else 0."""
     row = tensors[0].shape[2] * tensors[0].element_size()
     offsets = [x.data_ptr() for x in tensors] + [x.stride(axis) * x.element_size() for x in tensors for axis in (0, 1)]
     able = not INTERPRET and architecture(tensors[0].device) >= 90

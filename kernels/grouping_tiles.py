@@ -1,6 +1,7 @@
-"""What the grouping attention's kernels do with a tile of patches by groups, or of rows by channels.
+"""Functions of the grouping attention's kernels on a tile of patches by groups, or of rows by channels.
 
-Columns of a tile are groups in the order of :func:`group_of_column`, which noise wants; memory is in natural order.
+Columns of a tile are groups in the order of :func:`group_of_column`, in which noise is drawn; memory is in natural
+order.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def _tile(row, row_exists, first, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.con
 def load_rows(
     base, row, row_exists, first, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, EVICT: tl.constexpr = ""
 ):
-    """A tile of rows that start at ``base + row``; what does not exist is 0."""
+    """A tile of rows that start at ``base + row``; 0 outside."""
     offset, mask = _tile(row, row_exists, first, CHANNELS, BLOCK_CHANNELS)
     return upcast(tl.load(base + offset, mask=mask, other=0.0, eviction_policy=EVICT))
 
@@ -45,7 +46,7 @@ def store_rows(base, row, row_exists, first, x, CHANNELS: tl.constexpr, BLOCK_CH
 
 @triton.jit
 def prefetch_rows(base, row, row_exists, BYTES: tl.constexpr):
-    """The L2 cache fetches whole rows of so many bytes, which are read later."""
+    """Prefetch whole rows of BYTES bytes into the L2 cache."""
     tl.inline_asm_elementwise(
         """{
             .reg .pred exists;
@@ -63,7 +64,7 @@ def prefetch_rows(base, row, row_exists, BYTES: tl.constexpr):
 
 @triton.jit
 def load_map(base, patch, group, patches, GROUPS: tl.constexpr):
-    """A tile ``[P, G]`` of an image's map ``[GROUPS, patches]``; what does not exist is 0."""
+    """A tile ``[P, G]`` of an image's map ``[GROUPS, patches]``; 0 outside."""
     mask = (patch < patches)[:, None] & (group < GROUPS)[None, :]
     return tl.load(base + (group[None, :] * patches + patch[:, None]), mask=mask, other=0.0)
 
@@ -97,14 +98,14 @@ def inner_products(
 
 @triton.jit
 def weighted_sums(weights, x):
-    """fp32 ``[G, C] <- [P, G], [P, C]``, of operands. The weights stand second: that operand of a product is read from
-    shared memory, while a first one that comes from registers would be spread over them, a copy per warp."""
+    """fp32 ``[G, C] <- [P, G], [P, C]``, of operands. The weights are the second operand of the matmul, which is read
+    from shared memory; a first operand in registers would be copied to every warp."""
     return tl.trans(tl.dot(tl.trans(x), weights, input_precision="ieee"))
 
 
 @triton.jit
 def mask_groups(logits, group, GROUPS: tl.constexpr):
-    """-inf in the columns that are no groups."""
+    """-inf in the columns beyond the groups."""
     if group.shape[0] > GROUPS:
         logits = tl.where((group < GROUPS)[None, :], logits, float("-inf"))
     return logits
@@ -112,7 +113,7 @@ def mask_groups(logits, group, GROUPS: tl.constexpr):
 
 @triton.jit
 def softmax(logits):
-    """Over the groups, of logits in units of log(2); columns that are no groups hold -inf."""
+    """Over the groups, of logits in units of log(2); columns beyond the groups hold -inf."""
     weights = exp2(logits - tl.max(logits, axis=1)[:, None])
     return weights * reciprocal(tl.sum(weights, axis=1))[:, None]
 

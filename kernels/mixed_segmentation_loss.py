@@ -1,16 +1,15 @@
 """The segmentation loss of mixed images: forward and backward each read `first` once.
 
-For image b of a mixing group with the texts t_0..t_{K-1} (docs/losses.md has the derivation):
+For image b of a mixing group with the texts t_0..t_{K-1} (derived in docs/losses.md):
 
     cosines[k, g2]  = t_k · segments[g2]
     scores[k, g1]   = scale Σ_g2 cosines[k, g2] second[g2, g1]
     logits[k, n]    = Σ_g1 scores[k, g1] first[g1, n]
 
-A small kernel computes the scores of each image. Then one warp takes a few patches of an image by all G1 groups: it
-holds them in registers, and its K logits for each patch are plain sums of products in fp32. Backward leaves the
-gradient of the scores in one part per warp; further small kernels add the parts up and carry them to the other inputs.
-No atomics: each number has one writer. The small kernels' products are fp32-accurate whatever the inputs' dtype (three
-tf32 products each).
+A small kernel computes the scores of each image. A program then holds a few patches of an image by all G1 groups in
+registers and computes the K logits of each patch as plain sums of products in fp32. Backward stores the gradient of the
+scores in one part per program; further small kernels add the parts and compute the other gradients. No atomics: each
+number has one writer. The small kernels' matmuls are fp32-accurate for inputs of any dtype (three tf32 products each).
 """
 
 from __future__ import annotations
@@ -199,7 +198,7 @@ def _mixed_segmentation_backward_kernel(
     parts: tl.constexpr = tl.cdiv(N, BLOCK_N)
     grad_scores_ptr += (image * K * parts + part) * G1
     for start in range(0, K, COUNT):
-        logits = _logits(first, scores_ptr, g1, start, G1, COUNT)  # where K = COUNT, those at hand
+        logits = _logits(first, scores_ptr, g1, start, G1, COUNT)  # in registers already where K = COUNT
         for k in tl.static_range(COUNT):
             grad_logit = tl.exp(logits[k] - largest) * share - tl.where(label == start + k, grad, 0.0)
             grad_first += _score(scores_ptr, g1, start + k, G1)[:, None] * grad_logit[None, :]
@@ -294,7 +293,7 @@ class _Sizes(NamedTuple):
 
     patches: dict[str, int]  # of the kernels over blocks of patches, which take COUNT texts at a time
     images: dict[str, int]  # of the kernels over images, with warps enough to hold `second` in registers
-    width: dict[str, int]  # further ones of the scores kernel
+    scores: dict[str, int]  # those of the scores kernel
     embeddings: dict[str, int]  # of the embeddings kernel
 
 
@@ -304,32 +303,30 @@ def _sizes(groups: int, second_groups: int, group_size: int, width: int) -> _Siz
     block, second_block = next_power_of_2(groups), next_power_of_2(second_groups)
     warps = min(8, max(1, block * second_block * count // 2048))
     patches = {"G1": groups, "K": group_size, "COUNT": count, "BLOCK_G1": block}
-    # At least 16 on each side of a matrix product
-    rows = group_size * second_groups
+    images = {**patches, "G2": second_groups, "BLOCK_G2": second_block, "num_warps": warps}
+    scores = {**images, "D": width, "BLOCK_D": min(next_power_of_2(width), 2048 * warps // second_block)}
+    rows = group_size * second_groups  # at least 16 on each side of a matmul
     rows_block, texts_block, width_block = (max(16, next_power_of_2(size)) for size in (rows, group_size, width))
-    blocks = {"BLOCK_ROWS": min(32, rows_block), "BLOCK_K": texts_block}
-    return _Sizes(
-        patches,
-        {**patches, "G2": second_groups, "BLOCK_G2": second_block, "num_warps": warps},
-        {"D": width, "BLOCK_D": min(next_power_of_2(width), 2048 * warps // second_block)},
-        {"ROWS": rows, "K": group_size, "D": width, **blocks, "BLOCK_D": min(64, width_block, 2048 // texts_block)},
-    )
+    blocks = {
+        "BLOCK_ROWS": min(32, rows_block),
+        "BLOCK_K": texts_block,
+        "BLOCK_D": min(64, width_block, 2048 // texts_block),
+    }
+    return _Sizes(patches, images, scores, {"ROWS": rows, "K": group_size, "D": width, **blocks})
 
 
 def _scores(second: Tensor, segments: Tensor, texts: Tensor, scale: Tensor, sizes: _Sizes) -> tuple[Tensor, Tensor]:
     """Cosines ``[B, K, G2]`` and scores ``[B, K, G1]``, fp32."""
     images, second_groups, groups = second.shape
-    cosines, scores = (
-        torch.empty((images, sizes.images["K"], size), dtype=torch.float32, device=second.device)
-        for size in (second_groups, groups)
-    )
+    options = {"dtype": torch.float32, "device": second.device}
+    cosines, scores = (torch.empty((images, sizes.images["K"], size), **options) for size in (second_groups, groups))
     arguments = (second, segments, texts, scale, cosines, scores)
-    _mixed_segmentation_scores_kernel[(images,)](*arguments, **sizes.images, **sizes.width)
+    _mixed_segmentation_scores_kernel[(images,)](*arguments, **sizes.scores)
     return cosines, scores
 
 
 def _over_patches(name: str, launch: Callable[[Config, int], object], first: Tensor, sizes: _Sizes) -> object:
-    """``launch(config, parts)``, an image's patches being cut into so many parts."""
+    """``launch(config, parts)``: `parts` is the number of blocks of an image's patches."""
     patches = first.shape[2]
     table = CONFIGS[min(most for most in CONFIGS if most >= sizes.patches["BLOCK_G1"] * sizes.patches["COUNT"])]
     key = (first.shape, sizes.patches["K"])
@@ -346,9 +343,8 @@ def mixed_segmentation_forward(
     first, second, segments, texts, source = (x.contiguous() for x in (first, second, segments, texts, source))
     images, groups, patches = first.shape
     sizes = _sizes(groups, second.shape[1], group_size, segments.shape[2])
-    loss, correct = (
-        torch.empty((images, patches), dtype=dtype, device=first.device) for dtype in (torch.float32, torch.bool)
-    )
+    loss = torch.empty((images, patches), dtype=torch.float32, device=first.device)
+    correct = torch.empty(loss.shape, dtype=torch.bool, device=first.device)
     _, scores = _scores(second, segments, texts, scale, sizes)
     arguments = (first, scores, source, loss, correct)
 

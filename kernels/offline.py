@@ -1,8 +1,7 @@
-"""Compile real launches for a GPU that is not there, and read what the compiled kernels take.
+"""Compile real launches without a GPU, and read the compiled kernels' registers, shared memory and instructions.
 
 Launchers run on meta tensors: they choose their configuration and specialise as on the GPU in question, and Triton
-compiles; nothing is launched. A process of its own is needed where ``TRITON_INTERPRET=1`` is set, since nothing
-compiles there.
+compiles; nothing is launched. Kernels do not compile in a process with ``TRITON_INTERPRET=1``.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as one launch compiles it, and what it takes."""
+    """A kernel as one launch compiles it, and its resources."""
 
     kernel: str
     variant: str  # its constexprs and the types of its other arguments
@@ -40,14 +39,14 @@ class Launch:
     bytes: int  # of the tensors that it is given
     shared_bytes: int  # of a block
     registers: int  # of a thread
-    spill_bytes: int  # stack of a thread: there is nothing else that these kernels keep there
+    spill_bytes: int  # stack of a thread, which these kernels use for spills only
     instructions: int  # of a warp outside loops
     loops: tuple[int, ...]  # instructions of one round of each loop, those of loops within it left out
     sizes: dict[str, int]  # its whole numbers, constexprs included
 
 
 class Driver:
-    """What a launch asks Triton's driver for; devices are numbered by architecture, so each has its own cache."""
+    """Triton's driver, as far as a launch needs it. Devices are numbered by architecture, so each has its own cache."""
 
     def __init__(self, architecture: int) -> None:
         self._architecture = architecture
@@ -68,7 +67,7 @@ def offline(architecture: int) -> Iterator[list[Launch]]:
     if variants.INTERPRET:
         raise RuntimeError("kernels do not compile in an interpreting process; unset TRITON_INTERPRET")
     launches: list[Launch] = []
-    known: dict[str, dict[str, Any]] = {}  # what is read from a compiled kernel, by its hash
+    known: dict[str, dict[str, Any]] = {}  # by a compiled kernel's hash
     run, driver = JITFunction.run, triton.runtime.driver
 
     def compiled(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -102,7 +101,7 @@ def offline(architecture: int) -> Iterator[list[Launch]]:
 
 
 def _describe(function: JITFunction, kernel: Any) -> dict[str, Any]:
-    """What a compiled kernel says of itself, and what the tools that Triton brings read in it."""
+    """Fields of :class:`Launch` from a compiled kernel's metadata and from the tools in Triton's package."""
     names = [parameter.name for parameter in function.params]
     constants = [f"{names[path[0]]}={value}" for path, value in kernel.src.constants.items()]
     types = dict.fromkeys(kind for kind in kernel.src.signature.values() if kind.startswith("*"))

@@ -1,8 +1,8 @@
 """Patch mixing: a gather of patches across the images of a group, and the blend that is fused with it.
 
-All of it moves memory and nothing else: each tensor is read once and written once, in tiles of rows (a row is one
-patch of one image) by channels. Sources are a permutation at every position, so backward is a gather by the inverse,
-or, where the source is at hand, a scatter without conflicts: no atomics, no sort.
+These kernels only move memory: each tensor is read once and written once, in tiles of rows (a row is one patch of one
+image) by channels. Sources are a permutation at every position, so backward is a gather by the inverse, or a scatter by
+the source, which has no conflicts: no atomics, no sort.
 """
 
 from __future__ import annotations
@@ -168,14 +168,14 @@ def _sample_plan_kernel(
 
 @functools.cache
 def channel_block(channels: int) -> int:
-    """The largest power of two up to 128 that divides `channels`, so that no lane is masked; 128 where only small ones
-    do (384 -> 128, 100 -> 128)."""
+    """The largest power of two up to 128 that divides `channels`, so that no lane is masked; 128 if it is below 32
+    (384 -> 128, 100 -> 128)."""
     block = min(channels & -channels, 128)
     return block if block >= 32 else min(next_power_of_2(channels), 128)
 
 
 def with_unit_channel_stride(x: Tensor) -> Tensor:
-    """Views into a wider tensor are read where they lie; only channels that lie apart are worth a copy."""
+    """`x`, copied only if its channels are not adjacent: views into a wider tensor are read in place."""
     return x if x.stride(2) == 1 else x.contiguous()
 
 

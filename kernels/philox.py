@@ -15,8 +15,8 @@ _INTERPRET: tl.constexpr = tl.constexpr(INTERPRET)
 def _minus_log2(uniform):
     """``-log2(uniform)`` to a relative 1.3e-6.
 
-    The largest noise comes from numbers near 1, where the hardware's logarithm has only absolute accuracy. There a
-    minimax polynomial (relative error 1.4e-8) takes over.
+    The largest noise comes from numbers near 1, where the hardware's logarithm has only absolute accuracy. A minimax
+    polynomial (relative error 1.4e-8) replaces it there.
     """
     rest = 1.0 - uniform  # exact
     series = 0.35014464 + rest * 0.37924017
@@ -59,15 +59,15 @@ def _philox(seed, c0, c1, c2, c3):
 def gumbel_noise(seed, image, patch, scale, QUADS: tl.constexpr):
     """Gumbel noise times `scale`, fp32 ``[P, 4 * QUADS]``, for patches ``patch [P]`` (int32) of `image` (int64).
 
-    It is in units of log(2), and a constant apart from standard noise, which no softmax and no arg-max sees: that saves
-    two factors per number.
+    The noise is in units of log(2) and differs from standard noise by a constant, which cancels in softmax and arg-max:
+    that saves two factors per number.
 
     One Philox call under the key `seed` (int64) and the counter (patch, quad, image's low and high half) gives the
     noise of four consecutive groups, one from each of its four numbers. Column ``lane * QUADS + quad`` belongs to
-    group ``4 * quad + lane``: every number's columns lie together, so that in the layout of a matrix product's result
-    a thread needs all four numbers of the calls that it makes.
+    group ``4 * quad + lane``: the columns of a number are adjacent, so that in the layout of a matmul's result a thread
+    needs all four numbers of each of its calls.
     """
-    # as wide as the results: else the first rounds get another layout, and a conversion after them
+    # As wide as the results: otherwise the first rounds get another layout, followed by a conversion.
     row = tl.broadcast_to(patch.to(tl.uint32)[:, None], (patch.shape[0], QUADS))
     quad = tl.broadcast_to(tl.arange(0, QUADS).to(tl.uint32)[None, :], (patch.shape[0], QUADS))
     lane0, lane1, lane2, lane3 = _philox(seed, row, quad, image.to(tl.uint32), (image >> 32).to(tl.uint32))

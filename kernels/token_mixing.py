@@ -172,7 +172,7 @@ def _blend_tokens_kernel(
 
 def _programs(source: Tensor, group_size: int, channels: int) -> int:
     """Programs for each block of tokens: one for every mixing group and block of channels."""
-    return len(source) // group_size * cdiv(channels, channel_block(channels))
+    return source.shape[0] // group_size * cdiv(channels, channel_block(channels))
 
 
 def append_branch_forward(x: Tensor, groups: Tensor | None, source: Tensor, settings: Appending) -> Tensor:
@@ -198,7 +198,7 @@ def append_branch_backward(grad: Tensor, source: Tensor, settings: Appending) ->
     out = torch.empty((images - batch * keep, tokens, channels), dtype=grad.dtype, device=grad.device)
     sizes = (batch, patches, tokens, group_size, grad.stride(0), grad.stride(1))
     arguments = (grad, source.contiguous(), out, *sizes)
-    constexprs = {"HEAD": len(out) // batch - 1, "KEEP": int(keep), "MEAN": mean}
+    constexprs = {"HEAD": out.shape[0] // batch - 1, "KEEP": int(keep), "MEAN": mean}
     programs = _programs(source, group_size, channels)
     launch("append_branch_backward", _append_branch_backward_kernel, arguments, out, tokens, programs, **constexprs)
     return out

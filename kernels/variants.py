@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # compute capabilities that configurations are checked for
-offline_architecture: int | None = None  # what launches on meta tensors are compiled for, set by offline.offline
+offline_architecture: int | None = None  # that launches on meta tensors are compiled for, set by offline.offline
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from .kernels.variants import ARCHITECTURES
 from .ops.attention import xformers_problems
 from .ops.dispatch import TRITON_INSTALLED, CannotRun, UnknownImplementation
 
-# What is asked about -> the module that must be importable, and the distributions that bring it, any of them.
+# Library -> its module, and the distributions that may contain it.
 LIBRARIES = {
     "Triton": ("triton", ("triton",)),
     "xformers": ("xformers", ("xformers",)),
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     rows = [("mixreorg_fast", __version__), ("Python", platform.python_version()), ("torch", torch.__version__)]
     rows += [("CUDA", cuda()), *((name, library(*where)) for name, where in LIBRARIES.items())]
-    xformers_problems()  # found by importing it, which must not happen among the fake tensors below
+    xformers_problems()  # imports xformers, which must not happen under the fake tensors below
     print(table(rows))
     print("\nops on " + ("CUDA" if torch.cuda.is_available() else "the CPU"))
     print(table([(op, name, reasons) for op, name, reasons in implementations()]))
@@ -142,8 +142,7 @@ def _calls(device: torch.device) -> dict[str, Callable[[str], Any]]:
 
 
 def kernel_resources(architectures: Sequence[int] = ARCHITECTURES, only: str = "") -> list[dict[str, Any]]:
-    """What every kernel takes, as :mod:`.resources` finds it for the calls whose name holds `only`, in processes that
-    compile for an architecture each.
+    """The rows of :mod:`.resources` for calls whose name contains `only`, from one process per architecture.
 
     Raises:
         UserError: Triton is not installed.

@@ -1,4 +1,5 @@
-"""What every kernel takes on every supported GPU, found without one: ``python -m mixreorg_fast.resources``.
+"""Registers, spills and shared memory of every kernel on every supported GPU, without one:
+``python -m mixreorg_fast.resources``.
 
 The network, in training and in evaluation, and the ops in their other modes run on meta tensors, while Triton compiles
 each of their launches for the GPU in question.
@@ -23,7 +24,7 @@ from .ops.contrastive_blocks import TRITON
 
 IMAGES, CLASSES, WORDS = 64, 150, 24
 BASE = {"model": {"text": {"layers": 1, "vocab_size": 512}}, "train": {"compile": False}}
-# Changes of the default configuration, which is the paper's, after which other variants of the kernels run.
+# Changes of the default configuration, which is the paper's, that make other variants of the kernels run.
 TRAININGS = {
     "training": {},
     "training in fp32": {"train": {"precision": "fp32"}},

@@ -95,16 +95,16 @@ def contrastive_loss(
 def _positives(image: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     """The mean logit of each image with its own prompts, fp32 ``[B]``."""
     products = texts.to(torch.promote_types(texts.dtype, torch.float32), copy=True)
-    if len(texts) == len(image):
+    if texts.shape[0] == image.shape[0]:
         return products.mul_(image).sum(-1) * scale
-    products = products.unflatten(0, (len(image), -1)).mul_(image.unsqueeze(1))
+    products = products.unflatten(0, (image.shape[0], -1)).mul_(image.unsqueeze(1))
     return products.sum(-1).mean(1) * scale
 
 
 def _mean_loss(image_lse: Tensor, text_lse: Tensor, positives: Tensor) -> Tensor:
     """Over images; of each image over its prompts."""
-    if len(text_lse) != len(image_lse):
-        text_lse = text_lse.unflatten(0, (len(image_lse), -1)).mean(1)
+    if text_lse.shape[0] != image_lse.shape[0]:
+        text_lse = text_lse.unflatten(0, (image_lse.shape[0], -1)).mean(1)
     return (0.5 * (image_lse + text_lse) - positives).mean()
 
 
@@ -131,7 +131,7 @@ class _GatherLoss(torch.autograd.Function):
             if world_size(group) == 1:
                 image_lse, text_lse = blocks.log_sum_exp(image, texts, scale, True)
             else:
-                ctx.first = rank(group) * len(image)
+                ctx.first = rank(group) * image.shape[0]
                 all_images, all_texts = (all_gather(x, group) for x in (image, texts))
                 image_lse, _ = blocks.log_sum_exp(image, all_texts, scale, False)
                 text_lse, _ = blocks.log_sum_exp(texts, all_images, scale, False)
@@ -146,19 +146,19 @@ class _GatherLoss(torch.autograd.Function):
     def backward(ctx, grad):
         image, texts, scale, all_images, all_texts, image_lse, text_lse = ctx.saved_tensors
         need_image, need_text, need_scale = ctx.needs_input_grad[:3]
-        first, prompts, alone = ctx.first, len(texts) // len(image), all_images is None
+        first, prompts, alone = ctx.first, texts.shape[0] // image.shape[0], all_images is None
         grad_image = grad_text = None
         with without_autocast(image):
             if need_image or need_scale:
                 block = LogitBlock(1, prompts, first, both=need_text and alone)  # one pass over the logits for both
-                columns, own_lse = texts if alone else all_texts, image_lse[first : first + len(image)]
+                columns, own_lse = texts if alone else all_texts, image_lse[first : first + image.shape[0]]
                 grad_image, grad_text = ctx.blocks.gradient(image, columns, own_lse, text_lse, scale, block)
             if need_text and (grad_image is None or not alone):
                 first *= prompts
-                columns, own_lse = image if alone else all_images, text_lse[first : first + len(texts)]
+                columns, own_lse = image if alone else all_images, text_lse[first : first + texts.shape[0]]
                 block = LogitBlock(prompts, 1, first, both=False)
                 grad_text, _ = ctx.blocks.gradient(texts, columns, own_lse, image_lse, scale, block)
-            factor = grad * (0.5 / len(image))  # world_size / (2 * global batch)
+            factor = grad * (0.5 / image.shape[0])  # world_size / (2 * global batch)
             grad_scale = (image * grad_image).sum() * factor if need_scale else None
         return *_scaled(ctx, image, texts, grad_image, grad_text, factor * scale), grad_scale, None, None
 
@@ -188,11 +188,11 @@ def ring_gradient(
     need_image: bool = True,
 ) -> tuple[Tensor | None, Tensor]:
     """The gradients of this rank's images (if needed) and texts, fp32, without the factor ``scale / (2 * B)``."""
-    grad_image, grad_texts, prompts = None, None, len(texts) // len(image)
+    grad_image, grad_texts, prompts = None, None, texts.shape[0] // image.shape[0]
     for hop in range(ring.size):
         ahead = ring.pass_on(image, image_lse) if hop + 1 < ring.size else None
         # The images come from `hop` ranks behind: our samples begin that many ranks after theirs.
-        block = LogitBlock(prompts, 1, hop * len(texts), need_image)
+        block = LogitBlock(prompts, 1, hop * texts.shape[0], need_image)
         rows, columns = blocks.gradient(texts, image, text_lse, image_lse, scale, block)
         grad_texts = rows if grad_texts is None else grad_texts.add_(rows)
         if need_image:
@@ -222,6 +222,6 @@ class _RingLoss(torch.autograd.Function):
         with without_autocast(image):
             saved = (image, texts, image_lse, text_lse, scale)
             grad_image, grad_text = ring_gradient(*saved, ctx.ring, ctx.blocks, need_image)
-            factor = grad / (2 * len(image))  # world_size / (2 * global batch)
+            factor = grad / (2 * image.shape[0])  # world_size / (2 * global batch)
             grad_scale = (texts * grad_text).sum() * factor if need_scale else None
         return *_scaled(ctx, image, texts, grad_image, grad_text, factor * scale), grad_scale, None, None

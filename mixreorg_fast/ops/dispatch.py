@@ -1,4 +1,4 @@
-"""Which implementation an op runs: capability as data, refusal with reasons."""
+"""Which implementation an op runs, and the reasons against each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class UnknownImplementation(ValueError):
-    """`impl` names none of the op's implementations, which `known` lists."""
+    """`impl` is not among the op's implementations, which `known` lists."""
 
     def __init__(self, op: str, impl: str, known: Iterable[str]) -> None:
         self.known = tuple(known)
@@ -40,11 +40,11 @@ class CannotRun(RuntimeError):
 
 
 def triton_reasons(*tensors: Tensor) -> list[str]:
-    """Why a Triton kernel cannot take these tensors; integer tensors are only asked for their device."""
+    """Why a Triton kernel cannot take these tensors; of integer tensors only the device matters."""
     device = tensors[0].device
     fits = (x.device == device and (x.dtype in FLOATS or not x.is_floating_point()) for x in tensors)
     if TRITON_INSTALLED and variants.launches_on(device) and variants.architecture(device) >= 80 and all(fits):
-        return []  # no text is made where there is nothing to say
+        return []  # the common case, before any text is made
     if not TRITON_INSTALLED:
         return ["Triton is not installed"]
     reasons = []
@@ -65,7 +65,7 @@ def choose(op: str, impl: str, reasons: Mapping[str, Callable[[], list[str]]], i
     """The name of the implementation to run.
 
     `reasons` maps each implementation, fastest first, to a function that lists why it cannot run on `inputs`.
-    With "auto" the first one without reasons is taken; a forced one that has reasons raises.
+    "auto" takes the first one without reasons; a forced one with reasons raises.
 
     Raises:
         UnknownImplementation: `impl` is no implementation of this op.
@@ -109,15 +109,15 @@ def _on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda or tensor.is_meta  # meta: while compiling offline
 
 
-_without_resources: dict[tuple[str, torch.device], str] = {}  # kernels that "auto" passes by, and why
+_without_resources: dict[tuple[str, torch.device], str] = {}  # kernels that "auto" no longer takes, and why
 _tried: set[Hashable] = set()  # kernels whose backward has run
 
 
 def falls_back(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a public op: where a launch wants more than a device has, "auto" takes the next implementation.
+    """Decorate a public op: if a launch needs more than the device has, "auto" takes the next implementation.
 
-    That can happen on models of GPUs and for shapes that no configuration is checked for; Triton raises before it
-    launches. Backward can no longer choose, so its kernels are tried right after the first forward of each shape.
+    This can happen on GPUs and for shapes that no configuration is checked for; Triton raises before it launches.
+    Backward cannot choose another implementation, so its kernels run once right after the first forward of each shape.
     """
     name = op.__qualname__
 
@@ -147,7 +147,7 @@ def _try_backward(name: str, out: Any, inputs: Sequence[Any]) -> None:
     if not outputs or not _on_gpu(outputs[0]) or variants.offline_architecture is not None:
         return
     key = (name, outputs[0].device, outputs[0].dtype, outputs[0].shape[1:])
-    if key in _tried or torch._C._autograd._top_saved_tensors_default_hooks(True):  # those of checkpointing recompute
+    if key in _tried or torch._C._autograd._top_saved_tensors_default_hooks(True):  # checkpointing would recompute
         return
     _tried.add(key)
     leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
@@ -173,9 +173,9 @@ def scale_tensor(logit_scale: Tensor | float, device: torch.device) -> Tensor:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast the tensors in its dtype, as PyTorch's own matrix products take them; else unchanged.
+    """Under autocast the tensors in its dtype, as for PyTorch's matmuls; else unchanged.
 
-    For ops that are matrix products at heart. Ops that only move data keep their inputs' dtype.
+    For ops made of matmuls. Ops that only move data keep their inputs' dtype.
     """
     if not _autocasts(tensors[0]):
         return tensors
@@ -184,10 +184,10 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast switched off on the device of `tensor`; entering costs nothing where it is off already."""
+    """Autocast switched off on the device of `tensor`; a null context where it is off already."""
     return torch.autocast(tensor.device.type, enabled=False) if _autocasts(tensor) else contextlib.nullcontext()
 
 
 def _autocasts(tensor: Tensor) -> bool:
     device = tensor.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)  # which does not know meta tensors
+    return device != "meta" and torch.is_autocast_enabled(device)  # raises for meta tensors

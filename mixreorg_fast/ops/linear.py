@@ -15,8 +15,8 @@ from .dispatch import choose
 
 LinearImpl = Literal["auto", "onednn", "torch"]
 
-# Processors, as (vendor, instruction set), on which oneDNN was measured faster in fp32 than the library that PyTorch
-# takes there (benchmarks/test_linear.py). PyTorch's is Intel's MKL, which uses no AVX-512 on other vendors' processors.
+# Processors, as (vendor, instruction set), on which oneDNN was measured faster in fp32 than PyTorch's choice
+# (benchmarks/test_linear.py). PyTorch calls Intel's MKL, which uses no AVX-512 on other vendors' processors.
 ONEDNN_WINS = {("AuthenticAMD", "AVX512")}
 
 
@@ -73,7 +73,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _OneDnn(torch.autograd.Function):
-    """Of rows ``[M, C]``."""
+    """``x @ weight.T + bias`` for ``x [M, C]``."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

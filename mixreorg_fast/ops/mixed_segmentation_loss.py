@@ -27,8 +27,8 @@ def mixed_segmentation_logits(
     negatives: Negatives = "group",
     upcast: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Logits of each patch over the K texts of its mixing group, ``[B, N, K]``, or over all T texts, ``[B, N, T]``;
-    in `upcast`, under autocast too.
+    """Logits of each patch over the K texts of its mixing group, ``[B, N, K]``, or over all T texts, ``[B, N, T]``, in
+    `upcast`, under autocast too.
 
     Re-associated as ``firstᵀ (secondᵀ (segments · textsᵀ))``: G1 x K numbers per image, never ``[B, N, G2]``.
     """
@@ -145,7 +145,7 @@ def _check(first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, plan:
             f"texts [B, D] and a plan of [B, N], got {list(first.shape)}, {list(second.shape)}, "
             f"{list(segments.shape)}, {list(texts.shape)} and {list(plan.source.shape)}"
         )
-    if plan.group_size < 1 or len(first) % plan.group_size:
+    if plan.group_size < 1 or first.shape[0] % plan.group_size:
         raise ValueError(
             f"mixed_segmentation_loss: {len(first)} images do not split into mixing groups of {plan.group_size}"
         )

@@ -14,7 +14,7 @@ from .registration import kernel
 
 @dataclass(frozen=True)
 class MixPlan:
-    """Which image each patch of a mixed image comes from: at every position a permutation of the group's images.
+    """The source image of each patch of a mixed image: at every position a permutation of the group's images.
 
     ``mixed[b, n] = x[source[b, n], n]`` and ``x[b, n] = mixed[inverse[b, n], n]``; both int32 ``[B, N]``, absolute
     image indices. Groups are `group_size` consecutive images.
@@ -45,7 +45,7 @@ class MixPlan:
         """Draw a plan on `device`, without synchronising with the host.
 
         With `seed` (int or 0-d int64 tensor) the plan is a pure function of (seed, first_group + group, position), the
-        same from every `impl`, so that any number of ranks draws the same; otherwise the seed is drawn from
+        same for every `impl`, so that any number of ranks draws the same plan. Without it the seed is drawn from
         `generator`. `device` defaults to that of `seed` or `generator`, else the CPU.
 
         Raises:

@@ -1,7 +1,7 @@
 """Counter-based random numbers (Philox4x32-10) in plain PyTorch: the same bits as the kernels draw.
 
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A draw is a pure function of its counter and
-key, so noise never has to be stored: backward, another rank or another implementation draws it again.
+key, so noise is never stored: backward, another rank or another implementation draws the same numbers again.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def _fill(seed: int, device: torch.device) -> Tensor:
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
-# Inductor copies constants, and whatever else reads no memory, into each of their uses. Every round of Philox uses its
-# numbers several times, so from a constant key its code grows exponentially. The output of an op it has to read.
+# Inductor copies constants, and all values computed without reading memory, into each of their uses. Every round of
+# Philox uses its numbers several times, so with a constant key Inductor's code grows exponentially. It reads the output
+# of a custom op from memory.
 _opaque_fill = torch.library.custom_op("mixreorg::seed", _fill, mutates_args=())
 _opaque_fill.register_fake(_fill)
 

@@ -163,7 +163,7 @@ def _append_branch(x: Tensor, groups: Tensor | None, source: Tensor, settings: A
 
 def _append_backward_gradient(ctx, grad: Tensor) -> Tensor:
     (source,) = ctx.saved_tensors
-    groups = None if ctx.settings.mean else torch.zeros_like(grad[-len(source) :, source.shape[1] :])
+    groups = None if ctx.settings.mean else torch.zeros_like(grad[-source.shape[0] :, source.shape[1] :])
     return _append_branch(grad, groups, source, ctx.settings)
 
 
