@@ -173,7 +173,7 @@ class Runner:
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(work, range(self.jobs)))
         if self._stopped.is_set():
-            raise UserError("stopped; the same command goes on from here")
+            raise UserError("stopped; the same command resumes the study")
         return failed
 
     def _train(self, worker: int, run: Run) -> bool:

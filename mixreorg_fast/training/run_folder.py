@@ -40,8 +40,8 @@ def refuse_another(config: Config, resume: str) -> None:
         shown = ", ".join(f"{key}: {_short(old)} → {_short(new)}" for key, (old, new) in list(found.items())[:SHOWN])
         more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise UserError(
-            f"{run} holds another run ({shown}{more}); --set name=NAME gives this one a folder of its own, "
-            f"--resume never sets that one aside"
+            f"{run} holds another run ({shown}{more}); --set name=NAME gives this run its own folder, "
+            f"--resume never renames the old run's folder"
         )
 
 
@@ -98,7 +98,7 @@ def checkpoint_to_resume(config: Config, resume: str) -> tuple[Path | None, dict
         raise UserError(f"{source} has no {weights.TOKENIZER}")
     shutil.copyfile(source / weights.TOKENIZER, run / weights.TOKENIZER)
     for aside in checkpoint.set_aside_after(run, state["step"]):
-        print(f"a later checkpoint is set aside as {aside}", flush=True)
+        print(f"a later checkpoint is renamed to {aside}", flush=True)
     return source, state
 
 
@@ -107,7 +107,7 @@ def _set_aside(run: Path) -> None:
     while (aside := run.with_name(f"{run.name}.{number}")).exists():
         number += 1
     run.rename(aside)
-    print(f"{run} set aside as {aside}", flush=True)
+    print(f"{run} is renamed to {aside}", flush=True)
 
 
 def _json(path: Path) -> dict[str, Any]:
