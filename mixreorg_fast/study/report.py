@@ -39,20 +39,22 @@ def tables(results: Path, docs: Path) -> str:
 
 
 def section(file: Row, docs: Path) -> str:
-    """A device: a table for each data set of a study, then runs outside of studies."""
+    """A device: runs that belong to no study, then a table per study and training set, the longest table last."""
     rows = [row for row in file["rows"] if row["suite"] == "study"]
     lines = [f"### {file['device']}", "", f"{file['date'][:10]}, commit {file['commit']}, torch {file['torch']}."]
-    of_studies = [row for row in rows if "study" in row]
-    for study, dataset in dict.fromkeys((row["study"], row["trained_on"]) for row in of_studies):
-        lines += ["", f"**{study}: trained on {dataset}**", ""]
-        lines += study_table([row for row in of_studies if (row["study"], row["trained_on"]) == (study, dataset)])
+    single = [row for row in rows if "study" not in row]
+    if single:
+        lines += ["", "**Single runs**", "", *run_table(single)]
+    studies: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if "study" in row:
+            studies.setdefault((row["study"], row["trained_on"]), []).append(row)
+    for (study, dataset), of_study in sorted(studies.items(), key=lambda item: len(item[1])):
+        lines += ["", f"**{study}: trained on {dataset}**", "", *study_table(of_study)]
         for kind in ("curves", "pictures"):
             name = picture_name(file["device"], study, dataset, kind)
             if (docs / PICTURES / name).exists():
                 lines += ["", f"![{study}, {dataset}: {kind}]({PICTURES}/{name})"]
-    single = [row for row in rows if "study" not in row]
-    if single:
-        lines += ["", "**Single runs**", "", *run_table(single)]
     return "\n".join(lines)
 
 
