@@ -122,7 +122,7 @@ def tuned(
 def _fastest(candidates: Sequence[Config], launch: Callable[[Config], Any], what: str) -> Config:
     import triton
 
-    def milliseconds(config: Config) -> float:
+    def milliseconds(config: Config) -> Any:
         try:
             return triton.testing.do_bench(lambda: launch(config), return_mode="median")
         except triton.runtime.errors.OutOfResources:
