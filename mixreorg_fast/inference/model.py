@@ -47,7 +47,9 @@ class Model(GroupViT):
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             state = self.state_dict() if state is None else state
-            weights.write_files(self, temporary, state, self.tokenizer, self.inference)
+            weights.write_files(self, temporary, state, self.inference)
+            if self.tokenizer is not None:
+                self.tokenizer.save(temporary)
 
     def segment(self, image: Any, classes: str | Sequence[str], **options: Any) -> Segmentation | list[Segmentation]:
         """Segment a photo, or a list of photos, by class names.
