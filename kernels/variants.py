@@ -31,7 +31,7 @@ class Config:
     num_stages: int = 2
     most_registers: int | None = None
 
-    @property
+    @functools.cached_property
     def kwargs(self) -> dict[str, int | None]:
         return {
             **self.blocks,

@@ -23,7 +23,6 @@ ROOMS = [
 APART = {("data", "models"), ("models", "data")}
 LONGEST = 400
 TOO_LONG = {
-    "kernels/mixed_segmentation_loss.py",
     "mixreorg_fast/data/scenes/drawing.py",
     "mixreorg_fast/data/scenes/folder.py",
 }
