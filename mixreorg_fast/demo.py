@@ -168,15 +168,16 @@ def view(model: Model, path: str, names: str, threshold: float) -> View:
 def sample_scenes(config: ScenesConfig, folder: Path) -> list[list[str]]:
     """Held-out scenes, drawn into `folder`: per scene its path and NAMED class names, those of the scene's objects
     first filled up with other kinds."""
-    from .data.scenes.drawing import Painter
-    from .data.scenes.folder import KINDS, held_out_combinations, plan_scene, render
+    from .data.scenes.painting import Painter
+    from .data.scenes.planning import held_out_combinations, plan_scene
+    from .data.scenes.scene import KINDS
 
     painter, held_out = Painter(SAMPLE_SIDE, config.seed), held_out_combinations(config.seed)
     samples = []
     for number in range(SAMPLES):
         scene = plan_scene(config, "val", number, held_out)
         path = folder / f"scene{number}.png"
-        Image.fromarray(render(scene, painter)[0]).save(path)
+        Image.fromarray(painter.paint(scene)[0]).save(path)
         shown = {thing.kind for thing in scene.things}
         others = random.Random(number).sample([kind for kind in KINDS if kind not in shown], NAMED - len(shown))
         samples.append([str(path), ", ".join(kind for kind in KINDS if kind in {*shown, *others})])

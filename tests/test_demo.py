@@ -21,7 +21,8 @@ from PIL import Image
 from mixreorg_fast import demo
 from mixreorg_fast.cli import main
 from mixreorg_fast.config import ScenesConfig, find_config, load_config
-from mixreorg_fast.data.scenes.folder import KINDS, held_out_combinations, plan_scene
+from mixreorg_fast.data.scenes.planning import held_out_combinations, plan_scene
+from mixreorg_fast.data.scenes.scene import KINDS
 from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.inference.model import Model, load

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +16,13 @@ import pytest
 from PIL import Image
 
 from mixreorg_fast.config import ScenesConfig
-from mixreorg_fast.data.scenes.drawing import GROUNDS, PATTERNS, SHAPES, Painter, Placed
-from mixreorg_fast.data.scenes.folder import (
-    COLOURS,
-    KIND_WORDS,
-    KINDS,
-    ensure_scenes,
-    held_out_combinations,
-    plan_scene,
-    render,
-)
+from mixreorg_fast.data.scenes.captions import KIND_WORDS
+from mixreorg_fast.data.scenes.folder import ensure_scenes
+from mixreorg_fast.data.scenes.grounds import GROUNDS
+from mixreorg_fast.data.scenes.painting import PATTERNS, Painter
+from mixreorg_fast.data.scenes.planning import held_out_combinations, plan_scene
+from mixreorg_fast.data.scenes.scene import COLOURS, KINDS, Scene, Thing
+from mixreorg_fast.data.scenes.shapes import SHAPES
 from mixreorg_fast.data.shards.shard_set import open_shards
 from mixreorg_fast.errors import UserError
 
@@ -110,7 +107,7 @@ def test_processes_at_once_draw_once(tmp_path):
 def test_a_folder_of_someone_else_is_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("irreplaceable")
-    with pytest.raises(UserError, match="no scenes of ours"):
+    with pytest.raises(UserError, match="does not hold embedded scenes"):
         ensure_scenes(settings(tmp_path / "mine"), progress=False)
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
 
@@ -186,7 +183,7 @@ def test_masks_are_exact(painter):
     held_out = held_out_combinations(0)
     for number in range(200):
         scene = plan_scene(ScenesConfig(), "val", number, held_out)
-        picture, mask = render(scene, painter)
+        picture, mask = painter.paint(scene)
         assert picture.shape == (64, 64, 3) and picture.dtype == mask.dtype == np.uint8
         assert {KINDS[label - 1] for label in np.unique(mask) if label} == {thing.kind for thing in scene.things}
         for thing in scene.things:
@@ -196,8 +193,8 @@ def test_masks_are_exact(painter):
             assert np.abs(rows / 64 - thing.y).max() < 0.75 * thing.size + 0.05
     # The picture without its objects differs from the one with them exactly on the mask, but for smoothed edges.
     scene = plan_scene(ScenesConfig(), "val", 3, held_out)
-    with_things, mask = render(scene, painter)
-    bare, _ = render(scene.__class__(scene.ground, (), scene.captions, scene.nouns, scene.picture_seed), painter)
+    with_things, mask = painter.paint(scene)
+    bare, _ = painter.paint(replace(scene, things=()))
     if np.abs(with_things[mask == 0].astype(int) - bare[mask == 0]).mean() < 3:  # the same family was drawn
         changed = np.abs(with_things.astype(int) - bare).sum(axis=-1) > 0
         assert changed[mask > 0].mean() > 0.97
@@ -208,8 +205,8 @@ def test_kinds_have_their_own_outlines(painter):
     """No two kinds, drawn alike at 24 px, overlap so much that they could be taken for one another."""
     outlines = {}
     for kind in SHAPES:
-        thing = Placed(1, kind, "plain", (200, 0, 0), 0.5, 0.5, 0.375, 0.0, False)
-        outlines[kind] = painter.paint("snow", [thing], random.Random(0))[1] > 0
+        thing = Thing(kind, "plain", "red", 0.5, 0.5, 0.375, 0.0, False)
+        outlines[kind] = painter.paint(Scene("snow", (thing,), (), (), 0))[1] > 0
         assert 60 < outlines[kind].sum() < 640
     for first in KINDS:
         for second in KINDS:

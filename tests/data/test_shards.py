@@ -422,7 +422,7 @@ class TestVerify:
         path = tmp_path / "a.tar"
         write_shard(path, [pairs(1)[0].__class__("x", b"nothing", "jpg", ["a"])])
         assert cli.main(["shards", "verify", str(path), "--workers", "1"]) == 2
-        with pytest.raises(UserError, match="no sample of it can be used"):
+        with pytest.raises(UserError, match="no sample can be used"):
             open_shards(str(path))
 
 

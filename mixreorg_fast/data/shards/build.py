@@ -78,8 +78,6 @@ def build(
                 f"{min(old)} exists already ({len(old)} shards of {out}); "
                 f"add --overwrite to replace them, or choose another --out"
             )
-        if options.get("images") is not None:
-            options["images"] = os.path.abspath(options["images"])
         source = open_source(path, workers=workers, **options)
         arguments = {
             "source": os.path.abspath(path),
@@ -90,6 +88,8 @@ def build(
             "samples_per_shard": samples_per_shard,
             "out": os.path.abspath(out),
         }
+        if options.get("images") is not None:
+            arguments["images"] = os.path.abspath(options["images"])
         _check_same(unfinished, arguments, target)
         if unfinished is None:
             target.clear()

@@ -25,7 +25,14 @@ class Parquet(Stretches):
     left_out = ()
 
     @classmethod
-    def open(cls, path: Path, split: str | None, image: str | None, caption: str | None) -> Parquet:
+    def open(
+        cls,
+        path: Path,
+        *,
+        split: str | None = None,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+    ) -> Parquet:
         parquet = _pyarrow()
         files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
         if split is not None:
@@ -42,9 +49,9 @@ class Parquet(Stretches):
                 columns = _columns(table.schema_arrow)
             except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
                 raise UserError(f"{file}: not a readable Parquet file: {error}") from None
-            image = find_column(file, "image", image, IMAGE_COLUMNS, columns)
-            caption = find_column(file, "caption", caption, CAPTION_COLUMNS, columns)
-        return cls(tuple(stretches), image, caption, path if path.is_dir() else path.parent)
+            image_column = find_column(file, "image", image_column, IMAGE_COLUMNS, columns)
+            caption_column = find_column(file, "caption", caption_column, CAPTION_COLUMNS, columns)
+        return cls(tuple(stretches), image_column, caption_column, path if path.is_dir() else path.parent)
 
     def __iter__(self) -> Iterator[Pair | Bad]:
         for path, first, last in self.stretches:
