@@ -2,8 +2,8 @@
 
     python examples/fast_ops.py --steps 60
 
-Each toy image shows one of sixteen things: its patches are a vector of that thing plus noise, its caption is the number
-of the thing. A batch shows each thing once. The model embeds patches, groups them twice, and is trained with two losses:
+Each toy image shows one of sixteen things. Its patches are a vector of that thing plus noise, its caption is the number
+of the thing. A batch shows each thing once. The model embeds patches, groups them twice, and trains with two losses:
 
 * the contrastive loss between pooled image and caption;
 * the mixed segmentation loss: patches of four images are mixed, and each patch must name the image it came from.

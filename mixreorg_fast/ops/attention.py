@@ -7,11 +7,12 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from ..devices import upload
 from .dispatch import choose
@@ -20,7 +21,7 @@ AttentionImpl = Literal["auto", "xformers", "varlen", "torch", "products"]
 
 XFORMERS_INSTALLED = importlib.util.find_spec("xformers") is not None
 # 2.11 is the first release whose varlen_attn takes "causal" as a window of keys.
-VARLEN_INSTALLED = torch.torch_version.TorchVersion(torch.__version__) >= (2, 11)
+VARLEN_INSTALLED = TorchVersion(torch.__version__) >= (2, 11)
 
 # A constant, because torch.compile cannot trace the call.
 CPU_HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -116,7 +117,8 @@ class Packing:
         parts = [F.pad(ends, (1, 0)), *row, ends[: len(lengths)] - 1, slots]
         together = upload(torch.cat(parts), device)  # one copy
         cu_seqlens, *others = together.split([len(part) for part in parts])
-        return cls(rows, max_seqlen, cu_seqlens.int(), *others, buckets, tuple(sequences))
+        tensors: tuple[Any, ...] = (cu_seqlens.int(), *others)
+        return cls(rows, max_seqlen, *tensors, buckets, tuple(sequences))
 
     def pack(self, x: Tensor) -> Tensor:
         """``[1, S, ...]`` of padded ``[B, L, ...]``; rows of padding hold the first row."""
@@ -154,12 +156,12 @@ def attention(
     Raises:
         ValueError: packed tensors whose shape `lengths` does not fit. RuntimeError: `impl` cannot run here.
     """
-    packing = lengths
-    if lengths is not None and not isinstance(lengths, Packing):
+    packing = lengths if isinstance(lengths, Packing) else None
+    if packing is not None:
+        _check_packed(q, k, packing.rows)
+    elif lengths is not None:
         _check_packed(q, k, sum(lengths))
         packing = Packing.of(lengths, q.device, rows=q.shape[1])
-    elif packing is not None:
-        _check_packed(q, k, packing.rows)
     return _IMPLEMENTATIONS[chosen(q, packing, impl)][1](q, k, v, causal, packing)
 
 
@@ -246,7 +248,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, causal: bool, packing: Packing) -> 
     from torch.nn.attention.varlen import varlen_attn  # imports Triton
 
     layout = (packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen)
-    return varlen_attn(q[0], k[0], v[0], *layout, window_size=(-1, 0 if causal else -1))[None]
+    out: Any = varlen_attn(q[0], k[0], v[0], *layout, window_size=(-1, 0 if causal else -1))
+    return out[None]
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, packing: Packing | None) -> Tensor:

@@ -91,15 +91,16 @@ TORCH = Blocks(log_sum_exp_torch, gradient_torch)
 
 @kernel("contrastive_loss.log_sum_exp_forward")
 def contrastive_log_sum_exp(rows: Tensor, columns: Tensor, scale: Tensor, both: bool) -> tuple[Tensor, Tensor]:
-    return tuple(rows.new_empty(size, dtype=torch.float32) for size in (len(rows), len(columns) if both else 0))
+    lse = rows.new_empty(len(rows), dtype=torch.float32)
+    return lse, rows.new_empty(len(columns) if both else 0, dtype=torch.float32)
 
 
 @kernel("contrastive_loss.gradient_backward")
 def contrastive_gradient(
     rows: Tensor, columns: Tensor, row_lse: Tensor, column_lse: Tensor, scale: Tensor, block: LogitBlock
 ) -> tuple[Tensor, Tensor]:
-    sizes = (rows.shape, columns.shape if block.both else 0)
-    return tuple(rows.new_empty(size, dtype=torch.float32) for size in sizes)
+    grad_rows = rows.new_empty(rows.shape, dtype=torch.float32)
+    return grad_rows, rows.new_empty(columns.shape if block.both else 0, dtype=torch.float32)
 
 
 TRITON = Blocks(contrastive_log_sum_exp, contrastive_gradient)

@@ -114,8 +114,8 @@ def _scaled(
     """The gradients of images and texts that are needed, times `factor`, in the dtypes of their inputs."""
     need_image, need_text, *_ = ctx.needs_input_grad
     return (
-        grad_image.mul_(factor).to(image.dtype) if need_image else None,
-        grad_text.mul_(factor).to(texts.dtype) if need_text else None,
+        grad_image.mul_(factor).to(image.dtype) if need_image and grad_image is not None else None,
+        grad_text.mul_(factor).to(texts.dtype) if need_text and grad_text is not None else None,
     )
 
 
@@ -174,6 +174,7 @@ def ring_log_sum_exp(image: Tensor, texts: Tensor, scale: Tensor, ring: Ring, bl
         (image_lse,) = ring.pass_on(part, tag=2)()
         if ahead is not None:
             (image,) = ahead()
+    assert image_lse is not None and text_lse is not None
     return image_lse, text_lse  # the last hop has brought the images' home
 
 
@@ -200,6 +201,7 @@ def ring_gradient(
             (grad_image,) = ring.pass_on(part, tag=2)()
         if ahead is not None:
             image, image_lse = ahead()
+    assert grad_texts is not None
     return grad_image, grad_texts
 
 

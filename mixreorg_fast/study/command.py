@@ -101,6 +101,7 @@ def _timed_run(study: Study, world: str, variant: str, like: str, seed: int) -> 
     own, other = study.run(world, variant, seed), study.run(world, like, seed)
     if not (_finished(own) and _finished(other)):
         return None
+    assert own.config.train.steps is not None, "a finished run has its number of steps"
     per_step = _seconds(own) / own.config.train.steps
     return study.run(world, variant, seed, steps=round(_seconds(other) / per_step))
 
@@ -109,7 +110,7 @@ def _entries(study: Study) -> list[Entry]:
     """What there is to train, in order; a run whose budget is time comes as soon as its time is known."""
     runs = list(study.runs())
     place = {(run.world, run.variant, run.seed): number for number, run in enumerate(runs)}
-    entries = [(number, False, lambda run=run: run) for number, run in enumerate(runs)]
+    entries: list[tuple[int, bool, Entry]] = [(number, False, lambda run=run: run) for number, run in enumerate(runs)]
     for world, variant, like, seed in study.timed():
         last = max(place[world, variant, seed], place[world, like, seed])
         entries.append((last, True, partial(_timed_run, study, world, variant, like, seed)))
@@ -155,7 +156,7 @@ class Runner:
             os.sched_setaffinity(0, shares[worker])  # of this thread and the runs that it starts
             while not self._stopped.is_set():
                 with changed:
-                    place, run = next(((i, run) for i, entry in enumerate(todo) if (run := entry())), (None, None))
+                    place, run = next(((i, run) for i, entry in enumerate(todo) if (run := entry())), (0, None))
                     if run is None:
                         if not running:
                             return

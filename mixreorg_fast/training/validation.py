@@ -43,6 +43,7 @@ def score(model: Model, config: Config, ranks: Ranks, *, limit: int | None) -> d
         images = min(filter(None, (limit, entry.limit)), default=None)
         scores[entry.name] = evaluate(segmenter, dataset, images, progress=limit is None)
     if config.data.val_shards:
+        assert model.tokenizer is not None, "a training model has a tokenizer"
         shards = open_shards(config.data.val_shards)
         scores["retrieval"] = retrieval_at_1(model, _pairs(config, model.tokenizer, shards, ranks, limit))
     return scores
@@ -100,11 +101,11 @@ def draw(model: Model, config: Config, images: Tensor, run: Path) -> list[str]:
     images = images[: len(images) // group * group][: max(group, 4 // group * group)].float().cpu()
     if len(images):
         patches = patchify(images, config.model.patch_size)
-        plan = ops.MixPlan.sample(*patches.shape[:2], group, seed=config.seed)
+        plan = ops.MixPlan.sample(patches.shape[0], patches.shape[1], group, seed=config.seed)
         mixed = ops.patch_mix(patches, plan)
         restored = ops.patch_restore(mixed, plan)
-        back = [unpatchify(x, config.model.patch_size, images.shape[2]) for x in (mixed, restored)]
-        mixing_figure(images, *back, run / "mixing.png", model.mean, model.std)
+        mixed, restored = (unpatchify(x, config.model.patch_size, images.shape[2]) for x in (mixed, restored))
+        mixing_figure(images, mixed, restored, run / "mixing.png", model.mean, model.std)
         drawn.append("mixing.png")
     return drawn
 
