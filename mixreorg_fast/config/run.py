@@ -209,14 +209,14 @@ class Config(Section):
         return self.eval.with_options(background_threshold=thresholds.pop() if len(thresholds) == 1 else None)
 
     def compiles(self, device_type: str) -> bool:
-        """Whether training compiles its blocks on such a device."""
+        """Whether training compiles the network on this type of device."""
         if self.train.compile is None:
             return device_type == "cuda" and self.deepspeed.zero_stage < 3
         return self.train.compile
 
     @property
     def group_size(self) -> int:
-        """Images whose patches are mixed with one another; 1 without mixing."""
+        """Images whose patches are mixed with each other; 1 without mixing."""
         return self.mixing.group_size if self.model.method == "mixreorg" else 1
 
     def batch_unit(self, world_size: int) -> int:

@@ -49,7 +49,9 @@ class Model(GroupViT):
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             state = self.state_dict() if state is None else state
-            weights.write_files(self, temporary, state, self.tokenizer, self.inference)
+            weights.write_files(self, temporary, state, self.inference)
+            if self.tokenizer is not None:
+                self.tokenizer.save(temporary)
 
     @overload
     def segment(

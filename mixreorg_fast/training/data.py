@@ -122,7 +122,7 @@ class BadSamples:
         if epoch == before:
             return None
         if not self._count:
-            return f"epoch {epoch} ended: every sample was used"
+            return f"epoch {epoch} ended: no bad samples"
         return f"epoch {epoch} ended: {self._count} of {self._total} samples could not be used ({self._path})"
 
     def _list(self) -> None:

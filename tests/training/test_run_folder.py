@@ -163,7 +163,7 @@ def test_shards_may_move(run, monkeypatch):
 
 
 def test_ctrl_c_keeps_what_was_trained(run):
-    """One line, a checkpoint, exit code 130, no traceback; the same command goes on from there."""
+    """One line, a checkpoint, exit code 130, no traceback; the same command resumes there."""
     folder, *_ = run
     process = start(folder, name="stopped", train={"steps": 5000})
     watch = folder / "runs/stopped/metrics.jsonl"
@@ -174,7 +174,7 @@ def test_ctrl_c_keeps_what_was_trained(run):
     process.send_signal(signal.SIGINT)  # as torchrun hands it on
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in out + err, err[-3000:]
-    assert "stopped by SIGINT; the same command goes on from" in err
+    assert "stopped by SIGINT; the same command resumes from" in err
     (last,) = checkpoint.complete(folder / "runs/stopped")
     beat = json.loads((folder / "runs/stopped/heartbeat.json").read_text())
     assert beat["place"] == "stopped" and beat["finished"] is False
