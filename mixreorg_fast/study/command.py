@@ -109,19 +109,11 @@ def _timed_run(study: Study, dataset: str, variant: str, like: str, seed: int) -
 def _entries(study: Study) -> list[Entry]:
     """The runs to train, in order; a run with a budget of time comes as soon as that time is known."""
     runs = list(study.runs())
-<<<<<<< HEAD
-    place = {(run.world, run.variant, run.seed): number for number, run in enumerate(runs)}
-    entries: list[tuple[int, bool, Entry]] = [(number, False, lambda run=run: run) for number, run in enumerate(runs)]
-    for world, variant, like, seed in study.timed():
-        last = max(place[world, variant, seed], place[world, like, seed])
-        entries.append((last, True, partial(_timed_run, study, world, variant, like, seed)))
-=======
     place = {(run.dataset, run.variant, run.seed): number for number, run in enumerate(runs)}
-    entries = [(number, False, lambda run=run: run) for number, run in enumerate(runs)]
+    entries: list[tuple[int, bool, Entry]] = [(number, False, lambda run=run: run) for number, run in enumerate(runs)]
     for dataset, variant, like, seed in study.timed():
         last = max(place[dataset, variant, seed], place[dataset, like, seed])
         entries.append((last, True, partial(_timed_run, study, dataset, variant, like, seed)))
->>>>>>> house
     return [entry for *_, entry in sorted(entries, key=lambda entry: entry[:2])]
 
 

@@ -64,13 +64,8 @@ def optimizer_state(engine: Any) -> dict[str, Tensor]:
             if engine.zero_optimization_stage() == 0:
                 value = engine.optimizer.state[parameter][key]
             else:
-<<<<<<< HEAD
                 value: Any = deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
-            if ranks.is_main:
-=======
-                value = deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
             if rank() == 0:
->>>>>>> house
                 state[f"{key}/{name}"] = value.detach().cpu().clone().reshape(_shape(parameter))
     for name, value in _parameters(engine, engine.module):
         if rank() == 0 and not name.startswith(_BACKBONE):
@@ -78,13 +73,8 @@ def optimizer_state(engine: Any) -> dict[str, Tensor]:
     return state
 
 
-<<<<<<< HEAD
 def restore_weights(module: Any, checkpoint: Path) -> None:
-    """Fill the training module, before the engine takes its parameters.
-=======
-def restore_weights(module: nn.Module, checkpoint: Path) -> None:
     """Load the weights of a checkpoint into the training module, before the engine takes its parameters.
->>>>>>> house
 
     Raises:
         UserError: the checkpoint belongs to another model.

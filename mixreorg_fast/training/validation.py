@@ -93,31 +93,10 @@ def draw(model: Model, config: Config, images: Tensor, run: Path) -> None:
     group = config.mixing.group_size
     images = images[: len(images) // group * group][: max(group, 4 // group * group)].float().cpu()
     if len(images):
-<<<<<<< HEAD
-        patches = patchify(images, config.model.patch_size)
+        patch, size = config.model.patch_size, images.shape[2]
+        patches = F.unfold(images, patch, stride=patch).mT.contiguous()  # [B, N, 3 * patch * patch]
         plan = ops.MixPlan.sample(patches.shape[0], patches.shape[1], group, seed=config.seed)
         mixed = ops.patch_mix(patches, plan)
         restored = ops.patch_restore(mixed, plan)
-        mixed, restored = (unpatchify(x, config.model.patch_size, images.shape[2]) for x in (mixed, restored))
+        mixed, restored = (F.fold(x.mT, size, patch, stride=patch) for x in (mixed, restored))
         mixing_figure(images, mixed, restored, run / "mixing.png", model.mean, model.std)
-        drawn.append("mixing.png")
-    return drawn
-
-
-def patchify(images: Tensor, patch: int) -> Tensor:
-    """Pixels of each patch, ``[B, N, 3 * patch * patch]`` of images ``[B, 3, H, W]``."""
-    return torch.nn.functional.unfold(images, patch, stride=patch).mT.contiguous()
-
-
-def unpatchify(patches: Tensor, patch: int, size: int) -> Tensor:
-    """The inverse of :func:`patchify` for square images of `size` pixels."""
-    return torch.nn.functional.fold(patches.mT, size, patch, stride=patch)
-=======
-        patch, size = config.model.patch_size, images.shape[2]
-        patches = F.unfold(images, patch, stride=patch).mT.contiguous()  # [B, N, 3 * patch * patch]
-        plan = ops.MixPlan.sample(*patches.shape[:2], group, seed=config.seed)
-        mixed = ops.patch_mix(patches, plan)
-        restored = ops.patch_restore(mixed, plan)
-        back = [F.fold(x.mT, size, patch, stride=patch) for x in (mixed, restored)]
-        mixing_figure(images, *back, run / "mixing.png", model.mean, model.std)
->>>>>>> house
