@@ -16,10 +16,10 @@ class AugmentConfig(Section):
     crop_scale: tuple[Fraction, Fraction] = key((0.08, 1.0), description="share of the photo's area in a crop")
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = key((3 / 4, 4 / 3), description="width : height of a crop")
     flip: Fraction = key(0.5, description="probability of a horizontal flip")
-    color_jitter: NonNegativeFloat = key(0.0, description="strength; ignored with RandAugment, as in GroupViT's recipe")
+    color_jitter: NonNegativeFloat = key(0.0, description="strength; ignored with RandAugment")
     rand_augment_ops: NonNegative = key(2, description="RandAugment: operations per image, 0 = off")
     rand_augment_magnitude: Annotated[int, Field(ge=0, le=30)] = key(
-        27, description="RandAugment: strength, at most 30; 27 equals the recipe's 9 on timm's scale of 10"
+        27, description="RandAugment: 27 of 30 is timm's 9 of 10"
     )
     rand_augment_probability: Fraction = key(0.5, description="RandAugment: probability of an operation, as in timm")
     random_erasing: Fraction = key(0.25, description="probability of erasing a rectangle")
@@ -46,7 +46,7 @@ class ScenesConfig(Section):
     )
     scale: Annotated[float, Field(ge=1.0, le=1.5)] = key(1.0, description="factor of the objects' size")
     grounds: Annotated[int, Field(ge=1, le=12)] = key(12, description="kinds of ground in use")
-    typical: Fraction = key(0.0, description="share of objects drawn in the typical colour (or pattern) of their kind")
+    typical: Fraction = key(0.0, description="share of objects in the typical colour (or pattern) of their kind")
     detail: Fraction = key(1.0, description="factor of how often captions mention colours, patterns and grounds")
 
     @model_validator(mode="after")
@@ -88,7 +88,7 @@ def are_scenes(shards: Any, folder: str) -> bool:
 class DataConfig(Section):
     shards: Shards | None = key(
         None,
-        description="training shards: brace or glob patterns, or weighted sets of them; null: the embedded scenes",
+        description="brace or glob patterns, or weighted sets of them; null: embedded scenes",
     )
     val_shards: str | list[str] | None = key(None, description="shards of image-text pairs for retrieval R@1")
     tokenizer: str | None = key(None, description="tokenizer.json; null: one is trained on the captions")
@@ -98,10 +98,10 @@ class DataConfig(Section):
     nouns: NonNegative = key(3, description="noun prompts per caption when loss.multi_label is on")
     threads: Positive | None = key(
         None,
-        description="threads per rank that read and decode; null: its share of the node's cores, at most 16",
+        description="reading threads per rank; null: its share of the cores, at most 16",
     )
     hw_decoder_load: Fraction | None = key(
-        None, description="share of JPEGs that a GPU's JPEG hardware decodes; null: DALI's default (0.65)"
+        None, description="share of JPEGs for a GPU's JPEG hardware; null: DALI's 0.65"
     )
     prefetch: Positive = key(2, description="batches read ahead")
     augment: AugmentConfig = Field(default_factory=AugmentConfig)

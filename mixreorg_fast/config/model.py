@@ -90,15 +90,11 @@ class ScheduleConfig(Section):
     """Values that change during a run. With the defaults nothing changes, as in the papers."""
 
     share: Fraction = key(0.5, description="fraction of training over which the schedules run")
-    tau_start: PositiveFloat | None = key(
-        None, description="initial tau; falls geometrically to model.tau; null: model.tau"
-    )
+    tau_start: PositiveFloat | None = key(None, description="initial tau, falls to model.tau; null: model.tau")
     noise_start: NonNegativeFloat = key(1.0, description="initial scale of the Gumbel noise (model.gumbel)")
     noise_end: NonNegativeFloat = key(1.0, description="final scale of the Gumbel noise, reached linearly")
     soft_start: bool = key(False, description="soft assignment while the schedules run, then model.hard_assignment")
-    mixed_start: NonNegativeFloat = key(
-        1.0, description="initial factor of loss.mixed, 0 for a warm-up; reaches 1 linearly"
-    )
+    mixed_start: NonNegativeFloat = key(1.0, description="initial factor of loss.mixed; reaches 1 linearly")
 
     def progress(self, done: float) -> float:
         """Progress of the schedules, 0 to 1, after the fraction `done` of the run."""

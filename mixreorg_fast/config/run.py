@@ -17,36 +17,25 @@ from .section import Fraction, NonNegative, NonNegativeFloat, Positive, Positive
 class TrainConfig(Section):
     batch: Positive = key(4096, description="images per optimizer step over all ranks")
     accumulation: Positive = key(1, description="micro-steps per optimizer step")
-    grad_cache: bool = key(
-        False,
-        description="with accumulation, compute the losses over the whole batch (GradCache; one more forward pass)",
-    )
+    grad_cache: bool = key(False, description="accumulate with losses over the whole batch (one more forward)")
     steps: Positive | None = key(None, description="optimizer steps; overrides epochs")
     epochs: PositiveFloat = key(30, description="passes over the training set")
     lr: PositiveFloat = key(1.6e-3, description="peak of the learning rate")
     min_lr: NonNegativeFloat = key(4e-5, description="learning rate at the end")
-    warmup_steps: NonNegative | None = key(
-        None, description="steps of linearly rising learning rate; overrides warmup_epochs"
-    )
-    warmup_epochs: NonNegativeFloat = key(2, description="epochs of linearly rising learning rate")
+    warmup_steps: NonNegative | None = key(None, description="steps of warm-up; overrides warmup_epochs")
+    warmup_epochs: NonNegativeFloat = key(2, description="epochs of warm-up: the learning rate rises linearly")
     weight_decay: NonNegativeFloat = key(0.05, description="weight decay of weight matrices")
     betas: tuple[Fraction, Fraction] = key((0.9, 0.999), description="AdamW's decay rates of the two moments")
     clip: NonNegativeFloat = key(5.0, description="gradient norm limit, 0 = off")
     precision: Literal["bf16", "fp32"] = key("bf16", description="dtype of activations; weights are fp32")
     tf32: bool = key(False, description="compute fp32 matrix products and convolutions of a GPU in TF32")
     checkpoint_activations: bool = key(False, description="recompute activations in backward: less memory, more time")
-    compile: bool | None = key(
-        None,
-        description="torch.compile the network; null: on a GPU, except with ZeRO-3, which gathers weights in hooks",
-    )
-    cuda_graphs: bool = key(
-        False,
-        description="run the encoders' compiled parts as CUDA graphs: fewer launches, more memory; not with ZeRO-3",
-    )
+    compile: bool | None = key(None, description="torch.compile the network; null: on a GPU, except with ZeRO-3")
+    cuda_graphs: bool = key(False, description="compiled encoders as CUDA graphs: more memory; not with ZeRO-3")
     log_every: Positive = key(10, description="steps between reports")
     spike: NonNegativeFloat = key(
         100.0,
-        description="skip steps with a gradient norm above this multiple of the running mean; 0 = only NaN and inf",
+        description="skip steps above this multiple of the mean gradient norm; 0 = only NaN and inf",
     )
     max_skipped: Positive = key(3, description="consecutive skipped steps that stop the run")
     # At most half of ranks.PATIENCE: collectives that give up do not name the missing rank.
@@ -69,7 +58,7 @@ class TrainConfig(Section):
 class LogConfig(Section):
     wandb: str | None = key(None, description="Weights & Biases project for the metrics; null: none")
     slow_rank: Annotated[float, Field(gt=0.0)] = key(
-        0.2, description="name a rank that is slower than the ranks' mean by more than this share"
+        0.2, description="name a rank slower than the mean by more than this share"
     )
 
 
@@ -82,7 +71,7 @@ class InferenceConfig(Section):
     stride: Positive = key(224, description="pixels between sliding windows")
     decoding: Literal["groupvit", "direct"] = key("groupvit", description="how evaluation decodes segments to labels")
     background_threshold: Fraction | None = key(
-        None, description="segments with a lower score are background; null: the data set's usual threshold, if any"
+        None, description="lower scores are background; null: the data set's usual threshold"
     )
     templates: tuple[str, ...] = key(TEMPLATES["default"], description="prompt templates, {} for the class name")
 
@@ -126,9 +115,7 @@ class EvalDatasetConfig(Section):
 
 
 class EvalConfig(InferenceConfig):
-    datasets: list[EvalDatasetConfig] = key(
-        [], description="data sets to score; embedded data: the held-out scenes by default"
-    )
+    datasets: list[EvalDatasetConfig] = key([], description="data sets to score; embedded data: the held-out scenes")
     every: NonNegative = key(0, description="steps between validations, 0 = only at the end")
     every_images: Positive = key(100, description="images per data set in a validation during training")
 

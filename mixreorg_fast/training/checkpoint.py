@@ -185,11 +185,7 @@ def save(run: Path, engine: Any, state: dict[str, Any], keep: int, tokenizer: To
             sync(target.parent)
         except (OSError, SafetensorError) as error:
             before = complete(run)
-            rest = (
-                f"{before[-1]} is intact, the same command resumes from it"
-                if before
-                else "there is no earlier checkpoint"
-            )
+            rest = f"{before[-1]} is intact, the same command resumes from it" if before else "no earlier one exists"
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
             raise UserError(f"checkpoint {target} cannot be written ({reason}); {rest}") from None
         for old in complete(run)[:-keep]:
