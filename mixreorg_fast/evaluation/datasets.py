@@ -221,4 +221,3 @@ def _close(name: str, choices: object) -> str:
     """The nearest file name, if one is near: a folder of thousands is not listed."""
     hint = nearest(name, choices)  # type: ignore[arg-type]
     return hint if "did you mean" in hint else ""
-

@@ -93,6 +93,7 @@ def _timed_run(study: Study, dataset: str, variant: str, like: str, seed: int) -
     own, other = study.run(dataset, variant, seed), study.run(dataset, like, seed)
     if not (_finished(own) and _finished(other)):
         return None
+    assert own.config.train.steps is not None, "a finished run has its number of steps"
     per_step = _seconds(own) / own.config.train.steps
     return study.run(dataset, variant, seed, steps=round(_seconds(other) / per_step))
 
@@ -101,7 +102,7 @@ def _entries(study: Study) -> list[Entry]:
     """The runs to train, in order; a run with a budget of time comes as soon as that time is known."""
     runs = list(study.runs())
     place = {(run.dataset, run.variant, run.seed): number for number, run in enumerate(runs)}
-    entries = [(number, False, lambda run=run: run) for number, run in enumerate(runs)]
+    entries: list[tuple[int, bool, Entry]] = [(number, False, lambda run=run: run) for number, run in enumerate(runs)]
     for dataset, variant, like, seed in study.timed():
         last = max(place[dataset, variant, seed], place[dataset, like, seed])
         entries.append((last, True, partial(_timed_run, study, dataset, variant, like, seed)))
@@ -147,7 +148,7 @@ class Runner:
             os.sched_setaffinity(0, shares[worker])  # of this thread and its child processes
             while not self._stopped.is_set():
                 with changed:
-                    place, run = next(((i, run) for i, entry in enumerate(todo) if (run := entry())), (None, None))
+                    place, run = next(((i, run) for i, entry in enumerate(todo) if (run := entry())), (0, None))
                     if run is None:
                         if not running:
                             return
