@@ -1,4 +1,4 @@
-"""The figures of docs/performance.md, drawn from rows of a results file."""
+"""The figures of docs/performance.md and docs/performance/, drawn from rows of a results file."""
 
 from __future__ import annotations
 
@@ -17,6 +17,20 @@ GROWTH = {
     "group size": "images that are mixed with one another: the same time for each",
     "caption length": "tokens of a caption: a straight line",
 }
+
+
+def speed(names: Sequence[str], speeds: Sequence[float], title: str, path: Path) -> None:
+    """A bar per name: how many times as fast as the baseline, on a logarithmic axis that starts at the baseline."""
+    with _figure(path, height=0.55 * len(names) + 0.9) as (plot,):
+        bars = plot.barh(range(len(names)), [value - 1 for value in speeds], left=1, color="#3b7dd8")
+        plot.bar_label(bars, [f"{value:.3g}×" for value in speeds], padding=3, fontsize=8)
+        plot.set(xscale="log", xlim=(1, 2 * max(speeds)), yticks=range(len(names)), xlabel="times as fast")
+        plot.set_yticklabels(names, fontsize=8)
+        plot.set_title(title, fontsize=9)
+        ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100) if tick <= 2 * max(speeds)]
+        plot.set_xticks(ticks, [f"{tick}×" for tick in ticks])
+        plot.minorticks_off()
+        plot.invert_yaxis()
 
 
 def growth(rows: Sequence[Row], path: Path) -> None:
@@ -56,11 +70,11 @@ def losses(rows: Sequence[Row], path: Path) -> None:
 class _figure:
     """Panels side by side; on leaving, the picture is written."""
 
-    def __init__(self, path: Path, panels: int = 1) -> None:
+    def __init__(self, path: Path, panels: int = 1, height: float = SIZE[1]) -> None:
         from matplotlib.figure import Figure
 
         self._path = path
-        self._figure = Figure((SIZE[0] * (1 if panels == 1 else 0.8 * panels), SIZE[1]), layout="constrained")
+        self._figure = Figure((SIZE[0] * (1 if panels == 1 else 0.8 * panels), height), layout="constrained")
         self._panels = self._figure.subplots(1, panels, squeeze=False)[0]
 
     def __enter__(self):

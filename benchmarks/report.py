@@ -1,6 +1,7 @@
-"""Write the tables of docs/performance.md and docs/results.md from the results files: ``python -m benchmarks.report``.
+"""Write the tables and figures of docs/ from the results files: ``python -m benchmarks.report``.
 
-Only the text between a page's two markers is replaced. ``--check`` changes nothing and fails if a page is out of date.
+docs/performance.md gets a summary, docs/performance/ a page per results file, docs/results.md the scores of runs. Only
+the text between a page's two markers is replaced. ``--check`` changes nothing and fails if a page is out of date.
 """
 
 from __future__ import annotations
@@ -23,11 +24,54 @@ SUITES = ("op", "inference", "step", "loader", PROFILE, CURVES)  # that have a t
 LARGEST_BATCH, WAITING = "largest batch", "waiting for data"
 
 
-def tables(folder: Path = HERE / "results") -> str:
-    """One section per device, GPUs first."""
+# The rows of the summary: what is timed, its op in the ledger, dtype, and the baseline.
+SUMMARY = (
+    ("MixReorg training step", "mixreorg step", "float32", "eager"),
+    ("GroupViT training step", "groupvit step", "float32", "huggingface"),
+    ("GroupViT training step", "groupvit step", "bfloat16", "huggingface"),
+    ("zero-shot segmentation", "segment_labels", "float32", "huggingface"),
+    ("zero-shot segmentation", "segment_labels", "bfloat16", "huggingface"),
+    ("decoding of sliding windows", "decode_windows", "float32", "eager"),
+)
+BASELINES = {"eager": "plain PyTorch", "huggingface": "transformers"}
+
+
+def pages(folder: Path = HERE / "results") -> dict[str, tuple[str, str]]:
+    """Title and content of each page by its path in docs/: the first device's summary, GPUs first; a page per file."""
     files = sorted(ledger.results_files(folder, SUITES), key=lambda file: file["cuda"] is None)
     counted = ledger.results_files(folder, [COUNTED])
-    return "\n\n".join([*map(counted_section, counted), *map(device_section, files)])
+    found = {f"performance/{file_stem(file['device'])}.md": (file["device"], device_section(file)) for file in files}
+    for file in counted:
+        found["performance/counted.md"] = (f"Counted for an {file['counted_for']['gpu']}", counted_section(file))
+    return {"performance.md": ("Performance", summary_section(files[0])), **found} if files else found
+
+
+def summary(file: Row) -> list[tuple[str, Row, Row]]:
+    """Rows of SUMMARY that the file holds: their name, the baseline's row and ours, of the largest shape."""
+    found = []
+    for name, op, dtype, baseline in SUMMARY:
+        by_shape: dict[str, dict[str, Row]] = {}
+        for row in file["rows"]:
+            if (row["op"], row.get("dtype")) == (op, dtype) and row["suite"] in SUITES:
+                by_shape.setdefault(row["shape"], {})[row["implementation"]] = row
+        complete = [of for of in by_shape.values() if {baseline, "ours"} <= of.keys()]
+        if complete:
+            found.append((f"{name}, {dtype}", complete[-1][baseline], complete[-1]["ours"]))
+    return found
+
+
+def summary_section(file: Row) -> str:
+    """The chart, and its rows as a table."""
+    head = ["what", "shape", "baseline", "baseline, ms", "ours, ms", "ours is faster by"]
+    body = [
+        [name, ours["shape"], BASELINES[theirs["implementation"]]]
+        + [f"{ms:.0f}" if (ms := row["median_ms"]) >= 100 else f"{ms:.3g}" for row in (theirs, ours)]
+        + [ratio(theirs, ours)]
+        for name, theirs, ours in summary(file)
+    ]
+    picture = f"![times as fast as the baseline, measured on {file['device']}](images/{speed_name(file)})"
+    measured = f"*Measured on {file['device']}, {file['date'][:10]}, torch {file['torch']}; medians.*"
+    return "\n".join([picture, "", measured, "", *ledger.table(head, body)])
 
 
 def device_section(file: Row) -> str:
@@ -35,8 +79,6 @@ def device_section(file: Row) -> str:
     rows = [row for row in file["rows"] if row["suite"] in SUITES]
     commits = sorted({row["commit"] for row in rows})
     lines = [
-        f"### {file['device']}",
-        "",
         f"{file['date'][:10]}, commit {', '.join(commits)}, torch {file['torch']}, triton {file['triton']}. Measured "
         f"ceilings: copy {file['copy_gb_per_s']:.0f} GB/s, write {file['write_gb_per_s']:.0f} GB/s, matrix products "
         f"{file['matmul_bf16_tflop_per_s']:.3g} TFLOP/s in bf16, {file['matmul_fp32_tflop_per_s']:.3g} in fp32.",
@@ -54,9 +96,9 @@ def device_section(file: Row) -> str:
             table = (throughput_table if of_op[0]["mode"] == "step" else op_table)(op, of_op)
         lines += ["", *table]
         if "axis" in of_op[0]:
-            lines += ["", f"![{figures.GROWTH[of_op[0]['axis']]}](images/{figure_name(file, of_op[0]['axis'])})"]
+            lines += ["", f"![{figures.GROWTH[of_op[0]['axis']]}](../images/{figure_name(file, of_op[0]['axis'])})"]
     if losses:
-        lines += ["", *gap_table(losses), "", f"![loss curves](images/{figure_name(file, 'losses')})"]
+        lines += ["", *gap_table(losses), "", f"![loss curves](../images/{figure_name(file, 'losses')})"]
     return "\n".join(lines)
 
 
@@ -64,12 +106,10 @@ def counted_section(file: Row) -> str:
     """What was counted without a GPU, of each state of the code: per op, on the host, and of a whole micro-step."""
     gpu = file["counted_for"]
     lines = [
-        f"### Counted for an {gpu['gpu']}",
-        "",
-        f"{file['date'][:10]}, torch {file['torch']}, triton {file['triton']}; nothing here was measured on a GPU. The "
-        f"times are the least that {gpu['gb_per_s']:.0f} GB/s, {gpu['multiprocessors']} multiprocessors at "
-        f"{gpu['ghz']:.3f} GHz and their matrix units allow; what bounds them stands behind. Of a branch both "
-        "sides are counted, the rarely taken one of the contrastive loss's log-sum-exp included.",
+        f"{file['date'][:10]}, torch {file['torch']}, triton {file['triton']}. Nothing here was measured on a GPU. A "
+        f"time is the least that {gpu['gb_per_s']:.0f} GB/s, {gpu['multiprocessors']} multiprocessors at "
+        f"{gpu['ghz']:.3f} GHz and their matrix units allow, with the deciding limit in parentheses. Both sides of a "
+        "branch are counted, also the rare one of the contrastive loss's log-sum-exp.",
     ]
     states = list(dict.fromkeys(row["state"] for row in file["rows"]))
 
@@ -124,14 +164,23 @@ def counted_section(file: Row) -> str:
     return "\n".join([*lines, "", *titled("**activations**", ["of", "MB an image"], body)])
 
 
+def speed_name(file: Row) -> str:
+    return f"speed_{file_stem(file['device'])}.png"
+
+
 def figure_name(file: Row, what: str) -> str:
     return f"step_{what.replace(' ', '_')}_{file_stem(file['device'])}.png"
 
 
 def draw(results: Path, images: Path) -> None:
-    """Every figure that the tables show."""
+    """Every figure that the pages show."""
     for file in ledger.results_files(results, SUITES):
         rows = file["rows"]
+        if bars := summary(file):
+            baselines = [BASELINES[theirs["implementation"]] for _, theirs, _ in bars]
+            names = [f"{name}\nagainst {of}" for (name, _, _), of in zip(bars, baselines, strict=True)]
+            speeds = [theirs["median_ms"] / ours["median_ms"] for _, theirs, ours in bars]
+            figures.speed(names, speeds, f"{file['device']}, torch {file['torch']}", images / speed_name(file))
         for axis in dict.fromkeys(row["axis"] for row in rows if "axis" in row):
             figures.growth([row for row in rows if row.get("axis") == axis], images / figure_name(file, axis))
         if losses := [row for row in rows if row["suite"] == CURVES]:
@@ -259,8 +308,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail if a page differs from the results")
     check = parser.parse_args(argv).check
-    results, page = HERE / "results", DOCS / "performance.md"
-    changed = [page.name] * ledger.write_page(page, tables(), check=check)
+    results = HERE / "results"
+    changed = [
+        page
+        for page, (title, content) in pages().items()
+        if ledger.write_page(DOCS / page, content, title=title, check=check)
+    ]
     changed += [study_report.PAGE] * study_report.write_page(results, DOCS, check=check)
     if not check:
         draw(results, DOCS / "images")

@@ -19,7 +19,8 @@ from torch import Tensor
 from .variants import Config, cdiv, tuned
 
 MAX_ROWS = 16  # pixel rows in a block: registers hold a best value and a label for each
-CONFIGS = {80: Config({"BLOCK_X": 128}, num_warps=4)}
+# On sm_120 four warps spill.
+CONFIGS = {80: Config({"BLOCK_X": 128}, num_warps=4), 120: Config({"BLOCK_X": 128}, num_warps=8)}
 CANDIDATES = [Config({"BLOCK_X": size}, num_warps=warps) for size in (64, 128, 256) for warps in (2, 4, 8)]
 CLASS_BLOCK = 256
 

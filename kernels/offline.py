@@ -71,7 +71,7 @@ def offline(architecture: int) -> Iterator[list[Launch]]:
     run, driver = JITFunction.run, triton.runtime.driver
 
     def compiled(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        kernel: Any = run(self, *args, grid=grid, warmup=True, **kwargs)
         if kernel.hash not in known:
             known[kernel.hash] = _describe(self, kernel)
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
@@ -90,7 +90,7 @@ def offline(architecture: int) -> Iterator[list[Launch]]:
 
     before, active = variants.offline_architecture, driver._active
     variants.offline_architecture = architecture
-    driver.set_active(Driver(architecture))
+    driver.set_active(Driver(architecture))  # pyright: ignore[reportArgumentType]
     JITFunction.run = compiled
     try:
         yield launches
@@ -110,7 +110,7 @@ def _describe(function: JITFunction, kernel: Any) -> dict[str, Any]:
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         code = _tool("nvdisasm", "-c", file.name)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
     instructions, loops = _count(code)
     return {
         "kernel": function.fn.__name__.strip("_").removesuffix("_kernel"),

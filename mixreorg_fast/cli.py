@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from . import __version__
-from .errors import UserError, nearest, run_command
+from .errors import Parser, UserError, nearest, run_command
 
 # name -> (module, one line of help); modules load when their command is called, so that `mixreorg` starts at once
 # and a missing extra concerns only the command that needs it.
@@ -23,13 +23,6 @@ COMMANDS = {
     "study": ("mixreorg_fast.study.command", "train variants on equal budgets and compare them"),
     "demo": ("mixreorg_fast.demo", "a web page that segments photos"),
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with its errors as :class:`UserError` (one line, exit code 2)."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise UserError(f"{self.prog}: {message}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -125,7 +125,7 @@ def hidden() -> bool:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on `device`, without waiting for a GPU: what lies in pinned memory is copied in its own time."""
+    """Copy a host tensor to `device`; from pinned memory, so that the host does not wait for a GPU."""
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import sys
@@ -17,6 +18,13 @@ class UserError(Exception):
 
 class RankError(UserError):
     """A mistake that concerns one rank alone; the others are raised, with the same text, on every rank."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors as :class:`UserError` (one line, exit code 2)."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{self.prog}: {message}")
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

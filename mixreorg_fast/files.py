@@ -1,4 +1,4 @@
-"""Writing files so that a reader never takes half of one for whole."""
+"""Atomic writes: a reader sees a whole file or none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .errors import UserError
 
 @contextlib.contextmanager
 def saving(path: str | Path) -> Iterator[None]:
-    """Turns what the file system refuses while `path` is written into a :class:`UserError`."""
+    """Raise a :class:`UserError` in place of an OSError while `path` is written."""
     try:
         yield
     except OSError as error:
@@ -24,9 +24,9 @@ def saving(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary neighbour of the file or folder `path` to write to; takes its place when the block ends well.
+    """A temporary path beside the file or folder `path`, which replaces `path` when the block ends without an error.
 
-    An exception removes it and leaves what was there untouched.
+    An exception removes the temporary file or folder and leaves `path` untouched.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,6 +46,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -71,7 +71,7 @@ def cuda() -> str:
         return f"no: PyTorch is built for CUDA {torch.version.cuda}, but there is no usable device"
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     names = ", ".join(f"{device.name} (sm_{device.major}{device.minor})" for device in devices)
-    return ", ".join([torch.version.cuda, *filter(None, [str(driver() or "")]), names])
+    return ", ".join([str(torch.version.cuda), *filter(None, [str(driver() or "")]), names])
 
 
 def library(module: str, distributions: Sequence[str]) -> str:
@@ -107,7 +107,7 @@ def implementations() -> list[tuple[str, str, str]]:
     return rows
 
 
-def _implementations_of(call: Callable[[str], Any]) -> Sequence[str]:
+def _implementations_of(call: Callable[[Any], Any]) -> Sequence[str]:
     try:
         call("which?")
     except UnknownImplementation as error:
@@ -115,7 +115,7 @@ def _implementations_of(call: Callable[[str], Any]) -> Sequence[str]:
     raise AssertionError("an op took an implementation that does not exist")
 
 
-def _calls(device: torch.device) -> dict[str, Callable[[str], Any]]:
+def _calls(device: torch.device) -> dict[str, Callable[[Any], Any]]:
     """Every op on small inputs, waiting for the implementation's name."""
     plan = ops.MixPlan.sample(4, 16, 4, device=device, impl="torch")
     x, q, maps = torch.empty(4, 16, 64), torch.empty(4, 8, 64), torch.empty(4, 8, 4, 4)

@@ -101,8 +101,10 @@ def table(head: Sequence[str], rows: Iterable[Iterable[Any]]) -> list[str]:
     return [lines[0], "|" + "---|" * len(head), *lines[1:]]
 
 
-def write_page(page: Path, content: str, *, check: bool = False) -> bool:
+def write_page(page: Path, content: str, *, title: str | None = None, check: bool = False) -> bool:
     """Replace the text between the two markers of a Markdown page by `content`.
+
+    A page that does not exist is made, with `title` (default: its file's name) as its heading.
 
     Returns:
         whether the page changed; with `check`, which leaves the page as it is, whether it would change.
@@ -110,7 +112,7 @@ def write_page(page: Path, content: str, *, check: bool = False) -> bool:
         UserError: as :func:`between_markers`; the page cannot be written.
     """
     old = page.read_text() if page.exists() else None
-    new = between_markers(f"# {page.stem.capitalize()}\n" if old is None else old, content)
+    new = between_markers(f"# {title or page.stem.capitalize()}\n" if old is None else old, content)
     if new != old and not check:
         with saving(page), atomic_path(page) as temporary:
             temporary.write_text(new)

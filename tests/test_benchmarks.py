@@ -18,6 +18,7 @@ from benchmarks import test_profile as profile
 from benchmarks import test_train_step as train_step
 from benchmarks.harness import Case, Work
 from mixreorg_fast.ledger import BEGIN, END, between_markers
+from tests import markdown
 
 COUNTED_ON_A_CPU = pytest.mark.skipif(harness.ON_GPU, reason="counted on a CPU, under Triton's interpreter")
 TINY = {"small": True, "image_size": 32}
@@ -67,11 +68,12 @@ def test_a_session_replaces_the_rows_of_its_own_ops_only(tmp_path):
 def test_tables_are_made_of_the_results(tmp_path):
     rows = [row(), row(implementation="compiled", median=1.0), row(implementation="triton", median=0.5)]
     harness.write_results(rows, HEADER, tmp_path)
-    text = report.tables(tmp_path)
-    assert "### Some GPU (80 GB)" in text
-    assert (
-        "| 8x9x10 | bfloat16 | fwd, graph | 2 (2–2) | 1 (1–1) | 0.5 (0.5–0.5) | 4.00× | 2.00× | 50% | 3 | 3 |" in text
-    )
+    title, text = report.pages(tmp_path)["performance/some_gpu_80_gb.md"]
+    assert title == "Some GPU (80 GB)"
+    found = markdown.row(text, shape="8x9x10", dtype="bfloat16", mode="fwd, graph")
+    assert [found[f"{name} ms"].split()[0] for name in ("eager", "compiled", "triton")] == ["2", "1", "0.5"]
+    assert (found["vs eager"], found["vs compiled"], found["of the limit"]) == ("4.00×", "2.00×", "50%")
+    assert (found["peak MB"], found["eager's"]) == ("3", "3")
     page = f"before {BEGIN} old {END} after"
     assert between_markers(page, text) == f"before {BEGIN}\n\n{text}\n\n{END} after"
 
@@ -82,10 +84,17 @@ def test_steps_are_told_in_images_per_second(tmp_path):
     largest = {"suite": "step", "op": "largest batch", "shape": "mixreorg", "dtype": "bfloat16", "images": 640}
     rows.append({**largest, "implementation": "ours", "peak_mb": 1234.5, "commit": "abc"})
     harness.write_results(rows, HEADER, tmp_path)
-    text = report.tables(tmp_path)
-    assert "| 8x9x10 | bfloat16 | huggingface | 40 | 2 (2–2) | 1.25× | 3 | 50% |" in text
-    assert "| 8x9x10 | bfloat16 | ours | 40 | 1.6 (2–2) |  | 3 | 50% |" in text
-    assert "| mixreorg | bfloat16 | 640 | 1234 |" in text
+    found = report.pages(tmp_path)
+    text = found["performance/some_gpu_80_gb.md"][1]
+    theirs, ours = (markdown.row(text, implementation=name) for name in ("huggingface", "ours"))
+    assert (theirs["images/s"], theirs["ms"], theirs["ours against it"]) == ("40", "2 (2–2)", "1.25×")
+    assert (ours["ms"], ours["ours against it"], ours["of the limit"]) == ("1.6 (2–2)", "", "50%")
+    assert markdown.row(text, model="mixreorg")["images"] == "640"
+    opening = markdown.row(found["performance.md"][1], what="GroupViT training step, bfloat16")
+    assert (opening["baseline"], opening["ours is faster by"]) == ("transformers", "1.25×")
+    report.draw(tmp_path, tmp_path)
+    assert f"(images/{report.speed_name(HEADER)})" in found["performance.md"][1]
+    assert 0 < (tmp_path / report.speed_name(HEADER)).stat().st_size < 100_000
 
 
 def test_calls_rotate_through_the_input_sets_and_time_what_they_say():
@@ -166,14 +175,14 @@ def test_figures_and_gaps(tmp_path):
         for name, dtype, shift in (("eager", "float32", 0), ("eager", "bfloat16", 0.2), ("ours", "float32", 0.1))
     ]
     harness.write_results([*growing, *losses], HEADER, tmp_path)
-    text = report.tables(tmp_path)
+    text = report.pages(tmp_path)["performance/some_gpu_80_gb.md"][1]
     report.draw(tmp_path, tmp_path)
     for what in ("batch", "losses"):
         name = f"step_{what}_some_gpu_80_gb.png"
-        assert f"(images/{name})" in text
+        assert f"(../images/{name})" in text
         assert 0 < (tmp_path / name).stat().st_size < 100_000
-    assert "| mixreorg loss | 8x9x10 | 2 | ours in float32 and eager in float32 | 0.071 |" in text
-    assert "| mixreorg loss | 8x9x10 | 2 | eager in bfloat16 and eager in float32 | 0.14 |" in text
+    assert markdown.row(text, between="ours in float32 and eager in float32")["gap"] == "0.071"
+    assert markdown.row(text, between="eager in bfloat16 and eager in float32")["gap"] == "0.14"
     assert figures.expected("resolution", [1, 2], [3.0, 8.0]) == [2.0, 8.0]
     assert figures.expected("caption length", [1, 2, 3], [1.0, 9.0, 3.0]) == [1.0, 2.0, 3.0]
     assert figures.expected("batch", [1, 2, 3], [1.0, 9.0, 3.0]) == [3.0] * 3
@@ -190,10 +199,18 @@ def test_profile_and_waiting_tables(tmp_path):
     loader = {**row("loader", "ours", suite="loader"), "mode": "step", "images_per_s": 250.0}
     waiting = {**loader, "op": "waiting for data", "waiting": 0.0123, "images_per_s": 99.0}
     harness.write_results([*families, step, loader, waiting], HEADER, tmp_path)
-    text = report.tables(tmp_path)
-    assert "| ours | attention | 2 | 50.0% | 6 | 0.1 | 1 | 50% |" in text
-    assert "| ours | the step, by the clock | 5 | 100.0% | 12 | 0.2 | 2 | 40% |" in text
-    assert "| 8x9x10 | bfloat16 | 99 | 1.2% | 250 | 100 | 2.5× |" in text
+    text = report.pages(tmp_path)["performance/some_gpu_80_gb.md"][1]
+    columns = ("ms", "share", "GFLOP", "GB", "floor ms", "of the limit")
+    attention, whole = (markdown.row(text, family=name) for name in ("attention", "the step, by the clock"))
+    assert [attention[column] for column in columns] == ["2", "50.0%", "6", "0.1", "1", "50%"]
+    assert [whole[column] for column in columns] == ["5", "100.0%", "12", "0.2", "2", "40%"]
+    waited = markdown.row(text, training="8x9x10")
+    assert [waited[column] for column in ("waiting", "loader alone", "step alone", "ratio")] == [
+        "1.2%",
+        "250",
+        "100",
+        "2.5×",
+    ]
 
 
 @pytest.mark.parametrize(

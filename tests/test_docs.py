@@ -10,6 +10,7 @@ from mixreorg_fast.convert import save_huggingface
 from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.inference.model import Model
+from tests import markdown
 from tests.evaluation.fakes import draw_mask, draw_photo
 from tests.tiny import fill, tiny_config
 
@@ -59,6 +60,13 @@ def test_weights(place):
     for block in blocks[1:]:
         exec(block, names)
     assert names["labels"].shape[0] == 1
+
+
+def test_the_conclusion_of_the_results_page_stands_in_its_tables():
+    opening, _, tables = (DOCS / "results.md").read_text().partition("## Tables")
+    for row in markdown.rows(opening):
+        for heading, cell in row.items():
+            assert "±" not in cell or f" {cell} |" in tables, f"{heading}: {cell} is in no table"
 
 
 def test_the_default_run_cannot_be_exported_and_the_page_says_so(place):

@@ -239,7 +239,7 @@ def test_python_of_the_readme(place, monkeypatch):
     monkeypatch.chdir(place)
     first, second = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     names: dict = {}
-    exec(first.replace("weights/", "DIR"), names)
+    exec(first.replace('"weights"', '"DIR"'), names)
     assert names["labels"].shape == (48, 64)
     x, q, k = torch.randn(64, 196, 32), torch.randn(64, 8, 32), torch.randn(64, 196, 32)
     names = {"x": x, "q": q, "k": k, "v": k}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,7 @@ _STUFF_IDS = [i for i in range(182) if i not in (11, 25, 28, 29, 44, 65, 67, 68,
 # The labels of the Cityscapes scripts that are scored.
 _CITY_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
 
-_CONTEXT = dict(
+_CONTEXT: dict[str, Any] = dict(
     images="JPEGImages",
     masks="SegmentationClassContext",
     split_file="ImageSets/SegmentationContext/{split}.txt",

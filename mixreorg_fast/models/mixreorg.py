@@ -138,32 +138,28 @@ class MixReorg(nn.Module):
         loss, tensors = self.config.loss, features.tensors
         images = len(tensors["images"])
         texts, nouns = self._text_embeddings(tensors)
-        multiplier = self.backbone.logit_multiplier()
-        exchange = loss.exchange
+        multiplier, exchange = self.backbone.logit_multiplier(), loss.exchange
         # One call of the projection: its batch statistics come from the pooled original features, the first rows.
-        rows = [tensors[name] for name in ("images", "restored") if name in tensors]
-        if "segments" in tensors:
-            rows.append(tensors["segments"].flatten(0, 1))
-        rows = torch.cat(rows)
-        embeddings = self.backbone.image_projection(rows, images, run=self._runner())
+        rows = {name: tensors[name].flatten(0, -2) for name in ("images", "restored", "segments") if name in tensors}
+        projected = self.backbone.image_projection(torch.cat(list(rows.values())), images, run=self._runner())
+        embeddings = dict(zip(rows, projected.split([len(x) for x in rows.values()]), strict=True))
 
-        out = {"loss_original": ops.contrastive_loss(embeddings[:images], texts, multiplier, exchange=exchange)}
+        original = embeddings["images"]
+        out = {"loss_original": ops.contrastive_loss(original, texts, multiplier, exchange=exchange)}
         total = loss.original * out["loss_original"]
-        if "restored" in tensors:
-            restored = embeddings[images : 2 * images]
+        if "restored" in embeddings:
+            restored = embeddings["restored"]
             out["loss_restored"] = ops.contrastive_loss(restored, texts, multiplier, exchange=exchange)
             total = total + loss.restored * out["loss_restored"]
-        if "segments" in tensors:
-            first, second, plan = tensors["first"], tensors["second"], features.plan
-            mixed_embeddings = embeddings[-images * second.shape[1] :].unflatten(0, (images, -1))
+        if "segments" in embeddings:
             negatives = loss.mixed_negatives
             named, first_text = gather_rows(texts) if negatives == "batch" else (texts, 0)
             out["loss_mixed"], out["mixed_accuracy"] = ops.mixed_segmentation_loss(
-                first,
-                second,
-                mixed_embeddings,
+                tensors["first"],
+                tensors["second"],
+                embeddings["segments"].unflatten(0, (images, -1)),
                 named,
-                plan,
+                features.plan,
                 multiplier,
                 negatives=negatives,
                 first_text=first_text,
@@ -171,7 +167,7 @@ class MixReorg(nn.Module):
             )
             total = total + loss.mixed * self.config.schedule.mixed(progress) * out["loss_mixed"]
         if nouns is not None:
-            out["loss_multi_label"] = ops.contrastive_loss(embeddings[:images], nouns, multiplier, exchange=exchange)
+            out["loss_multi_label"] = ops.contrastive_loss(original, nouns, multiplier, exchange=exchange)
             total = total + loss.multi_label * out["loss_multi_label"]
         return {"loss": total, **out, **features.measures}
 
@@ -186,7 +182,7 @@ class MixReorg(nn.Module):
             first_group=batch.first_image // group_size,
         )
 
-    # ------------------------------------------------------------------ image branches
+    # ------------------------------------------------------------------ stage 1, the three stages of the paper
 
     def _first_stage(self, batch: Batch, plan: ops.MixPlan | None, drops: Tensor | None = None) -> Tensor:
         """Patch and group tokens after the blocks of stage 1, those of all branches along the batch,
@@ -301,7 +297,7 @@ class MixReorg(nn.Module):
     def _texts(self, batch: Batch) -> dict[str, Tensor]:
         """Features of the captions, ``texts [B, C]``, and of the noun prompts if there are any, ``nouns [B, P, C]``."""
         rows, lengths = batch.ids, list(batch.lengths)
-        if batch.noun_ids is not None:
+        if batch.noun_ids is not None and batch.noun_lengths is not None:
             rows = torch.cat([rows, batch.noun_ids.flatten(0, 1)])
             lengths += batch.noun_lengths
         features = self.backbone.text_encoder(rows, self.dtype, lengths, partial(self._run, dynamic=True))

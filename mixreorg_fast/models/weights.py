@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -19,9 +19,6 @@ from ..files import write_json
 from .groupvit import GroupViT
 from .image_encoder import resize_positions
 
-if TYPE_CHECKING:
-    from ..data.text.tokenizer import Tokenizer
-
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "model.json", "tokenizer.json"
 FORMAT = "mixreorg_fast/1"
 
@@ -30,10 +27,9 @@ def write_files(
     network: GroupViT,
     folder: Path,
     state: Mapping[str, Tensor],
-    tokenizer: Tokenizer | None,
     inference: InferenceConfig,
 ) -> None:
-    """Write the three files of a folder of weights into an existing folder that nobody reads yet.
+    """Write model.safetensors and model.json into an existing folder that nobody reads yet.
 
     Parameters and floating buffers are written in their own dtypes; the logit scale as a 0-d tensor.
 
@@ -51,8 +47,6 @@ def write_files(
         "inference": inference.model_dump(mode="json"),
     }
     write_json(folder / DESCRIPTION, description)
-    if tokenizer is not None:
-        tokenizer.save(folder)
 
 
 def find_weights(folder: str | Path) -> Path:

@@ -7,6 +7,7 @@ that arrive in parts is the logaddexp of the parts', a gradient over columns in 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -91,15 +92,16 @@ TORCH = Blocks(log_sum_exp_torch, gradient_torch)
 
 @kernel("contrastive_loss.log_sum_exp_forward")
 def contrastive_log_sum_exp(rows: Tensor, columns: Tensor, scale: Tensor, both: bool) -> tuple[Tensor, Tensor]:
-    return tuple(rows.new_empty(size, dtype=torch.float32) for size in (len(rows), len(columns) if both else 0))
+    make = partial(rows.new_empty, dtype=torch.float32)
+    return make(rows.shape[:1]), make(columns.shape[:1] if both else 0)
 
 
 @kernel("contrastive_loss.gradient_backward")
 def contrastive_gradient(
     rows: Tensor, columns: Tensor, row_lse: Tensor, column_lse: Tensor, scale: Tensor, block: LogitBlock
 ) -> tuple[Tensor, Tensor]:
-    sizes = (rows.shape, columns.shape if block.both else 0)
-    return tuple(rows.new_empty(size, dtype=torch.float32) for size in sizes)
+    make = partial(rows.new_empty, dtype=torch.float32)
+    return make(rows.shape), make(columns.shape if block.both else 0)
 
 
 TRITON = Blocks(contrastive_log_sum_exp, contrastive_gradient)

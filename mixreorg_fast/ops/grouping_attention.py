@@ -56,7 +56,8 @@ def grouping_attention_reference(
     if seed is None:
         used = soft
     else:
-        noise = grouping_noise(*logits.shape, seed, first_image, logits.device).to(upcast)
+        batch, groups, patches = logits.shape
+        noise = grouping_noise(batch, groups, patches, seed, first_image, logits.device).to(upcast)
         used = torch.softmax((logits + noise) / tau, dim=1)
     if hard:
         one_hot = torch.zeros_like(used).scatter_(1, used.argmax(dim=1, keepdim=True), 1.0)
@@ -113,11 +114,10 @@ def grouping_attention(
         raise ValueError(
             f"grouping_attention: return_assignment must be none, soft, used or winner, got {return_assignment!r}"
         )
-    scale = q.shape[2] ** -0.5 if scale is None else scale
     q, k, v = autocast(q, k, v)
     wants_winner = return_assignment == "winner"
     written = return_assignment if not wants_winner else "none" if hard else "used"
-    settings = Grouping(scale, hard, first_image, tau, eps, written)
+    settings = Grouping(q.shape[2] ** -0.5 if scale is None else scale, hard, first_image, tau, eps, written)
     if uses_triton("grouping_attention", impl, q, k, v, limits=lambda: _limits(q, k, v)):
         seed = None if seed is None else seed_tensor(seed, q.device)
         out, assignment, winner, _ = _grouping_attention(q, k, v, seed, settings)

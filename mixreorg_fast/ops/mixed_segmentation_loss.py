@@ -171,7 +171,8 @@ def _mixed_segmentation_backward(
     scale: Tensor,
     group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return *(x.new_empty(x.shape) for x in (first, second, segments, texts)), torch.empty_like(scale)
+    of_first, of_second, of_segments, of_texts = (x.new_empty(x.shape) for x in (first, second, segments, texts))
+    return of_first, of_second, of_segments, of_texts, torch.empty_like(scale)
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -58,7 +58,8 @@ class MixPlan:
             seed = torch.randint(2**62, (), generator=generator, device=device)
         seed = seed_tensor(seed, torch.device(device))
         draw = _sample_plan if uses_triton("MixPlan.sample", impl, seed) else sample_plan_reference
-        return cls(*draw(seed, first_group, batch, patches, group_size), group_size)
+        source, inverse = draw(seed, first_group, batch, patches, group_size)
+        return cls(source, inverse, group_size)
 
     @classmethod
     def from_source(cls, source: Tensor, group_size: int) -> MixPlan:
@@ -201,7 +202,8 @@ class _Gather(torch.autograd.Function):
 
 @kernel("patch_mixing.sample_plan")
 def _sample_plan(seed: Tensor, first_group: int, batch: int, patches: int, group_size: int) -> tuple[Tensor, Tensor]:
-    return tuple(seed.new_empty((batch, patches), dtype=torch.int32) for _ in range(2))
+    source = seed.new_empty((batch, patches), dtype=torch.int32)
+    return source, seed.new_empty(source.shape, dtype=torch.int32)
 
 
 def _save_plan(ctx, inputs: tuple, output: Tensor) -> None:

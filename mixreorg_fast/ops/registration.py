@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ..kernels.variants import on_device
 
-_KERNELS = f"{__package__.rpartition('.')[0]}.kernels"
+_KERNELS = f"{__name__.split('.')[0]}.kernels"
 
 
 def kernel(
     launcher: str,
     *,
-    save: Callable[..., None] | None = None,
+    save: Callable[..., None] = lambda ctx, inputs, output: None,
     gradient: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Kernel]:
     """Decorate the declaration of a kernel.
@@ -53,7 +53,7 @@ class Kernel:
         self,
         declaration: Callable[..., Any],
         launcher: str,
-        save: Callable[..., None] | None,
+        save: Callable[..., None],
         gradient: Callable[..., Any] | None,
     ) -> None:
         functools.update_wrapper(self, declaration)
@@ -70,6 +70,7 @@ class Kernel:
         self.op.register_fake(parameters.spread(declaration))
         self._launch = self._differentiable = self._transformable = launch
         if gradient is not None:
+            assert save is not None, f"{name}: a gradient needs save"
 
             def forward(ctx: Any, *inputs: Any) -> Any:
                 output = launch(*inputs)

@@ -1,8 +1,8 @@
-"""Train a table of variants on equal budgets and write what they scored.
+"""Train a table of variants on equal budgets and write their scores.
 
-Every run is a training process of its own, so a study that was cut short goes on where it stopped: finished runs stay,
-an interrupted one resumes from its checkpoint. What was measured goes into ``RESULTS/study_<device>.json``, the tables
-of ``DOCS/results.md`` are written from there, curves and pictures into ``DOCS/images/``.
+Every run is a training process of its own. The same command resumes an interrupted study: finished runs stay, an
+interrupted run resumes from its checkpoint. The scores go into ``RESULTS/study_<device>.json``, from there into the
+tables of ``DOCS/results.md``; curves and pictures go into ``DOCS/images/``.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import torch
+
+from .. import devices, ledger
 from ..errors import UserError
 from ..files import write_json
 from .plan import Run, Study
 from .report import PICTURES, curves_figure, picture_name, pictures_figure, write_page
 from .rows import read_metrics, results_file, rows_of, training_seconds, write_study_rows
 
-Entry = Callable[[], Run | None]  # a run to train; None while it cannot be told yet
+Entry = Callable[[], Run | None]  # gives a run to train; None while its number of steps is unknown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", metavar="FILE", help="the study, such as configs/study.json")
     parser.add_argument("--block", action="append", default=[], metavar="NAME", help="only this block; repeatable")
-    parser.add_argument("--list", action="store_true", help="say what would run and what is finished; train nothing")
+    parser.add_argument("--list", action="store_true", help="list the runs and their state; train nothing")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPUs, or the CPU of a machine without")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
@@ -45,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     if args.list:
         _list(study)
         return
-    with Runner(args.jobs, _device(args.device)) as runner:
+    with Runner(args.jobs, devices.choose(args.device).type) as runner:
         try:
             failed = runner.train(_entries(study))
         finally:
@@ -54,19 +57,13 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{len(failed)} of the runs failed: {', '.join(f'{run.folder}.log' for run in failed)}")
 
 
-def _device(name: str | None) -> str:
-    from ..devices import choose  # PyTorch takes seconds to load, which --list and mistakes need not wait for
-
-    return choose(name).type
-
-
 def _list(study: Study) -> None:
     for run in study.runs():
         print(f"{_state(run):12} {run.folder}")
-    for world, variant, like, seed in study.timed():
-        run = _timed_run(study, world, variant, like, seed)
+    for dataset, variant, like, seed in study.timed():
+        run = _timed_run(study, dataset, variant, like, seed)
         if run is None:
-            print(f"{'to measure':12} {variant} on {world}, seed {seed}, for as long as {like} takes")
+            print(f"{'to measure':12} {variant} on {dataset}, seed {seed}, for as long as {like} takes")
         else:
             print(f"{_state(run):12} {run.folder}")
 
@@ -78,7 +75,7 @@ def _state(run: Run) -> str:
 
 
 def _begun(run: Run) -> bool:
-    """Whether the run folder holds the beginning of just this run."""
+    """Whether the run folder belongs to this very run."""
     from ..config import load_config
 
     try:
@@ -91,28 +88,24 @@ def _finished(run: Run) -> bool:
     return (run.folder / "eval.json").is_file() and _begun(run)
 
 
-def _timed_runs(study: Study) -> list[Run]:
-    timed = (_timed_run(study, *each) for each in study.timed())
-    return [run for run in timed if run is not None]
-
-
-def _timed_run(study: Study, world: str, variant: str, like: str, seed: int) -> Run | None:
-    """The run of as many steps as fit into the time that `like` took with the same seed; None until both are there."""
-    own, other = study.run(world, variant, seed), study.run(world, like, seed)
+def _timed_run(study: Study, dataset: str, variant: str, like: str, seed: int) -> Run | None:
+    """The run of as many steps as fit into the time of `like` with the same seed; None until both are finished."""
+    own, other = study.run(dataset, variant, seed), study.run(dataset, like, seed)
     if not (_finished(own) and _finished(other)):
         return None
+    assert own.config.train.steps is not None, "a finished run has its number of steps"
     per_step = _seconds(own) / own.config.train.steps
-    return study.run(world, variant, seed, steps=round(_seconds(other) / per_step))
+    return study.run(dataset, variant, seed, steps=round(_seconds(other) / per_step))
 
 
 def _entries(study: Study) -> list[Entry]:
-    """What there is to train, in order; a run whose budget is time comes as soon as its time is known."""
+    """The runs to train, in order; a run with a budget of time comes as soon as that time is known."""
     runs = list(study.runs())
-    place = {(run.world, run.variant, run.seed): number for number, run in enumerate(runs)}
-    entries = [(number, False, lambda run=run: run) for number, run in enumerate(runs)]
-    for world, variant, like, seed in study.timed():
-        last = max(place[world, variant, seed], place[world, like, seed])
-        entries.append((last, True, partial(_timed_run, study, world, variant, like, seed)))
+    place = {(run.dataset, run.variant, run.seed): number for number, run in enumerate(runs)}
+    entries: list[tuple[int, bool, Entry]] = [(number, False, lambda run=run: run) for number, run in enumerate(runs)]
+    for dataset, variant, like, seed in study.timed():
+        last = max(place[dataset, variant, seed], place[dataset, like, seed])
+        entries.append((last, True, partial(_timed_run, study, dataset, variant, like, seed)))
     return [entry for *_, entry in sorted(entries, key=lambda entry: entry[:2])]
 
 
@@ -121,10 +114,10 @@ def _seconds(run: Run) -> float:
 
 
 class Runner:
-    """Trains runs on `device` ("cpu" or "cuda"), `jobs` at a time, each a process of its own that shares out processors
-    and takes GPUs in turn.
+    """Trains runs on `device` ("cpu" or "cuda"), `jobs` at a time. Each is a process with a share of the processors and
+    one GPU.
 
-    SIGTERM and SIGINT pass to the runs, which write a checkpoint and end.
+    The runs receive SIGTERM and SIGINT, write a checkpoint and end.
     """
 
     def __init__(self, jobs: int, device: str):
@@ -141,7 +134,7 @@ class Runner:
             signal.signal(number, handler)
 
     def train(self, entries: Sequence[Entry]) -> list[Run]:
-        """Train what is not finished; returns the runs that failed. What waits for them is left out.
+        """Train the unfinished runs; returns the runs that failed. Runs that depend on these are left out.
 
         Raises:
             UserError: a signal ended the study.
@@ -152,10 +145,10 @@ class Runner:
 
         def work(worker: int) -> None:
             nonlocal running
-            os.sched_setaffinity(0, shares[worker])  # of this thread and the runs that it starts
+            os.sched_setaffinity(0, shares[worker])  # of this thread and its child processes
             while not self._stopped.is_set():
                 with changed:
-                    place, run = next(((i, run) for i, entry in enumerate(todo) if (run := entry())), (None, None))
+                    place, run = next(((i, run) for i, entry in enumerate(todo) if (run := entry())), (0, None))
                     if run is None:
                         if not running:
                             return
@@ -173,7 +166,7 @@ class Runner:
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(work, range(self.jobs)))
         if self._stopped.is_set():
-            raise UserError("stopped; the same command goes on from here")
+            raise UserError("stopped; the same command resumes the study")
         return failed
 
     def _train(self, worker: int, run: Run) -> bool:
@@ -187,12 +180,12 @@ class Runner:
         start = time.monotonic()
         print(f"training  {run.folder}", flush=True)
         with log.open("ab") as output:
-            # In a session of its own, so that a terminal's ^C reaches it once, from here.
+            # In a session of its own, so that a terminal's Ctrl-C reaches it only from here.
             process = subprocess.Popen(
                 arguments, stdout=output, stderr=output, env=self._environment(worker), start_new_session=True
             )
             self._processes.add(process)
-            if self._stopped.is_set():  # asked for between the look above and now
+            if self._stopped.is_set():  # a signal came after the check in the loop
                 process.terminate()
             code = process.wait()
             self._processes.discard(process)
@@ -207,8 +200,6 @@ class Runner:
     def _environment(self, worker: int) -> dict[str, str]:
         environment = dict(os.environ)
         if self.device == "cuda" and "CUDA_VISIBLE_DEVICES" not in os.environ:
-            import torch
-
             environment["CUDA_VISIBLE_DEVICES"] = str(worker % torch.cuda.device_count())
         return environment
 
@@ -219,8 +210,8 @@ class Runner:
 
 
 def _shares(processors: Sequence[int], jobs: int) -> list[Sequence[int]]:
-    """The processors of each worker. A run takes as many threads as it finds processors, and threads of several runs
-    that wait for each other on the same processors take longer than one thread would."""
+    """The processors of each worker. A run starts a thread per processor, and threads of several runs on the same
+    processors would slow each other down."""
     return [processors[worker::jobs] or processors for worker in range(jobs)]
 
 
@@ -230,29 +221,28 @@ def _last_line(log: Path) -> str:
 
 
 def _report(study: Study, args: argparse.Namespace) -> None:
-    """Rows, page, curves and pictures of all that is finished."""
+    """Write rows, page, curves and pictures of all finished runs."""
     config = study.config
-    runs = [run for run in [*study.runs(), *_timed_runs(study)] if _finished(run)]
+    timed = (_timed_run(study, *each) for each in study.timed())
+    runs = [run for run in [*study.runs(), *filter(None, timed)] if _finished(run)]
     if not runs:
         return
     rows = []
     for run in runs:
-        about = {"study": run.study, "trained_on": run.world, "variant": run.variant, "budget": run.budget}
+        about = {"study": run.study, "trained_on": run.dataset, "variant": run.variant, "budget": run.budget}
         rows += rows_of(run.folder, **about, about=config.variants[run.variant].about)
     path = results_file(args.results)
     write_study_rows(rows, path, f"mixreorg study {args.study}", {config.name: study.names()})
     labels = {name: variant.about for name, variant in config.variants.items()}
-    for world in dict.fromkeys(run.world for run in runs) if config.pictures else ():
-        of_world = [run for run in runs if run.world == world]
-        place = _placer(args.docs, path, config.name, world)
-        curves_figure(of_world, labels, place("curves"))
-        first = {(run.variant, run.budget): run for run in reversed(of_world)}  # the first seed of each
-        columns = [run for run in of_world if first[run.variant, run.budget] is run and run.budget == "steps"]
-        pictures_figure(columns, labels, place("pictures"), config.pictures)
+    for dataset in dict.fromkeys(run.dataset for run in runs) if config.pictures else ():
+        of_dataset = [run for run in runs if run.dataset == dataset]
+        curves, pictures = (
+            args.docs / PICTURES / picture_name(ledger.device_name(), config.name, dataset, kind)
+            for kind in ("curves", "pictures")
+        )
+        curves_figure(of_dataset, labels, curves)
+        first = {(run.variant, run.budget): run for run in reversed(of_dataset)}  # the first seed of each
+        columns = [run for run in of_dataset if first[run.variant, run.budget] is run and run.budget == "steps"]
+        pictures_figure(columns, labels, pictures, config.pictures)
     write_page(args.results, args.docs)
     print(f"results: {path}, {args.docs / 'results.md'}", flush=True)
-
-
-def _placer(docs: Path, results: Path, study: str, world: str) -> Callable[[str], Path]:
-    device = results.stem.removeprefix("study_")
-    return lambda kind: docs / PICTURES / picture_name(device, study, world, kind)

@@ -1,4 +1,4 @@
-"""What a study's file says, and the runs that follow from it."""
+"""A study's file and its runs."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ Overrides = dict[str, Any]  # {"train.steps": 900}: what `--set` takes, as JSON
 
 
 class VariantConfig(Section):
-    """One row of the table: a name for people, and what differs from the world's configuration."""
+    """One row of the table: a readable name, and the differences from the data set's configuration."""
 
     about: str
     set: Overrides = {}
 
 
-class WorldConfig(Section):
-    """What is trained on: a training configuration, beside the study's file."""
+class DatasetConfig(Section):
+    """A data set to train on: a training configuration, relative to the study's file."""
 
     config: str
     set: Overrides = {}
 
 
 class EqualTimeConfig(Section):
-    """Variants that are trained once more, for as many steps as fit into the time that `like` took."""
+    """Variants to train once more, for as many steps as fit into the time of `like`."""
 
     like: str
     variants: Annotated[list[str], Field(min_length=1)]
 
 
 class BlockConfig(Section):
-    """Runs that belong together and are run in one go."""
+    """Runs of one table."""
 
     world: str
     variants: Annotated[list[str], Field(min_length=1)]
@@ -48,15 +48,15 @@ class BlockConfig(Section):
 
 
 class StudyConfig(Section):
-    """A study. The first variant of a block is the one that the others are compared with."""
+    """A study. The other variants of a block are compared with its first."""
 
     name: str
     output: str = Field("runs", description="folder of study folders")
     seeds: Annotated[list[NonNegative], Field(min_length=1)] = [0, 1, 2]
-    worlds: dict[str, WorldConfig]
+    worlds: dict[str, DatasetConfig]
     variants: dict[str, VariantConfig]
     blocks: dict[str, BlockConfig]
-    pictures: NonNegative = Field(3, description="photos that all variants are drawn on; 0: no pictures, no curves")
+    pictures: NonNegative = Field(3, description="photos in a picture of all variants; 0: no pictures, no curves")
 
     @property
     def folder(self) -> Path:
@@ -82,11 +82,11 @@ class Run:
     """One training run of a study."""
 
     study: str
-    world: str  # what it trains on
+    dataset: str  # the key in `worlds` of the data set that the run trains on
     variant: str
     seed: int
     budget: Budget
-    config: Config  # complete; its run folder is the run's own
+    config: Config  # complete, with a run folder for this run alone
 
     @property
     def folder(self) -> Path:
@@ -94,15 +94,15 @@ class Run:
 
     @property
     def request(self) -> Path:
-        """The configuration file that the run is started with; what tells later whether it is still the same run."""
+        """The configuration file that the run is started with; it identifies the run later."""
         return self.folder.with_name(f"{self.folder.name}.json")
 
 
 class Study:
-    """A study's file, read and checked: every run's configuration is valid before the first begins.
+    """A study's file, read and checked: the configurations of all runs are valid.
 
     Raises:
-        UserError: the file, or a configuration that it leads to, is missing or wrong.
+        UserError: the file or a configuration that it names is missing or wrong.
     """
 
     def __init__(self, path: str | Path, blocks: Sequence[str] = ()):
@@ -119,17 +119,17 @@ class Study:
         return self.config.seeds if block.seeds is None else block.seeds
 
     def runs(self) -> Iterator[Run]:
-        """Every run with a budget of steps, each once, though several blocks may show it."""
+        """Every run with a budget of steps, once, also if several blocks contain it."""
         seen = set()
         for block in (self.config.blocks[name] for name in self.blocks):
-            for seed in self.seeds(block):  # seed by seed: a study that is cut short has whole tables
+            for seed in self.seeds(block):  # seed by seed: an interrupted study has complete tables of the first seeds
                 for variant in block.variants:
                     if (key := (block.world, variant, seed)) not in seen:
                         seen.add(key)
                         yield self.run(*key)
 
     def timed(self) -> Iterator[tuple[str, str, str, int]]:
-        """World, variant, the variant that gives the time, and seed of every run with a budget of time."""
+        """Data set, variant, the variant whose time is the budget, and seed of every run with a budget of time."""
         seen = set()
         for block in (self.config.blocks[name] for name in self.blocks):
             if block.equal_time is not None:
@@ -141,7 +141,7 @@ class Study:
                             yield key
 
     def names(self) -> set[tuple[str, str]]:
-        """World and name of every run that the file asks for, in whatever block."""
+        """Data set and name of every run of the file, in any block."""
         names = set()
         for block in self.config.blocks.values():
             for seed in self.seeds(block):
@@ -150,21 +150,21 @@ class Study:
                 names |= {(block.world, _run_name(variant, "time", seed)) for variant in timed}
         return names
 
-    def run(self, world: str, variant: str, seed: int, steps: int | None = None) -> Run:
-        """One run; with `steps`, one whose budget is time, which so many steps fill."""
+    def run(self, dataset: str, variant: str, seed: int, steps: int | None = None) -> Run:
+        """One run; `steps`: as many as fit into its budget of time; None: its budget is its configuration's steps."""
         budget: Budget = "steps" if steps is None else "time"
         name = _run_name(variant, budget, seed)
-        settings = self.config.worlds[world]
+        settings = self.config.worlds[dataset]
         values = {**settings.set, **self.config.variants[variant].set, "seed": seed}
         if steps is not None:
             values["train.steps"] = steps
-        values |= {"name": name, "output": str(self.config.folder / world)}
+        values |= {"name": name, "output": str(self.config.folder / dataset)}
         overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
         try:
             config = load_config(self.path.parent / settings.config, overrides)
         except UserError as error:
-            raise UserError(f"{self.path}: world '{world}', variant '{variant}': {error}") from None
-        return Run(self.config.name, world, variant, seed, budget, config)
+            raise UserError(f"{self.path}: world '{dataset}', variant '{variant}': {error}") from None
+        return Run(self.config.name, dataset, variant, seed, budget, config)
 
 
 def _run_name(variant: str, budget: Budget, seed: int) -> str:

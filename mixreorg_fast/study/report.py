@@ -39,37 +39,39 @@ def tables(results: Path, docs: Path) -> str:
 
 
 def section(file: Row, docs: Path) -> str:
-    """A device: a table for each world that a study trained on, then runs that belong to no study."""
+    """A device: runs that belong to no study, then a table per study and training set, the longest table last."""
     rows = [row for row in file["rows"] if row["suite"] == "study"]
     lines = [f"### {file['device']}", "", f"{file['date'][:10]}, commit {file['commit']}, torch {file['torch']}."]
-    of_studies = [row for row in rows if "study" in row]
-    for study, world in dict.fromkeys((row["study"], row["trained_on"]) for row in of_studies):
-        lines += ["", f"**{study}: trained on {world}**", ""]
-        lines += study_table([row for row in of_studies if (row["study"], row["trained_on"]) == (study, world)])
-        for kind in ("curves", "pictures"):
-            name = picture_name(file["device"], study, world, kind)
-            if (docs / PICTURES / name).exists():
-                lines += ["", f"![{study}, {world}: {kind}]({PICTURES}/{name})"]
     single = [row for row in rows if "study" not in row]
     if single:
         lines += ["", "**Single runs**", "", *run_table(single)]
+    studies: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if "study" in row:
+            studies.setdefault((row["study"], row["trained_on"]), []).append(row)
+    for (study, dataset), of_study in sorted(studies.items(), key=lambda item: len(item[1])):
+        lines += ["", f"**{study}: trained on {dataset}**", "", *study_table(of_study)]
+        for kind in ("curves", "pictures"):
+            name = picture_name(file["device"], study, dataset, kind)
+            if (docs / PICTURES / name).exists():
+                lines += ["", f"![{study}, {dataset}: {kind}]({PICTURES}/{name})"]
     return "\n".join(lines)
 
 
-def picture_name(device: str, study: str, world: str, kind: str) -> str:
-    return f"study_{ledger.file_stem(device)}_{study}_{world}_{kind}.png"
+def picture_name(device: str, study: str, dataset: str, kind: str) -> str:
+    return f"study_{ledger.file_stem(device)}_{study}_{dataset}_{kind}.png"
 
 
 def study_table(rows: Sequence[Row]) -> list[str]:
-    """A line per variant and budget: means over seeds, ± their standard deviation, and the distance to the first."""
-    worlds = list(dict.fromkeys(row["world"] for row in rows))
+    """A line per variant and budget: means over seeds ± standard deviation, and the difference to the first line."""
+    datasets = list(dict.fromkeys(row["world"] for row in rows))
     head = ["variant", "seeds", "steps", "seconds"]
     # IoU of rare classes is mostly noise, so the frequent classes have a column of their own where there are rare ones.
     with_frequent = {row["world"] for row in rows if row.get("frequent_miou") not in (None, row["miou"])}
-    for world in worlds:
-        head += [f"{world} mIoU", "against the first"]
-        head += [f"classes in {FREQUENT} photos"] if world in with_frequent else []
-        head += ["oracle mIoU", *(["segments used"] if world == worlds[0] else [])]
+    for dataset in datasets:
+        head += [f"{dataset} mIoU", "against the first"]
+        head += [f"classes in {FREQUENT} photos"] if dataset in with_frequent else []
+        head += ["oracle mIoU", *(["segments used"] if dataset == datasets[0] else [])]
     body = []
     groups = list(dict.fromkeys((row["variant"], row["budget"]) for row in rows))
     for variant, budget in groups:
@@ -77,19 +79,19 @@ def study_table(rows: Sequence[Row]) -> list[str]:
         about = of_variant[0].get("about", variant)
         cells = [f"{about}, equal time" if budget == "time" else about]
         cells += [len({row["seed"] for row in of_variant}), _spread(of_variant, "steps", 0)]
-        cells.append(_spread([row for row in of_variant if row["world"] == worlds[0]], "seconds", 0))
-        for world in worlds:
-            here = [row for row in of_variant if row["world"] == world]
-            base = [row for row in rows if row["world"] == world and (row["variant"], row["budget"]) == groups[0]]
+        cells.append(_spread([row for row in of_variant if row["world"] == datasets[0]], "seconds", 0))
+        for dataset in datasets:
+            here = [row for row in of_variant if row["world"] == dataset]
+            base = [row for row in rows if row["world"] == dataset and (row["variant"], row["budget"]) == groups[0]]
             cells += [_spread(here, "miou"), "" if here == base else _difference(here, base)]
-            cells += [_spread(here, "frequent_miou")] if world in with_frequent else []
-            cells += [_spread(here, "oracle_miou"), *([_spread(here, "groups_used")] if world == worlds[0] else [])]
+            cells += [_spread(here, "frequent_miou")] if dataset in with_frequent else []
+            cells += [_spread(here, "oracle_miou"), *([_spread(here, "groups_used")] if dataset == datasets[0] else [])]
         body.append(cells)
     lines = ledger.table(head, body)
-    for world in worlds:
-        background = {row["all_background_miou"] for row in rows if row["world"] == world} - {None}
+    for dataset in datasets:
+        background = {row["all_background_miou"] for row in rows if row["world"] == dataset} - {None}
         if background:
-            lines += ["", f"Calling every pixel of {world} background scores {max(background):.2f}."]
+            lines += ["", f"Calling every pixel of {dataset} background scores {max(background):.2f}."]
     return lines
 
 
@@ -135,7 +137,7 @@ def curves_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path) ->
     """Losses and scores against the steps, the mean over seeds of each variant: a PNG at `path`.
 
     Args:
-        runs: finished runs that trained on one world. labels: variant → its name in the legend.
+        runs: finished runs on one data set. labels: variant -> its name in the legend.
     """
     try:
         from matplotlib.figure import Figure
@@ -155,7 +157,7 @@ def curves_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path) ->
         for axis, name in zip(axes, panels.values(), strict=True):
             steps, means = _mean_curve(logs, name)
             (line,) = axis.plot(steps, means, linewidth=1.2, marker="." if len(steps) < 12 else "", label=label)
-            if not steps:  # keep the colours of the panels in step, but no empty entry in a legend
+            if not steps:  # the same colours in all panels, without an empty entry in the legend
                 line.set_label("_")
     for axis, title in zip(axes, panels, strict=True):
         axis.set_title(title, fontsize=9)
@@ -168,7 +170,7 @@ def curves_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path) ->
 
 
 def _log(run: Run) -> list[Row]:
-    """The run's measures, its final scores as the last validation."""
+    """The run's measures, with the final scores as the last validation."""
     log = read_metrics(run.folder)
     scores = json.loads((run.folder / "eval.json").read_text())
     final = {name: score["mIoU"] for name, score in scores.items() if "mIoU" in score}
@@ -189,10 +191,10 @@ def _mean_curve(logs: Sequence[Sequence[Row]], name: str) -> tuple[list[int], li
 
 
 def pictures_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path, count: int) -> None:
-    """The same photos, labelled by every variant, and below that its segments: a PNG at `path`.
+    """A PNG at `path`: photos with the labels of every variant, below them the segments.
 
     Args:
-        runs: one finished run per column, all of one world. count: photos of the world's first data set.
+        runs: one finished run per column, all on one data set. count: photos of the first data set that scores them.
     """
     if not runs:
         return

@@ -1,4 +1,4 @@
-"""What finished runs scored, as rows of a results file (``study_<device>.json``)."""
+"""Scores of finished runs as rows of a results file (``study_<device>.json``)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from .. import ledger
 from ..errors import UserError
 
 Row = dict[str, Any]
+FIGURES = {  # column -> name in eval.json
+    "miou": "mIoU",
+    "frequent_miou": "frequent_mIoU",
+    "all_background_miou": "all_background_mIoU",
+    "oracle_miou": "oracle_mIoU",
+    "groups_used": "groups_used",
+}
 
 
 def read_metrics(run: Path) -> list[Row]:
@@ -19,16 +26,16 @@ def read_metrics(run: Path) -> list[Row]:
 
 
 def training_seconds(reports: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds that a run's steps took, from its reports, evaluations left out.
+    """Seconds of a run's steps without evaluations, from its reports.
 
-    Steps between two reports take what the later one says they took; the run may have been interrupted between.
+    The later of two reports gives the time of the steps between them, since the run may have been interrupted.
     """
     images = [b["samples"] - a["samples"] for a, b in zip([{"samples": 0}, *reports], reports, strict=False)]
     return sum(count / line["images_per_s"] for count, line in zip(images, reports, strict=True))
 
 
 def rows_of(run: Path, **about: Any) -> list[Row]:
-    """One row per data set of a run folder; `about` overrules or adds to what it says of the run.
+    """One row per data set of a run folder; `about` overrides or adds columns.
 
     Raises:
         UserError: the run did not finish.
@@ -38,7 +45,7 @@ def rows_of(run: Path, **about: Any) -> list[Row]:
         scores = json.loads((run / "eval.json").read_text())
         reports = [line for line in read_metrics(run) if "loss" in line]
     except (OSError, ValueError) as error:
-        raise UserError(f"{run} is no finished run: {error}") from None
+        raise UserError(f"{run} is not a finished run: {error}") from None
     described = {
         "suite": "study",
         "run": config["name"],
@@ -50,24 +57,16 @@ def rows_of(run: Path, **about: Any) -> list[Row]:
         "images_seen": reports[-1]["samples"],
         **about,
     }
-    return [
-        {
-            **described,
-            "world": world,
-            "miou": round(score["mIoU"], 2),
-            "frequent_miou": round(score["frequent_mIoU"], 2) if "frequent_mIoU" in score else None,
-            "all_background_miou": round(score["all_background_mIoU"], 2) if "all_background_mIoU" in score else None,
-            "oracle_miou": round(score["oracle_mIoU"], 2),
-            "groups_used": round(score["groups_used"], 2),
-            "images": score["images"],
-        }
-        for world, score in scores.items()
-        if "mIoU" in score
-    ]
+    rows = []
+    for dataset, score in scores.items():
+        if "mIoU" in score:
+            figures = {column: round(score[name], 2) if name in score else None for column, name in FIGURES.items()}
+            rows.append({**described, "world": dataset, **figures, "images": score["images"]})
+    return rows
 
 
 def results_file(folder: Path) -> Path:
-    """Where this device's rows go."""
+    """The results file of this device."""
     return folder / f"study_{ledger.file_stem(ledger.device_name())}.json"
 
 
@@ -83,7 +82,7 @@ def write_study_rows(
     replaced = {_run(row) for row in rows}
 
     def stays(row: ledger.Row) -> bool:
-        listed = (runs or {}).get(row.get("study"))
+        listed = (runs or {}).get(str(row.get("study")))
         return _run(row) not in replaced and (listed is None or (row["trained_on"], row["run"]) in listed)
 
     ledger.write_rows(path, ledger.versions(command), rows, stays)

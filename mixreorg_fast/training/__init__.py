@@ -1,1 +1,1 @@
-"""Training under DeepSpeed: one module a concern, strung together in :mod:`.trainer`."""
+"""Training under DeepSpeed; the loop is in :mod:`.trainer`."""

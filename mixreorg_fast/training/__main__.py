@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ..cli import Parser
-from ..errors import run_command
+from ..errors import Parser, run_command
 from . import command
 
 

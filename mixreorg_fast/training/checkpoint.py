@@ -1,16 +1,15 @@
-"""Checkpoints: complete folders or none, ``checkpoints/step_00001000``, readable by any number of ranks.
+"""Checkpoints: folders ``checkpoints/step_00001000``, written atomically, readable by any number of ranks.
 
-Each holds the portable weights (fp32: they are the master weights), Adam's moments by parameter name and
-``state.json``: step, samples consumed, settings that must not change, and the SHA-256 of every file. The position in
-the data is the number of samples consumed: all randomness of a run is a function of that and the seed, so there is no
-other state to save. DeepSpeed's own checkpoints are not used: they refuse another world size and another ZeRO stage.
+Each holds the portable weights (fp32: the master weights), Adam's moments by parameter name, and ``state.json``: step,
+samples consumed, settings that must not change, and the SHA-256 of every file. All randomness of a run is a function of
+the seed and the number of samples consumed, so there is no other state to save. DeepSpeed's own checkpoints cannot be
+loaded with another number of ranks or another ZeRO stage.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +22,9 @@ from torch import Tensor, nn
 
 from ..data.text.tokenizer import Tokenizer
 from ..errors import UserError, nearest
-from ..files import write_json
+from ..files import atomic_path, sync, write_json
 from ..models import GroupViT, weights
-from ..ranks import Ranks, on_main
+from ..ranks import on_main, rank
 from .distributed import import_deepspeed
 
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
@@ -34,7 +33,7 @@ _BACKBONE = "backbone."
 
 
 class Damaged(UserError):
-    """A checkpoint whose files are not the ones that were written."""
+    """A checkpoint with missing or altered files."""
 
 
 # ---------------------------------------------------------------------- from and to the engine
@@ -55,9 +54,9 @@ def _parameters(engine: Any, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter.detach().cpu().clone()
 
 
-def optimizer_state(engine: Any, ranks: Ranks) -> dict[str, Tensor]:
-    """Adam's moments, ``exp_avg/NAME`` and ``exp_avg_sq/NAME``, and, as ``parameter/NAME``, what the backbone does not
-    hold; on rank 0 (elsewhere empty), a parameter at a time. Call on every rank."""
+def optimizer_state(engine: Any) -> dict[str, Tensor]:
+    """Adam's moments, ``exp_avg/NAME`` and ``exp_avg_sq/NAME``, and the parameters outside the backbone,
+    ``parameter/NAME``. On other ranks than 0 the result is empty; call on every rank."""
     deepspeed = import_deepspeed()
     state: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters():
@@ -65,20 +64,20 @@ def optimizer_state(engine: Any, ranks: Ranks) -> dict[str, Tensor]:
             if engine.zero_optimization_stage() == 0:
                 value = engine.optimizer.state[parameter][key]
             else:
-                value = deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
-            if ranks.is_main:
+                value: Any = deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
+            if rank() == 0:
                 state[f"{key}/{name}"] = value.detach().cpu().clone().reshape(_shape(parameter))
     for name, value in _parameters(engine, engine.module):
-        if ranks.is_main and not name.startswith(_BACKBONE):
+        if rank() == 0 and not name.startswith(_BACKBONE):
             state[f"parameter/{name}"] = value
     return state
 
 
-def restore_weights(module: nn.Module, checkpoint: Path) -> None:
-    """Fill the training module, before the engine takes its parameters.
+def restore_weights(module: Any, checkpoint: Path) -> None:
+    """Load the weights of a checkpoint into the training module, before the engine takes its parameters.
 
     Raises:
-        UserError: the checkpoint is of another model.
+        UserError: the checkpoint belongs to another model.
     """
     weights.load_state(module.backbone, checkpoint)
     others = {name: p for name, p in module.named_parameters() if not name.startswith(_BACKBONE)}
@@ -89,7 +88,7 @@ def restore_weights(module: nn.Module, checkpoint: Path) -> None:
 
 
 def start_moments(engine: Any) -> None:
-    """Give the optimizer its moments, all zero, which it would otherwise make in its first step."""
+    """Create the optimizer's moments, all zero, which it would otherwise create in its first step."""
     zero = engine.zero_optimization_stage()
     adam = engine.optimizer.optimizer if zero else engine.optimizer
     if zero == 0:
@@ -101,14 +100,16 @@ def start_moments(engine: Any) -> None:
         device = tensor.device if adam.defaults["fused"] else "cpu"
         adam.state[tensor] = {"step": torch.zeros((), device=device)} | {k: torch.zeros_like(tensor) for k in MOMENTS}
     if zero in (1, 2):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()  # it links parameters to their parts of the moments
+        engine.optimizer._lazy_init_hp_params_optimizer_state()  # links parameters to their moments
 
 
 def restore_moments(engine: Any, checkpoint: Path, updates: int) -> None:
-    """Fill Adam's moments after :func:`start_moments`; `updates`: how many steps made them. Call on every rank.
+    """Load Adam's moments after :func:`start_moments`; call on every rank.
 
+    Args:
+        updates: the number of optimizer steps that the moments come from.
     Raises:
-        UserError: the checkpoint is of another model.
+        UserError: the checkpoint belongs to another model.
     """
     deepspeed = import_deepspeed()
     stage = engine.zero_optimization_stage()
@@ -122,11 +123,11 @@ def restore_moments(engine: Any, checkpoint: Path, updates: int) -> None:
             value = _fitting(saved, f"{key}/{name}", _shape(parameter), checkpoint).to(engine.device)
             if stage == 0:
                 engine.optimizer.state[parameter][key].copy_(value)
-            elif stage == 3:  # every rank has an equally long part, the last one padded
+            elif stage == 3:  # every rank holds a part of equal length, the last one padded
                 part = parameter.ds_tensor.ds_numel
-                rank, ranks = parameter.ds_process_group.rank(), parameter.ds_process_group.size()
-                padded = nn.functional.pad(value.flatten(), (0, part * ranks - value.numel()))
-                deepspeed.utils.safe_set_local_optimizer_state(parameter, padded.split(part)[rank], key)
+                group = parameter.ds_process_group
+                padded = nn.functional.pad(value.flatten(), (0, part * group.size() - value.numel()))
+                deepspeed.utils.safe_set_local_optimizer_state(parameter, padded.split(part)[group.rank()], key)
             else:
                 deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
 
@@ -157,43 +158,36 @@ def _fitting(saved: dict[str, Tensor], name: str, shape: torch.Size, checkpoint:
 # ---------------------------------------------------------------------- folders
 
 
-def save(
-    run: Path,
-    step: int,
-    engine: Any,
-    ranks: Ranks,
-    state: dict[str, Any],
-    keep: int,
-    tokenizer: Tokenizer | None = None,
-) -> Path:
+def save(run: Path, engine: Any, state: dict[str, Any], keep: int, tokenizer: Tokenizer) -> Path:
     """Write ``checkpoints/step_*`` atomically and remove all but the newest `keep`; call on every rank.
 
+    Args:
+        state: JSON values to restore, among them the ``step``.
     Raises:
-        UserError: it cannot be written (the disk is full); the checkpoints before are as they were.
+        UserError: the checkpoint cannot be written (the disk is full); earlier checkpoints stay.
     """
-    tensors, moments = portable_state(engine), optimizer_state(engine, ranks)
-    target = run / "checkpoints" / f"step_{step:08d}"
+    tensors, moments = portable_state(engine), optimizer_state(engine)
+    target = run / "checkpoints" / f"step_{state['step']:08d}"
 
     def write() -> None:
-        partial = target.with_name(f".{target.name}.partial")
+        for stale in target.parent.glob(".*.partial"):  # of a process that was killed
+            shutil.rmtree(stale, ignore_errors=True)
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            module = engine.module
-            weights.write_files(module.backbone, partial, tensors, tokenizer, module.config.inference)
-            save_file(moments, partial / OPTIMIZER)
-            content = {"step": step, **state, "files": {p.name: _digest(p) for p in sorted(partial.iterdir())}}
-            write_json(partial / STATE, {**content, "sha256": _digest_of(content)})
-            for path in (*partial.iterdir(), partial):
-                _sync(path)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(partial, target)
-            _sync(target.parent)
+            with atomic_path(target) as partial:
+                partial.mkdir()
+                weights.write_files(engine.module.backbone, partial, tensors, engine.module.config.inference)
+                tokenizer.save(partial)
+                save_file(moments, partial / OPTIMIZER)
+                content = {**state, "files": {p.name: _digest(p) for p in sorted(partial.iterdir())}}
+                write_json(partial / STATE, {**content, "sha256": _digest_of(content)})
+                for path in (*partial.iterdir(), partial):
+                    sync(path)
+            sync(target.parent)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
             before = complete(run)
-            rest = f"{before[-1]} is intact, the same command goes on from it" if before else "there is none before it"
-            raise UserError(f"checkpoint {target} cannot be written ({_reason(error)}); {rest}") from None
+            rest = f"{before[-1]} is intact, the same command resumes from it" if before else "no earlier one exists"
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            raise UserError(f"checkpoint {target} cannot be written ({reason}); {rest}") from None
         for old in complete(run)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -207,10 +201,10 @@ def complete(run: Path) -> list[Path]:
 
 
 def find(run: Path, resume: str) -> list[Path]:
-    """The checkpoints that ``--resume auto|never|PATH`` allows to go on from, the newest first; none: start anew.
+    """The checkpoints that ``--resume auto|never|PATH`` allows to resume from, the newest first; []: a new run.
 
     Raises:
-        UserError: PATH is no checkpoint and no run folder with one.
+        UserError: PATH is neither a checkpoint nor a run folder with one.
     """
     if resume == "never":
         return []
@@ -227,10 +221,10 @@ def find(run: Path, resume: str) -> list[Path]:
 
 
 def read_state(checkpoint: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """``state.json`` of a checkpoint, after a look at every byte of it.
+    """``state.json`` of a checkpoint whose files have the SHA-256 noted there.
 
     Raises:
-        Damaged: a file is missing, cut or altered.
+        Damaged: a file is missing, truncated or altered.
         UserError: the checkpoint was made with another value of a setting in `expected`.
     """
     path = checkpoint / STATE
@@ -254,7 +248,7 @@ def read_state(checkpoint: Path, expected: dict[str, Any]) -> dict[str, Any]:
 
 
 def set_aside_after(run: Path, step: int) -> list[Path]:
-    """Rename the checkpoints beyond `step`, of a future that a run resumed there leaves; returns their new names."""
+    """Rename the checkpoints later than `step`, from which a run resumes; returns their new paths."""
     moved = []
     for path in complete(run):
         if int(path.name.removeprefix("step_")) > step:
@@ -274,16 +268,3 @@ def _digest(path: Path) -> str:
 
 def _digest_of(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Have a file or folder on the disk before it is given its final name."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)

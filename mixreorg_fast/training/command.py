@@ -3,8 +3,8 @@
     mixreorg train zero2                              a configuration that comes with the package, or a file
     mixreorg train own.json --set train.steps=100     another value for a key
 
-`mixreorg config` lists every key. Training takes all GPUs of this machine that CUDA_VISIBLE_DEVICES allows. The same
-command again resumes a run that was interrupted.
+`mixreorg config` lists every key. Training uses all GPUs of this machine that CUDA_VISIBLE_DEVICES allows. The same
+command again resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="what to resume from")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPUs, or the CPU of a machine without")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher passes this option
 
 
 def main(args: argparse.Namespace) -> int:
@@ -38,7 +38,6 @@ def main(args: argparse.Namespace) -> int:
         from .distributed import leave
 
         leave(code)
-    # Every rank meets the same user error; the launcher is told once everyone has it.
     return code
 
 
@@ -56,7 +55,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _gpus(device: str | None) -> int:
-    """GPUs to train on; 0: the CPU."""
+    """The number of GPUs to train on; 0: the CPU."""
     if device == "cpu" or hidden():
         return 0
     import torch
@@ -65,7 +64,7 @@ def _gpus(device: str | None) -> int:
 
 
 def _launch(args: argparse.Namespace, name: str) -> None:
-    """Start a rank on each GPU by DeepSpeed's launcher, without its chatter."""
+    """Start a rank on each GPU with DeepSpeed's launcher, without its messages."""
     from .distributed import import_deepspeed
 
     import_deepspeed()

@@ -120,7 +120,7 @@ class BadSamples:
         if epoch == before:
             return None
         if not self._count:
-            return f"epoch {epoch} ended: every sample was used"
+            return f"epoch {epoch} ended: no bad samples"
         return f"epoch {epoch} ended: {self._count} of {self._total} samples could not be used ({self._path})"
 
     def _list(self) -> None:
@@ -147,7 +147,9 @@ def _wait_for_files(paths: Sequence[Path], config: Config) -> None:
 
 def _verify(paths: Sequence[Path], config: Config, ranks: Ranks) -> Iterator[int]:
     """Verify shards one after the other; yields bytes read, often."""
-    decoder = Decoder(ranks.device, reading_threads(config.data)) if paths else None
+    if not paths:
+        return
+    decoder = Decoder(ranks.device, reading_threads(config.data))
     for path in paths:
         with contextlib.suppress(FileNotFoundError):  # it has vanished meanwhile: its index, if any, keeps its place
             yield from verifying(path, decoder)

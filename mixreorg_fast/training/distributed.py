@@ -1,4 +1,4 @@
-"""Ranks and devices: the same code under ``deepspeed``, ``torchrun`` and plain ``python``."""
+"""Joining and leaving the process group, under ``deepspeed``, ``torchrun`` and plain ``python`` alike."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def initialise(device: str | None = None) -> Ranks:
     Raises:
         UserError: DeepSpeed is missing, or a device. RankError: this node has fewer GPUs than ranks.
     """
-    if "RANK" not in os.environ:  # plain `python train.py`; without these DeepSpeed looks for mpi4py
+    if "RANK" not in os.environ:  # plain `python train.py`: without these variables DeepSpeed looks for mpi4py
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -37,7 +37,7 @@ def initialise(device: str | None = None) -> Ranks:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     else:
-        # Launchers set one thread per rank; the cores of the node are there to be shared out.
+        # Launchers set one thread per rank, which would leave cores of the node unused.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size()))
     os.environ["DS_ACCELERATOR"] = chosen.type
     deepspeed = import_deepspeed()
@@ -48,13 +48,13 @@ def initialise(device: str | None = None) -> Ranks:
 
 
 def import_deepspeed():
-    """The deepspeed module, its chatter silenced.
+    """The deepspeed module, without its messages.
 
     Raises:
         UserError: it is not installed.
     """
-    # Without nvcc, DeepSpeed warns of each operator for inference, which training does not use. It reads this variable
-    # in their checks alone: a machine with nvcc builds the same operators with and without it.
+    # Without nvcc, DeepSpeed warns of each operator for inference, which training does not use. Only their checks read
+    # this variable: a machine with nvcc builds the same operators with and without it.
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
     try:
         import deepspeed
@@ -65,23 +65,22 @@ def import_deepspeed():
     logger.setLevel("WARNING")
     logger.addFilter(_concerns_us)
     warnings.filterwarnings("ignore", ".*(all_gather_into|reduce_scatter)_tensor.*", FutureWarning)
-    # The CPU's shared-memory all-reduce serves DeepSpeed's inference alone, yet joining the process group compiles it
-    # (C++, half a minute, and a lock that stays if it is cut short) and leaves 64 MiB per rank in /dev/shm.
+    # Only DeepSpeed's inference uses the CPU's shared-memory all-reduce, but joining the process group compiles it
+    # (C++, half a minute, and a lock that stays after an interruption) and leaves 64 MiB per rank in /dev/shm.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def _concerns_us(record: logging.LogRecord) -> bool:
-    """Whether a message of DeepSpeed's is news: every optimizer that it does not know by its class is "untested"."""
+    """Filter of DeepSpeed's log: it calls every optimizer of an unknown class "untested"."""
     return "untested optimizer" not in record.getMessage()
 
 
 def leave(code: int) -> None:
-    """End this process's part in the process group, before the interpreter is taken down around its threads, which
-    now and then aborts.
+    """Leave the process group before the interpreter exits: its exit with the group's threads running may abort.
 
-    After an error (an exit `code` other than 0) others may be gone or waiting, and the group is not to be trusted:
-    the process ends at once, with that code.
+    After an error (an exit `code` other than 0) other ranks may be gone or waiting, so the process exits at once with
+    that code.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return

@@ -1,4 +1,4 @@
-"""What a run reports: ``metrics.jsonl``, TensorBoard, Weights & Biases where asked for, the progress bar."""
+"""Where a run reports to: ``metrics.jsonl``, TensorBoard, Weights & Biases, the progress bar."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import write_json
+from ..files import write_json, write_text
 
 
 class MetricsLog:
-    """Writes a run's measures as it goes; only rank 0 makes one.
+    """Writes a run's measures; only rank 0 makes one.
 
     Args:
-        run: the run folder. start: the step the run (re)starts at; lines after it, of a run that went further before
-            it was cut, are dropped. steps: of the whole run.
-        wandb: the Weights & Biases project to report to as well.
+        run: the run folder. start: the step that the run starts or resumes at; lines of later steps, from before an
+            interruption, are dropped. steps: of the whole run.
+        wandb: the Weights & Biases project to report to; None: none.
     Raises:
-        UserError: Weights & Biases is asked for and cannot be had.
+        UserError: Weights & Biases is not installed or cannot be reached.
     """
 
     def __init__(self, run: Path, start: int, steps: int, wandb: str | None = None):
@@ -34,7 +34,7 @@ class MetricsLog:
         kept = []
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step(line) <= start]
-        path.write_text("".join(line + "\n" for line in kept))
+        write_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a", buffering=1)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
         # A terminal gets a bar; a log file gets a line per report.
@@ -45,7 +45,7 @@ class MetricsLog:
         self._bar.update()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line of ``metrics.jsonl``; numbers (nested ones with their path) also go to TensorBoard and the like."""
+        """Write one line of ``metrics.jsonl``; numbers also go to TensorBoard and wandb, nested ones by path."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         numbers = _flatten(values)
         for name, value in numbers:
@@ -54,7 +54,7 @@ class MetricsLog:
             self._wandb.log({**dict(numbers), "step": step})
 
     def show(self, step: int, values: dict[str, float], seconds_left: float) -> None:
-        """The loss parts and the speed, in the bar or as a line."""
+        """Show the losses and the speed in the progress bar, or print them as a line."""
         text = " ".join(f"{name.removeprefix('loss_')} {value:.4g}" for name, value in values.items())
         if self._bar.disable:
             left = tqdm.format_interval(seconds_left)
@@ -87,7 +87,7 @@ def import_wandb() -> Any:
 
 
 def _start_wandb(run: Path, project: str) -> Any:
-    """The run at Weights & Biases that stands for this run folder, which remembers its id."""
+    """The run at Weights & Biases that belongs to this run folder, whose ``wandb.json`` holds its id."""
     wandb = import_wandb()
     memory = run / "wandb.json"
     known = json.loads(memory.read_text()) if memory.exists() else {"project": project, "id": secrets.token_hex(8)}
@@ -100,12 +100,12 @@ def _start_wandb(run: Path, project: str) -> Any:
             resume="allow",
             dir=str(run),
             config=json.loads((run / "config.json").read_text()),
-            allow_val_change=True,  # a resumed run may have another rate, or another number of steps
+            allow_val_change=True,  # a resumed run may have another learning rate or number of steps
         )
     except wandb.Error as error:
         raise UserError(f"log.wandb: {error} (WANDB_MODE=offline keeps the reports in {run / 'wandb'})") from None
     write_json(memory, known)
-    # Steps are a measure of ours: after resuming they go back, which wandb's own counter cannot.
+    # A metric of ours counts the steps: after resuming they start lower, which wandb's own counter cannot do.
     online.define_metric("*", step_metric="step")
     return online
 
@@ -113,7 +113,7 @@ def _start_wandb(run: Path, project: str) -> Any:
 def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # a line that was cut off when the run was
+    except (ValueError, KeyError, TypeError):  # a line that an interruption has truncated
         return float("inf")
 
 

@@ -1,4 +1,4 @@
-"""The picture of a run: its losses and what goes with them, over the steps."""
+"""``losses.png``: the measures of a run over its steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..files import atomic_path
 
-# What metrics.jsonl calls it, and the title of its panel; a run has the panels that it has numbers for.
+# Name in metrics.jsonl -> title of its panel. Panels without numbers are left out.
 PANELS = {
     "loss": "loss (weighted sum)",
     "loss_original": "original: contrastive loss",
@@ -23,7 +23,7 @@ COLUMNS = 4
 
 
 def draw_losses(run: Path) -> Path | None:
-    """Draw the whole ``metrics.jsonl`` of a run folder, from before it was resumed too, as ``losses.png``.
+    """Draw the whole ``metrics.jsonl`` of a run folder as ``losses.png``.
 
     Returns:
         The picture's path; None without matplotlib.

@@ -1,4 +1,4 @@
-"""What stands before the first step: data in place, tokenizer, everything a user can get wrong found early."""
+"""Before the first step: checks of everything a user can get wrong, the tokenizer, the resolved configuration."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .metrics import import_wandb
 
 
 def check_inputs(config: Config, resuming: bool, world_size: int = 1) -> None:
-    """See that all which `config` names is there, before shards are verified, which may take hours. Runs on one rank.
+    """Check everything that `config` names before shards are verified, which may take hours. Runs on one rank.
 
     Raises:
-        UserError: all that is missing or does not fit, in one line.
+        UserError: all problems in one line.
     """
     checks: list[Callable[[], object]] = [partial(config.micro_batch, world_size)]
     if config.data.shards is not None:
@@ -37,7 +37,7 @@ def check_inputs(config: Config, resuming: bool, world_size: int = 1) -> None:
         checks.append(partial(_tokenizer, config, resuming))
     if config.log.wandb is not None:
         checks.append(import_wandb)
-    problems: dict[str, None] = {}  # a pattern without shards is found twice
+    problems: dict[str, None] = {}  # a pattern without shards is reported twice
     for check in checks:
         try:
             check()
@@ -51,10 +51,12 @@ def check_inputs(config: Config, resuming: bool, world_size: int = 1) -> None:
 
 
 def prepare(config: Config, training_set: TrainingSet, resuming: bool) -> Config:
-    """Make the tokenizer where needed, complete `config` by its size, write both into the run folder.
+    """Train the tokenizer if necessary, resolve `config` with its size, write both into the run folder.
 
-    Runs on one rank. Raises:
-        UserError: too many samples of the training set cannot be used.
+    Runs on one rank.
+
+    Raises:
+        UserError: too many samples of the training set are bad.
     """
     check_bad(training_set, config)
     _refuse_few(len(training_set), config)
@@ -79,7 +81,7 @@ def _check_batch(config: Config, world_size: int) -> None:
     if config.data.shards is not None:
         for path in (path for pattern, _ in shard_sets(config.data) for path in expand(pattern)):
             samples += len(open_shard(path).samples)
-            if samples >= config.train.batch:  # the first shards suffice: to index all is the work of all ranks
+            if samples >= config.train.batch:  # the first shards suffice; all ranks together index the others
                 return
     _refuse_few(samples, config, world_size)
 
@@ -92,8 +94,8 @@ def _refuse_few(samples: int, config: Config, world_size: int = 1) -> None:
 
 
 def _tokenizer(config: Config, resuming: bool) -> Tokenizer | None:
-    """The tokenizer that is there already; None: it is to be trained on the captions."""
-    if resuming:  # ids must go on meaning what they meant
+    """An existing tokenizer; None: one must be trained on the captions."""
+    if resuming:  # token ids must keep their meaning
         return Tokenizer.load(config.run_folder / weights.TOKENIZER)
     if config.data.tokenizer is not None:
         return Tokenizer.load(config.data.tokenizer)

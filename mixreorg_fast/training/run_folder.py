@@ -1,4 +1,4 @@
-"""A run folder belongs to what its run was made of: data, model, method, seed. What may go on in it, and from where."""
+"""Which run may continue in a run folder, and from which checkpoint: data, model, method and seed must not change."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..errors import UserError
 from ..models import weights
 from . import checkpoint
 
-# What a run is made of; everything else may change when it is resumed.
+# Settings that identify a run; everything else may change when it is resumed.
 MADE_OF = ("seed", "model", "mixing", "loss", "schedule", "data", "train.batch")
-# Parts of these that change what is computed in no way, or that scores alone read.
+# Parts of these that do not change what is trained.
 FREE = {"loss.exchange"} | {f"data.{name}" for name in ("val_shards", "verify", "max_bad", "threads", "prefetch")}
 SHOWN = 4  # differences in an error
 SCENES = "the embedded scenes"
@@ -26,7 +26,7 @@ SCENES = "the embedded scenes"
 def refuse_another(config: Config, resume: str) -> None:
     """
     Raises:
-        UserError: the folder holds checkpoints of a run made of something else than `config`.
+        UserError: the folder holds checkpoints of a run with other identifying settings than `config`.
     """
     run = config.run_folder
     was, kept = _json(run / "config.json"), checkpoint.complete(run)
@@ -40,13 +40,13 @@ def refuse_another(config: Config, resume: str) -> None:
         shown = ", ".join(f"{key}: {_short(old)} → {_short(new)}" for key, (old, new) in list(found.items())[:SHOWN])
         more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise UserError(
-            f"{run} holds another run ({shown}{more}); --set name=NAME gives this one a folder of its own, "
-            f"--resume never sets that one aside"
+            f"{run} holds another run ({shown}{more}); --set name=NAME gives this run its own folder, "
+            f"--resume never renames the old run's folder"
         )
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys that a run is made of whose values differ, with both values; `was`: resolved, as config.json is."""
+    """Identifying keys whose values differ, with both values; `was`: the resolved values of config.json."""
     old, new = _flat(was), _flat(now)
     for values in (old, new):
         if are_scenes(values.get("data.shards"), values["data.scenes.folder"]):
@@ -55,13 +55,13 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tup
     if SCENES not in (old["data.shards"], new["data.shards"]):
         free |= {key for key in new if key.startswith("data.scenes.")}
     if not new.get("model.text.vocab_size"):
-        free |= {"model.text.vocab_size"}  # the tokenizer's size, which the folder's configuration holds
+        free |= {"model.text.vocab_size"}  # resolved to the tokenizer's size
     made_of = [key for key in new if key in MADE_OF or key.startswith(tuple(f"{part}." for part in MADE_OF))]
     return {key: (old[key], new[key]) for key in made_of if key in old and key not in free and old[key] != new[key]}
 
 
 def finished(config: Config, resume: str) -> dict[str, Any] | None:
-    """Scores of the folder's run where `config` has no step left to take; None: there is something to do."""
+    """The scores of a run that has taken all steps of `config`; None: the run is not finished."""
     run = config.run_folder
     beat, was = _json(run / "heartbeat.json"), _json(run / "config.json").get("train", {})
     if resume != "auto" or not beat.get("finished") or not checkpoint.complete(run):
@@ -74,7 +74,10 @@ def finished(config: Config, resume: str) -> dict[str, Any] | None:
 
 
 def checkpoint_to_resume(config: Config, resume: str) -> tuple[Path | None, dict[str, Any]]:
-    """The newest sound checkpoint to go on from and its state; makes way for a run that starts anew."""
+    """The newest undamaged checkpoint to resume from, and its state; (None, {}): a new run.
+
+    For a new run with --resume never, an existing run folder is renamed.
+    """
     run = config.run_folder
     candidates = checkpoint.find(run, resume)
     if not candidates:
@@ -82,6 +85,7 @@ def checkpoint_to_resume(config: Config, resume: str) -> tuple[Path | None, dict
             _set_aside(run)
         return None, {}
     expected = {"seed": config.seed, "batch": config.train.batch}
+    source, state = candidates[0], {}
     for number, source in enumerate(candidates, start=1):
         try:
             state = checkpoint.read_state(source, expected)
@@ -89,13 +93,13 @@ def checkpoint_to_resume(config: Config, resume: str) -> tuple[Path | None, dict
         except checkpoint.Damaged as error:
             if number == len(candidates):
                 raise
-            print(f"warning: {error}; taking the checkpoint before it", file=sys.stderr, flush=True)
+            print(f"warning: {error}; resuming from the checkpoint before it", file=sys.stderr, flush=True)
     run.mkdir(parents=True, exist_ok=True)
     if not (source / weights.TOKENIZER).is_file():
         raise UserError(f"{source} has no {weights.TOKENIZER}")
     shutil.copyfile(source / weights.TOKENIZER, run / weights.TOKENIZER)
     for aside in checkpoint.set_aside_after(run, state["step"]):
-        print(f"a later checkpoint is set aside as {aside}", flush=True)
+        print(f"a later checkpoint is renamed to {aside}", flush=True)
     return source, state
 
 
@@ -104,11 +108,11 @@ def _set_aside(run: Path) -> None:
     while (aside := run.with_name(f"{run.name}.{number}")).exists():
         number += 1
     run.rename(aside)
-    print(f"{run} set aside as {aside}", flush=True)
+    print(f"{run} is renamed to {aside}", flush=True)
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is none."""
+    """The object in a JSON file; {} without one."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError):

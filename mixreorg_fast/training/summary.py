@@ -1,4 +1,4 @@
-"""What a run says of itself when it begins and when it has ended."""
+"""The lines that a run prints at its beginning and at its end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def summary(config: Config, ranks: Ranks) -> str:
 
 
 def opening(config: Config, samples: int, module: nn.Module, steps: int) -> str:
-    """Data, model, steps and folder; `module`: as it is before DeepSpeed partitions its parameters."""
+    """Data, model, steps and folder; `module`: before DeepSpeed partitions its parameters."""
     data = f"{SCENES} ({config.data.scenes.folder})" if config.data.is_scenes else "data.shards"
     method = {"mixreorg": "MixReorg", "groupvit": "GroupViT"}[config.model.method]
     millions = sum(parameter.numel() for parameter in module.parameters()) / 1e6
@@ -46,13 +46,13 @@ def opening(config: Config, samples: int, module: nn.Module, steps: int) -> str:
 
 
 def expected(seconds: float, steps: int) -> str:
-    """How long the rest will take, at the speed of the first steps."""
+    """The remaining time, at the speed of the first steps."""
     time = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(seconds, 1):.0f} seconds"
     return f"about {time} for the remaining {steps:,} steps, then the scores"
 
 
 def closing(scores: dict[str, Any], config: Config) -> str:
-    """The scores with what they mean, the pictures, and what to do next."""
+    """The scores with their meaning, the pictures, and the next command."""
     run, lines = config.run_folder, []
     for name, value in scores.items():
         if "mIoU" in value:
@@ -80,7 +80,7 @@ def _compilation(config: Config, device: torch.device) -> str:
 
 
 def _attention(config: Config, device: torch.device) -> tuple[str, str]:
-    """The implementations that images and captions take."""
+    """The attention implementations for images and for captions."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     image, text = (
         torch.empty(1, 8, part.heads, part.width // part.heads, dtype=dtype, device=device)

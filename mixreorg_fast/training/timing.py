@@ -1,8 +1,8 @@
-"""Which rank the others wait for.
+"""Times of the ranks, to find a slow one.
 
-Ranks leave a step together, so their steps take equally long, however unequal they are. What tells them apart is how
-long each takes to come to the step's first exchange: reading data and most of the forward, its own work alone. (Under
-ZeRO-3, which exchanges parameters before that, it is the reading alone that differs.)
+Ranks end a step together, so their steps take equally long. A slow rank takes longer until the step's first exchange
+between ranks: reading data and most of the forward pass. Under ZeRO-3, which exchanges parameters in the forward pass,
+only the time for reading data shows it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..ranks import Ranks, all_gather, gather_objects
 
 
 class Stopwatch:
-    """Adds up stretches of time of a device, as it sees them: on a GPU by events, for which nothing waits."""
+    """Sums intervals of a device's time; on a GPU by events, without waiting for them."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
@@ -25,26 +25,26 @@ class Stopwatch:
 
     def restart(self) -> None:
         self._began: Any = None
-        self._stretches: list[tuple[Any, Any]] = []
+        self._intervals: list[tuple[Any, Any]] = []
 
     def start(self) -> None:
-        """Begin a stretch; nothing if one has begun."""
+        """Begin an interval, unless one has begun."""
         if self._began is None:
             self._began = self._mark()
 
     def stop(self) -> None:
-        """End the stretch; nothing if none has begun."""
+        """End the interval, if one has begun."""
         if self._began is not None:
-            self._stretches.append((self._began, self._mark()))
+            self._intervals.append((self._began, self._mark()))
             self._began = None
 
     def seconds(self) -> float:
-        """Of all stretches since the last restart; waits for the GPU to have come to the end of the last one."""
+        """The sum of all intervals since the last restart; waits for the GPU to finish the last one."""
         if not self._cuda:
-            return sum(end - begin for begin, end in self._stretches)
-        if self._stretches:
-            self._stretches[-1][1].synchronize()
-        return sum(begin.elapsed_time(end) for begin, end in self._stretches) / 1000
+            return sum(end - begin for begin, end in self._intervals)
+        if self._intervals:
+            self._intervals[-1][1].synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in self._intervals) / 1000
 
     def _mark(self) -> Any:
         if not self._cuda:
@@ -55,10 +55,10 @@ class Stopwatch:
 
 
 class RankTimes:
-    """Compares the ranks' own times of a step; make one on every rank.
+    """Compares the ranks' times; every rank makes one.
 
     Args:
-        slow: a rank is named that is slower than the mean by more than this share, twice running.
+        slow: a rank that is slower than the mean by more than this share, in two reports in a row, is named.
     """
 
     def __init__(self, ranks: Ranks, slow: float):
@@ -72,16 +72,11 @@ class RankTimes:
         times = all_gather(torch.tensor([seconds], dtype=torch.float64, device=self._ranks.device)).tolist()
         slowest = times.index(max(times))
         mean = sum(times) / len(times)
-        return {
-            "min": min(times),
-            "mean": mean,
-            "max": max(times),
-            "slowest": slowest,
-            "host": self._hosts[slowest],
-        }
+        slowest_host = self._hosts[slowest]
+        return {"min": min(times), "mean": mean, "max": max(times), "slowest": slowest, "host": slowest_host}
 
     def remark(self, times: dict[str, Any]) -> str | None:
-        """A line that names a rank that has become slow, once."""
+        """A line that names a rank that has become slow; None, also for a rank named before."""
         rank = times["slowest"] if times["max"] > (1 + self._slow) * times["mean"] else -1
         before, self._suspect = self._suspect, rank
         if rank != before or rank == self._named:
@@ -91,6 +86,6 @@ class RankTimes:
             return None
         share = times["max"] / times["mean"] - 1
         return (
-            f"rank {rank} on {times['host']} is slow: a step takes it {times['max']:.3g} s to the first exchange, "
+            f"rank {rank} on {times['host']} is slow: {times['max']:.3g} s of a step until the first exchange, "
             f"{share:.0%} more than the ranks' mean (log.slow_rank)"
         )

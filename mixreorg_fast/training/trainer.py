@@ -52,7 +52,7 @@ def train(config: Config, resume: str = "auto", device: str | None = None) -> di
         UserError: on every rank, with the same text.
 
     SIGTERM ends the run after the current step with a checkpoint, and the returned scores are empty. SIGINT (Ctrl-C)
-    does the same and raises KeyboardInterrupt. A finished run is left as it is.
+    does the same and raises KeyboardInterrupt. A finished run does not change.
     """
     ranks = initialise(device)
     if config.train.cuda_graphs and ranks.device.type != "cuda":
@@ -65,7 +65,7 @@ def train(config: Config, resume: str = "auto", device: str | None = None) -> di
     scores = on_main(lambda: run_folder.finished(config, resume))
     if scores is not None:
         if ranks.is_main:
-            print(f"{config.run_folder} is finished (--set train.steps=N for more, --resume never to start anew)")
+            print(f"{config.run_folder} is finished (--set train.steps=N for more, --resume never for a new run)")
             print(closing(scores, config), flush=True)
         return scores
     on_main(lambda: check_inputs(config, bool(checkpoint.find(config.run_folder, resume)), ranks.size))
@@ -198,7 +198,7 @@ class Trainer:
                 self.reports.restart()
             if stopped_by:
                 name = signal.Signals(stopped_by).name
-                self.reports.say(f"stopped by {name}; the same command goes on from {path}")
+                self.reports.say(f"stopped by {name}; the same command resumes from {path}")
                 return stopped_by
         return 0
 
@@ -319,7 +319,7 @@ class Trainer:
                 write_json(folder / f"{name}.json", {"position": pairs.position, "keys": pairs.keys})
         raise UserError(
             f"step {self.step}: gradient norm {norm:.4g}; {self.guard.in_a_row} steps in a row were skipped "
-            f"(train.max_skipped); the last one's batch is in {folder}, the last checkpoint is as it was"
+            f"(train.max_skipped); the last step's batch is in {folder}; the last checkpoint is unchanged"
         )
 
     # ------------------------------------------------------------------ reports, scores, checkpoints
@@ -356,12 +356,14 @@ class Trainer:
         if self.ranks.is_main:
             if scores:
                 write_json(self.run_folder / "eval.json", scores)
+            assert self._images is not None, "no batch was read"
             validation.draw(model, self.config, self._images, self.run_folder)
             print(closing(scores, self.config), flush=True)
         return scores
 
     def _save(self) -> Path:
         state = {
+            "step": self.step,
             "samples": self.step * self.config.train.batch,
             "guard": self.guard.state(),
             "seed": self.config.seed,
@@ -369,5 +371,4 @@ class Trainer:
             "order": self.training_set.digest,
             "best": self.best,
         }
-        keep = self.config.checkpoint.keep
-        return checkpoint.save(self.run_folder, self.step, self.engine, self.ranks, state, keep, self.tokenizer)
+        return checkpoint.save(self.run_folder, self.engine, state, self.config.checkpoint.keep, self.tokenizer)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..config import Config
+from ..config import Config, EvalDatasetConfig
 from ..data.reading.validation_loader import ValidationLoader
 from ..data.shards.shard_set import ShardSet, open_shards
 from ..data.text.tokenizer import Tokenizer
-from ..evaluation.datasets import open_dataset
+from ..evaluation.datasets import SegmentationDataset, open_dataset
 from ..evaluation.pictures import dataset_figure, mixing_figure, segments_figure
 from ..evaluation.retrieval import retrieval_at_1
 from ..evaluation.zero_shot import evaluate, segmenter_for
 from ..inference.model import Model
+from ..inference.segmenter import Segmenter
 from ..ranks import Ranks
 
 
@@ -38,37 +40,39 @@ def score(model: Model, config: Config, ranks: Ranks, *, limit: int | None) -> d
     """
     scores: dict[str, Any] = {}
     for entry in config.eval.datasets:
-        dataset = open_dataset(entry.dataset, entry.root, entry.split)
-        segmenter = segmenter_for(model, dataset, config.eval.with_options(), entry.background_threshold)
+        segmenter, dataset = _segmenter(model, config, entry)
         images = min(filter(None, (limit, entry.limit)), default=None)
         scores[entry.name] = evaluate(segmenter, dataset, images, progress=limit is None)
     if config.data.val_shards:
+        assert model.tokenizer is not None, "a training model has a tokenizer"
         shards = open_shards(config.data.val_shards)
         scores["retrieval"] = retrieval_at_1(model, _pairs(config, model.tokenizer, shards, ranks, limit))
     return scores
 
 
+def _segmenter(model: Model, config: Config, entry: EvalDatasetConfig) -> tuple[Segmenter, SegmentationDataset]:
+    dataset = open_dataset(entry.dataset, entry.root, entry.split)
+    return segmenter_for(model, dataset, config.eval.with_options(), entry.background_threshold), dataset
+
+
 def _pairs(
     config: Config, tokenizer: Tokenizer, shards: ShardSet, ranks: Ranks, limit: int | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's images and token ids; `limit`: about so many pairs over all ranks."""
+    """This rank's images and token ids; `limit`: the approximate number of pairs over all ranks."""
     loader = ValidationLoader(
         config, tokenizer, shards, micro_batch=64, rank=ranks.rank, world_size=ranks.size, device=ranks.device
     )
-    try:
-        seen = 0
-        for batch in loader:
-            yield batch.images, batch.ids
-            seen += len(batch.ids) * ranks.size
+    seen = 0
+    with contextlib.closing(loader):
+        for pairs in loader:
+            yield pairs.images, pairs.ids
+            seen += len(pairs.ids) * ranks.size
             if limit is not None and seen >= limit:
                 break
-    finally:
-        loader.close()
 
 
 def headline(scores: dict[str, Any]) -> dict[str, float]:
-    """The figures to watch: mIoU, the same if every segment had its best class (whether segments are objects, however
-    they are named), R@1 both ways."""
+    """The main scores: mIoU, oracle mIoU (every segment with its best class), R@1 in both directions."""
     figures = {}
     for figure in ("mIoU", "oracle_mIoU"):
         figures |= {f"{name}_{figure}": value[figure] for name, value in scores.items() if figure in value}
@@ -78,42 +82,21 @@ def headline(scores: dict[str, Any]) -> dict[str, float]:
     return figures
 
 
-def draw(model: Model, config: Config, images: Tensor, run: Path) -> list[str]:
+def draw(model: Model, config: Config, images: Tensor, run: Path) -> None:
     """``segmentation.png`` of the first data set, and ``mixing.png`` of training `images` ``[B, 3, H, W]``; without a
-    data set ``segments.png`` of those images.
-
-    Returns:
-        the files' names.
-    """
-    drawn = []
+    data set ``segments.png`` of those images."""
     if config.eval.datasets:
-        entry = config.eval.datasets[0]
-        dataset = open_dataset(entry.dataset, entry.root, entry.split)
-        segmenter = segmenter_for(model, dataset, config.eval.with_options(), entry.background_threshold)
-        dataset_figure(segmenter, dataset, run / "segmentation.png")
-        drawn.append("segmentation.png")
+        dataset_figure(*_segmenter(model, config, config.eval.datasets[0]), run / "segmentation.png")
     elif len(images):
         shown = images[:6].float()
         segments_figure(shown, model.grouping(shown.to(model.device)), run / "segments.png", model.mean, model.std)
-        drawn.append("segments.png")
     group = config.mixing.group_size
     images = images[: len(images) // group * group][: max(group, 4 // group * group)].float().cpu()
     if len(images):
-        patches = patchify(images, config.model.patch_size)
-        plan = ops.MixPlan.sample(*patches.shape[:2], group, seed=config.seed)
+        patch, size = config.model.patch_size, images.shape[2]
+        patches = F.unfold(images, patch, stride=patch).mT.contiguous()  # [B, N, 3 * patch * patch]
+        plan = ops.MixPlan.sample(patches.shape[0], patches.shape[1], group, seed=config.seed)
         mixed = ops.patch_mix(patches, plan)
         restored = ops.patch_restore(mixed, plan)
-        back = [unpatchify(x, config.model.patch_size, images.shape[2]) for x in (mixed, restored)]
-        mixing_figure(images, *back, run / "mixing.png", model.mean, model.std)
-        drawn.append("mixing.png")
-    return drawn
-
-
-def patchify(images: Tensor, patch: int) -> Tensor:
-    """Pixels of each patch, ``[B, N, 3 * patch * patch]`` of images ``[B, 3, H, W]``."""
-    return torch.nn.functional.unfold(images, patch, stride=patch).mT.contiguous()
-
-
-def unpatchify(patches: Tensor, patch: int, size: int) -> Tensor:
-    """The inverse of :func:`patchify` for square images of `size` pixels."""
-    return torch.nn.functional.fold(patches.mT, size, patch, stride=patch)
+        mixed, restored = (F.fold(x.mT, size, patch, stride=patch) for x in (mixed, restored))
+        mixing_figure(images, mixed, restored, run / "mixing.png", model.mean, model.std)

@@ -1,4 +1,4 @@
-"""What looks after a rank from outside its loop: preemption, a launcher that died, ranks that hang, the heartbeat."""
+"""Signals to stop, a watch for hung ranks and dead launchers, and the heartbeat."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._dynamo.callback import callback_handler
+from torch.distributed import HashStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ..files import write_json
 from ..ranks import Ranks, max_over_ranks
 
-FINISHED = "finished"  # the place of a run that has its scores
-REPEAT = 1.0
+FINISHED = "finished"  # the place of a run with final scores
+REPEAT = 1.0  # seconds within which a repeated signal counts as one
 
 _LAUNCHERS = {
     "mixreorg",
@@ -37,11 +38,10 @@ _LAUNCHERS = {
 
 
 class StopRequest:
-    """A signal to stop, remembered for the end of the step: SIGTERM, as clusters send it before they take a node away,
-    or SIGINT (Ctrl-C).
+    """Remembers SIGTERM, which clusters send before they take a node away, or SIGINT (Ctrl-C) until the step's end.
 
-    A second one of its kind ends the process at once, unless it comes within REPEAT seconds: torchrun hands a
-    terminal's Ctrl-C on to ranks that the terminal has sent it already.
+    A second signal of the same kind ends the process at once, unless it comes within REPEAT seconds: torchrun passes a
+    terminal's Ctrl-C on to ranks to which the terminal has sent it already.
     """
 
     def __enter__(self) -> StopRequest:
@@ -61,19 +61,19 @@ class StopRequest:
             os.kill(os.getpid(), number)
 
     def shared(self, ranks: Ranks) -> torch.Tensor:
-        """The signal that any rank was asked by, 0 for none; 0-d int32 on the device."""
-        asked = torch.full((), self.asked, dtype=torch.int32, device=ranks.device)  # filled there: no copy to wait for
-        return max_over_ranks(asked)
+        """The signal that a rank has received, 0 for none, the same on every rank; 0-d int32 on the device."""
+        # Filled on the device, so that the host does not wait for a copy.
+        return max_over_ranks(torch.full((), self.asked, dtype=torch.int32, device=ranks.device))
 
 
 class Watch:
-    """A thread beside the loop. It ends the process, with one line, when no rank has moved for `timeout` seconds, and
-    names the rank that the others wait for; it turns the launcher's death into SIGTERM; rank 0's writes
-    ``heartbeat.json``. Use as a context manager.
+    """A thread beside the loop, as a context manager.
 
-    The ranks post where they stand in a store of their own, a small message every few seconds; nothing is added to
-    the steps. What torch.compile takes (tracing, compiling, recording CUDA graphs) is not timed, nor is the wait for a
-    rank that compiles.
+    After `timeout` seconds without progress of any rank it ends the process with one line, which names the rank that
+    the others wait for. It sends this process SIGTERM when the launcher dies. On rank 0 it writes ``heartbeat.json``.
+
+    Every few seconds each rank posts its place to a store, which adds nothing to the steps. The time that torch.compile
+    takes (tracing, compiling, recording CUDA graphs) does not count, nor does the wait for a rank that compiles.
     """
 
     def __init__(self, ranks: Ranks, timeout: float, run: Path):
@@ -100,10 +100,10 @@ class Watch:
         self._thread.join(self._interval)
         if kind is not None and not issubclass(kind, KeyboardInterrupt):
             self._place = f"failed ({kind.__name__})"
-        self._beat()  # the last word, which does not look like a run that hangs
+        self._beat()  # so that the run does not look hung
 
     def at(self, step: int, place: str, *, timed: bool = True) -> None:
-        """Note that this rank has come to `place` of a step; `timed` False: it may stay there for long."""
+        """Note that this rank is at `place` of a step; `timed` False: the timeout does not apply there."""
         self._step, self._place, self._timed = step, place, timed
         self._moves += 1
         self._moved = time.monotonic()
@@ -122,7 +122,7 @@ class Watch:
     def _run_thread(self) -> None:
         ends = select.poll()
         for launcher in launchers():
-            with contextlib.suppress(OSError):  # not on this kernel, or gone already
+            with contextlib.suppress(OSError):  # the kernel has no pidfd_open, or the launcher is gone
                 ends.register(os.pidfd_open(launcher), select.POLLIN)
         orphaned = None
         due = time.monotonic()
@@ -144,7 +144,7 @@ class Watch:
         place = "compiling" if self._compiling else self._place
         mine = {"beat": self._beats, "moves": self._moves, "step": self._step, "place": place}
         post = {**mine, "timed": self._is_timed, "host": socket.gethostname()}
-        with contextlib.suppress(RuntimeError):  # rank 0, which keeps the store, has finished
+        with contextlib.suppress(RuntimeError):  # rank 0, which holds the store, has finished
             self._store.set(str(self._ranks.rank), json.dumps(post))
         if self._ranks.is_main and self._run.is_dir():
             beat = {"time": time.time(), "pid": os.getpid(), **mine, "finished": self._place == FINISHED}
@@ -158,16 +158,16 @@ class Watch:
             self._beat()
         now = self._posts()
         if self._stop.is_set() or self._moves != moves:
-            return  # it went on after all
+            return  # there was progress after all
         speaker = self._ranks.rank
         if min(len(before), len(now)) < self._ranks.size:
-            who = "rank 0, which keeps the ranks' store, does not answer"
+            who = "rank 0, which holds the ranks' store, does not answer"
         else:
             silent = [rank for rank in now if now[rank]["beat"] == before[rank]["beat"]]
             behind = min(post["moves"] for post in now.values())
             stopped = silent or [rank for rank in now if now[rank]["moves"] == behind]
             if not silent and not all(now[rank]["timed"] for rank in stopped):
-                self._moved = time.monotonic()  # who is waited for may take long: that wait begins anew
+                self._moved = time.monotonic()  # the timeout does not apply to the rank that the others wait for
                 return
             state = "does not answer" if silent else "hangs"
             who = "; ".join(
@@ -175,14 +175,14 @@ class Watch:
                 for rank in stopped
             )
             if len(stopped) == self._ranks.size > 1:
-                who = f"all {self._ranks.size} ranks stand at the same place ({self._place})"
+                who = f"all {self._ranks.size} ranks are at the same place ({self._place})"
             speaker = min(set(now) - set(silent), default=speaker)
         if self._ranks.rank != speaker:
             time.sleep(self._interval)  # let the line be printed before the launcher ends everyone
         self._end(f"no progress for {self._timeout:g} s (train.timeout): {who}", speaks=self._ranks.rank == speaker)
 
     def _posts(self) -> dict[int, dict[str, Any]]:
-        """What every rank last posted; fewer when rank 0 does not answer."""
+        """The last post of each rank; some are missing if rank 0 does not answer."""
         posts: dict[int, dict[str, Any]] = {}
 
         def read() -> None:
@@ -190,7 +190,7 @@ class Watch:
                 for rank in range(self._ranks.size):
                     posts[rank] = json.loads(self._store.get(str(rank)))
 
-        reader = threading.Thread(target=read, daemon=True)  # it may wait forever for a rank 0 that is stopped
+        reader = threading.Thread(target=read, daemon=True)  # it waits forever if rank 0 is stopped
         reader.start()
         reader.join(self._interval)
         return dict(posts)
@@ -202,19 +202,19 @@ class Watch:
         os._exit(1)
 
 
-def _store(ranks: Ranks) -> dist.Store:
-    """A key-value store of these ranks, kept by rank 0; call on every rank."""
+def _store(ranks: Ranks) -> Store:
+    """A key-value store of the ranks, held by rank 0; call on every rank."""
     if ranks.size == 1:
-        return dist.HashStore()
+        return HashStore()
     host = os.environ["MASTER_ADDR"]
-    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if ranks.is_main else None
-    port = [store.port if store else None]
+    store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if ranks.is_main else None
+    port: list[Any] = [store.port if store else None]
     dist.broadcast_object_list(port, src=0)
-    return store or dist.TCPStore(host, port[0], is_master=False)
+    return store or TCPStore(host, port[0], is_master=False)
 
 
 def launchers() -> list[int]:
-    """Process ids of the launchers that this rank descends from (``deepspeed`` starts ranks through a second one)."""
+    """Process ids of the launchers above this process (``deepspeed`` starts ranks through a second launcher)."""
     found = []
     pid = os.getppid()
     while pid > 1:

@@ -8,6 +8,7 @@ from benchmarks import record, report
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.study.report import tables
 from mixreorg_fast.study.rows import rows_of
+from tests import markdown
 
 
 def finished_run(folder):
@@ -31,12 +32,14 @@ def test_rows_and_table(tmp_path):
     file = json.loads(path.read_text())
     assert len(file["rows"]) == 1 and file["device"] and file["commit"]
     table = tables(tmp_path, tmp_path)
-    assert "| toy | groupvit | 3 | 20 | 1280 | 30 | scenes | 7 | 12.35 | – | 3.0 | 40.0 | 2.5 |" in table
-    assert report.tables(tmp_path) == ""
+    cells = markdown.row(table, run="toy", method="groupvit", scored_on="scenes")
+    assert (cells["steps"], cells["images seen"], cells["seconds"], cells["images"]) == ("20", "1280", "30", "7")
+    assert (cells["mIoU"], cells["all background"], cells["oracle mIoU"]) == ("12.35", "3.0", "40.0")
+    assert report.pages(tmp_path) == {}
 
 
 def test_unfinished_run(tmp_path):
     run = finished_run(tmp_path / "toy")
     (run / "eval.json").unlink()
-    with pytest.raises(UserError, match="no finished run"):
+    with pytest.raises(UserError, match="is not a finished run"):
         rows_of(run)

@@ -175,7 +175,7 @@ def test_a_run_survives_one_fault_after_the_other(folder, reference):
 
     code, output = struck(terminate=(4, 1))  # one rank is told to go
     assert code == 0 and steps(run) == [2, 4], output[-3000:]
-    assert f"the same command goes on from {run / 'checkpoints' / 'step_00000004'}" in output
+    assert f"the same command resumes from {run / 'checkpoints' / 'step_00000004'}" in output
 
     code, output = struck(kill_launcher=(5, 0), slow=[0.7, 0])  # the ranks notice within a second or two
     assert code == -signal.SIGKILL and "stopped by SIGTERM" in output, output[-3000:]

@@ -109,7 +109,7 @@ def test_a_slow_rank_is_named_once(monkeypatch):
 
     assert remark(1.0, 1.1, 1.0) is None
     assert remark(1.0, 2.0, 1.0) is None  # once may be chance
-    assert "rank 1 on node is slow: a step takes it 2.2 s to the first exchange, 57%" in remark(1.0, 2.2, 1.0)
+    assert "rank 1 on node is slow: 2.2 s of a step until the first exchange, 57%" in remark(1.0, 2.2, 1.0)
     assert remark(1.0, 2.0, 1.0) is None  # said already
     assert remark(1.0, 1.0, 1.0) is None and remark(1.0, 1.0, 1.0) is None
     assert remark(2.0, 1.0, 1.0) is None and "rank 0" in remark(2.0, 1.0, 1.0)

@@ -29,7 +29,7 @@ class Decoder:
     def __init__(self, device: torch.device, threads: int) -> None:
         try:
             import nvidia.dali  # noqa: F401
-            from nvidia import nvimgcodec
+            import nvidia.nvimgcodec as nvimgcodec
         except ImportError:
             raise UserError(
                 f"NVIDIA DALI is not installed; training reads its data with it: {extra('train')}"
@@ -102,7 +102,7 @@ def take(pipeline: Any, device: torch.device) -> Tensor:
     used again only after the copy. DALI's memory is not passed to PyTorch by DLPack: DALI would call
     cudaDeviceSynchronize in a thread of its own before freeing it, and that breaks the capture of a CUDA graph.
     """
-    from nvidia.dali.plugin.pytorch import feed_ndarray
+    from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
 
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     (output,) = pipeline.share_outputs(cuda_stream=stream)

@@ -84,7 +84,7 @@ class Order:
 
     def _shuffle_window(self, epoch: int, window: int) -> np.ndarray:
         shards = self._epoch(epoch)[0][window * self._window : (window + 1) * self._window]
-        samples = np.concatenate([np.arange(self._sizes[s], dtype=np.int64) + self._starts[s] for s in shards])
+        samples = np.concatenate([np.arange(int(self._sizes[s]), dtype=np.int64) + self._starts[s] for s in shards])
         return samples[_permutation(len(samples), self._seed, Purpose.WINDOW, epoch, window, self._stream)]
 
 

@@ -19,7 +19,6 @@ import atexit
 import contextlib
 import queue
 import threading
-import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -66,9 +65,6 @@ class TrainLoader:
         start: samples of the run consumed so far, over all ranks.
         device: where the batches go; None: as :func:`~mixreorg_fast.devices.choose`.
 
-    Attributes:
-        wait_seconds: time spent waiting in ``next``.
-
     Raises:
         UserError: DALI is missing; not one photo can be decoded (from ``next``).
     """
@@ -94,7 +90,6 @@ class TrainLoader:
         self._device = device or devices.choose()
         self._threads = reading_threads(config.data)
         self._reader = SampleReader(training_set.shards, self._threads, self._device, training_set.ends)
-        self.wait_seconds = 0.0
         self._ready: queue.Queue[tuple[Pairs, torch.cuda.Event | None] | BaseException] = queue.Queue(
             maxsize=config.data.prefetch
         )
@@ -117,9 +112,7 @@ class TrainLoader:
             raise RuntimeError("the loader is closed")
         if self._failed is not None:
             raise self._failed
-        begin = time.perf_counter()
         item = self._ready.get()
-        self.wait_seconds += time.perf_counter() - begin
         if isinstance(item, BaseException):
             self._failed = item
             raise item

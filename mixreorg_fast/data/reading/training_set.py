@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -83,6 +84,7 @@ class TrainingSet:
 
 def shard_sets(data: DataConfig) -> list[tuple[str | list[str], float]]:
     """Patterns and weights of the sets of ``data.shards``; a single set where no weights are given."""
-    if isinstance(data.shards, str) or not data.shards or isinstance(data.shards[0], str):
-        return [(data.shards, 1.0)]
-    return [(part.pattern, part.weight) for part in data.shards]
+    shards: Any = data.shards
+    if isinstance(shards, str) or not shards or isinstance(shards[0], str):
+        return [(shards, 1.0)]
+    return [(part.pattern, part.weight) for part in shards]

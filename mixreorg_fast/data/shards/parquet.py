@@ -51,6 +51,7 @@ class Parquet(Stretches):
                 raise UserError(f"{file}: not a readable Parquet file: {error}") from None
             image_column = find_column(file, "image", image_column, IMAGE_COLUMNS, columns)
             caption_column = find_column(file, "caption", caption_column, CAPTION_COLUMNS, columns)
+        assert image_column is not None and caption_column is not None, f"{path}: no Parquet files"
         return cls(tuple(stretches), image_column, caption_column, path if path.is_dir() else path.parent)
 
     def __iter__(self) -> Iterator[Pair | Bad]:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ...errors import UserError, nearest
 from .bad import Bad
@@ -111,7 +112,7 @@ def listed(
     Raises:
         UserError: as :func:`read_table`; there is no such split, or no photo of it has a caption.
     """
-    table = table_of(path)
+    table = table_of(path) or path
     captions, left_out = read_table(table, image_column, caption_column)
     if split is not None:
         stems = _read_split(table.parent, split)
@@ -179,7 +180,7 @@ def read_table(
     return captions, left_out
 
 
-def _rows(lines: Sequence[str], delimiter: str, quoting: int) -> Iterator[tuple[int, list[str], str]]:
+def _rows(lines: Sequence[str], delimiter: str, quoting: Any) -> Iterator[tuple[int, list[str], str]]:
     """Each row that is not blank: number of its first line, cells, and the problem with them ("" if none).
 
     After a line with an error (such as a quote that is not closed) reading continues with the next line.
