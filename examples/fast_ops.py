@@ -2,8 +2,8 @@
 
     python examples/fast_ops.py --steps 60
 
-Each toy image shows one of eight things: its patches are a vector of that thing plus noise, its caption is the number
-of the thing. The model embeds patches, groups them twice, and is trained with two losses:
+Each toy image shows one of sixteen things. Its patches are a vector of that thing plus noise, its caption is the number
+of the thing. A batch shows each thing once. The model embeds patches, groups them twice, and trains with two losses:
 
 * the contrastive loss between pooled image and caption;
 * the mixed segmentation loss: patches of four images are mixed, and each patch must name the image it came from.
@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 
 from mixreorg_fast import ops
 
-BATCH, PATCHES, CHANNELS, MIXED_IMAGES, THINGS = 32, 49, 64, 4, 8
+BATCH, PATCHES, CHANNELS, MIXED_IMAGES = 16, 49, 64, 4
 
 
 class Grouping(nn.Module):
@@ -48,7 +48,7 @@ class Toy(nn.Module):
         self.embed = nn.Sequential(nn.Linear(CHANNELS, CHANNELS), nn.GELU(), nn.Linear(CHANNELS, CHANNELS))
         self.first, self.second = Grouping(8), Grouping(4)
         self.project = nn.Linear(CHANNELS, CHANNELS)
-        self.captions = nn.Embedding(THINGS, CHANNELS)
+        self.captions = nn.Embedding(BATCH, CHANNELS)
         self.log_scale = nn.Parameter(torch.tensor([2.0]))
 
     def forward(self, patches: Tensor, things: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ class Toy(nn.Module):
 
 def main(argv: Sequence[str] | None = None) -> list[float]:
     """Train; print and return the sum of both losses at every step."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Train a toy with the fast ops.")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
@@ -82,11 +82,11 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     torch.manual_seed(0)
     device = torch.device(options.device)
     model = Toy().to(device)
-    looks = torch.randn(THINGS, 1, CHANNELS, device=device)
+    looks = torch.randn(BATCH, 1, CHANNELS, device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for step in range(options.steps):
-        things = torch.randint(THINGS, (BATCH,), device=device)
+        things = torch.randperm(BATCH, device=device)
         patches = looks[things] + 0.5 * torch.randn(BATCH, PATCHES, CHANNELS, device=device)
         contrastive, mixed = model(patches, things, seed=step)
         optimizer.zero_grad()

@@ -15,7 +15,7 @@ import mixreorg_fast
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Write the overlay; print and return the share of the photo that each class covers."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Segment a photo by class names.")
     parser.add_argument("photo")
     parser.add_argument("--weights", required=True, metavar="DIR")
     parser.add_argument("--classes", required=True, help='names, such as "cat, dog, sofa"')

@@ -124,7 +124,8 @@ def _fastest(candidates: Sequence[Config], launch: Callable[[Config], Any], what
 
     def milliseconds(config: Config) -> Any:
         try:
-            return triton.testing.do_bench(lambda: launch(config), return_mode="median")
+            median: Any = triton.testing.do_bench(lambda: launch(config), return_mode="median")
+            return median
         except triton.runtime.errors.OutOfResources:
             return float("inf")
 

@@ -258,7 +258,7 @@ def serve(page: gradio.Blocks, host: str, port: int | None) -> str:
     Raises:
         UserError: no port is free.
     """
-    import gradio as gr
+    from gradio.themes import Default
     from starlette.middleware import Middleware
 
     plain = ("system-ui", "sans-serif")
@@ -277,7 +277,7 @@ def serve(page: gradio.Blocks, host: str, port: int | None) -> str:
             run_history=False,
             footer_links=[],
             max_file_size=MAX_UPLOAD,
-            theme=gr.themes.Default(font=plain, font_mono=("monospace",)),
+            theme=Default(font=plain, font_mono=("monospace",)),
             app_kwargs={"middleware": [Middleware(Guard)]},
         )
     except OSError as error:

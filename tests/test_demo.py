@@ -57,6 +57,7 @@ def test_a_view_of_a_photo(weights, tmp_path):
     assert background.areas["background"] > 0
 
 
+@pytest.mark.slow
 def test_the_page_takes_what_the_weights_carry(weights, tmp_path):
     """Size, templates and threshold; names are read as everywhere."""
     pytest.importorskip("gradio", reason="needs the demo extra")
@@ -128,6 +129,7 @@ def test_without_weights_nothing_is_trained_unasked(weights, tmp_path, monkeypat
         demo.embedded_run(train=True)
 
 
+@pytest.mark.slow
 def test_segment_without_a_photo_says_so(weights):
     pytest.importorskip("gradio", reason="needs the demo extra")
     page = demo.build(load(weights), [])
@@ -302,6 +304,7 @@ class Page:
         self.browser.execute_script(script, name, kind)
 
 
+@pytest.mark.slow
 def test_a_file_of_the_wrong_kind_gets_a_line(browser, server):
     page = Page(browser, server.url)
     page.drop("notes.txt", "text/plain")

@@ -11,46 +11,35 @@ from ..errors import UserError
 from ..names import TEMPLATES, parse_templates
 from .data import DataConfig
 from .model import LossConfig, MixingConfig, ModelConfig, ScheduleConfig
-from .section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, describe
+from .section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, describe, key
 
 
 class TrainConfig(Section):
-    batch: Positive = Field(4096, description="images per optimizer step over all ranks")
-    accumulation: Positive = Field(1, description="micro-steps per optimizer step")
-    grad_cache: bool = Field(
-        False,
-        description="with accumulation, compute the losses over the whole batch (GradCache; one more forward pass)",
-    )
-    steps: Positive | None = Field(None, description="optimizer steps; overrides epochs")
-    epochs: PositiveFloat = Field(30, description="passes over the training set")
-    lr: PositiveFloat = Field(1.6e-3, description="peak of the learning rate")
-    min_lr: NonNegativeFloat = Field(4e-5, description="learning rate at the end")
-    warmup_steps: NonNegative | None = Field(
-        None, description="steps of linearly rising learning rate; overrides warmup_epochs"
-    )
-    warmup_epochs: NonNegativeFloat = Field(2, description="epochs of linearly rising learning rate")
-    weight_decay: NonNegativeFloat = Field(0.05, description="weight decay of weight matrices")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
-    clip: NonNegativeFloat = Field(5.0, description="gradient norm limit, 0 = off")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="dtype of activations; weights are fp32")
-    tf32: bool = Field(False, description="compute fp32 matrix products and convolutions of a GPU in TF32")
-    checkpoint_activations: bool = Field(False, description="recompute activations in backward: less memory, more time")
-    compile: bool | None = Field(
-        None,
-        description="torch.compile the network; null: on a GPU, except with ZeRO-3, which gathers weights in hooks",
-    )
-    cuda_graphs: bool = Field(
-        False,
-        description="run the encoders' compiled parts as CUDA graphs: fewer launches, more memory; not with ZeRO-3",
-    )
-    log_every: Positive = Field(10, description="steps between reports")
-    spike: NonNegativeFloat = Field(
+    batch: Positive = key(4096, description="images per optimizer step over all ranks")
+    accumulation: Positive = key(1, description="micro-steps per optimizer step")
+    grad_cache: bool = key(False, description="accumulate with losses over the whole batch (one more forward)")
+    steps: Positive | None = key(None, description="optimizer steps; overrides epochs")
+    epochs: PositiveFloat = key(30, description="passes over the training set")
+    lr: PositiveFloat = key(1.6e-3, description="peak of the learning rate")
+    min_lr: NonNegativeFloat = key(4e-5, description="learning rate at the end")
+    warmup_steps: NonNegative | None = key(None, description="steps of warm-up; overrides warmup_epochs")
+    warmup_epochs: NonNegativeFloat = key(2, description="epochs of warm-up: the learning rate rises linearly")
+    weight_decay: NonNegativeFloat = key(0.05, description="weight decay of weight matrices")
+    betas: tuple[Fraction, Fraction] = key((0.9, 0.999), description="AdamW's decay rates of the two moments")
+    clip: NonNegativeFloat = key(5.0, description="gradient norm limit, 0 = off")
+    precision: Literal["bf16", "fp32"] = key("bf16", description="dtype of activations; weights are fp32")
+    tf32: bool = key(False, description="compute fp32 matrix products and convolutions of a GPU in TF32")
+    checkpoint_activations: bool = key(False, description="recompute activations in backward: less memory, more time")
+    compile: bool | None = key(None, description="torch.compile the network; null: on a GPU, except with ZeRO-3")
+    cuda_graphs: bool = key(False, description="compiled encoders as CUDA graphs: more memory; not with ZeRO-3")
+    log_every: Positive = key(10, description="steps between reports")
+    spike: NonNegativeFloat = key(
         100.0,
-        description="skip steps with a gradient norm above this multiple of the running mean; 0 = only NaN and inf",
+        description="skip steps above this multiple of the mean gradient norm; 0 = only NaN and inf",
     )
-    max_skipped: Positive = Field(3, description="consecutive skipped steps that stop the run")
+    max_skipped: Positive = key(3, description="consecutive skipped steps that stop the run")
     # At most half of ranks.PATIENCE: collectives that give up do not name the missing rank.
-    timeout: Annotated[float, Field(gt=0.0, le=43_200.0)] = Field(
+    timeout: Annotated[float, Field(gt=0.0, le=43_200.0)] = key(
         600.0, description="seconds without progress that end the run; compiling is not counted"
     )
 
@@ -67,24 +56,24 @@ class TrainConfig(Section):
 
 
 class LogConfig(Section):
-    wandb: str | None = Field(None, description="Weights & Biases project for the metrics; null: none")
-    slow_rank: Annotated[float, Field(gt=0.0)] = Field(
-        0.2, description="name a rank that is slower than the ranks' mean by more than this share"
+    wandb: str | None = key(None, description="Weights & Biases project for the metrics; null: none")
+    slow_rank: Annotated[float, Field(gt=0.0)] = key(
+        0.2, description="name a rank slower than the mean by more than this share"
     )
 
 
 class InferenceConfig(Section):
     """How photos are segmented: part of a run's ``eval`` section, and the ``inference`` section of model.json."""
 
-    short_side: Positive = Field(448, description="pixels of a photo's short side at the network's input")
-    mode: Literal["whole", "sliding"] = Field("whole", description="the whole photo at once, or sliding windows")
-    window: Positive = Field(448, description="side of a sliding window in pixels")
-    stride: Positive = Field(224, description="pixels between sliding windows")
-    decoding: Literal["groupvit", "direct"] = Field("groupvit", description="how evaluation decodes segments to labels")
-    background_threshold: Fraction | None = Field(
-        None, description="segments with a lower score are background; null: the data set's usual threshold, if any"
+    short_side: Positive = key(448, description="pixels of a photo's short side at the network's input")
+    mode: Literal["whole", "sliding"] = key("whole", description="the whole photo at once, or sliding windows")
+    window: Positive = key(448, description="side of a sliding window in pixels")
+    stride: Positive = key(224, description="pixels between sliding windows")
+    decoding: Literal["groupvit", "direct"] = key("groupvit", description="how evaluation decodes segments to labels")
+    background_threshold: Fraction | None = key(
+        None, description="lower scores are background; null: the data set's usual threshold"
     )
-    templates: tuple[str, ...] = Field(TEMPLATES["default"], description="prompt templates, {} for the class name")
+    templates: tuple[str, ...] = key(TEMPLATES["default"], description="prompt templates, {} for the class name")
 
     @field_validator("templates", mode="before")
     @classmethod
@@ -118,33 +107,31 @@ class InferenceConfig(Section):
 
 class EvalDatasetConfig(Section):
     name: str = Field(description="name of the data set in the scores")
-    dataset: str = Field("plain", description="folder layout, as in `mixreorg evaluate --dataset`")
+    dataset: str = key("plain", description="folder layout, as in `mixreorg evaluate --dataset`")
     root: str = Field(description="folder of the data set")
-    split: str = Field("val", description="split of the data set")
-    background_threshold: Fraction | None = Field(None, description="overrides eval.background_threshold")
-    limit: Positive | None = Field(None, description="score only this many images")
+    split: str = key("val", description="split of the data set")
+    background_threshold: Fraction | None = key(None, description="overrides eval.background_threshold")
+    limit: Positive | None = key(None, description="score only this many images")
 
 
 class EvalConfig(InferenceConfig):
-    datasets: list[EvalDatasetConfig] = Field(
-        [], description="data sets to score; embedded data: the held-out scenes by default"
-    )
-    every: NonNegative = Field(0, description="steps between validations, 0 = only at the end")
-    every_images: Positive = Field(100, description="images per data set in a validation during training")
+    datasets: list[EvalDatasetConfig] = key([], description="data sets to score; embedded data: the held-out scenes")
+    every: NonNegative = key(0, description="steps between validations, 0 = only at the end")
+    every_images: Positive = key(100, description="images per data set in a validation during training")
 
 
 class CheckpointConfig(Section):
-    every: NonNegative = Field(1000, description="steps between checkpoints, 0 = only the last")
-    keep: Positive = Field(2, description="newest checkpoints to keep, besides the best weights")
+    every: NonNegative = key(1000, description="steps between checkpoints, 0 = only the last")
+    keep: Positive = key(2, description="newest checkpoints to keep, besides the best weights")
 
 
 class DeepSpeedConfig(Section):
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = key(
         2, description="ZeRO stage: 1 partitions moments, 2 also gradients, 3 also parameters"
     )
-    offload_optimizer: bool = Field(False, description="keep moments in the CPU's memory")
-    offload_parameters: bool = Field(False, description="keep parameters in the CPU's memory, with stage 3")
-    options: dict[str, Any] = Field({}, description="further DeepSpeed keys, passed on unchanged")
+    offload_optimizer: bool = key(False, description="keep moments in the CPU's memory")
+    offload_parameters: bool = key(False, description="keep parameters in the CPU's memory, with stage 3")
+    options: dict[str, Any] = key({}, description="further DeepSpeed keys, passed on unchanged")
 
     @model_validator(mode="after")
     def _offload_needs_its_stage(self) -> DeepSpeedConfig:
@@ -162,28 +149,28 @@ class DeepSpeedConfig(Section):
             "bf16": "train.precision",
             "fp16": "train.precision",
         }
-        for key in self.options:
-            if key in owned:
-                raise ValueError(f"options.{key} is set by {owned[key]}")
+        for option in self.options:
+            if option in owned:
+                raise ValueError(f"options.{option} is set by {owned[option]}")
         return self
 
 
 class Config(Section):
     """A run. ``config.json`` of a run folder holds these settings, resolved."""
 
-    name: str = Field("mixreorg", description="name of the run and of its folder")
-    output: str = Field("runs", description="folder of run folders")
-    seed: int = Field(0, description="seed of all random numbers of the run")
-    model: ModelConfig = ModelConfig()
-    mixing: MixingConfig = MixingConfig()
-    loss: LossConfig = LossConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    data: DataConfig = DataConfig()
-    train: TrainConfig = TrainConfig()
-    log: LogConfig = LogConfig()
-    eval: EvalConfig = EvalConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    name: str = key("mixreorg", description="name of the run and of its folder")
+    output: str = key("runs", description="folder of run folders")
+    seed: int = key(0, description="seed of all random numbers of the run")
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    mixing: MixingConfig = Field(default_factory=MixingConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)
 
     @property
     def run_folder(self) -> Path:

@@ -25,6 +25,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
 
 
+def key(default: Any, *, description: str) -> Any:
+    """A key of a section. Type checkers see its default, which they do not see in ``Field(default)``."""
+    return Field(default, description=description)
+
+
 def describe(error: ValidationError, schema: type[BaseModel]) -> str:
     """One line for the first problem pydantic found, with the nearest valid choice."""
     first = error.errors()[0]

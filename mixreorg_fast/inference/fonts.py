@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import unicodedata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import ImageDraw, ImageFont
 
@@ -103,7 +103,7 @@ def faces() -> list[Face]:
         found += [Face(str(path))] if path.is_file() else []
     for name in SYSTEM:
         try:
-            found.append(Face(ImageFont.truetype(name, CHECKED).path))
+            found.append(Face(str(ImageFont.truetype(name, CHECKED).path)))
         except OSError:
             continue
     return found
@@ -116,7 +116,7 @@ def has_glyph(face: Face, character: str) -> bool:
 
 
 def _glyph(face: Face, character: str) -> bytes:
-    mask = _load(face, CHECKED).getmask(character)
+    mask: Any = _load(face, CHECKED).getmask(character)
     return bytes(mask) and bytes(mask) + repr(mask.size).encode()
 
 
@@ -152,5 +152,5 @@ def _ask_fontconfig(character: str) -> Face | None:
 
 
 @functools.lru_cache(256)
-def _load(face: Face, size: int) -> ImageFont.FreeTypeFont:
+def _load(face: Face, size: int) -> Any:  # Pillow's FreeTypeFont
     return ImageFont.load_default(size) if face.path is None else ImageFont.truetype(face.path, size, face.index)

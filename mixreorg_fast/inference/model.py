@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, overload
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..config import InferenceConfig, ModelConfig
@@ -50,6 +52,19 @@ class Model(GroupViT):
             weights.write_files(self, temporary, state, self.inference)
             if self.tokenizer is not None:
                 self.tokenizer.save(temporary)
+
+    @overload
+    def segment(
+        self, image: list[Any] | tuple[Any, ...], classes: str | Sequence[str], **options: Any
+    ) -> list[Segmentation]: ...
+
+    @overload
+    def segment(
+        self,
+        image: str | Path | bytes | BinaryIO | Image.Image | np.ndarray | Tensor,
+        classes: str | Sequence[str],
+        **options: Any,
+    ) -> Segmentation: ...
 
     def segment(self, image: Any, classes: str | Sequence[str], **options: Any) -> Segmentation | list[Segmentation]:
         """Segment a photo, or a list of photos, by class names.

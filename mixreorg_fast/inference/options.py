@@ -18,14 +18,14 @@ def add_options(parser: argparse.ArgumentParser, *names: str, decoding: str | No
     Args:
         decoding: the command's default; every other default is the weights' setting.
     """
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "background_threshold": {"type": float, "metavar": "X"},
         "templates": {"metavar": f"{'|'.join(TEMPLATES)}|TEXT"},
     }
     for name in names or InferenceConfig.model_fields:
         field, default = InferenceConfig.model_fields[name], decoding if name == "decoding" else None
         if get_origin(field.annotation) is Literal:
-            kind = {"choices": get_args(field.annotation)}
+            kind: dict[str, Any] = {"choices": get_args(field.annotation)}
         else:
             kind = kinds.get(name, {"type": int, "metavar": "PX"})
         about = f"{field.description} (default: {default or 'as in the weights'})"

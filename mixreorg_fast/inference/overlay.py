@@ -83,7 +83,7 @@ def label_counts(labels: Any, count: int) -> np.ndarray:
     labels = np.asarray(labels)
     rows = max(1, STRIP // labels.shape[1])
     strips = (labels[top : top + rows].ravel() for top in range(0, len(labels), rows))
-    return sum(np.bincount(strip, minlength=count) for strip in strips)
+    return np.sum([np.bincount(strip, minlength=count) for strip in strips], axis=0)
 
 
 def legend(entries: Iterable[tuple[str, Sequence[int]]], width: int, size: int = 15) -> Image.Image:
@@ -108,7 +108,8 @@ def legend(entries: Iterable[tuple[str, Sequence[int]]], width: int, size: int =
 
 def overlay(photo: Image.Image, labels: Any, names: Sequence[str], palette: np.ndarray) -> Image.Image:
     """`photo` under the colours of `labels` (label t is ``names[t]``), over a legend of the classes that occur."""
-    present = [(names[t], palette[t % len(palette)]) for t in np.flatnonzero(label_counts(labels, len(names)))]
+    occurring = np.flatnonzero(label_counts(labels, len(names))).tolist()
+    present = [(names[t], palette[t % len(palette)].tolist()) for t in occurring]
     size = max(13, photo.width // 45)
     longest = max(length(name, size) for name, _ in present) + 3 * size
     width = max(photo.width, 160, min(int(longest), LEGEND))

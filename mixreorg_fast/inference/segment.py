@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
         # After each photo, so that an interrupted run has reported its photos.
         areas = found.areas
         outputs.note(photo, areas)
-        largest = sorted((name for name in areas if areas[name] > 0), key=areas.get, reverse=True)
+        largest = sorted((name for name in areas if areas[name] > 0), key=lambda name: areas[name], reverse=True)
         print(f"{photo}: {', '.join(f'{name} {areas[name]:.0%}' for name in largest)} ({place})", flush=True)
     if failures:
         print(f"error: {failures} of {len(photos)} pictures were skipped", file=sys.stderr, flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import MethodType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,8 @@ def accelerate(model: GroupViTModel, *, undo: bool = False) -> GroupViTModel:
     if not isinstance(model, GroupViTModel):
         raise TypeError(f"accelerate: expected transformers' GroupViTModel, got {type(model).__name__}")
     methods: dict[nn.Module, tuple] = {model: ("segment_labels", _segment_labels)}
-    for stage in model.vision_model.encoder.stages:
+    stages: Any = model.vision_model.encoder.stages
+    for stage in stages:
         if stage.downsample is not None:
             methods[stage.downsample.assign] = ("forward", _assign)
     for module, (name, method) in methods.items():
@@ -46,7 +47,7 @@ def accelerate(model: GroupViTModel, *, undo: bool = False) -> GroupViTModel:
     return model
 
 
-def _assign(self: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+def _assign(self: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """``GroupViTAssignAttention.forward``: segments ``[B, G, C]`` and soft assignment ``[B, G, N]``."""
     seed = torch.randint(2**62, (), device=query.device) if self.training else None
     out, soft = ops.grouping_attention(
@@ -91,5 +92,5 @@ def _segment_labels(
     scores = class_scores(embeddings.unflatten(0, segments.shape[:2]), image, text_embeds, multiplier)
     threshold = None if background_threshold is None else image_threshold(scores, background_threshold)
     height = pixel_values.shape[2] // self.vision_model.embeddings.patch_embeddings.patch_size[0]
-    size = size or tuple(pixel_values.shape[2:])
+    size = size or (pixel_values.shape[2], pixel_values.shape[3])
     return ops.decode_segments(maps.unflatten(2, (height, -1)), scores, size, background_threshold=threshold)

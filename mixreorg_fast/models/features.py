@@ -51,7 +51,7 @@ class Features:
 
     def gradients(self) -> dict[str, Tensor]:
         """Gradients of the losses with respect to these :meth:`cached` features."""
-        return {name: x.grad for name, x in self.tensors.items()}
+        return {name: x.grad for name, x in self.tensors.items() if x.grad is not None}
 
     def pull(self, gradients: dict[str, Tensor]) -> Tensor:
         """A number whose gradient with respect to these features is `gradients`."""

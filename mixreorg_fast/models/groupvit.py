@@ -130,5 +130,6 @@ class GroupViT(nn.Module):
         seen = self.segments(images)
         scores = class_scores(seen.embeddings, seen.image, text_embeddings, self.logit_multiplier())
         threshold = None if background_threshold is None else image_threshold(scores, background_threshold)
-        size = tuple(images.shape[2:] if size is None else size)
+        height, width = images.shape[2:] if size is None else size
+        size = (height, width)
         return ops.decode_segments(seen.maps, scores, size, background_threshold=threshold)

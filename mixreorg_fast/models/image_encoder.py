@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import ModelConfig
-from .layers import Block, GroupingBlock, LayerNorm, LearnedTokens, Linear, PatchEmbed, TokenMixer, call
+from .layers import Block, GroupingBlock, LayerNorm, LearnedTokens, Linear, PatchEmbed, TokenMixer, call, module_list
 
 
 class Stage(nn.Module):
@@ -25,7 +25,7 @@ class Stage(nn.Module):
         groups = config.groups[number] if number < len(config.groups) else 0
         self.groups = groups
         self.first = sum(config.depths[:number])  # its first block's number among the blocks of all stages
-        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depths[number]))
+        self.blocks = module_list(Block(config.width, config.heads) for _ in range(config.depths[number]))
         self.group_tokens = LearnedTokens(groups, config.width) if groups else None
         self.group_projector = None
         if groups and number:  # carries the group tokens of the stage before to this one, [B, G2, C] <- [B, G1, C]
@@ -48,6 +48,7 @@ class Stage(nn.Module):
 
     def prepare(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the grouping block begins with, see :meth:`GroupingBlock.prepare`."""
+        assert self.grouping is not None, "the last stage has no grouping block"
         return self.grouping.prepare(*self.split(tokens))
 
 
@@ -66,7 +67,7 @@ class ImageEncoder(nn.Module):
         self.patch_embed = PatchEmbed(config.width, config.patch_size)
         self.patch_norm = LayerNorm(config.width)
         self.positions = LearnedTokens(config.patches, config.width)
-        self.stages = nn.ModuleList(Stage(config, number) for number in range(len(config.depths)))
+        self.stages = module_list(Stage(config, number) for number in range(len(config.depths)))
         self.norm = LayerNorm(config.width)
         # Stochastic depth grows linearly with the block's number, as in DeiT.
         depth = sum(config.depths)
@@ -87,8 +88,8 @@ class ImageEncoder(nn.Module):
         tokens = self.run_blocks(self.begin(images, self.norm.weight.dtype), 0)
         segments, pooled, (first, second) = self.finish(tokens, self.assign)
         height = images.shape[2] // self.patch_size
-        maps = (first, second @ first)  # [B, G2, N] <- [B, G2, G1] @ [B, G1, N]
-        return segments, pooled, tuple(of_stage.unflatten(2, (height, -1)) for of_stage in maps)
+        second = second @ first  # [B, G2, N] <- [B, G2, G1] @ [B, G1, N]
+        return segments, pooled, (first.unflatten(2, (height, -1)), second.unflatten(2, (height, -1)))
 
     def assign(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The grouping attention of evaluation: no noise, a hard aggregation and a soft assignment for the maps."""
@@ -127,8 +128,9 @@ class ImageEncoder(nn.Module):
         stage = self.stages[number]
         for i in range(start, len(stage.blocks) if end is None else end):
             block = stage.first + i
-            drops_any = drops is not None and self.drop_rates[block] > 0
-            keep = drops[:, block, : len(tokens)].unbind() if drops_any else (None, None)
+            keep = (None, None)
+            if drops is not None and self.drop_rates[block] > 0:
+                keep = drops[:, block, : len(tokens)].unbind()
             tokens = run(stage.blocks[i], tokens, keep)
         return tokens
 
@@ -161,6 +163,7 @@ class ImageEncoder(nn.Module):
             collected: the output of its grouping attention, ``[B, G, C]``.
         """
         stage, following = self.stages[number], self.stages[number + 1]
+        assert stage.grouping is not None, "the last stage has no grouping block"
         return following.tokens(stage.grouping.finish(queries, collected), stage.split(tokens)[1])
 
     def end(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ decided once, at the embedding. Normalisation and softmax compute in fp32.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,8 +73,17 @@ class PatchEmbed(nn.Conv2d):
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[2] % self.stride[0] or images.shape[3] % self.stride[1]:
             raise ValueError(f"images of {tuple(images.shape[2:])} pixels do not split into patches of {self.stride}")
+        assert self.bias is not None
         x = F.conv2d(images, self.weight.to(images.dtype), self.bias.to(images.dtype), self.stride)
         return x.flatten(2).mT
+
+
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
+
+
+def module_list(modules: Iterable[ModuleType]) -> Sequence[ModuleType]:
+    """An ``nn.ModuleList``, typed by its elements."""
+    return cast("Sequence[ModuleType]", nn.ModuleList(modules))
 
 
 class LearnedTokens(nn.Module):
@@ -229,6 +239,10 @@ class BatchNorm(nn.Module):
     normalised with these statistics and do not enter the running averages. Buffers and their update are those of
     ``nn.BatchNorm1d``.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def __init__(self, features: int, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__()

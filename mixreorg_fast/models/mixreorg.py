@@ -297,7 +297,7 @@ class MixReorg(nn.Module):
     def _texts(self, batch: Batch) -> dict[str, Tensor]:
         """Features of the captions, ``texts [B, C]``, and of the noun prompts if there are any, ``nouns [B, P, C]``."""
         rows, lengths = batch.ids, list(batch.lengths)
-        if batch.noun_ids is not None:
+        if batch.noun_ids is not None and batch.noun_lengths is not None:
             rows = torch.cat([rows, batch.noun_ids.flatten(0, 1)])
             lengths += batch.noun_lengths
         features = self.backbone.text_encoder(rows, self.dtype, lengths, partial(self._run, dynamic=True))

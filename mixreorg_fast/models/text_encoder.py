@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..config import TextConfig
 from ..ops.attention import BUCKETED, Packing
-from .layers import Block, LayerNorm, call, quick_gelu
+from .layers import Block, LayerNorm, call, module_list, quick_gelu
 
 
 class TextEncoder(nn.Module):
@@ -20,7 +20,7 @@ class TextEncoder(nn.Module):
         self.context = config.context
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.context, config.width)
-        self.blocks = nn.ModuleList(
+        self.blocks = module_list(
             Block(config.width, config.heads, causal=True, activation=quick_gelu) for _ in range(config.layers)
         )
         self.norm = LayerNorm(config.width)

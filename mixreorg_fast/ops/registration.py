@@ -70,6 +70,7 @@ class Kernel:
         self.op.register_fake(parameters.spread(declaration))
         self._launch = self._differentiable = self._transformable = launch
         if gradient is not None:
+            assert save is not None, f"{name}: a gradient needs save"
 
             def forward(ctx: Any, *inputs: Any) -> Any:
                 output = launch(*inputs)

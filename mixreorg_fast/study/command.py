@@ -19,6 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import torch
+
+from .. import devices, ledger
 from ..errors import UserError
 from ..files import write_json
 from .plan import Run, Study
@@ -45,19 +48,13 @@ def main(args: argparse.Namespace) -> None:
     if args.list:
         _list(study)
         return
-    with Runner(args.jobs, _device(args.device)) as runner:
+    with Runner(args.jobs, devices.choose(args.device).type) as runner:
         try:
             failed = runner.train(_entries(study))
         finally:
             _report(study, args)
     if failed:
         raise UserError(f"{len(failed)} of the runs failed: {', '.join(f'{run.folder}.log' for run in failed)}")
-
-
-def _device(name: str | None) -> str:
-    from ..devices import choose  # loading PyTorch takes seconds, which --list and mistakes do not need
-
-    return choose(name).type
 
 
 def _list(study: Study) -> None:
@@ -91,16 +88,12 @@ def _finished(run: Run) -> bool:
     return (run.folder / "eval.json").is_file() and _begun(run)
 
 
-def _timed_runs(study: Study) -> list[Run]:
-    timed = (_timed_run(study, *each) for each in study.timed())
-    return [run for run in timed if run is not None]
-
-
 def _timed_run(study: Study, dataset: str, variant: str, like: str, seed: int) -> Run | None:
     """The run of as many steps as fit into the time of `like` with the same seed; None until both are finished."""
     own, other = study.run(dataset, variant, seed), study.run(dataset, like, seed)
     if not (_finished(own) and _finished(other)):
         return None
+    assert own.config.train.steps is not None, "a finished run has its number of steps"
     per_step = _seconds(own) / own.config.train.steps
     return study.run(dataset, variant, seed, steps=round(_seconds(other) / per_step))
 
@@ -109,7 +102,7 @@ def _entries(study: Study) -> list[Entry]:
     """The runs to train, in order; a run with a budget of time comes as soon as that time is known."""
     runs = list(study.runs())
     place = {(run.dataset, run.variant, run.seed): number for number, run in enumerate(runs)}
-    entries = [(number, False, lambda run=run: run) for number, run in enumerate(runs)]
+    entries: list[tuple[int, bool, Entry]] = [(number, False, lambda run=run: run) for number, run in enumerate(runs)]
     for dataset, variant, like, seed in study.timed():
         last = max(place[dataset, variant, seed], place[dataset, like, seed])
         entries.append((last, True, partial(_timed_run, study, dataset, variant, like, seed)))
@@ -155,7 +148,7 @@ class Runner:
             os.sched_setaffinity(0, shares[worker])  # of this thread and its child processes
             while not self._stopped.is_set():
                 with changed:
-                    place, run = next(((i, run) for i, entry in enumerate(todo) if (run := entry())), (None, None))
+                    place, run = next(((i, run) for i, entry in enumerate(todo) if (run := entry())), (0, None))
                     if run is None:
                         if not running:
                             return
@@ -207,8 +200,6 @@ class Runner:
     def _environment(self, worker: int) -> dict[str, str]:
         environment = dict(os.environ)
         if self.device == "cuda" and "CUDA_VISIBLE_DEVICES" not in os.environ:
-            import torch
-
             environment["CUDA_VISIBLE_DEVICES"] = str(worker % torch.cuda.device_count())
         return environment
 
@@ -232,7 +223,8 @@ def _last_line(log: Path) -> str:
 def _report(study: Study, args: argparse.Namespace) -> None:
     """Write rows, page, curves and pictures of all finished runs."""
     config = study.config
-    runs = [run for run in [*study.runs(), *_timed_runs(study)] if _finished(run)]
+    timed = (_timed_run(study, *each) for each in study.timed())
+    runs = [run for run in [*study.runs(), *filter(None, timed)] if _finished(run)]
     if not runs:
         return
     rows = []
@@ -244,15 +236,13 @@ def _report(study: Study, args: argparse.Namespace) -> None:
     labels = {name: variant.about for name, variant in config.variants.items()}
     for dataset in dict.fromkeys(run.dataset for run in runs) if config.pictures else ():
         of_dataset = [run for run in runs if run.dataset == dataset]
-        place = _placer(args.docs, path, config.name, dataset)
-        curves_figure(of_dataset, labels, place("curves"))
+        curves, pictures = (
+            args.docs / PICTURES / picture_name(ledger.device_name(), config.name, dataset, kind)
+            for kind in ("curves", "pictures")
+        )
+        curves_figure(of_dataset, labels, curves)
         first = {(run.variant, run.budget): run for run in reversed(of_dataset)}  # the first seed of each
         columns = [run for run in of_dataset if first[run.variant, run.budget] is run and run.budget == "steps"]
-        pictures_figure(columns, labels, place("pictures"), config.pictures)
+        pictures_figure(columns, labels, pictures, config.pictures)
     write_page(args.results, args.docs)
     print(f"results: {path}, {args.docs / 'results.md'}", flush=True)
-
-
-def _placer(docs: Path, results: Path, study: str, dataset: str) -> Callable[[str], Path]:
-    device = results.stem.removeprefix("study_")
-    return lambda kind: docs / PICTURES / picture_name(device, study, dataset, kind)

@@ -82,7 +82,7 @@ def write_study_rows(
     replaced = {_run(row) for row in rows}
 
     def stays(row: ledger.Row) -> bool:
-        listed = (runs or {}).get(row.get("study"))
+        listed = (runs or {}).get(str(row.get("study")))
         return _run(row) not in replaced and (listed is None or (row["trained_on"], row["run"]) in listed)
 
     ledger.write_rows(path, ledger.versions(command), rows, stays)

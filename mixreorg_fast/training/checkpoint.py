@@ -64,7 +64,7 @@ def optimizer_state(engine: Any) -> dict[str, Tensor]:
             if engine.zero_optimization_stage() == 0:
                 value = engine.optimizer.state[parameter][key]
             else:
-                value = deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
+                value: Any = deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
             if rank() == 0:
                 state[f"{key}/{name}"] = value.detach().cpu().clone().reshape(_shape(parameter))
     for name, value in _parameters(engine, engine.module):
@@ -73,7 +73,7 @@ def optimizer_state(engine: Any) -> dict[str, Tensor]:
     return state
 
 
-def restore_weights(module: nn.Module, checkpoint: Path) -> None:
+def restore_weights(module: Any, checkpoint: Path) -> None:
     """Load the weights of a checkpoint into the training module, before the engine takes its parameters.
 
     Raises:
@@ -185,11 +185,7 @@ def save(run: Path, engine: Any, state: dict[str, Any], keep: int, tokenizer: To
             sync(target.parent)
         except (OSError, SafetensorError) as error:
             before = complete(run)
-            rest = (
-                f"{before[-1]} is intact, the same command resumes from it"
-                if before
-                else "there is no earlier checkpoint"
-            )
+            rest = f"{before[-1]} is intact, the same command resumes from it" if before else "no earlier one exists"
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
             raise UserError(f"checkpoint {target} cannot be written ({reason}); {rest}") from None
         for old in complete(run)[:-keep]:

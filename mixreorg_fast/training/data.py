@@ -149,7 +149,9 @@ def _wait_for_files(paths: Sequence[Path], config: Config) -> None:
 
 def _verify(paths: Sequence[Path], config: Config, ranks: Ranks) -> Iterator[int]:
     """Verify shards one after the other; yields bytes read, often."""
-    decoder = Decoder(ranks.device, reading_threads(config.data)) if paths else None
+    if not paths:
+        return
+    decoder = Decoder(ranks.device, reading_threads(config.data))
     for path in paths:
         with contextlib.suppress(FileNotFoundError):  # it has vanished meanwhile: its index, if any, keeps its place
             yield from verifying(path, decoder)

@@ -15,10 +15,7 @@ from ..errors import RankError
 
 @contextlib.contextmanager
 def full_disk_in_one_line(run: Path) -> Iterator[None]:
-    """
-    Raises:
-        RankError: the disk is full, in place of an OSError.
-    """
+    """Raise a :class:`RankError` in place of the OSError of a full disk."""
     try:
         yield
     except OSError as error:
@@ -29,10 +26,7 @@ def full_disk_in_one_line(run: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def out_of_memory_in_one_line(config: Config, micro_batch: int) -> Iterator[None]:
-    """
-    Raises:
-        RankError: a GPU is out of memory, in place of PyTorch's error, with the settings that need less.
-    """
+    """Raise a :class:`RankError` with the settings that need less memory in place of PyTorch's error."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -85,6 +85,7 @@ def checkpoint_to_resume(config: Config, resume: str) -> tuple[Path | None, dict
             _set_aside(run)
         return None, {}
     expected = {"seed": config.seed, "batch": config.train.batch}
+    source, state = candidates[0], {}
     for number, source in enumerate(candidates, start=1):
         try:
             state = checkpoint.read_state(source, expected)

@@ -356,6 +356,7 @@ class Trainer:
         if self.ranks.is_main:
             if scores:
                 write_json(self.run_folder / "eval.json", scores)
+            assert self._images is not None, "no batch was read"
             validation.draw(model, self.config, self._images, self.run_folder)
             print(closing(scores, self.config), flush=True)
         return scores

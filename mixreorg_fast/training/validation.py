@@ -44,6 +44,7 @@ def score(model: Model, config: Config, ranks: Ranks, *, limit: int | None) -> d
         images = min(filter(None, (limit, entry.limit)), default=None)
         scores[entry.name] = evaluate(segmenter, dataset, images, progress=limit is None)
     if config.data.val_shards:
+        assert model.tokenizer is not None, "a training model has a tokenizer"
         shards = open_shards(config.data.val_shards)
         scores["retrieval"] = retrieval_at_1(model, _pairs(config, model.tokenizer, shards, ranks, limit))
     return scores
@@ -94,8 +95,8 @@ def draw(model: Model, config: Config, images: Tensor, run: Path) -> None:
     if len(images):
         patch, size = config.model.patch_size, images.shape[2]
         patches = F.unfold(images, patch, stride=patch).mT.contiguous()  # [B, N, 3 * patch * patch]
-        plan = ops.MixPlan.sample(*patches.shape[:2], group, seed=config.seed)
+        plan = ops.MixPlan.sample(patches.shape[0], patches.shape[1], group, seed=config.seed)
         mixed = ops.patch_mix(patches, plan)
         restored = ops.patch_restore(mixed, plan)
-        back = [F.fold(x.mT, size, patch, stride=patch) for x in (mixed, restored)]
-        mixing_figure(images, *back, run / "mixing.png", model.mean, model.std)
+        mixed, restored = (F.fold(x.mT, size, patch, stride=patch) for x in (mixed, restored))
+        mixing_figure(images, mixed, restored, run / "mixing.png", model.mean, model.std)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._dynamo.callback import callback_handler
+from torch.distributed import HashStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ..files import write_json
 from ..ranks import Ranks, max_over_ranks
@@ -201,15 +202,15 @@ class Watch:
         os._exit(1)
 
 
-def _store(ranks: Ranks) -> dist.Store:
+def _store(ranks: Ranks) -> Store:
     """A key-value store of the ranks, held by rank 0; call on every rank."""
     if ranks.size == 1:
-        return dist.HashStore()
+        return HashStore()
     host = os.environ["MASTER_ADDR"]
-    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if ranks.is_main else None
-    port = [store.port if store else None]
+    store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if ranks.is_main else None
+    port: list[Any] = [store.port if store else None]
     dist.broadcast_object_list(port, src=0)
-    return store or dist.TCPStore(host, port[0], is_master=False)
+    return store or TCPStore(host, port[0], is_master=False)
 
 
 def launchers() -> list[int]:

@@ -14,15 +14,14 @@ from .tolerances import TOLERANCE, assert_close_to_truth
 
 IMPLEMENTATIONS = ("torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SLOW = pytest.mark.slow
 SHAPES = [  # images, G1, N, G2, D, group size
     (4, 64, 196, 8, 256, 4),  # the model's
     (6, 7, 13, 3, 20, 3),  # primes; sides far below a block
-    (14, 8, 33, 5, 100, 7),  # one patch more than a block; a width that is no multiple of one
-    pytest.param(
-        (17, 5, 9, 17, 16, 17), marks=pytest.mark.slow
-    ),  # a group, segments of one more than the smallest block
+    pytest.param((14, 8, 33, 5, 100, 7), marks=SLOW),  # a patch more than a block; a width between multiples
+    pytest.param((17, 5, 9, 17, 16, 17), marks=SLOW),  # a group, segments of one more than the smallest block
     (3, 16, 32, 2, 16, 1),  # groups of one image: no loss
-    (12, 6, 10, 3, 16, 12),  # texts in two passes
+    pytest.param((12, 6, 10, 3, 16, 12), marks=SLOW),  # texts in two passes
     (2, 128, 35, 3, 16, 2),  # as many groups as a kernel takes
     (2, 1, 1, 1, 1, 2),  # one of everything
 ]

@@ -41,5 +41,5 @@ def test_rows_and_table(tmp_path):
 def test_unfinished_run(tmp_path):
     run = finished_run(tmp_path / "toy")
     (run / "eval.json").unlink()
-    with pytest.raises(UserError, match="no finished run"):
+    with pytest.raises(UserError, match="is not a finished run"):
         rows_of(run)

@@ -33,16 +33,22 @@ def settings(folder: Path, **changes) -> dict:
     return merged(base, {"train": {"steps": 2}, "eval": {"short_side": 32}, **changes})
 
 
-def start(folder: Path, *options: str, **changes) -> subprocess.Popen:
+ALONE = ("-m", "mixreorg_fast.cli", "train")
+TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mixreorg_fast.training")
+
+
+def start(folder: Path, *options: str, command: tuple[str, ...] = ALONE, **changes) -> subprocess.Popen:
+    """A training command in a process group of its own."""
     path = folder / "config.json"
     path.write_text(json.dumps(settings(folder, **changes)))
     return subprocess.Popen(
-        [sys.executable, "-m", "mixreorg_fast.cli", "train", str(path), "--device", "cpu", *options],
+        [sys.executable, *command, "--config", str(path), "--device", "cpu", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )
 
 
@@ -162,21 +168,25 @@ def test_shards_may_move(run, monkeypatch):
         run_folder.refuse_another(config, "auto")
 
 
-def test_ctrl_c_keeps_what_was_trained(run):
-    """One line, a checkpoint, exit code 130, no traceback; the same command resumes there."""
+@pytest.mark.parametrize("command", [ALONE, TWO_RANKS], ids=["one process", "two ranks"])
+def test_ctrl_c_keeps_what_was_trained(run, command):
+    """One line, a checkpoint, exit code 130, no traceback but the launcher's; the same command resumes there."""
     folder, *_ = run
-    process = start(folder, name="stopped", train={"steps": 5000})
-    watch = folder / "runs/stopped/metrics.jsonl"
+    name = f"stopped{len(command)}"
+    process = start(folder, command=command, name=name, train={"steps": 5000})
+    watch = folder / "runs" / name / "metrics.jsonl"
     until = time.monotonic() + 120
     while not (watch.is_file() and watch.stat().st_size) and time.monotonic() < until and process.poll() is None:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)  # as torchrun hands it on
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to launcher and ranks; torchrun sends it once more
+    if command is ALONE:
+        process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Traceback" not in out + err, err[-3000:]
-    assert "stopped by SIGINT; the same command resumes from" in err
-    (last,) = checkpoint.complete(folder / "runs/stopped")
-    beat = json.loads((folder / "runs/stopped/heartbeat.json").read_text())
+    if command is ALONE:
+        assert process.returncode == 130 and "Traceback" not in out + err, err[-3000:]
+    assert "stopped by SIGINT; the same command resumes from" in err and "[rank" not in err, err[-3000:]
+    (last,) = checkpoint.complete(folder / "runs" / name)
+    beat = json.loads((folder / "runs" / name / "heartbeat.json").read_text())
     assert beat["place"] == "stopped" and beat["finished"] is False
     assert json.loads((last / checkpoint.STATE).read_text())["step"] == beat["step"] > 0
 

@@ -20,7 +20,7 @@ from .order import Purpose, uniforms
 
 MAGNITUDES = 31  # RandAugment's scale: 0 … 30
 MAGNITUDE_NOISE = 1.5  # standard deviation on that scale: timm's mstd0.5 of 10
-ATTEMPTS = 10  # draws of a crop or of an erased rectangle before giving up, as in torchvision and timm
+ATTEMPTS = 10  # at a crop or an erased rectangle that fits, as in torchvision and timm
 ERASED_AREA = (0.02, 1 / 3)  # timm's
 ERASED_RATIO = (0.3, 1 / 0.3)
 CONTRAST_CENTER = 128.0
@@ -104,7 +104,7 @@ def _erased(numbers: np.ndarray, probability: float) -> tuple[np.ndarray, np.nda
     boxes = np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], axis=-1)  # [B, attempts, 2]
     fits = (boxes < 1).all(axis=-1)
     extent = boxes[np.arange(len(boxes)), fits.argmax(axis=1)]
-    extent[~fits.any(axis=1) | (numbers[:, -1] >= probability)] = 0
+    extent[~fits.any(axis=-1) | (numbers[:, -1] >= probability)] = 0
     start = numbers[:, -3:-1] * (1 - extent)
     return start.astype(np.float32), extent.astype(np.float32)
 
@@ -126,8 +126,11 @@ def training_graph(
     Args:
         hw_decoder_load: share of the JPEGs that a GPU's JPEG hardware decodes, where it has some; None: DALI's own.
     """
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import fn
     from nvidia.dali.auto_aug.core import select, signed_bin
+    from nvidia.dali.pipeline import pipeline_def
+
+    types = _types()
 
     def source(name: str, kind: Any, ndim: int) -> Any:
         return fn.external_source(name=name, dtype=kind, ndim=ndim)
@@ -142,7 +145,7 @@ def training_graph(
             **_decoder(device, hw_decoder_load),
         )
         images = fn.resize(images, size=(size, size), interp_type=types.INTERP_CUBIC, antialias=True)
-        images = fn.flip(images, horizontal=source("flip", types.INT32, 0))
+        images: Any = fn.flip(images, horizontal=source("flip", types.INT32, 0))
         if config.rand_augment_ops:
             operation = source("operation", types.INT32, 1)
             magnitude = signed_bin(source("magnitude", types.INT32, 1), source("sign", types.INT32, 1))
@@ -183,7 +186,10 @@ def validation_graph(
     size: int, *, device: torch.device, batch: int, threads: int, hw_decoder_load: float | None = None
 ) -> Any:
     """As :func:`training_graph` with the one input ``encoded``: short side to `size`, the middle square."""
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import fn
+    from nvidia.dali.pipeline import pipeline_def
+
+    types = _types()
 
     @pipeline_def
     def graph() -> Any:
@@ -195,21 +201,26 @@ def validation_graph(
     return _built(graph, device=device, batch=batch, threads=threads, depth=1)
 
 
-def _decoder(device: torch.device, hw_decoder_load: float | None) -> dict[str, Any]:
-    """Arguments of DALI's decoders. By default a GPU's interpolates colours more coarsely than a CPU's."""
+def _types() -> Any:
+    """DALI's constants, which its annotations leave out."""
     from nvidia.dali import types
 
-    arguments = {"output_type": types.RGB, "jpeg_fancy_upsampling": True}
+    return types
+
+
+def _decoder(device: torch.device, hw_decoder_load: float | None) -> dict[str, Any]:
+    """Arguments of DALI's decoders. By default a GPU's interpolates colours more coarsely than a CPU's."""
+    arguments: dict[str, Any] = {"output_type": _types().RGB, "jpeg_fancy_upsampling": True}
     if hw_decoder_load is not None:
         arguments["hw_decoder_load"] = hw_decoder_load
     return {"device": "mixed" if device.type == "cuda" else "cpu", **arguments}
 
 
 def _normalised(images: Any, **crop: Any) -> Any:
-    from nvidia.dali import fn, types
+    from nvidia.dali import fn
 
     mean, std = ([255 * value for value in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std, **crop)
+    return fn.crop_mirror_normalize(images, dtype=_types().FLOAT, output_layout="CHW", mean=mean, std=std, **crop)
 
 
 def _built(graph: Any, *, device: torch.device, batch: int, threads: int, depth: int) -> Any:
@@ -218,7 +229,7 @@ def _built(graph: Any, *, device: torch.device, batch: int, threads: int, depth:
         num_threads=threads,
         device_id=device.index,  # None: no GPU
         prefetch_queue_depth=depth,
-        # The executor that goes on after a photo that cannot be decoded; the older one stays in its error.
+        # This executor continues after a photo that cannot be decoded; the older one stays in its error.
         exec_dynamic=True,
     )
     pipeline.build()
@@ -227,10 +238,11 @@ def _built(graph: Any, *, device: torch.device, batch: int, threads: int, depth:
 
 @functools.cache
 def _suite() -> list[Any]:
-    """Identity, and timm's fifteen "increasing" operations, of DALI's making."""
+    """Identity, and timm's fifteen "increasing" operations, by DALI."""
     from nvidia.dali import fn
-    from nvidia.dali.auto_aug import augmentations, rand_augment
-    from nvidia.dali.auto_aug.core import augmentation
+    from nvidia.dali.auto_aug import augmentations, core, rand_augment
+
+    augmentation: Any = core.augmentation
 
     # DALI's own versions of these two call operators by names it has since deprecated, and warn each time.
     @augmentation(

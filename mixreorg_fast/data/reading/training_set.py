@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -73,21 +73,18 @@ class TrainingSet:
         """What the shards' indexes leave out: broken samples, lost ends of tars, files that are not tars."""
         return self.shards.bad
 
-    def captions(self, limit: int | None = None) -> Iterator[str]:
-        """All captions in order, or those of about `limit` samples spread evenly over the shards."""
-        return self.shards.captions(limit)
-
     def train_tokenizer(self, vocab_size: int) -> Tokenizer:
         """A tokenizer of the captions; the same captions give the same one.
 
         Raises:
             UserError: as :meth:`Tokenizer.train`.
         """
-        return Tokenizer.train(self.captions(TOKENIZER_SAMPLES), vocab_size)
+        return Tokenizer.train(self.shards.captions(TOKENIZER_SAMPLES), vocab_size)
 
 
 def shard_sets(data: DataConfig) -> list[tuple[str | list[str], float]]:
     """Patterns and weights of the sets of ``data.shards``; a single set where no weights are given."""
-    if isinstance(data.shards, str) or not data.shards or isinstance(data.shards[0], str):
-        return [(data.shards, 1.0)]
-    return [(part.pattern, part.weight) for part in data.shards]
+    shards: Any = data.shards
+    if isinstance(shards, str) or not shards or isinstance(shards[0], str):
+        return [(shards, 1.0)]
+    return [(part.pattern, part.weight) for part in shards]

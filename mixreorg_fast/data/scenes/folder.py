@@ -181,6 +181,7 @@ def _draw_all(folder: Path, config: ScenesConfig, workers: int, progress: bool) 
         for worker in range(workers):
             process = stack.enter_context(subprocess.Popen(command, env=environment, **pipes))
             stack.callback(process.kill)  # after an error; a finished process ignores it
+            assert process.stdin is not None
             process.stdin.write(json.dumps({"config": settings, "pieces": pieces[worker::workers]}))
             process.stdin.close()
             processes.append(process)

@@ -121,7 +121,8 @@ def _write_all(
     ):
         for _ in run(_write_part, jobs):
             pass
-    return [target.report(number) for number in range(-(-len(source) // per_shard))]
+    reports = (target.report(number) for number in range(-(-len(source) // per_shard)))
+    return [report for report in reports if report is not None]
 
 
 def _write_part(job: tuple[Source, Path, NounFinder | None]) -> None:

@@ -83,7 +83,7 @@ def write_index(
         status: the tar's, taken before it was scanned. A tar that changes meanwhile is scanned again.
     """
     array = np.zeros(len(samples), dtype=_record_type(max((len(s["key"]) for s in samples), default=1)))
-    for name in array.dtype.names:
+    for name in array.dtype.names or ():
         array[name] = [sample[name] for sample in samples]
     broken = sum(entry.samples for entry in left_out)
     problem = "; ".join(entry.reason for entry in left_out if not entry.key) or None

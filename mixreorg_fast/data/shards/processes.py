@@ -82,7 +82,8 @@ def _begin(count: Any) -> None:
     _share(count)
 
     def follow() -> None:  # else it would wait for work forever after its parent was killed
-        parent_process().join()
+        if parent := parent_process():
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -135,7 +136,7 @@ class ShardSet:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def _record(self, number: int) -> tuple[int, np.void]:
+    def _record(self, number: int) -> tuple[int, Any]:
         shard = int(np.searchsorted(self._ends, number, side="right"))
         start = self._ends[shard] - self.sizes[shard]
         return shard, self.shards[shard].samples[number - start]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ...errors import UserError, nearest
 from . import photos
@@ -38,7 +38,7 @@ class Kind(NamedTuple):
     """A kind of source, and the options of :func:`open_source` that it has."""
 
     description: str
-    open: Callable[..., Source]
+    open: Callable[..., Any]  # returns a Source
     options: tuple[str, ...] = ()
 
 

@@ -111,5 +111,5 @@ def _problems(file: int, samples: list[dict], decoder: Decoder) -> list[str | No
 @cache
 def _own_decoder(kind: str) -> Decoder:
     """This process's decoder on a kind of device: building one takes longer than a small shard."""
-    index = os.getpid() % torch.cuda.device_count() if kind == "cuda" else None
-    return Decoder(torch.device(kind, index), 1)
+    place = f"{kind}:{os.getpid() % torch.cuda.device_count()}" if kind == "cuda" else kind
+    return Decoder(torch.device(place), 1)
