@@ -30,7 +30,7 @@ from mixreorg_fast.ops import dispatch
 
 from .test_train_step import CAPTIONS, VOCABULARY, random_batch
 
-attention = importlib.import_module("mixreorg_fast.ops.attention")
+attention = importlib.import_module("mixreorg_fast.ops.attention")  # the package has a function of that name
 IMAGES = (4, 8)
 CAPTION = 16  # tokens, the mean of CAPTIONS
 BYTES_PER_PARAMETER = 16  # fp32: itself, its gradient, two moments
@@ -85,7 +85,7 @@ def bytes_kept(config: Config, images: int) -> dict[str, int]:
         mock.patch.object(torch, "compile", partial(torch.compile, backend=compiling)),
         mock.patch.object(GridExecutor, "__call__", _launches_nothing),
         mock.patch.object(dispatch, "passed_over", lambda op, inputs: []),
-        mock.patch.object(attention, "_kernel_reasons", lambda q: []),
+        mock.patch.object(attention, "flash_reasons", lambda q: []),
         mock.patch.dict(attention.MEASURED, clear=True),
         torch.library._scoped_library("torch_attn", "IMPL") as library,
     ):

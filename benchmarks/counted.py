@@ -2,7 +2,7 @@
 
 Each op of the model's shapes runs forward and backward on meta tensors. Its kernels are compiled for an H100 and their
 instructions counted; of PyTorch's own operations the bytes are, and the products. From them follows the least time that
-an H100 needs: the longest of memory, instruction issue and matrix products, kernel by kernel. STATE is a name for what
+an H100 needs: the longest of memory, instruction issue and matmuls, kernel by kernel. STATE is a name for what
 is counted, such as "before" or "after"; the rows of other states stay in benchmarks/results/counted.json.
 """
 
@@ -50,7 +50,7 @@ class Op:
     ours: Callable[[], Any]
     eager: Callable[[], Any]
     target: str  # on an H100 or H200, in bf16, forward and backward
-    flops: float = 0.0  # of our kernels' matrix products
+    flops: float = 0.0  # of our kernels' matmuls
 
 
 def operations() -> Iterator[Op]:
@@ -202,7 +202,7 @@ class Counter(TorchDispatchMode):
         tensors = {id(x): x for x in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
         size = sum(x.numel() * x.element_size() for x in tensors.values())
         count = flop_registry.get(function.overloadpacket)
-        flops = count(*(x for x in args if isinstance(x, Tensor)), out_val=out) if count else 0  # of matrix products
+        flops = count(*(x for x in args if isinstance(x, Tensor)), out_val=out) if count else 0  # of matmuls
         # A product of 16-bit tensors may write fp32.
         rate = max((FLOP_PER_S[x.dtype] for x in tensors.values() if x.dtype in FLOP_PER_S), default=1.0)
         self.work.append(Work(name, size, flops, rate))

@@ -280,7 +280,7 @@ def _floor_ms(case: Case, work: Work) -> float:
 
 @cache
 def ceilings() -> dict[str, float]:
-    """What this device reaches in a copy (bytes read plus written), a fill and square matrix products."""
+    """What this device reaches in a copy (bytes read plus written), a fill and square matmuls."""
     elements = 2**29 if ON_GPU else 2**24
     source = torch.randn(elements, device=DEVICE, dtype=torch.float32)
     target = torch.empty_like(source)

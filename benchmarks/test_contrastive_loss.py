@@ -1,4 +1,4 @@
-"""Contrastive loss: bound by matrix products, one for the logits and two for the gradients."""
+"""Contrastive loss: bound by matmuls, one for the logits and two for the gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPES = [(32768, 0), (4096, 0), (4096, 3)] if ON_GPU else [(512, 0), (256, 3)]
 
 
 def eager(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The usual way: the multiplier on the features, two cross-entropies over one matrix of logits."""
+    """The usual code: the logit scale on the features, two cross-entropies over one matrix of logits."""
     if text.dim() == 3:
         return contrastive_loss_reference(image, text, scale.to(image.dtype))
     logits = image * scale.to(image.dtype) @ text.mT

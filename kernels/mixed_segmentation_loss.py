@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -325,7 +325,7 @@ def _scores(second: Tensor, segments: Tensor, texts: Tensor, scale: Tensor, size
     return cosines, scores
 
 
-def _over_patches(name: str, launch: Callable[[Config, int], object], first: Tensor, sizes: _Sizes) -> object:
+def _over_patches(name: str, launch: Callable[[Config, int], Any], first: Tensor, sizes: _Sizes) -> Any:
     """``launch(config, parts)``: `parts` is the number of blocks of an image's patches."""
     patches = first.shape[2]
     table = CONFIGS[min(most for most in CONFIGS if most >= sizes.patches["BLOCK_G1"] * sizes.patches["COUNT"])]

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import triton
@@ -90,7 +90,7 @@ def offline(architecture: int) -> Iterator[list[Launch]]:
 
     before, active = variants.offline_architecture, driver._active
     variants.offline_architecture = architecture
-    driver.set_active(cast(Any, Driver(architecture)))
+    driver.set_active(Driver(architecture))  # pyright: ignore[reportArgumentType]
     JITFunction.run = compiled
     try:
         yield launches
@@ -110,7 +110,7 @@ def _describe(function: JITFunction, kernel: Any) -> dict[str, Any]:
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         code = _tool("nvdisasm", "-c", file.name)
-    (registers, stack), *_ = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
+    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
     instructions, loops = _count(code)
     return {
         "kernel": function.fn.__name__.strip("_").removesuffix("_kernel"),

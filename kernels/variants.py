@@ -31,7 +31,7 @@ class Config:
     num_stages: int = 2
     most_registers: int | None = None
 
-    @property
+    @functools.cached_property
     def kwargs(self) -> dict[str, int | None]:
         return {
             **self.blocks,
@@ -122,7 +122,7 @@ def tuned(
 def _fastest(candidates: Sequence[Config], launch: Callable[[Config], Any], what: str) -> Config:
     import triton
 
-    def milliseconds(config: Config) -> float:
+    def milliseconds(config: Config) -> Any:
         try:
             median: Any = triton.testing.do_bench(lambda: launch(config), return_mode="median")
             return median

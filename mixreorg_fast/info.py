@@ -107,7 +107,7 @@ def implementations() -> list[tuple[str, str, str]]:
     return rows
 
 
-def _implementations_of(call: Callable[[str], Any]) -> Sequence[str]:
+def _implementations_of(call: Callable[[Any], Any]) -> Sequence[str]:
     try:
         call("which?")
     except UnknownImplementation as error:

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action = actions.add_parser(
         "build",
         help="write shards from photos and captions, Parquet files or img2dataset's output",
-        description="Write shards. A build that was interrupted goes on when the same command is given again.",
+        description="Write shards. The same command continues an interrupted build.",
     )
     action.add_argument(
         "source",
@@ -60,22 +60,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """0: all is well; 1: `verify` found broken samples (and left them out of the index); 2: nothing to use."""
+    """0: success; 1: `verify` found broken samples (and left them out of the index); 2: no sample can be used."""
+    for name in ("samples_per_shard", "workers", "train", "val", "size"):
+        if (value := getattr(args, name, 1)) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
     return {"build": _build, "verify": _verify, "scenes": _scenes}[args.action](args)
 
 
 def _build(args: argparse.Namespace) -> int:
-    for name in ("samples_per_shard", "workers"):
-        _at_least_one(args, name)
-    built = build(
-        args.source,
-        args.out,
-        nouns=args.nouns,
-        samples_per_shard=args.samples_per_shard,
-        overwrite=args.overwrite,
-        workers=args.workers,
-        **{name: getattr(args, name) for name in ("split", "images", "image_column", "caption_column")},
+    options = (
+        "split",
+        "images",
+        "image_column",
+        "caption_column",
+        "nouns",
+        "samples_per_shard",
+        "overwrite",
+        "workers",
     )
+    built = build(args.source, args.out, **{name: getattr(args, name) for name in options})
     paths = built.shards
     names = f"{paths[0]}" + (f" … {paths[-1].name}, {len(paths)} shards" if len(paths) > 1 else "")
     print(f"wrote {built.samples} samples to {names}")
@@ -87,7 +90,6 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    _at_least_one(args, "workers")
     good = bad = 0
     for shard in verify(args.pattern, workers=args.workers, device=args.device):
         good, bad = good + len(shard.samples), bad + shard.broken
@@ -98,15 +100,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _scenes(args: argparse.Namespace) -> int:
-    for name in ("train", "val", "size"):
-        _at_least_one(args, name)
-    config = ScenesConfig(folder=args.out, train=args.train, val=args.val, size=args.size, seed=args.seed)
-    made = ensure_scenes(config)
+    made = ensure_scenes(ScenesConfig(folder=args.out, train=args.train, val=args.val, size=args.size, seed=args.seed))
     folders = f"{made.evaluation}, {made.unseen}, {made.small}"
     print(f"{len(made.train)} training and {len(made.val)} validation shards, {folders}")
     return 0
-
-
-def _at_least_one(args: argparse.Namespace, name: str) -> None:
-    if getattr(args, name) < 1:
-        raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")

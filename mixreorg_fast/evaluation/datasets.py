@@ -1,18 +1,17 @@
-"""Photos with masks, in the plain layout and in the folder layouts of the field's benchmarks."""
+"""Photos with masks, in the plain layout or in one of the layouts of ``layouts.py``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from ..errors import UserError, nearest
 from ..images import load_image
-from . import classes as names
+from .layouts import LAYOUTS, Layout
 from .metrics import IGNORE
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -25,100 +24,6 @@ class Sample(NamedTuple):
     mask: np.ndarray
     name: str
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a benchmark keeps its files, and what its mask values mean.
-
-    ``{split}`` in a folder stands for the split's folder; names of photos and masks are a stem plus a suffix, and a
-    stem may hold sub-folders. `remap` turns raw mask values (index) into class ids (value).
-    """
-
-    classes: tuple[str, ...]
-    images: str
-    masks: str
-    split_file: str | None = None  # None: every photo of the folder belongs to the split
-    homes: tuple[str, ...] = ("",)  # where, under the root, the data set may start
-    image_suffix: str = ".jpg"
-    mask_suffixes: dict[str, np.ndarray | None] = field(default_factory=lambda: {".png": None})
-    threshold: float | None = None
-    split_folders: dict[str, str] = field(default_factory=dict)
-    setup: str = ""  # how to get the masks, where they need a conversion
-
-
-def _zero_ignored() -> np.ndarray:
-    """0 is ignored, raw id t is class t - 1."""
-    remap = np.arange(-1, 255, dtype=np.int64)
-    remap[0] = remap[255] = IGNORE
-    return remap.astype(np.uint8)
-
-
-def _remap(raw: list[int]) -> np.ndarray:
-    """The raw ids listed are classes 0, 1, ...; every other value is ignored."""
-    remap = np.full(256, IGNORE, dtype=np.uint8)
-    remap[raw] = np.arange(len(raw))
-    return remap
-
-
-# COCO's 91 + 91 raw ids (pixel value = category - 1) without the eleven categories that never occur.
-_STUFF_IDS = [i for i in range(182) if i not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
-# The labels of the Cityscapes scripts that are scored.
-_CITY_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
-
-_CONTEXT: dict[str, Any] = dict(
-    images="JPEGImages",
-    masks="SegmentationClassContext",
-    split_file="ImageSets/SegmentationContext/{split}.txt",
-    homes=("", "VOC2010", "VOCdevkit/VOC2010"),
-    setup="mmsegmentation's tools/dataset_converters/pascal_context.py makes them",
-)
-
-LAYOUTS: dict[str, Layout] = {
-    "voc2012": Layout(
-        names.VOC,
-        images="JPEGImages",
-        masks="SegmentationClass",
-        split_file="ImageSets/Segmentation/{split}.txt",
-        homes=("", "VOC2012", "VOCdevkit/VOC2012"),
-        threshold=0.95,
-    ),
-    "context": Layout(names.CONTEXT, threshold=0.35, **_CONTEXT),
-    "context59": Layout(names.CONTEXT[1:], mask_suffixes={".png": _zero_ignored()}, **_CONTEXT),
-    "coco_object": Layout(
-        names.COCO_OBJECT,
-        images="images/{split}",
-        masks="annotations/{split}",
-        mask_suffixes={"_instanceTrainIds.png": None},
-        threshold=0.95,
-        split_folders={"val": "val2017", "train": "train2017"},
-        homes=("", "coco"),
-        setup="GroupViT's convert_dataset/convert_coco_object.py makes them",
-    ),
-    "coco_stuff": Layout(
-        names.COCO_STUFF,
-        images="images/{split}",
-        masks="annotations/{split}",
-        mask_suffixes={"_labelTrainIds.png": None, ".png": _remap(_STUFF_IDS)},
-        split_folders={"val": "val2017", "train": "train2017"},
-        homes=("", "coco_stuff164k", "coco"),
-    ),
-    "ade20k": Layout(
-        names.ADE20K,
-        images="images/{split}",
-        masks="annotations/{split}",
-        mask_suffixes={".png": _zero_ignored()},
-        split_folders={"val": "validation", "train": "training"},
-        homes=("", "ADEChallengeData2016", "ade/ADEChallengeData2016"),
-    ),
-    "cityscapes": Layout(
-        names.CITYSCAPES,
-        images="leftImg8bit/{split}",
-        masks="gtFine/{split}",
-        image_suffix="_leftImg8bit.png",
-        mask_suffixes={"_gtFine_labelTrainIds.png": None, "_gtFine_labelIds.png": _remap(_CITY_IDS)},
-        homes=("", "cityscapes"),
-    ),
-}
 
 KINDS = ("plain", *LAYOUTS)
 
@@ -229,7 +134,7 @@ def _open_plain(root: Path, split: str) -> SegmentationDataset:
             raise UserError(f"no photo {root / 'images' / name} (.jpg, .png or .webp){_close(name, photos)}")
         return photos[name], root / "masks" / f"{name}.png", None
 
-    # Without a standard for the threshold, VOC's serves.
+    # There is no usual threshold for own data: VOC's.
     return SegmentationDataset("plain", root, split, classes, listed, paths, 0.95)
 
 
@@ -252,7 +157,7 @@ def _open_layout(kind: str, layout: Layout, root: Path, split: str) -> Segmentat
         if not listed:
             raise UserError(f"no photos (*{suffix}) under {images}")
     if not masks.is_dir():
-        raise UserError(f"no folder {masks}, where {kind} keeps its masks{_bracketed(layout.setup)}")
+        raise UserError(f"no folder {masks}, where {kind} keeps its masks{layout.setup}")
 
     def paths(name: str) -> tuple[Path, Path, np.ndarray | None]:
         photo = images / f"{name}{layout.image_suffix}"
@@ -262,7 +167,7 @@ def _open_layout(kind: str, layout: Layout, root: Path, split: str) -> Segmentat
             if (masks / f"{name}{suffix}").is_file():
                 return photo, masks / f"{name}{suffix}", remap
         choices = " or ".join(f"{name}{suffix}" for suffix in layout.mask_suffixes)
-        raise UserError(f"no mask {choices} in {masks}{_bracketed(layout.setup)}")
+        raise UserError(f"no mask {choices} in {masks}{layout.setup}")
 
     return SegmentationDataset(kind, root, split, layout.classes, listed, paths, layout.threshold)
 
@@ -276,7 +181,7 @@ def _read_mask(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as mask:
             if mask.mode not in ("P", "L", "1") and not mask.mode.startswith("I"):
-                raise UserError(f"{path}: a mask holds class ids (grey or palette PNG), this one is {mask.mode}")
+                raise UserError(f"{path}: a mask holds class ids (grey or palette PNG), got {mask.mode}")
             ids = np.asarray(mask)
     except FileNotFoundError:
         siblings = (p.name for p in path.parent.iterdir()) if path.parent.is_dir() else ()
@@ -316,7 +221,3 @@ def _close(name: str, choices: object) -> str:
     """The nearest file name, if one is near: a folder of thousands is not listed."""
     hint = nearest(name, choices)  # type: ignore[arg-type]
     return hint if "did you mean" in hint else ""
-
-
-def _bracketed(text: str) -> str:
-    return f" ({text})" if text else ""

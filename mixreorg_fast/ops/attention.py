@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ AttentionImpl = Literal["auto", "xformers", "varlen", "torch", "products"]
 
 XFORMERS_INSTALLED = importlib.util.find_spec("xformers") is not None
 # 2.11 is the first release whose varlen_attn takes "causal" as a window of keys.
-VARLEN_INSTALLED = TorchVersion(torch.__version__) >= (2, 11)
+VARLEN_INSTALLED = TorchVersion(torch.__version__) >= "2.11"
 
 # A constant, because torch.compile cannot trace the call.
 CPU_HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -116,9 +116,9 @@ class Packing:
         row = (number.where(real, 0), position.where(real, 0))
         parts = [F.pad(ends, (1, 0)), *row, ends[: len(lengths)] - 1, slots]
         together = upload(torch.cat(parts), device)  # one copy
-        cu_seqlens, *others = together.split([len(part) for part in parts])
-        tensors: tuple[Any, ...] = (cu_seqlens.int(), *others)
-        return cls(rows, max_seqlen, *tensors, buckets, tuple(sequences))
+        cu_seqlens, sequence, position, last, slots = together.split([len(part) for part in parts])
+        layout = (cu_seqlens.int(), sequence, position, last, slots)
+        return cls(rows, max_seqlen, *layout, buckets, tuple(sequences))
 
     def pack(self, x: Tensor) -> Tensor:
         """``[1, S, ...]`` of padded ``[B, L, ...]``; rows of padding hold the first row."""
@@ -156,11 +156,11 @@ def attention(
     Raises:
         ValueError: packed tensors whose shape `lengths` does not fit. RuntimeError: `impl` cannot run here.
     """
-    packing = lengths if isinstance(lengths, Packing) else None
-    if packing is not None:
-        _check_packed(q, k, packing.rows)
-    elif lengths is not None:
-        _check_packed(q, k, sum(lengths))
+    if lengths is not None:
+        _check_packed(q, k, lengths.rows if isinstance(lengths, Packing) else sum(lengths))
+    if lengths is None or isinstance(lengths, Packing):
+        packing = lengths
+    else:
         packing = Packing.of(lengths, q.device, rows=q.shape[1])
     return _IMPLEMENTATIONS[chosen(q, packing, impl)][1](q, k, v, causal, packing)
 
@@ -248,12 +248,12 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, causal: bool, packing: Packing) -> 
     from torch.nn.attention.varlen import varlen_attn  # imports Triton
 
     layout = (packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen)
-    out: Any = varlen_attn(q[0], k[0], v[0], *layout, window_size=(-1, 0 if causal else -1))
-    return out[None]
+    out = varlen_attn(q[0], k[0], v[0], *layout, window_size=(-1, 0 if causal else -1))
+    return cast(Tensor, out)[None]
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, packing: Packing | None) -> Tensor:
-    from xformers.ops import fmha
+    from xformers.ops import fmha  # pyright: ignore[reportMissingImports]
 
     if packing is None:
         bias = fmha.attn_bias.LowerTriangularMask() if causal else None
@@ -264,17 +264,17 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, packing: Packing | 
 
 def _block_diagonal(packing: Packing, causal: bool):
     """xformers' mask of a packing, made once and kept in the packing for all layers."""
-    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask, BlockDiagonalMask
+    from xformers.ops.fmha import attn_bias  # pyright: ignore[reportMissingImports]
 
     name = f"_xformers_{'causal' if causal else 'full'}"
     if name not in packing.__dict__:
-        mask = BlockDiagonalCausalMask if causal else BlockDiagonalMask
+        mask = attn_bias.BlockDiagonalCausalMask if causal else attn_bias.BlockDiagonalMask
         made = mask.from_seqlens([n for n in packing.sequences if n], device=packing.cu_seqlens.device)
         object.__setattr__(packing, name, made)
     return packing.__dict__[name]
 
 
-def _kernel_reasons(q: Tensor) -> list[str]:
+def flash_reasons(q: Tensor) -> list[str]:
     """Why the flash kernels, which "varlen" and "xformers" call, cannot run."""
     reasons = []
     if not q.is_cuda:
@@ -291,7 +291,7 @@ def _kernel_reasons(q: Tensor) -> list[str]:
 def _varlen_reasons(q: Tensor, packing: Packing | None) -> list[str]:
     if not VARLEN_INSTALLED:
         return [f"PyTorch {torch.__version__}, 2.11 or newer is needed"]
-    return [*(["takes packed tensors only"] if packing is None else []), *_kernel_reasons(q)]
+    return [*(["takes packed tensors only"] if packing is None else []), *flash_reasons(q)]
 
 
 def _xformers_reasons(q: Tensor, packing: Packing | None) -> list[str]:
@@ -299,7 +299,7 @@ def _xformers_reasons(q: Tensor, packing: Packing | None) -> list[str]:
         return ["xformers is not installed"]
     if torch.compiler.is_compiling():
         return ["torch.compile cannot trace it"]
-    return [*xformers_problems(), *_kernel_reasons(q)]
+    return [*xformers_problems(), *flash_reasons(q)]
 
 
 @cache
@@ -309,8 +309,8 @@ def xformers_problems() -> list[str]:
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        from xformers import _cpp_lib
-        from xformers.ops import fmha  # noqa: F401
+        from xformers import _cpp_lib  # pyright: ignore[reportMissingImports]
+        from xformers.ops import fmha  # noqa: F401  # pyright: ignore[reportMissingImports]
 
         # Without its extension xformers may still call PyTorch's kernels, which "varlen" and "torch" reach directly.
         error = _cpp_lib._cpp_library_load_exception

@@ -7,6 +7,7 @@ that arrive in parts is the logaddexp of the parts', a gradient over columns in 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -91,16 +92,16 @@ TORCH = Blocks(log_sum_exp_torch, gradient_torch)
 
 @kernel("contrastive_loss.log_sum_exp_forward")
 def contrastive_log_sum_exp(rows: Tensor, columns: Tensor, scale: Tensor, both: bool) -> tuple[Tensor, Tensor]:
-    lse = rows.new_empty(len(rows), dtype=torch.float32)
-    return lse, rows.new_empty(len(columns) if both else 0, dtype=torch.float32)
+    make = partial(rows.new_empty, dtype=torch.float32)
+    return make(rows.shape[:1]), make(columns.shape[:1] if both else 0)
 
 
 @kernel("contrastive_loss.gradient_backward")
 def contrastive_gradient(
     rows: Tensor, columns: Tensor, row_lse: Tensor, column_lse: Tensor, scale: Tensor, block: LogitBlock
 ) -> tuple[Tensor, Tensor]:
-    grad_rows = rows.new_empty(rows.shape, dtype=torch.float32)
-    return grad_rows, rows.new_empty(columns.shape if block.both else 0, dtype=torch.float32)
+    make = partial(rows.new_empty, dtype=torch.float32)
+    return make(rows.shape), make(columns.shape if block.both else 0)
 
 
 TRITON = Blocks(contrastive_log_sum_exp, contrastive_gradient)

@@ -11,6 +11,7 @@ and, in backward, their gradients so far.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -108,15 +109,9 @@ def _mean_loss(image_lse: Tensor, text_lse: Tensor, positives: Tensor) -> Tensor
     return (0.5 * (image_lse + text_lse) - positives).mean()
 
 
-def _scaled(
-    ctx, image: Tensor, texts: Tensor, grad_image: Tensor | None, grad_text: Tensor | None, factor: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of images and texts that are needed, times `factor`, in the dtypes of their inputs."""
-    need_image, need_text, *_ = ctx.needs_input_grad
-    return (
-        grad_image.mul_(factor).to(image.dtype) if need_image and grad_image is not None else None,
-        grad_text.mul_(factor).to(texts.dtype) if need_text and grad_text is not None else None,
-    )
+def _scaled(grad: Tensor | None, factor: Tensor, x: Tensor, needed: bool) -> Tensor | None:
+    """The gradient of `x` from one without its `factor`, which is overwritten."""
+    return grad.mul_(factor).to(x.dtype) if grad is not None and needed else None
 
 
 class _GatherLoss(torch.autograd.Function):
@@ -160,21 +155,23 @@ class _GatherLoss(torch.autograd.Function):
                 grad_text, _ = ctx.blocks.gradient(texts, columns, own_lse, image_lse, scale, block)
             factor = grad * (0.5 / image.shape[0])  # world_size / (2 * global batch)
             grad_scale = (image * grad_image).sum() * factor if need_scale else None
-        return *_scaled(ctx, image, texts, grad_image, grad_text, factor * scale), grad_scale, None, None
+            factor = factor * scale
+            grad_image = _scaled(grad_image, factor, image, need_image)
+            grad_text = _scaled(grad_text, factor, texts, need_text)
+        return grad_image, grad_text, grad_scale, None, None
 
 
 def ring_log_sum_exp(image: Tensor, texts: Tensor, scale: Tensor, ring: Ring, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """Of this rank's images ``[B]`` over all texts and of its texts ``[B * P]`` over all images."""
-    image_lse = text_lse = None
+    wide = torch.promote_types(image.dtype, torch.float32)
+    image_lse, text_lse = (torch.full(x.shape[:1], -math.inf, dtype=wide, device=x.device) for x in (image, texts))
     for hop in range(ring.size):
-        ahead = ring.pass_on(image) if hop + 1 < ring.size else None  # on its way while the tile is computed
+        ahead = ring.pass_on(image) if hop + 1 < ring.size else None  # on its way while the block is computed
         rows, columns = blocks.log_sum_exp(texts, image, scale, True)
-        text_lse = rows if text_lse is None else torch.logaddexp(text_lse, rows)
-        part = columns if image_lse is None else torch.logaddexp(image_lse, columns)
-        (image_lse,) = ring.pass_on(part, tag=2)()
+        text_lse = torch.logaddexp(text_lse, rows)
+        (image_lse,) = ring.pass_on(torch.logaddexp(image_lse, columns), tag=2)()
         if ahead is not None:
             (image,) = ahead()
-    assert image_lse is not None and text_lse is not None
     return image_lse, text_lse  # the last hop has brought the images' home
 
 
@@ -189,20 +186,19 @@ def ring_gradient(
     need_image: bool = True,
 ) -> tuple[Tensor | None, Tensor]:
     """The gradients of this rank's images (if needed) and texts, fp32, without the factor ``scale / (2 * B)``."""
-    grad_image, grad_texts, prompts = None, None, texts.shape[0] // image.shape[0]
+    wide, prompts = torch.promote_types(image.dtype, torch.float32), texts.shape[0] // image.shape[0]
+    grad_image, grad_texts = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (image, texts))
     for hop in range(ring.size):
         ahead = ring.pass_on(image, image_lse) if hop + 1 < ring.size else None
         # The images come from `hop` ranks behind: our samples begin that many ranks after theirs.
         block = LogitBlock(prompts, 1, hop * texts.shape[0], need_image)
         rows, columns = blocks.gradient(texts, image, text_lse, image_lse, scale, block)
-        grad_texts = rows if grad_texts is None else grad_texts.add_(rows)
+        grad_texts.add_(rows)
         if need_image:
-            part = columns if grad_image is None else grad_image.add_(columns)
-            (grad_image,) = ring.pass_on(part, tag=2)()
+            (grad_image,) = ring.pass_on(grad_image.add_(columns), tag=2)()
         if ahead is not None:
             image, image_lse = ahead()
-    assert grad_texts is not None
-    return grad_image, grad_texts
+    return grad_image if need_image else None, grad_texts
 
 
 class _RingLoss(torch.autograd.Function):
@@ -220,10 +216,13 @@ class _RingLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         image, texts, scale, image_lse, text_lse = ctx.saved_tensors
-        need_image, _, need_scale = ctx.needs_input_grad[:3]
+        need_image, need_text, need_scale = ctx.needs_input_grad[:3]
         with without_autocast(image):
             saved = (image, texts, image_lse, text_lse, scale)
             grad_image, grad_text = ring_gradient(*saved, ctx.ring, ctx.blocks, need_image)
             factor = grad / (2 * image.shape[0])  # world_size / (2 * global batch)
             grad_scale = (texts * grad_text).sum() * factor if need_scale else None
-        return *_scaled(ctx, image, texts, grad_image, grad_text, factor * scale), grad_scale, None, None
+            factor = factor * scale
+            grad_image = _scaled(grad_image, factor, image, need_image)
+            grad_text = _scaled(grad_text, factor, texts, need_text)
+        return grad_image, grad_text, grad_scale, None, None

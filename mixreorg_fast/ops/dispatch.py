@@ -147,8 +147,8 @@ def _try_backward(name: str, out: Any, inputs: Sequence[Any]) -> None:
     if not outputs or not _on_gpu(outputs[0]) or variants.offline_architecture is not None:
         return
     key = (name, outputs[0].device, outputs[0].dtype, outputs[0].shape[1:])
-    checkpointing = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
-    if key in _tried or checkpointing:  # which would recompute
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    if key in _tried or hooks:  # checkpointing would recompute
         return
     _tried.add(key)
     leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]

@@ -114,11 +114,10 @@ def grouping_attention(
         raise ValueError(
             f"grouping_attention: return_assignment must be none, soft, used or winner, got {return_assignment!r}"
         )
-    scale = float(q.shape[2] ** -0.5) if scale is None else scale
     q, k, v = autocast(q, k, v)
     wants_winner = return_assignment == "winner"
     written = return_assignment if not wants_winner else "none" if hard else "used"
-    settings = Grouping(scale, hard, first_image, tau, eps, written)
+    settings = Grouping(q.shape[2] ** -0.5 if scale is None else scale, hard, first_image, tau, eps, written)
     if uses_triton("grouping_attention", impl, q, k, v, limits=lambda: _limits(q, k, v)):
         seed = None if seed is None else seed_tensor(seed, q.device)
         out, assignment, winner, _ = _grouping_attention(q, k, v, seed, settings)

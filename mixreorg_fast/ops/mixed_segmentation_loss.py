@@ -171,10 +171,8 @@ def _mixed_segmentation_backward(
     scale: Tensor,
     group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad_first, grad_second, grad_segments, grad_texts = (
-        x.new_empty(x.shape) for x in (first, second, segments, texts)
-    )
-    return grad_first, grad_second, grad_segments, grad_texts, torch.empty_like(scale)
+    of_first, of_second, of_segments, of_texts = (x.new_empty(x.shape) for x in (first, second, segments, texts))
+    return of_first, of_second, of_segments, of_texts, torch.empty_like(scale)
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

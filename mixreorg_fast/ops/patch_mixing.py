@@ -202,8 +202,8 @@ class _Gather(torch.autograd.Function):
 
 @kernel("patch_mixing.sample_plan")
 def _sample_plan(seed: Tensor, first_group: int, batch: int, patches: int, group_size: int) -> tuple[Tensor, Tensor]:
-    source, inverse = (seed.new_empty((batch, patches), dtype=torch.int32) for _ in range(2))
-    return source, inverse
+    source = seed.new_empty((batch, patches), dtype=torch.int32)
+    return source, seed.new_empty(source.shape, dtype=torch.int32)
 
 
 def _save_plan(ctx, inputs: tuple, output: Tensor) -> None:

@@ -24,7 +24,7 @@ _KERNELS = f"{__name__.split('.')[0]}.kernels"
 def kernel(
     launcher: str,
     *,
-    save: Callable[..., None] | None = None,
+    save: Callable[..., None] = lambda ctx, inputs, output: None,
     gradient: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Kernel]:
     """Decorate the declaration of a kernel.
@@ -53,7 +53,7 @@ class Kernel:
         self,
         declaration: Callable[..., Any],
         launcher: str,
-        save: Callable[..., None] | None,
+        save: Callable[..., None],
         gradient: Callable[..., Any] | None,
     ) -> None:
         functools.update_wrapper(self, declaration)

@@ -53,8 +53,8 @@ def stochastic_depth_reference(
     branch = torch.arange(branches, device=seed.device)[:, None]
     block = torch.arange(len(rates), device=seed.device)[:, None, None]
     bits = torch.stack(philox(seed, image, branch, block, torch.zeros_like(image))[:2]).flatten(2)
-    dropped = upload(torch.tensor(rates, dtype=torch.float64), seed.device)[:, None]
-    return (bits.double() * 2.0**-32 >= dropped).float() / (1 - dropped).float()
+    rate = upload(torch.tensor(rates, dtype=torch.float64), seed.device)[:, None]
+    return (bits.double() * 2.0**-32 >= rate).float() / (1 - rate).float()
 
 
 @kernel("stochastic_depth.stochastic_depth")

@@ -154,7 +154,7 @@ def test_text_encoder_as_on_a_gpu(monkeypatch, varlen_on_cpu):
     features, gradients = run()
     assert not varlen_on_cpu
     monkeypatch.setattr(text_encoder, "BUCKETED", {"cpu"})
-    monkeypatch.setattr(module, "_kernel_reasons", lambda q: [])
+    monkeypatch.setattr(module, "flash_reasons", lambda q: [])
     padded, padded_gradients = run()
     assert len(varlen_on_cpu) == config.layers and all(rows == sum(lengths) + 121 for rows in varlen_on_cpu)
     torch.testing.assert_close(padded, features, rtol=1e-5, atol=1e-5)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixreorg_fast import ops
+from mixreorg_fast.kernels.settings import Grouping
 from mixreorg_fast.ops import MixPlan
 
 
@@ -53,6 +54,11 @@ def test_what_traces_meets_the_custom_op(inputs):
         out = ops.patch_mix(x, plan, impl="triton")
         torch.autograd.grad(out.sum(), x)
     assert recorded.names.count("mixreorg.patch_gather.default") == 2  # forward, and backward by the inverse
+
+
+def test_the_custom_op_takes_the_fields_of_settings():
+    arguments = torch.ops.mixreorg.grouping_attention.default._schema.arguments
+    assert [argument.name for argument in arguments] == ["q", "k", "v", "seed", *Grouping._fields]
 
 
 def test_functorch_differentiates_it(inputs):

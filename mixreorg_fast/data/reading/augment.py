@@ -20,7 +20,7 @@ from .order import Purpose, uniforms
 
 MAGNITUDES = 31  # RandAugment's scale: 0 … 30
 MAGNITUDE_NOISE = 1.5  # standard deviation on that scale: timm's mstd0.5 of 10
-ATTEMPTS = 10  # draws of a crop or of an erased rectangle before giving up, as in torchvision and timm
+ATTEMPTS = 10  # at a crop or an erased rectangle that fits, as in torchvision and timm
 ERASED_AREA = (0.02, 1 / 3)  # timm's
 ERASED_RATIO = (0.3, 1 / 0.3)
 CONTRAST_CENTER = 128.0
@@ -229,7 +229,7 @@ def _built(graph: Any, *, device: torch.device, batch: int, threads: int, depth:
         num_threads=threads,
         device_id=device.index,  # None: no GPU
         prefetch_queue_depth=depth,
-        # The executor that goes on after a photo that cannot be decoded; the older one stays in its error.
+        # This executor continues after a photo that cannot be decoded; the older one stays in its error.
         exec_dynamic=True,
     )
     pipeline.build()
@@ -238,7 +238,7 @@ def _built(graph: Any, *, device: torch.device, batch: int, threads: int, depth:
 
 @functools.cache
 def _suite() -> list[Any]:
-    """Identity, and timm's fifteen "increasing" operations, of DALI's making."""
+    """Identity, and timm's fifteen "increasing" operations, by DALI."""
     from nvidia.dali import fn
     from nvidia.dali.auto_aug import augmentations, core, rand_augment
 

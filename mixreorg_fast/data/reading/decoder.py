@@ -1,4 +1,4 @@
-"""What training's decoder can and cannot read: the header of a photo, and the photos that make a batch fail."""
+"""Training's decoder: the sizes of photos from their headers, and which photos make a batch fail."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...errors import UserError, extra
 from ...images import MAX_PIXELS
 from .augment import validation_graph
 
-# Photos that are decoded together: so many, and unless it is a single one, so many pixels (200 MB).
+# Limits of a batch: photos, and pixels (200 MB) unless it is a single photo.
 BATCH, PIXELS = 64, 1 << 26
 
 
@@ -41,10 +41,10 @@ class Decoder:
     def size(self, photo: bytes) -> tuple[int, int]:
         """Height and width as they will be decoded, from the header alone (2 µs).
 
-        What fails here must not enter a pipeline: DALI 2.4 may crash in the operators behind the decoder.
+        A photo that fails here must not enter a pipeline: DALI 2.4 may crash in the operators after the decoder.
 
         Raises:
-            ValueError: the header is none that the decoder knows, or the photo is too large to be decoded.
+            ValueError: the decoder does not know the header, or the photo is too large to be decoded.
         """
         if not photo:
             raise ValueError("empty image")
@@ -74,7 +74,7 @@ class Decoder:
         return bad
 
     def _search(self, photos: Sequence[np.ndarray], places: list[int], bad: dict[int, str]) -> None:
-        """Decode a batch; halve it as long as it fails."""
+        """Decode a batch; if it fails, search its halves."""
         if self._pipeline is None:
             self._pipeline = validation_graph(32, device=self._device, batch=BATCH, threads=self._threads)
         try:
@@ -99,8 +99,8 @@ def take(pipeline: Any, device: torch.device) -> Tensor:
     """The oldest batch in flight, copied out of DALI's buffers, fp32 ``[B, 3, S, S]``.
 
     On a GPU the copy is in the order of the current stream. DALI binds its outputs to that stream, so their memory is
-    used again only after the copy. DALI's memory is not lent to PyTorch by DLPack: DALI calls cudaDeviceSynchronize
-    before it frees what was lent, in a thread of its own, and that breaks a CUDA graph which is being captured.
+    used again only after the copy. DALI's memory is not passed to PyTorch by DLPack: DALI would call
+    cudaDeviceSynchronize in a thread of its own before freeing it, and that breaks the capture of a CUDA graph.
     """
     from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
 
@@ -114,11 +114,11 @@ def take(pipeline: Any, device: torch.device) -> Tensor:
 
 
 def _turned(photo: bytes) -> bool:
-    """Whether the EXIF orientation, which the decoder heeds, swaps height and width."""
+    """Whether the EXIF orientation, which the decoder applies, swaps height and width."""
     if b"Exif\0\0" not in photo[:4096]:
         return False
     from PIL import Image
 
-    with contextlib.suppress(Exception):  # a damaged EXIF block; the crop's shape is then a little off, nothing else
+    with contextlib.suppress(Exception):  # a damaged EXIF block only makes the crop's shape a little wrong
         return Image.open(io.BytesIO(photo)).getexif().get(0x0112, 1) >= 5
     return False

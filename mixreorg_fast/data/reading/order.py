@@ -1,7 +1,7 @@
 """Which sample stands at which position of a run, and the random numbers of that position.
 
-Both are pure functions: of (seed, position) and the sizes of the shards. So a run resumes from one integer, and any
-number of ranks walks through the same samples, augmented the same way.
+Both are pure functions of (seed, position) and the sizes of the shards. So a run resumes from one integer, and any
+number of ranks reads the same samples, augmented the same way.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Purpose(enum.IntEnum):
 
 
 def uniforms(seed: int, purpose: Purpose, position: int, count: int, columns: int) -> np.ndarray:
-    """Uniform numbers in [0, 1), float64 ``[count, columns]``: row i belongs to position + i, whoever asks for it.
+    """Uniform numbers in [0, 1), float64 ``[count, columns]``: row i belongs to position + i in every call.
 
     One counter-based Philox stream per (seed, purpose); a position owns a fixed stretch of it.
     """
@@ -89,12 +89,12 @@ class Order:
 
 
 class Mixture:
-    """Samples of several sets, drawn by weight: each set in an :class:`Order` of its own, shuffled anew whenever it
-    has been gone through.
+    """Samples of several sets, drawn by weight: each set in an :class:`Order` of its own, shuffled anew after each
+    pass.
 
     The positions of a run are cut into blocks of 65,536. Every block holds each set by its share, to within one
-    position, in an order drawn from (seed, block). So which set stands at a position, and how often it has come
-    before, follow from (seed, position) at once, however far the run is.
+    position, in an order drawn from (seed, block). So the set of a position, and the set's number of earlier
+    positions, follow from (seed, position) directly.
 
     Args:
         sizes: for each set, the samples of its shards; the sets' samples are numbered one set after the other.
@@ -143,10 +143,10 @@ class Mixture:
 
 
 def stand_in(sample: int, attempt: int, first: int, count: int) -> int:
-    """The sample that stands in for a bad one among first … first + count - 1: a random one, the same in every run.
+    """The sample that replaces a bad one among first … first + count - 1: a random one, the same in every run.
 
-    Its neighbour would not do: those of a shard that is lost as a whole would all be the same. After 64 attempts,
-    when hardly any is left, they are gone through one by one.
+    Not its neighbour: all samples of a lost shard would get the same one. After 64 attempts, when hardly any good
+    sample is left, the samples are tried one by one.
     """
     if attempt < 64:
         return first + int(_philox(0, Purpose.STAND_IN, 0, sample, attempt).random_raw()) % count

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,17 +73,13 @@ class TrainingSet:
         """What the shards' indexes leave out: broken samples, lost ends of tars, files that are not tars."""
         return self.shards.bad
 
-    def captions(self, limit: int | None = None) -> Iterator[str]:
-        """All captions in order, or those of about `limit` samples spread evenly over the shards."""
-        return self.shards.captions(limit)
-
     def train_tokenizer(self, vocab_size: int) -> Tokenizer:
         """A tokenizer of the captions; the same captions give the same one.
 
         Raises:
             UserError: as :meth:`Tokenizer.train`.
         """
-        return Tokenizer.train(self.captions(TOKENIZER_SAMPLES), vocab_size)
+        return Tokenizer.train(self.shards.captions(TOKENIZER_SAMPLES), vocab_size)
 
 
 def shard_sets(data: DataConfig) -> list[tuple[str | list[str], float]]:

@@ -93,7 +93,7 @@ def caption(things: Sequence[Thing], ground: str, detail: float, rng: random.Ran
 
 
 def _describe(thing: Thing, detail: float, rng: random.Random) -> str:
-    """A noun phrase: article, perhaps size, pattern and colour in either order, the kind or a synonym of it."""
+    """A noun phrase: article, perhaps size, pattern and colour in either order, the kind or a synonym."""
     noun = thing.kind
     if thing.kind in KIND_WORDS and rng.random() < 0.25:
         noun = rng.choice(KIND_WORDS[thing.kind])

@@ -12,7 +12,7 @@ import numpy as np
 class Shape:
     """An outline: polygons painted one after the other, filled (True) or cut out (False).
 
-    `swing`: how far it may be turned either way, in degrees, and still be what it is called.
+    `swing`: how far it may be turned either way, in degrees, and keep its name.
     """
 
     parts: tuple[tuple[np.ndarray, bool], ...]

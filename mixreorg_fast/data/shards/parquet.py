@@ -61,20 +61,21 @@ class Parquet(Stretches):
                 yield _row_sample(path, f"{stem}-{row:08d}", image, caption)
 
     def _rows(self, path: Path, first: int, last: int) -> Iterator[tuple[int, Any, Any]]:
-        """Row numbers, photos and captions; of the row groups that hold rows first … last - 1 alone."""
+        """Numbers, photos and captions of the rows first … last - 1; other row groups are not read."""
         table = _pyarrow().ParquetFile(path)
-        counts = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
-        ends = [sum(counts[: group + 1]) for group in range(len(counts))]
-        groups = [g for g, end in enumerate(ends) if end > first and end - counts[g] < last]
-        row = ends[groups[0]] - counts[groups[0]]
         tops = list(dict.fromkeys(_top(name, table.schema_arrow.names) for name in (self.image, self.caption)))
-        # Small batches: a photo may have megabytes.
-        for batch in table.iter_batches(32, row_groups=groups, columns=tops):
-            if row + len(batch) > first and row < last:
+        row = 0
+        for group in range(table.num_row_groups):
+            rows = table.metadata.row_group(group).num_rows
+            if row + rows <= first or row >= last:
+                row += rows
+                continue
+            # Small batches: a photo may have megabytes.
+            for batch in table.iter_batches(32, row_groups=[group], columns=tops):
                 images, captions = (_values(batch, name) for name in (self.image, self.caption))
                 for place in range(max(first - row, 0), min(last - row, len(batch))):
                     yield row + place, images[place].as_py(), captions[place].as_py()
-            row += len(batch)
+                row += len(batch)
 
 
 def _pyarrow() -> Any:

@@ -134,17 +134,17 @@ def listed(
 def read_table(
     path: Path, image_column: str | None = None, caption_column: str | None = None
 ) -> tuple[dict[str, list[str]], list[Bad]]:
-    """Captions by photo, and the lines without one of the two.
+    """Captions by photo, and the lines that lack a photo or a caption.
 
-    Commas, tabs, semicolons or bars separate the columns, whichever the first line has most of; fields may be quoted
-    as in CSV. The first line names the columns, unless it begins with the name of a photo: then the lines are photo,
-    caption. ``captions.tsv`` may always do without a header, and a quote is a part of its captions.
+    Commas, tabs, semicolons or bars separate the columns: the most frequent one of the first line. Fields may be
+    quoted as in CSV. The first line names the columns, unless it begins with the name of a photo: then the lines are
+    photo, caption. ``captions.tsv`` may always do without a header, and a quote is a part of its captions.
 
     Args:
         image_column, caption_column: names in the header; None: the usual ones.
 
     Raises:
-        UserError: the table is empty or no text; it has no such columns.
+        UserError: the table is empty or not text; it has no such columns.
     """
     plain = path.name == PLAIN
     try:
@@ -181,7 +181,7 @@ def read_table(
 
 
 def _rows(lines: Sequence[str], delimiter: str, quoting: Any) -> Iterator[tuple[int, list[str], str]]:
-    """Number of the first line, cells, and what is wrong with them, of each row that is not blank.
+    """Each row that is not blank: number of its first line, cells, and the problem with them ("" if none).
 
     After a line with an error (such as a quote that is not closed) reading continues with the next line.
     """
@@ -204,7 +204,7 @@ def _rows(lines: Sequence[str], delimiter: str, quoting: Any) -> Iterator[tuple[
 def _places(
     path: Path, first: Sequence[str], image_column: str | None, caption_column: str | None
 ) -> tuple[int, int] | None:
-    """Which columns hold photos and captions, by the header; None where the `first` line is none."""
+    """Which columns hold photos and captions, by the header; None where the `first` line is not a header."""
     names = [name.strip() for name in first]
     lower = {name.lower() for name in names}
     if image_column is None and lower & {"url", "image_url"} and not lower & set(FILE_COLUMNS):

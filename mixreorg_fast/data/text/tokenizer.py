@@ -20,8 +20,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 class Tokenizer:
     """Captions to ids between a start token (second highest id) and an end token (highest id).
 
-    The text encoder takes its features at the first occurrence of the highest id, so END must be that, and captions
-    must not be able to spell it: special tokens inside a text are encoded as plain text.
+    The text encoder takes its features at the first occurrence of the highest id. So END has the highest id, and
+    special tokens inside a caption are encoded as plain text.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, *, source: str = "tokenizer") -> None:
@@ -33,7 +33,8 @@ class Tokenizer:
         if (backend.token_to_id(START), backend.token_to_id(END)) != (size - 2, size - 1):
             raise UserError(
                 f"{source}: expected {START} and {END} as the two highest ids {size - 2} and {size - 1}, got "
-                f"{backend.token_to_id(START)} and {backend.token_to_id(END)}; use CLIP's tokenizer.json or one of ours"
+                f"{backend.token_to_id(START)} and {backend.token_to_id(END)}; "
+                f"use CLIP's tokenizer.json or one that training wrote"
             )
         self.vocab_size: int = size
         self.start_id: int = size - 2
@@ -69,7 +70,7 @@ class Tokenizer:
         """Read a ``tokenizer.json``, or the one in a folder.
 
         Raises:
-            UserError: there is no such file, it is no tokenizer, or its special tokens are not the highest ids.
+            UserError: the file is missing or not a tokenizer, or its special tokens are not the highest ids.
         """
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
@@ -88,7 +89,7 @@ class Tokenizer:
         return path
 
     def encode(self, texts: Sequence[str], context: int) -> tuple[Tensor, list[int]]:
-        """Start, tokens, end; cut to `context` so that the end token stays.
+        """Start token, tokens, end token; truncated to `context` with the end token kept.
 
         Returns:
             ids: int64 ``[B, context]``, padded with 0.

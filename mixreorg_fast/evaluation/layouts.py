@@ -1,0 +1,106 @@
+"""The folder layouts of VOC 2012, Pascal Context, COCO, ADE20K and Cityscapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from . import classes as names
+from .metrics import IGNORE
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a benchmark keeps its files, and what its mask values mean.
+
+    ``{split}`` in a folder stands for the split's folder; names of photos and masks are a stem plus a suffix, and a
+    stem may hold sub-folders. `remap` turns raw mask values (index) into class ids (value).
+    """
+
+    classes: tuple[str, ...]
+    images: str
+    masks: str
+    split_file: str | None = None  # None: every photo of the folder belongs to the split
+    homes: tuple[str, ...] = ("",)  # where, under the root, the data set may start
+    image_suffix: str = ".jpg"
+    mask_suffixes: dict[str, np.ndarray | None] = field(default_factory=lambda: {".png": None})
+    threshold: float | None = None
+    split_folders: dict[str, str] = field(default_factory=dict)
+    setup: str = ""  # for errors: how to get masks that need a conversion
+
+
+def _zero_ignored() -> np.ndarray:
+    """0 is ignored, raw id t is class t - 1."""
+    remap = np.arange(-1, 255, dtype=np.int64)
+    remap[0] = remap[255] = IGNORE
+    return remap.astype(np.uint8)
+
+
+def _remap(raw: list[int]) -> np.ndarray:
+    """The raw ids listed are classes 0, 1, ...; every other value is ignored."""
+    remap = np.full(256, IGNORE, dtype=np.uint8)
+    remap[raw] = np.arange(len(raw))
+    return remap
+
+
+# COCO's 91 + 91 raw ids (pixel value = category - 1) without the eleven categories that never occur.
+_STUFF_IDS = [i for i in range(182) if i not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
+# The labels of the Cityscapes scripts that are scored.
+_CITY_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+
+_CONTEXT: dict[str, Any] = dict(
+    images="JPEGImages",
+    masks="SegmentationClassContext",
+    split_file="ImageSets/SegmentationContext/{split}.txt",
+    homes=("", "VOC2010", "VOCdevkit/VOC2010"),
+    setup=" (mmsegmentation's tools/dataset_converters/pascal_context.py makes them)",
+)
+
+LAYOUTS: dict[str, Layout] = {
+    "voc2012": Layout(
+        names.VOC,
+        images="JPEGImages",
+        masks="SegmentationClass",
+        split_file="ImageSets/Segmentation/{split}.txt",
+        homes=("", "VOC2012", "VOCdevkit/VOC2012"),
+        threshold=0.95,
+    ),
+    "context": Layout(names.CONTEXT, threshold=0.35, **_CONTEXT),
+    "context59": Layout(names.CONTEXT[1:], mask_suffixes={".png": _zero_ignored()}, **_CONTEXT),
+    "coco_object": Layout(
+        names.COCO_OBJECT,
+        images="images/{split}",
+        masks="annotations/{split}",
+        mask_suffixes={"_instanceTrainIds.png": None},
+        threshold=0.95,
+        split_folders={"val": "val2017", "train": "train2017"},
+        homes=("", "coco"),
+        setup=" (GroupViT's convert_dataset/convert_coco_object.py makes them)",
+    ),
+    "coco_stuff": Layout(
+        names.COCO_STUFF,
+        images="images/{split}",
+        masks="annotations/{split}",
+        mask_suffixes={"_labelTrainIds.png": None, ".png": _remap(_STUFF_IDS)},
+        split_folders={"val": "val2017", "train": "train2017"},
+        homes=("", "coco_stuff164k", "coco"),
+    ),
+    "ade20k": Layout(
+        names.ADE20K,
+        images="images/{split}",
+        masks="annotations/{split}",
+        mask_suffixes={".png": _zero_ignored()},
+        split_folders={"val": "validation", "train": "training"},
+        homes=("", "ADEChallengeData2016", "ade/ADEChallengeData2016"),
+    ),
+    "cityscapes": Layout(
+        names.CITYSCAPES,
+        images="leftImg8bit/{split}",
+        masks="gtFine/{split}",
+        image_suffix="_leftImg8bit.png",
+        mask_suffixes={"_gtFine_labelTrainIds.png": None, "_gtFine_labelIds.png": _remap(_CITY_IDS)},
+        homes=("", "cityscapes"),
+    ),
+}
