@@ -37,7 +37,7 @@ def measure(benchmark, request: pytest.FixtureRequest):
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest, benchmark):
-    """``record(suite=…, op=…, …)``: a row without a time. ``record.once(function)`` runs a function once and returns its result.
+    """``record(suite=…, op=…, …)``: a row without a time. ``record.once(function)`` runs a function once.
 
     Only with pytest-benchmark's fixture does a test belong to ``--benchmark-only``.
     """
