@@ -304,6 +304,7 @@ class Page:
         self.browser.execute_script(script, name, kind)
 
 
+@pytest.mark.launch
 @pytest.mark.slow
 def test_a_file_of_the_wrong_kind_gets_a_line(browser, server):
     page = Page(browser, server.url)
