@@ -76,6 +76,7 @@ def test_two_ranks_see_what_one_sees(config, tokenizer, augment):
     assert_same(one, [batch for pair in zip(*ranks, strict=True) for batch in pair])
 
 
+@pytest.mark.slow
 def test_resuming_anywhere_continues_exactly(config, tokenizer):
     configuration = config({"augment": FULL})
     whole = take(configuration, tokenizer, 12, micro_batch=5)
@@ -156,6 +157,7 @@ def bad_shard(path: Path) -> set[str]:
     return set(bad)
 
 
+@pytest.mark.slow
 def test_bad_photos_are_replaced_and_the_run_goes_on(config, tokenizer, tmp_path, caplog):
     bad = bad_shard(tmp_path / "bad.tar")
     configuration = config({"shards": str(tmp_path / "bad.tar"), "augment": FULL})
