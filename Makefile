@@ -69,7 +69,7 @@ kernels: env
 check: env
 	$(MAKE) --no-print-directory -j2 -O lint fast
 
-# Tests that neither compile nor start other programs.
+# Tests that neither compile nor start this package in another process.
 fast: env
 	$(RUN) $(BIN)/python -m pytest -m "not slow and not launch and not browser"
 

@@ -7,7 +7,7 @@
     torchrun --nproc_per_node 8 train.py --config configs/cc12m.json
     python train.py --config configs/zero2.json --set train.steps=100       # one process
 
-A running configuration is changed from the command line with --set KEY=VALUE; an interrupted run goes on by itself.
+--set KEY=VALUE changes the configuration from the command line. The same command resumes an interrupted run.
 """
 
 import sys

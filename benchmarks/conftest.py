@@ -37,7 +37,7 @@ def measure(benchmark, request: pytest.FixtureRequest):
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest, benchmark):
-    """``record(suite=…, op=…, …)``: a row that is no time. What it takes to find out runs once, ``once(function)``.
+    """``record(suite=…, op=…, …)``: a row without a time. ``record.once(function)`` runs a function once.
 
     Only with pytest-benchmark's fixture does a test belong to ``--benchmark-only``.
     """

@@ -42,7 +42,7 @@ IMAGES, PATCHES, GROUPS, SEGMENTS, CHANNELS, WIDTH, K = 1024, 196, 64, 8, 384, 2
 
 @dataclass(frozen=True)
 class Op:
-    """An op at one of the model's shapes, ours and as PyTorch's users write it, with what is expected of it."""
+    """An op at one of the model's shapes, ours and plain PyTorch, with the target."""
 
     name: str
     shape: str

@@ -71,7 +71,7 @@ class Case:
             when not given; "triton" is the op with impl="triton"; others are further baselines.
         work: mode -> :class:`Work`. modes: those that exist for this op.
         bandwidth: the ceiling of ops bound by memory: "copy", or "write" for those that hardly read.
-        at: of one of several cases that show how the cost grows: with what, and how much of it.
+        at: for cases that show how the cost grows: the axis that grows, and its value.
     """
 
     op: str

@@ -45,7 +45,7 @@ def make_case(batch: int, groups: int, patches: int, channels: int, returned: Re
     assignment = 4 * batch * groups * patches if returned == "used" else 0
     product = 2 * batch * groups * patches * channels
     # Forward reads q, k, v and writes the output; backward reads those and the output's gradient and writes three.
-    # Operations are those that a hard assignment cannot do without: picking and adding rows is no product.
+    # Counted: operations that a hard assignment needs. Picking and adding rows takes no matmul.
     forward = Work(2 * group_rows + 2 * patch_rows + assignment, product)
     backward = Work(3 * group_rows + 4 * patch_rows + assignment, 3 * product)
     return Case(

@@ -213,7 +213,7 @@ def eager(config: Config, compiled: bool = False, same_draws: bool = False) -> S
 
     def within(batch: Batch) -> Tensor:
         with reference(same_draws):
-            # Padded lengths are the same in every batch: nothing to compile anew.
+            # Padded lengths are the same in every batch, so nothing is recompiled.
             return step(replace(batch, lengths=[batch.ids.shape[1]] * len(batch.ids)))
 
     return within

@@ -1,4 +1,4 @@
-"""The machine that tests see: nothing of it may decide whether they pass.
+"""What tests see of the machine: its GPUs, data and folders must not decide whether a test passes.
 
 Without a GPU, Triton kernels run under its interpreter: chosen here, before anything imports Triton.
 """

@@ -156,7 +156,7 @@ def test_refuses_in_one_line(weights, capsys, options, message):
 
 @pytest.fixture(scope="module")
 def server(weights, tmp_path_factory):
-    """A running page: its address and the folder of its temporary files. Told to end, it leaves none of them."""
+    """A running page: its address and the folder of its temporary files. After SIGTERM the folder is empty."""
     pytest.importorskip("gradio", reason="needs the demo extra")
     folder = tmp_path_factory.mktemp("served")
     command = [sys.executable, "-m", "mixreorg_fast.cli", "demo", "--weights", str(weights), "--short-side", "64"]
@@ -304,6 +304,7 @@ class Page:
         self.browser.execute_script(script, name, kind)
 
 
+@pytest.mark.launch
 @pytest.mark.slow
 def test_a_file_of_the_wrong_kind_gets_a_line(browser, server):
     page = Page(browser, server.url)

@@ -62,6 +62,23 @@ def test_weights(place):
     assert names["labels"].shape[0] == 1
 
 
+def headings_of(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_link_between_the_pages_leads_somewhere():
+    for page in (*DOCS.parent.glob("*.md"), *DOCS.rglob("*.md")):
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if "://" in target:
+                continue
+            name, _, anchor = target.partition("#")
+            place = (page.parent / name).resolve() if name else page
+            assert place.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in headings_of(place), f"{page.name}: {target}"
+
+
 def test_the_conclusion_of_the_results_page_stands_in_its_tables():
     opening, _, tables = (DOCS / "results.md").read_text().partition("## Tables")
     for row in markdown.rows(opening):

@@ -18,6 +18,7 @@ def main_of(name: str):
     return runpy.run_path(str(EXAMPLES / name))["main"]
 
 
+@pytest.mark.slow
 def test_the_toy_learns(device):
     losses = main_of("fast_ops.py")(["--steps", "60", "--device", str(device)])
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])

@@ -106,7 +106,7 @@ def test_a_driver_of_cuda_12(machine):
     gpu.drive("580.65.06")
     assert gpu.make("env").returncode == 0 and not gpu.log  # an environment keeps its CUDA
     assert gpu.make("env", "CUDA=13").returncode == 0
-    assert "-m venv" in gpu.log and "torch==2.13.0" in gpu.log  # made anew: DALI's two distributions share folders
+    assert "-m venv" in gpu.log and "torch==2.13.0" in gpu.log  # rebuilt: DALI's two distributions share folders
     assert gpu.make("env").returncode == 0 and not gpu.log
     done = gpu.make("env", "CUDA=11")
     assert done.returncode == 2 and "CUDA=11: expected 12 or 13" in done.stderr

@@ -20,7 +20,7 @@ LIST = "import pkgutil, mixreorg_fast.kernels as k; print(*(m.name for m in pkgu
 
 
 def families_seen_from(folder: Path) -> set[str]:
-    # -S: no site-packages, so that an editable install of this checkout cannot stand in.
+    # -S: no site-packages, so that an editable install of this checkout is not found.
     command = [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, {str(folder)!r}); {LIST}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr

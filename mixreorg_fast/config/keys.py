@@ -40,10 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     known = list(keys())
-    chosen = [key for key in known if args.key is None or f"{key.name}.".startswith(f"{args.key}.")]
+    wanted: str = args.key or ""
+    chosen = [key for key in known if not wanted or f"{key.name}.".startswith(f"{wanted}.")]
     if not chosen:
         sections = {key.name.rpartition(".")[0] for key in known} - {""}
-        raise UserError(f"config: unknown key '{args.key}'{nearest(args.key, [*sections, *(k.name for k in known)])}")
+        raise UserError(f"config: unknown key '{wanted}'{nearest(wanted, [*sections, *(k.name for k in known)])}")
     for key in chosen:
         print(f"{key.name}: {key.type} = {key.default}" if key.default else f"{key.name}: {key.type}")
         print(textwrap.indent(textwrap.fill(key.meaning, WIDTH), "    "))
@@ -54,7 +55,7 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[Key]:
     """The keys of a section and of those within it; ``[]`` marks the entries of a list."""
     for name, field in section.model_fields.items():
         inner = section_of(field.annotation)
-        if inner is field.annotation:
+        if inner is not None and inner is field.annotation:
             yield from keys(inner, f"{prefix}{name}.")
             continue
         default = "" if field.default is PydanticUndefined else json.dumps(field.default, ensure_ascii=False)

@@ -32,7 +32,7 @@ def key(default: Any, *, description: str) -> Any:
 
 def describe(error: ValidationError, schema: type[BaseModel]) -> str:
     """One line for the first problem pydantic found, with the nearest valid choice."""
-    first = error.errors()[0]
+    first: dict[str, Any] = {**error.errors()[0]}
     names = [str(part) for part in first["loc"] if not str(part).startswith(":")]  # those are forms, not keys
     key = ".".join(names)
     if first["type"] == "extra_forbidden":

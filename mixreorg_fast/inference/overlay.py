@@ -108,8 +108,8 @@ def legend(entries: Iterable[tuple[str, Sequence[int]]], width: int, size: int =
 
 def overlay(photo: Image.Image, labels: Any, names: Sequence[str], palette: np.ndarray) -> Image.Image:
     """`photo` under the colours of `labels` (label t is ``names[t]``), over a legend of the classes that occur."""
-    occurring = np.flatnonzero(label_counts(labels, len(names))).tolist()
-    present = [(names[t], palette[t % len(palette)].tolist()) for t in occurring]
+    occurring: list[int] = np.flatnonzero(label_counts(labels, len(names))).tolist()
+    present: list[tuple[str, list[int]]] = [(names[t], palette[t % len(palette)].tolist()) for t in occurring]
     size = max(13, photo.width // 45)
     longest = max(length(name, size) for name, _ in present) + 3 * size
     width = max(photo.width, 160, min(int(longest), LEGEND))

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import _utils
 
 from ..errors import UserError
 
 # All that the tensors of a file need. Storages are named by torch's own reader, which looks them up in a table.
 _ALLOWED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    ("torch._utils", "_rebuild_tensor_v2"): _utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): _utils._rebuild_parameter,
     ("torch", "Size"): torch.Size,
 }
 _LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)

@@ -140,7 +140,7 @@ def test_samples(plain, tokenizer, tmp_path, verified):
 
 @pytest.mark.parametrize("verified", [False, True], ids=["as_they_are", "verified"])
 def test_shards(plain, tokenizer, tmp_path, verified):
-    """A tar cut in the middle, one without a byte, one without a member, one that is none, one compressed."""
+    """A truncated tar, an empty file, a tar without members, a file that is not a tar, a compressed tar."""
     write_shard(tmp_path / "a.tar", pairs(10))
     write_shard(tmp_path / "cut.tar", pairs(10, 10))
     with tarfile.open(tmp_path / "cut.tar") as tar:

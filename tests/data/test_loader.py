@@ -76,6 +76,7 @@ def test_two_ranks_see_what_one_sees(config, tokenizer, augment):
     assert_same(one, [batch for pair in zip(*ranks, strict=True) for batch in pair])
 
 
+@pytest.mark.slow
 def test_resuming_anywhere_continues_exactly(config, tokenizer):
     configuration = config({"augment": FULL})
     whole = take(configuration, tokenizer, 12, micro_batch=5)
@@ -138,7 +139,7 @@ def test_noun_prompts(config, tokenizer):
         assert batch.noun_ids.shape == (6, 3, 16) and len(batch.noun_lengths) == 18
         for key, ids, rows in zip(batch.keys, batch.ids, batch.noun_ids, strict=True):
             if nouns[key] is None:
-                assert all(torch.equal(row, ids) for row in rows)  # its caption stands in
+                assert all(torch.equal(row, ids) for row in rows)  # replaced by its caption
                 continue
             prompts = tokenizer.encode([f"a photo of a {noun}." for noun in nouns[key]], 16)[0]
             which = [[torch.equal(row, prompt) for prompt in prompts].index(True) for row in rows]
@@ -156,6 +157,7 @@ def bad_shard(path: Path) -> set[str]:
     return set(bad)
 
 
+@pytest.mark.slow
 def test_bad_photos_are_replaced_and_the_run_goes_on(config, tokenizer, tmp_path, caplog):
     bad = bad_shard(tmp_path / "bad.tar")
     configuration = config({"shards": str(tmp_path / "bad.tar"), "augment": FULL})
@@ -215,7 +217,7 @@ def test_shards_that_vanish_or_are_cut_while_training(config, tokenizer, shards,
     photos = SampleReader(indexed, threads=2, device=torch.device("cpu"))
     numbers, samples, *_ = photos.read(np.arange(30))
     photos.close()
-    assert len(samples) == 30 and set(numbers) <= set(range(13))  # samples of the first shard stand in
+    assert len(samples) == 30 and set(numbers) <= set(range(13))  # replaced by samples of the first shard
     assert len(set(numbers[13:])) > 4  # not always the same
     assert len(photos.bad_samples) == 17
     assert all("cannot be opened" in bad.reason or "shorter" in bad.reason for bad in photos.bad_samples)

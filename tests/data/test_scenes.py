@@ -73,7 +73,7 @@ def test_masks_show_the_objects_of_the_shard(made):
         assert {KINDS[label - 1] for label in np.unique(mask) if label} >= {n for n in sample.nouns if n in KINDS}
 
 
-def test_a_second_call_draws_nothing_and_new_settings_draw_anew(tmp_path):
+def test_a_second_call_draws_nothing_and_new_settings_draw_again(tmp_path):
     config = settings(tmp_path / "s")
     first = ensure_scenes(config, workers=1, progress=False)
     stamp = first.train[0].stat().st_mtime_ns

@@ -61,7 +61,7 @@ class TestParquet:
             (each, [f"thing {n}"]) for n, each in enumerate(photos)
         ]
 
-    def test_hugging_face_images_lists_of_captions_and_rows_of_no_use(self, tmp_path):
+    def test_hugging_face_images_lists_of_captions_and_unusable_rows(self, tmp_path):
         images = [
             {"bytes": photo(0), "path": None},
             {"bytes": photo(1, format="PNG"), "path": "1.png"},
@@ -122,7 +122,7 @@ class TestParquet:
 
 @pytest.fixture
 def downloaded(tmp_path) -> Path:
-    """What img2dataset leaves: two finished shards of 6 (two samples of no use) and one it was killed in."""
+    """What img2dataset leaves: two finished shards of 6 samples (two unusable) and an unfinished shard."""
     folder = tmp_path / "downloaded"
     folder.mkdir()
     for number in range(3):

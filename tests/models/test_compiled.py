@@ -66,7 +66,7 @@ def graphs(request, monkeypatch):
 @pytest.mark.parametrize("graphs", ["eager", pytest.param("inductor", marks=pytest.mark.gpu)], indirect=True)
 def test_compiled_parts_change_nothing_and_share_graphs(recompute, graphs, device):
     """Every part is traced whole (fullgraph raises on a break), blocks of one shape are one graph, images have static
-    graphs, and captions of other lengths compile nothing anew."""
+    graphs, and captions of other lengths compile nothing new."""
     plain = module(train={"compile": False}).to(device)
     compiled = module(train={"compile": True, "checkpoint_activations": recompute}).to(device)
     for step in range(3):

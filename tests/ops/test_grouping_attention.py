@@ -106,6 +106,7 @@ def test_every_mode_is_as_exact_as_pytorch(shape, settings, return_assignment, d
     assert_as_exact_as_pytorch(make(shape, torch.float32, device, settings), torch.float32, settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [EVALUATION, SOFT, {**TRAINING, "return_assignment": "used"}])
 def test_modes_in_16_bits(settings, device, poisoned_memory):
     for shape in ((1, 64, 196, 32), (1, 64, 270, 16)):  # the first grouping, and one of several tiles

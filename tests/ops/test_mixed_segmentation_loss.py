@@ -90,6 +90,7 @@ def test_each_input_has_its_own_dtype(impl, device):
     check([first, second.half(), segments.bfloat16(), texts, scale], plan, impl)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_any_strides_any_scale_and_frozen_inputs(impl, device):
     inputs, plan = make((8, 16, 20, 4, 32, 4), torch.float32, device)

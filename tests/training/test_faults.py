@@ -1,7 +1,7 @@
 """Faults while two ranks train: killed ranks and launchers, preemption, a full disk, slow and hung ranks, losses that
 are NaN, gradients that leap.
 
-One run, hit by one fault after the other, ends with the very weights of a run that met none of them.
+One run, hit by one fault after the other, ends with exactly the weights of a run without faults.
 """
 
 import contextlib
@@ -201,7 +201,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(folder, reference):
 @pytest.mark.root
 @pytest.mark.launch
 def test_a_disk_that_is_full_in_truth(small_disk, reference):
-    """Refused, with the checkpoint before intact; with room again, the run goes on from it to the same end."""
+    """Refused, with the checkpoint before intact; with free space again, the run resumes from it and ends the same."""
     if small_disk is None:
         pytest.skip("mounting a small disk needs root")
     run = small_disk / "filled"

@@ -59,6 +59,7 @@ def step(model, batches: list) -> dict:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -90,6 +91,7 @@ def test_parts_equal_one_big_batch(changes):
         assert torch.allclose(buffer, whole.get_buffer(name), atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_part():
     config = tiny_config(model={"image_size": 64})
     batch = random_batch(config, IMAGES)

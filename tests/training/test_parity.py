@@ -53,5 +53,5 @@ def check(case: dict, measured: dict) -> None:
 def test_checkpoint_loads_into_the_same_and_another_stage(deviations, name, other):
     measured = deviations[f"{name} to {other}"]
     assert measured["loaded"]  # weights and moments, bit for bit, in both
-    assert measured["exact"]  # the same stage goes on bit for bit
+    assert measured["exact"]  # the same stage resumes bit for bit
     assert measured["deviation"] < 1e-3, measured  # another sums the gradients' norm in another order

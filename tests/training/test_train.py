@@ -182,7 +182,7 @@ def flip_a_bit(path: Path) -> None:
 
 @pytest.mark.launch
 def test_another_number_of_ranks_takes_the_last_sound_checkpoint(run):
-    """One rank goes on from what two ranks left, the newest checkpoint being damaged."""
+    """One rank resumes the run of two ranks; the newest checkpoint is damaged."""
     whole, one = run / "runs" / "run", run / "runs" / "one_rank"
     for step in ("step_00000003", "step_00000006"):
         shutil.copytree(whole / "checkpoints" / step, one / "checkpoints" / step)

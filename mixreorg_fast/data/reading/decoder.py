@@ -29,12 +29,12 @@ class Decoder:
     def __init__(self, device: torch.device, threads: int) -> None:
         try:
             import nvidia.dali  # noqa: F401
-            import nvidia.nvimgcodec as nvimgcodec
+            from nvidia import nvimgcodec
         except ImportError:
             raise UserError(
                 f"NVIDIA DALI is not installed; training reads its data with it: {extra('train')}"
             ) from None
-        self._stream = nvimgcodec.CodeStream
+        self._stream: Any = getattr(nvimgcodec, "CodeStream")  # noqa: B009 (of an extension module)
         self._device, self._threads = device, threads
         self._pipeline: Any = None
 

@@ -174,7 +174,8 @@ class TrainLoader:
             feed(pipeline, pending[-1].inputs)
             pipeline.schedule_run()
             pairs = self._pairs(request, images)
-            self._put((pairs, torch.cuda.current_stream().record_event() if images.is_cuda else None))
+            done: Any = torch.cuda.current_stream().record_event() if images.is_cuda else None
+            self._put((pairs, done))
 
     def _repair(self, pipeline: Any, pending: deque[_Request], error: RuntimeError) -> None:
         """After a batch failed: find its bad photos, drop the batches in flight, and run all of them again."""

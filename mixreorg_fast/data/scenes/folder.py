@@ -168,7 +168,7 @@ def _draw_all(folder: Path, config: ScenesConfig, workers: int, progress: bool) 
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
 
     def follow(process: subprocess.Popen) -> int:
-        for line in process.stdout:
+        for line in process.stdout or ():
             bar.update(int(line))
         return process.wait()
 

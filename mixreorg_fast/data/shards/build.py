@@ -88,8 +88,8 @@ def build(
             "samples_per_shard": samples_per_shard,
             "out": os.path.abspath(out),
         }
-        if options.get("images") is not None:
-            arguments["images"] = os.path.abspath(options["images"])
+        if (images := options.get("images")) is not None:
+            arguments["images"] = os.path.abspath(images)
         _check_same(unfinished, arguments, target)
         if unfinished is None:
             target.clear()
