@@ -13,16 +13,14 @@ from .section import Fraction, NonNegative, NonNegativeFloat, Positive, Positive
 class AugmentConfig(Section):
     """Image augmentation; the defaults are GroupViT's recipe."""
 
-    crop_scale: tuple[Fraction, Fraction] = key((0.08, 1.0), description="share of the photo's area in a crop")
-    crop_ratio: tuple[PositiveFloat, PositiveFloat] = key((3 / 4, 4 / 3), description="width : height of a crop")
-    flip: Fraction = key(0.5, description="probability of a horizontal flip")
-    color_jitter: NonNegativeFloat = key(0.0, description="strength; ignored with RandAugment")
-    rand_augment_ops: NonNegative = key(2, description="RandAugment: operations per image, 0 = off")
-    rand_augment_magnitude: Annotated[int, Field(ge=0, le=30)] = key(
-        27, description="RandAugment: 27 of 30 is timm's 9 of 10"
-    )
-    rand_augment_probability: Fraction = key(0.5, description="RandAugment: probability of an operation, as in timm")
-    random_erasing: Fraction = key(0.25, description="probability of erasing a rectangle")
+    crop_scale: tuple[Fraction, Fraction] = key((0.08, 1.0), "share of the photo's area in a crop")
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = key((3 / 4, 4 / 3), "width : height of a crop")
+    flip: Fraction = key(0.5, "probability of a horizontal flip")
+    color_jitter: NonNegativeFloat = key(0.0, "strength; ignored with RandAugment")
+    rand_augment_ops: NonNegative = key(2, "RandAugment: operations per image, 0 = off")
+    rand_augment_magnitude: Annotated[int, Field(ge=0, le=30)] = key(27, "RandAugment: 27 of 30 is timm's 9 of 10")
+    rand_augment_probability: Fraction = key(0.5, "RandAugment: probability of an operation, as in timm")
+    random_erasing: Fraction = key(0.25, "probability of erasing a rectangle")
 
     @model_validator(mode="after")
     def _ordered(self) -> AugmentConfig:
@@ -36,18 +34,18 @@ class AugmentConfig(Section):
 class ScenesConfig(Section):
     """The embedded data: procedurally drawn scenes, stored as shards and as a plain evaluation folder."""
 
-    folder: str = key("data/scenes", description="folder of the scenes")
-    train: Positive = key(20000, description="scenes of the training set")
-    val: Positive = key(400, description="scenes of each evaluation set")
-    size: Positive = key(64, description="side of a scene in pixels")
-    seed: int = key(0, description="seed of the drawing")
+    folder: str = key("data/scenes", "folder of the scenes")
+    train: Positive = key(20000, "scenes of the training set")
+    val: Positive = key(400, "scenes of each evaluation set")
+    size: Positive = key(64, "side of a scene in pixels")
+    seed: int = key(0, "seed of the drawing")
     objects: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = key(
-        (3, 4, 3), description="frequencies of 1, 2 and 3 objects in a scene"
+        (3, 4, 3), "frequencies of 1, 2 and 3 objects in a scene"
     )
-    scale: Annotated[float, Field(ge=1.0, le=1.5)] = key(1.0, description="factor of the objects' size")
-    grounds: Annotated[int, Field(ge=1, le=12)] = key(12, description="kinds of ground in use")
-    typical: Fraction = key(0.0, description="share of objects in the typical colour (or pattern) of their kind")
-    detail: Fraction = key(1.0, description="factor of how often captions mention colours, patterns and grounds")
+    scale: Annotated[float, Field(ge=1.0, le=1.5)] = key(1.0, "factor of the objects' size")
+    grounds: Annotated[int, Field(ge=1, le=12)] = key(12, "kinds of ground in use")
+    typical: Fraction = key(0.0, "share of objects in the typical colour (or pattern) of their kind")
+    detail: Fraction = key(1.0, "factor of how often captions mention colours, patterns and grounds")
 
     @model_validator(mode="after")
     def _some_objects(self) -> ScenesConfig:
@@ -60,7 +58,7 @@ class ShardSetConfig(Section):
     """One of several sets of shards whose samples a run mixes."""
 
     pattern: str | list[str] = Field(description="brace or glob patterns")
-    weight: PositiveFloat = key(1.0, description="relative frequency of samples of this set")
+    weight: PositiveFloat = key(1.0, "relative frequency of samples of this set")
 
 
 def _form_of_shards(value: Any) -> str:
@@ -86,24 +84,16 @@ def are_scenes(shards: Any, folder: str) -> bool:
 
 
 class DataConfig(Section):
-    shards: Shards | None = key(
-        None,
-        description="brace or glob patterns, or weighted sets of them; null: embedded scenes",
-    )
-    val_shards: str | list[str] | None = key(None, description="shards of image-text pairs for retrieval R@1")
-    tokenizer: str | None = key(None, description="tokenizer.json; null: one is trained on the captions")
-    vocab_size: Positive = key(8192, description="size of a tokenizer trained on the captions")
-    verify: bool = key(True, description="decode every photo of unverified shards before training")
-    max_bad: Fraction = key(0.01, description="the run stops when more than this share of the samples is bad")
-    nouns: NonNegative = key(3, description="noun prompts per caption when loss.multi_label is on")
-    threads: Positive | None = key(
-        None,
-        description="reading threads per rank; null: its share of the cores, at most 16",
-    )
-    hw_decoder_load: Fraction | None = key(
-        None, description="share of JPEGs for a GPU's JPEG hardware; null: DALI's 0.65"
-    )
-    prefetch: Positive = key(2, description="batches read ahead")
+    shards: Shards | None = key(None, "brace or glob patterns, or weighted sets of them; null: embedded scenes")
+    val_shards: str | list[str] | None = key(None, "shards of image-text pairs for retrieval R@1")
+    tokenizer: str | None = key(None, "tokenizer.json; null: one is trained on the captions")
+    vocab_size: Positive = key(8192, "size of a tokenizer trained on the captions")
+    verify: bool = key(True, "decode every photo of unverified shards before training")
+    max_bad: Fraction = key(0.01, "the run stops when more than this share of the samples is bad")
+    nouns: NonNegative = key(3, "noun prompts per caption when loss.multi_label is on")
+    threads: Positive | None = key(None, "reading threads per rank; null: its share of the cores, at most 16")
+    hw_decoder_load: Fraction | None = key(None, "share of JPEGs for a GPU's JPEG hardware; null: DALI's 0.65")
+    prefetch: Positive = key(2, "batches read ahead")
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     scenes: ScenesConfig = Field(default_factory=ScenesConfig)
 

@@ -12,32 +12,32 @@ from .section import Fraction, NonNegative, NonNegativeFloat, Positive, Positive
 class TextConfig(Section):
     """Text encoder: a causal transformer, features taken at the end-of-text token."""
 
-    width: Positive = key(256, description="channels")
-    heads: Positive = key(4, description="attention heads")
-    layers: Positive = key(12, description="transformer blocks")
-    context: Positive = key(77, description="tokens; longer captions are truncated")
-    vocab_size: NonNegative = key(0, description="0: the tokenizer's size")
+    width: Positive = key(256, "channels")
+    heads: Positive = key(4, "attention heads")
+    layers: Positive = key(12, "transformer blocks")
+    context: Positive = key(77, "tokens; longer captions are truncated")
+    vocab_size: NonNegative = key(0, "0: the tokenizer's size")
 
 
 class ModelConfig(Section):
     """Backbone (GroupViT): three stages, a grouping block after each of the first two."""
 
-    method: Literal["mixreorg", "groupvit"] = key("mixreorg", description="groupvit: the baseline, without mixing")
-    image_size: Positive = key(224, description="side of training images in pixels")
-    patch_size: Positive = key(16, description="side of a patch in pixels")
-    width: Positive = key(384, description="channels of the image encoder")
-    heads: Positive = key(6, description="attention heads of the image encoder")
-    depths: tuple[Positive, Positive, Positive] = key((6, 3, 3), description="transformer blocks of each stage")
-    groups: tuple[Positive, Positive] = key((64, 8), description="group tokens of stages 1 and 2, one per segment")
-    embed_dim: Positive = key(256, description="channels of the embeddings that images and texts share")
-    projection_hidden: Positive = key(4096, description="hidden channels of the two projections")
-    drop_path: Fraction = key(0.1, description="stochastic depth rate of the last block; grows linearly from 0")
-    hard_assignment: bool = key(True, description="hard one-hot assignment with straight-through gradients")
-    gumbel: bool = key(True, description="Gumbel noise on the assignment logits while training")
-    tau: PositiveFloat = key(1.0, description="temperature of the assignment's softmax, in evaluation too")
-    init_std: PositiveFloat = key(0.02, description="standard deviation of the image encoder's initial weights")
+    method: Literal["mixreorg", "groupvit"] = key("mixreorg", "groupvit: the baseline, without mixing")
+    image_size: Positive = key(224, "side of training images in pixels")
+    patch_size: Positive = key(16, "side of a patch in pixels")
+    width: Positive = key(384, "channels of the image encoder")
+    heads: Positive = key(6, "attention heads of the image encoder")
+    depths: tuple[Positive, Positive, Positive] = key((6, 3, 3), "transformer blocks of each stage")
+    groups: tuple[Positive, Positive] = key((64, 8), "group tokens of stages 1 and 2, one per segment")
+    embed_dim: Positive = key(256, "channels of the embeddings that images and texts share")
+    projection_hidden: Positive = key(4096, "hidden channels of the two projections")
+    drop_path: Fraction = key(0.1, "stochastic depth rate of the last block; grows linearly from 0")
+    hard_assignment: bool = key(True, "hard one-hot assignment with straight-through gradients")
+    gumbel: bool = key(True, "Gumbel noise on the assignment logits while training")
+    tau: PositiveFloat = key(1.0, "temperature of the assignment's softmax, in evaluation too")
+    init_std: PositiveFloat = key(0.02, "standard deviation of the image encoder's initial weights")
     text: TextConfig = Field(default_factory=TextConfig)
-    init: str | None = key(None, description="folder of weights to start from")
+    init: str | None = key(None, "folder of weights to start from")
 
     @property
     def patches(self) -> int:
@@ -62,39 +62,39 @@ class ModelConfig(Section):
 class MixingConfig(Section):
     """MixReorg, section 3; the values are ours (the paper's are not available to us)."""
 
-    context_blocks: NonNegative = key(2, description="stage-1 blocks before patches are mixed")
-    group_size: Annotated[int, Field(ge=2)] = key(4, description="images whose patches are mixed with each other")
-    blend: Fraction = key(0.5, description="share of the original features in each progressive blend")
+    context_blocks: NonNegative = key(2, "stage-1 blocks before patches are mixed")
+    group_size: Annotated[int, Field(ge=2)] = key(4, "images whose patches are mixed with each other")
+    blend: Fraction = key(0.5, "share of the original features in each progressive blend")
     group_tokens: Literal["mean", "learned"] = key(
-        "mean", description="group tokens of the mixed and restored branches: the mixing group's mean, or learned"
+        "mean", "group tokens of the mixed and restored branches: the mixing group's mean, or learned"
     )
 
 
 class LossConfig(Section):
     """L = original * L_original + restored * L_restored + mixed * L_mixed (+ multi_label * the noun loss)."""
 
-    original: NonNegativeFloat = key(1.0, description="weight of the contrastive loss of the images")
-    restored: NonNegativeFloat = key(1.0, description="weight of the contrastive loss of the restored images")
-    mixed: NonNegativeFloat = key(1.0, description="weight of the mixed segmentation loss")
+    original: NonNegativeFloat = key(1.0, "weight of the contrastive loss of the images")
+    restored: NonNegativeFloat = key(1.0, "weight of the contrastive loss of the restored images")
+    mixed: NonNegativeFloat = key(1.0, "weight of the mixed segmentation loss")
     mixed_negatives: Literal["group", "batch"] = key(
-        "group", description="negative texts of a mixed patch: those of its mixing group, or of the whole batch"
+        "group", "negative texts of a mixed patch: those of its mixing group, or of the whole batch"
     )
-    multi_label: NonNegativeFloat = key(0.0, description="weight of the contrastive loss of nouns")
+    multi_label: NonNegativeFloat = key(0.0, "weight of the contrastive loss of nouns")
     exchange: Literal["gather", "ring"] = key(
         "gather",
-        description="how ranks exchange features; ring: one rank's at a time, with less memory for large batches",
+        "how ranks exchange features; ring: one rank's at a time, with less memory for large batches",
     )
 
 
 class ScheduleConfig(Section):
     """Values that change during a run. With the defaults nothing changes, as in the papers."""
 
-    share: Fraction = key(0.5, description="fraction of training over which the schedules run")
-    tau_start: PositiveFloat | None = key(None, description="initial tau, falls to model.tau; null: model.tau")
-    noise_start: NonNegativeFloat = key(1.0, description="initial scale of the Gumbel noise (model.gumbel)")
-    noise_end: NonNegativeFloat = key(1.0, description="final scale of the Gumbel noise, reached linearly")
-    soft_start: bool = key(False, description="soft assignment while the schedules run, then model.hard_assignment")
-    mixed_start: NonNegativeFloat = key(1.0, description="initial factor of loss.mixed; reaches 1 linearly")
+    share: Fraction = key(0.5, "fraction of training over which the schedules run")
+    tau_start: PositiveFloat | None = key(None, "initial tau, falls to model.tau; null: model.tau")
+    noise_start: NonNegativeFloat = key(1.0, "initial scale of the Gumbel noise (model.gumbel)")
+    noise_end: NonNegativeFloat = key(1.0, "final scale of the Gumbel noise, reached linearly")
+    soft_start: bool = key(False, "soft assignment while the schedules run, then model.hard_assignment")
+    mixed_start: NonNegativeFloat = key(1.0, "initial factor of loss.mixed; reaches 1 linearly")
 
     def progress(self, done: float) -> float:
         """Progress of the schedules, 0 to 1, after the fraction `done` of the run."""

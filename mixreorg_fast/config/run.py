@@ -15,32 +15,32 @@ from .section import Fraction, NonNegative, NonNegativeFloat, Positive, Positive
 
 
 class TrainConfig(Section):
-    batch: Positive = key(4096, description="images per optimizer step over all ranks")
-    accumulation: Positive = key(1, description="micro-steps per optimizer step")
-    grad_cache: bool = key(False, description="accumulate with losses over the whole batch (one more forward)")
-    steps: Positive | None = key(None, description="optimizer steps; overrides epochs")
-    epochs: PositiveFloat = key(30, description="passes over the training set")
-    lr: PositiveFloat = key(1.6e-3, description="peak of the learning rate")
-    min_lr: NonNegativeFloat = key(4e-5, description="learning rate at the end")
-    warmup_steps: NonNegative | None = key(None, description="steps of warm-up; overrides warmup_epochs")
-    warmup_epochs: NonNegativeFloat = key(2, description="epochs of warm-up: the learning rate rises linearly")
-    weight_decay: NonNegativeFloat = key(0.05, description="weight decay of weight matrices")
-    betas: tuple[Fraction, Fraction] = key((0.9, 0.999), description="AdamW's decay rates of the two moments")
-    clip: NonNegativeFloat = key(5.0, description="gradient norm limit, 0 = off")
-    precision: Literal["bf16", "fp32"] = key("bf16", description="dtype of activations; weights are fp32")
-    tf32: bool = key(False, description="compute fp32 matrix products and convolutions of a GPU in TF32")
-    checkpoint_activations: bool = key(False, description="recompute activations in backward: less memory, more time")
-    compile: bool | None = key(None, description="torch.compile the network; null: on a GPU, except with ZeRO-3")
-    cuda_graphs: bool = key(False, description="compiled encoders as CUDA graphs: more memory; not with ZeRO-3")
-    log_every: Positive = key(10, description="steps between reports")
+    batch: Positive = key(4096, "images per optimizer step over all ranks")
+    accumulation: Positive = key(1, "micro-steps per optimizer step")
+    grad_cache: bool = key(False, "accumulate with losses over the whole batch (one more forward)")
+    steps: Positive | None = key(None, "optimizer steps; overrides epochs")
+    epochs: PositiveFloat = key(30, "passes over the training set")
+    lr: PositiveFloat = key(1.6e-3, "peak of the learning rate")
+    min_lr: NonNegativeFloat = key(4e-5, "learning rate at the end")
+    warmup_steps: NonNegative | None = key(None, "steps of warm-up; overrides warmup_epochs")
+    warmup_epochs: NonNegativeFloat = key(2, "epochs of warm-up: the learning rate rises linearly")
+    weight_decay: NonNegativeFloat = key(0.05, "weight decay of weight matrices")
+    betas: tuple[Fraction, Fraction] = key((0.9, 0.999), "AdamW's decay rates of the two moments")
+    clip: NonNegativeFloat = key(5.0, "gradient norm limit, 0 = off")
+    precision: Literal["bf16", "fp32"] = key("bf16", "dtype of activations; weights are fp32")
+    tf32: bool = key(False, "compute fp32 matrix products and convolutions of a GPU in TF32")
+    checkpoint_activations: bool = key(False, "recompute activations in backward: less memory, more time")
+    compile: bool | None = key(None, "torch.compile the network; null: on a GPU, except with ZeRO-3")
+    cuda_graphs: bool = key(False, "compiled encoders as CUDA graphs: more memory; not with ZeRO-3")
+    log_every: Positive = key(10, "steps between reports")
     spike: NonNegativeFloat = key(
         100.0,
-        description="skip steps above this multiple of the mean gradient norm; 0 = only NaN and inf",
+        "skip steps above this multiple of the mean gradient norm; 0 = only NaN and inf",
     )
-    max_skipped: Positive = key(3, description="consecutive skipped steps that stop the run")
+    max_skipped: Positive = key(3, "consecutive skipped steps that stop the run")
     # At most half of ranks.PATIENCE: collectives that give up do not name the missing rank.
     timeout: Annotated[float, Field(gt=0.0, le=43_200.0)] = key(
-        600.0, description="seconds without progress that end the run; compiling is not counted"
+        600.0, "seconds without progress that end the run; compiling is not counted"
     )
 
     @model_validator(mode="after")
@@ -56,24 +56,22 @@ class TrainConfig(Section):
 
 
 class LogConfig(Section):
-    wandb: str | None = key(None, description="Weights & Biases project for the metrics; null: none")
-    slow_rank: Annotated[float, Field(gt=0.0)] = key(
-        0.2, description="name a rank slower than the mean by more than this share"
-    )
+    wandb: str | None = key(None, "Weights & Biases project for the metrics; null: none")
+    slow_rank: Annotated[float, Field(gt=0.0)] = key(0.2, "name a rank slower than the mean by more than this share")
 
 
 class InferenceConfig(Section):
     """How photos are segmented: part of a run's ``eval`` section, and the ``inference`` section of model.json."""
 
-    short_side: Positive = key(448, description="pixels of a photo's short side at the network's input")
-    mode: Literal["whole", "sliding"] = key("whole", description="the whole photo at once, or sliding windows")
-    window: Positive = key(448, description="side of a sliding window in pixels")
-    stride: Positive = key(224, description="pixels between sliding windows")
-    decoding: Literal["groupvit", "direct"] = key("groupvit", description="how evaluation decodes segments to labels")
+    short_side: Positive = key(448, "pixels of a photo's short side at the network's input")
+    mode: Literal["whole", "sliding"] = key("whole", "the whole photo at once, or sliding windows")
+    window: Positive = key(448, "side of a sliding window in pixels")
+    stride: Positive = key(224, "pixels between sliding windows")
+    decoding: Literal["groupvit", "direct"] = key("groupvit", "how evaluation decodes segments to labels")
     background_threshold: Fraction | None = key(
-        None, description="lower scores are background; null: the data set's usual threshold"
+        None, "lower scores are background; null: the data set's usual threshold"
     )
-    templates: tuple[str, ...] = key(TEMPLATES["default"], description="prompt templates, {} for the class name")
+    templates: tuple[str, ...] = key(TEMPLATES["default"], "prompt templates, {} for the class name")
 
     @field_validator("templates", mode="before")
     @classmethod
@@ -107,31 +105,31 @@ class InferenceConfig(Section):
 
 class EvalDatasetConfig(Section):
     name: str = Field(description="name of the data set in the scores")
-    dataset: str = key("plain", description="folder layout, as in `mixreorg evaluate --dataset`")
+    dataset: str = key("plain", "folder layout, as in `mixreorg evaluate --dataset`")
     root: str = Field(description="folder of the data set")
-    split: str = key("val", description="split of the data set")
-    background_threshold: Fraction | None = key(None, description="overrides eval.background_threshold")
-    limit: Positive | None = key(None, description="score only this many images")
+    split: str = key("val", "split of the data set")
+    background_threshold: Fraction | None = key(None, "overrides eval.background_threshold")
+    limit: Positive | None = key(None, "score only this many images")
 
 
 class EvalConfig(InferenceConfig):
-    datasets: list[EvalDatasetConfig] = key([], description="data sets to score; embedded data: the held-out scenes")
-    every: NonNegative = key(0, description="steps between validations, 0 = only at the end")
-    every_images: Positive = key(100, description="images per data set in a validation during training")
+    datasets: list[EvalDatasetConfig] = key([], "data sets to score; embedded data: the held-out scenes")
+    every: NonNegative = key(0, "steps between validations, 0 = only at the end")
+    every_images: Positive = key(100, "images per data set in a validation during training")
 
 
 class CheckpointConfig(Section):
-    every: NonNegative = key(1000, description="steps between checkpoints, 0 = only the last")
-    keep: Positive = key(2, description="newest checkpoints to keep, besides the best weights")
+    every: NonNegative = key(1000, "steps between checkpoints, 0 = only the last")
+    keep: Positive = key(2, "newest checkpoints to keep, besides the best weights")
 
 
 class DeepSpeedConfig(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = key(
-        2, description="ZeRO stage: 1 partitions moments, 2 also gradients, 3 also parameters"
+        2, "ZeRO stage: 1 partitions moments, 2 also gradients, 3 also parameters"
     )
-    offload_optimizer: bool = key(False, description="keep moments in the CPU's memory")
-    offload_parameters: bool = key(False, description="keep parameters in the CPU's memory, with stage 3")
-    options: dict[str, Any] = key({}, description="further DeepSpeed keys, passed on unchanged")
+    offload_optimizer: bool = key(False, "keep moments in the CPU's memory")
+    offload_parameters: bool = key(False, "keep parameters in the CPU's memory, with stage 3")
+    options: dict[str, Any] = key({}, "further DeepSpeed keys, passed on unchanged")
 
     @model_validator(mode="after")
     def _offload_needs_its_stage(self) -> DeepSpeedConfig:
@@ -158,9 +156,9 @@ class DeepSpeedConfig(Section):
 class Config(Section):
     """A run. ``config.json`` of a run folder holds these settings, resolved."""
 
-    name: str = key("mixreorg", description="name of the run and of its folder")
-    output: str = key("runs", description="folder of run folders")
-    seed: int = key(0, description="seed of all random numbers of the run")
+    name: str = key("mixreorg", "name of the run and of its folder")
+    output: str = key("runs", "folder of run folders")
+    seed: int = key(0, "seed of all random numbers of the run")
     model: ModelConfig = Field(default_factory=ModelConfig)
     mixing: MixingConfig = Field(default_factory=MixingConfig)
     loss: LossConfig = Field(default_factory=LossConfig)

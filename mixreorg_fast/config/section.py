@@ -25,9 +25,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
 
 
-def key(default: Any, *, description: str) -> Any:
+def key(default: Any, meaning: str) -> Any:
     """A key of a section. Type checkers see its default, which they do not see in ``Field(default)``."""
-    return Field(default, description=description)
+    return Field(default, description=meaning)
 
 
 def describe(error: ValidationError, schema: type[BaseModel]) -> str:
