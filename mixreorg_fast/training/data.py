@@ -217,4 +217,5 @@ def _open_alike(config: Config, ranks: Ranks) -> TrainingSet:
                 f"rank {rank} on {name} sees other shards than rank 0 on {host} ({count} and {samples} samples); "
                 f"copy the shards and their .index files to all nodes alike"
             )
+    assert training_set is not None, "a rank that cannot open the set has raised above"
     return training_set
