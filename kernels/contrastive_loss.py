@@ -9,6 +9,7 @@ multiply the weights with the features. No atomics: every partial result has one
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -28,7 +29,11 @@ CONFIGS_16 = {
     100: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 64}, num_warps=8, num_stages=3),
 }
 CONFIGS_MASKED = {80: CONFIGS_16[80]}  # masked loads of 64 features take too many registers
-CONFIGS_32 = {80: Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=8, num_stages=2)}
+_TILE_32 = Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=8, num_stages=2)
+_TILE_32_128 = dataclasses.replace(
+    _TILE_32, most_registers=128
+)  # without a limit of its own ptxas takes 80, and spills
+CONFIGS_32 = {80: _TILE_32, 86: _TILE_32_128, 90: _TILE_32, 100: _TILE_32_128}
 CANDIDATES_16 = [
     Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": d}, num_warps=warps, num_stages=stages)
     for m, n, warps in ((128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8), (64, 128, 4))
