@@ -44,8 +44,8 @@ CONFIGS = {
     },
     ("aggregate", 2): {2**13: {**_on(channels=32, warps=8), **_on(90, channels=128, warps=8)}},
     ("forward", 4): {2**12: _on(channels=32, warps=8)},
-    ("backward", 4): {2**12: {**_on(channels=32, warps=16), **_on(90, channels=32, warps=8)}},
-    ("backward with map", 4): {2**12: {**_on(channels=32, warps=16), **_on(90, channels=32, warps=8)}},
+    ("backward", 4): {2**12: {**_on(channels=32, warps=8), **_on(80, 120, channels=32, warps=16)}},
+    ("backward with map", 4): {2**12: {**_on(channels=32, warps=8), **_on(80, 120, channels=32, warps=16)}},
     ("aggregate", 4): {2**12: {**_on(channels=32, warps=8), **_on(100, channels=32, warps=8, stages=1)}},
 }
 CANDIDATES = [
