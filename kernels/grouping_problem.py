@@ -10,11 +10,18 @@ from .settings import Grouping
 from .variants import ARCHITECTURES, INTERPRET, Config, architecture, cdiv, next_power_of_2
 
 
-def _on(*architectures: int, channels: int, warps: int, stages: int = 2) -> dict[int, Config]:
-    config = Config({"BLOCK_CHANNELS": channels}, num_warps=warps, num_stages=stages)
+def _on(
+    *architectures: int, channels: int, warps: int, stages: int = 2, most_registers: int | None = None
+) -> dict[int, Config]:
+    config = Config({"BLOCK_CHANNELS": channels}, warps, stages, most_registers)
     return dict.fromkeys(architectures or ARCHITECTURES, config)
 
 
+_BACKWARD_32 = {
+    **_on(80, 120, channels=32, warps=16),
+    **_on(86, 89, 100, channels=32, warps=8, most_registers=255),  # where ptxas would stop at 128 and spill
+    **_on(90, channels=32, warps=8),
+}
 # By kernel and element size, then by the tile's elements at most, then by architecture. docs/kernels.md says why.
 CONFIGS = {
     ("forward", 2): {
@@ -44,8 +51,8 @@ CONFIGS = {
     },
     ("aggregate", 2): {2**13: {**_on(channels=32, warps=8), **_on(90, channels=128, warps=8)}},
     ("forward", 4): {2**12: _on(channels=32, warps=8)},
-    ("backward", 4): {2**12: {**_on(channels=32, warps=8), **_on(80, 120, channels=32, warps=16)}},
-    ("backward with map", 4): {2**12: {**_on(channels=32, warps=8), **_on(80, 120, channels=32, warps=16)}},
+    ("backward", 4): {2**12: _BACKWARD_32},
+    ("backward with map", 4): {2**12: _BACKWARD_32},
     ("aggregate", 4): {2**12: {**_on(channels=32, warps=8), **_on(100, channels=32, warps=8, stages=1)}},
 }
 CANDIDATES = [
