@@ -24,7 +24,7 @@ offline_architecture: int | None = None  # that launches on meta tensors are com
 @dataclass(frozen=True)
 class Config:
     """One launch configuration: block sizes (constexprs of the kernel), warps, pipeline stages, and the most registers
-    of a thread where the compiler would take so many that fewer programs run at a time."""
+    of a thread, where the compiler's own limit would spill or let fewer programs run at a time."""
 
     blocks: Mapping[str, int]
     num_warps: int

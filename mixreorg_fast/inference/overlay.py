@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import atomic_path, saving
+from ..palette import voc_palette
 from .fonts import draw_text, length, wrap
 
 INK, PAPER, UNKNOWN = (30, 30, 30), (255, 255, 255), (224, 224, 192)  # the last is VOC's colour for ignored pixels
@@ -35,16 +36,12 @@ def class_palette(has_background: bool) -> np.ndarray:
 
 
 def mask_palette(has_background: bool) -> np.ndarray:
-    """Colours by label for masks, Pascal VOC's, uint8 ``[256, 3]``: the bits of the id, dealt to the channels from the
-    top down. Without a background the first class takes VOC's second colour, since the first is black.
+    """Colours by label for masks, Pascal VOC's, uint8 ``[256, 3]``. Without a background the first class takes VOC's
+    second colour, since the first is black.
     """
-    ids = np.arange(256) + (0 if has_background else 1)
-    palette = np.zeros((256, 3), dtype=np.int64)
-    for bit in range(8):
-        for channel in range(3):
-            palette[:, channel] |= (ids >> (3 * bit + channel) & 1) << (7 - bit)
+    palette = voc_palette() if has_background else np.roll(voc_palette(), -1, axis=0)
     palette[IGNORED] = UNKNOWN
-    return palette.astype(np.uint8)
+    return palette
 
 
 def segment_palette() -> np.ndarray:

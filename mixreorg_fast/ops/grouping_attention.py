@@ -95,7 +95,8 @@ def grouping_attention(
         scale: of the logits; default ``C ** -0.5``.
         hard: one-hot assignment (ties take the lowest group); its gradient is the soft one's.
         seed: int or 0-d int64 tensor; switches Gumbel noise on. The noise depends on (seed, first_image + b, g, n)
-            alone and is never stored. A tensor is read where it lies: the same graph draws anew with every value.
+            alone and is never stored. The kernel reads a tensor on its device, so a graph need not be compiled again
+            for another value.
         tau: temperature of the softmax. eps: added to each group's number of patches.
         return_assignment: "soft" adds ``softmax(logits / tau)`` without noise, "used" the assignment that formed the
             output, fp32 ``[B, G, N]``; both differentiable. "winner" adds the group with most of each patch in the

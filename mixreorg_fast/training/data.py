@@ -64,9 +64,9 @@ def check_bad(training_set: TrainingSet, config: Config) -> None:
     """
     lost, total = training_set.lost, training_set.lost + len(training_set)
     if lost > config.data.max_bad * total:
-        examples = [": ".join(filter(None, bad)) for bad in training_set.bad[:1]]
+        example = ": ".join(filter(None, training_set.bad[0]))
         raise UserError(
-            f"{_too_many(lost, total, config)}; SHARD.broken.tsv beside each shard lists them, such as {examples[0]}"
+            f"{_too_many(lost, total, config)}; SHARD.broken.tsv lists them where it can be written: {example}"
         )
 
 

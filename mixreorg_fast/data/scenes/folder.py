@@ -31,6 +31,7 @@ from tqdm import tqdm
 from ...config import Config, EvalDatasetConfig, ScenesConfig
 from ...errors import UserError
 from ...files import write_json
+from ...palette import voc_palette
 from ..shards.pair import Pair
 from ..shards.write import write_shard
 from .painting import Painter
@@ -212,18 +213,9 @@ def _draw_piece(config: ScenesConfig, painter: Painter, *, split: str, first: in
             if split != "train":
                 (folder / split / "images" / f"{pair.key}.jpg").write_bytes(pair.image)
                 image = Image.fromarray(mask)
-                image.putpalette(_palette())
+                image.putpalette(voc_palette().flatten().tolist())
                 image.save(folder / split / "masks" / f"{pair.key}.png")
             yield pair
 
     # The held-out combinations are shards too: retrieval can be scored on them as on any others.
     write_shard(folder / f"{split}-{first // PER_SHARD:06d}.tar", pairs())
-
-
-def _palette() -> list[int]:
-    """Pascal VOC's colours, which make masks visible."""
-    return [
-        sum((label >> 3 * bit + channel & 1) << 7 - bit for bit in range(8))
-        for label in range(256)
-        for channel in range(3)
-    ]
