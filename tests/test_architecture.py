@@ -18,6 +18,7 @@ ROOMS = [
         "files",
         "names",
         "images",
+        "palette",
         "devices",
         "ranks",
         "config",
