@@ -65,7 +65,7 @@ bench: env compiler
 kernels: env
 	$(RUN) mixreorg info --kernels
 
-# Lint and the fast tier side by side: under two minutes on two idle cores.
+# Lint and the fast tier side by side: about two minutes on two idle cores.
 check: env
 	$(MAKE) --no-print-directory -j2 -O lint fast
 
