@@ -38,7 +38,7 @@ $(STAMP): setup.py pyproject.toml $(PINS) constraints-common.txt $(if $(GPU),| c
 	$(BIN)/python -m pip install --quiet -c $(PINS) torch==$$(sed -n 's/^torch==//p' $(PINS))
 	@# Without the variable, DeepSpeed's set-up asks for nvcc wherever PyTorch sees a GPU. It builds nothing either way.
 	DS_IGNORE_CUDA_DETECTION=1 $(BIN)/python -m pip install --quiet -c $(PINS) --no-build-isolation \
-		-e '.[$(TRAIN),hf,demo,dev$(GPU)]'
+		-e '.[$(TRAIN),hf,demo,s3,onnx,dev$(GPU)]'
 	@touch $@
 
 env: $(STAMP)

@@ -82,7 +82,7 @@ def test_a_machine_without_a_gpu_needs_no_compiler_to_train(machine):
     done = cpu.make("env")
     assert done.returncode == 0, done.stderr
     torch, rest = cpu.installed()
-    assert "-c constraints.txt torch==2.13.0" in torch and ".[train,hf,demo,dev]" in rest
+    assert "-c constraints.txt torch==2.13.0" in torch and ".[train,hf,demo,s3,onnx,dev]" in rest
     done = cpu.make("test")  # which compiles
     assert done.returncode == 2 and f"install gcc, g++ and {VERSION}-dev" in done.stderr
     assert "pytest" not in cpu.log
@@ -93,7 +93,7 @@ def test_a_gpu_without_the_cuda_toolkit(machine):
     assert gpu.make("env").returncode == 0
     torch, rest = gpu.installed()
     assert "-c constraints.txt torch==2.13.0" in torch
-    assert rest.startswith("1 ") and ".[train,hf,demo,dev,gpu]" in rest
+    assert rest.startswith("1 ") and ".[train,hf,demo,s3,onnx,dev,gpu]" in rest
     assert gpu.make("env").returncode == 0 and not gpu.log  # nothing is left to do
 
 
@@ -102,7 +102,7 @@ def test_a_driver_of_cuda_12(machine):
     assert gpu.make("env").returncode == 0
     torch, rest = gpu.installed()
     assert "-c constraints-cuda12.txt torch==2.10.0" in torch
-    assert "-c constraints-cuda12.txt" in rest and ".[train-cuda12,hf,demo,dev,gpu]" in rest
+    assert "-c constraints-cuda12.txt" in rest and ".[train-cuda12,hf,demo,s3,onnx,dev,gpu]" in rest
     gpu.drive("580.65.06")
     assert gpu.make("env").returncode == 0 and not gpu.log  # an environment keeps its CUDA
     assert gpu.make("env", "CUDA=13").returncode == 0
@@ -210,7 +210,7 @@ def test_every_requirement_is_pinned_within_its_range(declared, file, extra, tor
     pinned = pins(file)
     assert (pinned["torch"], pinned["triton"], pinned["deepspeed"]) == (torch, triton, DEEPSPEED) and dali in pinned
     wanted = list(declared["dependencies"])
-    for name in (extra, "gpu", "hf", "demo", "dev"):
+    for name in (extra, "gpu", "hf", "demo", "s3", "onnx", "dev"):
         wanted += declared["optional-dependencies"][name]
     requirements = [Requirement(text) for text in wanted]
     for requirement in requirements:
