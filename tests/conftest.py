@@ -60,6 +60,19 @@ def gpu_memory(device: torch.device):
 
 
 @pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A local Hugging Face hub (tests/servers/hub.py), to which this process and those it starts are sent.
+
+    The client's cache lies in ``tmp_path / "home"``; ``hub.pauses`` holds the pauses that it would have made.
+    """
+    from .servers.hub import redirect_client, serving
+
+    with serving() as server:
+        server.pauses = redirect_client(monkeypatch, server, tmp_path / "home")
+        yield server
+
+
+@pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised memory is NaN (integers: their lowest value), so an element that is not written shows."""
 
