@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,7 +25,7 @@ class Layout:
     split_file: str | None = None  # None: every photo of the folder belongs to the split
     homes: tuple[str, ...] = ("",)  # where, under the root, the data set may start
     image_suffixes: tuple[str, ...] = (".jpg",)
-    mask_suffixes: dict[str, np.ndarray | None] = field(default_factory=lambda: {".png": None})
+    mask_suffixes: Mapping[str, np.ndarray | None] = field(default_factory=lambda: {".png": None})
     threshold: float | None = None
     split_folders: dict[str, str] = field(default_factory=dict)
     setup: str = ""  # for errors: how to get masks that need a conversion

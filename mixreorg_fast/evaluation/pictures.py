@@ -41,8 +41,9 @@ def segmentation_figure(rows: Sequence[Row], path: str | Path, classes: Sequence
         ]
         for row in rows
     ]
-    seen = np.unique(np.concatenate([np.unique(labels) for row in rows for labels in (row.truth, row.prediction)]))
-    entries = [("not scored" if t == IGNORE else classes[t], palette[t]) for t in seen.tolist()]
+    occurring = [np.unique(labels) for row in rows for labels in (row.truth, row.prediction)]
+    seen: list[int] = np.unique(np.concatenate(occurring)).tolist()
+    entries = [("not scored" if t == IGNORE else classes[t], palette[t]) for t in seen]
     save_grid(["image", "truth", "prediction", "segments"], cells, path, entries)
 
 
