@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import ByteSize, Discriminator, Field, Tag, TypeAdapter, ValidationError, field_validator, model_validator
 
 from .section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, key
 
@@ -83,6 +84,34 @@ def are_scenes(shards: Any, folder: str) -> bool:
     return drawn and {str(Path(each).parent) for each in shards} == {str(Path(folder))}
 
 
+class CacheConfig(Section):
+    """The cache of shards that are fetched from the hub, S3 or a web server."""
+
+    folder: str | None = key(None, "null: ~/.cache/mixreorg/remote")
+    size: str = key("100 GB", "bytes of shards on the disk; the ones unused for longest give way")
+    window: Positive = key(16, "remote shards whose samples are shuffled together; two windows must fit")
+    workers: Positive = key(4, "shards fetched at a time, per node")
+    patience: PositiveFloat = key(300.0, "seconds without a byte until the run gives a source up")
+
+    @field_validator("size")
+    @classmethod
+    def _readable(cls, value: str) -> str:
+        try:
+            TypeAdapter(ByteSize).validate_python(value)
+        except ValidationError:
+            raise ValueError(f"expected bytes such as '100 GB' or '1.5 TiB', got {value!r}") from None
+        return value
+
+    @property
+    def capacity(self) -> int:
+        return TypeAdapter(ByteSize).validate_python(self.size)
+
+    @property
+    def path(self) -> Path:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixreorg" / "remote"
+        return cache if self.folder is None else Path(self.folder).expanduser()
+
+
 class DataConfig(Section):
     shards: Shards | None = key(None, "brace or glob patterns, or weighted sets of them; null: embedded scenes")
     val_shards: str | list[str] | None = key(None, "shards of image-text pairs for retrieval R@1")
@@ -94,6 +123,7 @@ class DataConfig(Section):
     threads: Positive | None = key(None, "reading threads per rank; null: its share of the cores, at most 16")
     hw_decoder_load: Fraction | None = key(None, "share of JPEGs for a GPU's JPEG hardware; null: DALI's 0.65")
     prefetch: Positive = key(2, "batches read ahead")
+    cache: CacheConfig = Field(default_factory=CacheConfig)
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     scenes: ScenesConfig = Field(default_factory=ScenesConfig)
 

@@ -19,7 +19,8 @@ from ..images import IMAGENET_MEAN, IMAGENET_STD
 from ..models import weights
 from ..models.groupvit import GroupViT
 from ..names import parse_classes
-from .segmenter import Segmentation, Segmenter
+from .segmentation import Segmentation
+from .segmenter import Segmenter
 
 
 class Model(GroupViT):
@@ -99,13 +100,15 @@ class Model(GroupViT):
         """
         settings = self.inference.with_options(decoding=decoding, **options)
         settings = settings.model_copy(update={"background_threshold": settings.background_threshold or None})
-        names = parse_classes(classes)
-        if settings.background_threshold is not None and "background" in map(str.casefold, names):
-            raise UserError(
-                "classes: 'background' is what scores below the background threshold "
-                f"({settings.background_threshold:g}); leave it out of the names, or set the threshold to 0"
-            )
-        return Segmenter(self, names, settings, batch)
+        labels = names = parse_classes(classes)
+        if settings.background_threshold is not None:
+            if "background" in map(str.casefold, names):
+                raise UserError(
+                    "classes: 'background' is what scores below the background threshold "
+                    f"({settings.background_threshold:g}); leave it out of the names, or set the threshold to 0"
+                )
+            labels = ["background", *names]
+        return Segmenter(self, names, settings, labels, batch)
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu") -> Model:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..data.shards.scan import Bad
+from ..data.shards.bad import Bad
 from ..ranks import Ranks, mean_over_ranks, on_main
 from .data import BadSamples
 from .metrics import MetricsLog

@@ -19,6 +19,7 @@ from . import checkpoint
 MADE_OF = ("seed", "model", "mixing", "loss", "schedule", "data", "train.batch")
 # Parts of these that do not change what is trained.
 FREE = {"loss.exchange"} | {f"data.{name}" for name in ("val_shards", "verify", "max_bad", "threads", "prefetch")}
+FREE |= {f"data.cache.{name}" for name in ("folder", "size", "workers", "patience")}
 SHOWN = 4  # differences in an error
 SCENES = "the embedded scenes"
 

@@ -40,7 +40,7 @@ def uniforms(seed: int, purpose: Purpose, position: int, count: int, columns: in
 
 
 class Order:
-    """Samples in the order of a run: each once per epoch, shuffled from (seed, epoch).
+    """Samples in the order of a run: each once per epoch, shuffled anew from (seed, epoch).
 
     The shuffle keeps reads local, for spinning and network disks: the shards are shuffled, then the samples within
     windows of several shards.
@@ -78,18 +78,19 @@ class Order:
 
     def _shuffle_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's order of shards, and where its windows end."""
-        shards = _permutation(len(self._sizes), self._seed, Purpose.SHARDS, epoch, 0, self._stream)
+        shards = permutation(len(self._sizes), self._seed, Purpose.SHARDS, epoch, 0, self._stream)
         ends = np.cumsum(np.add.reduceat(self._sizes[shards], np.arange(0, len(shards), self._window)))
         return shards, ends
 
     def _shuffle_window(self, epoch: int, window: int) -> np.ndarray:
         shards = self._epoch(epoch)[0][window * self._window : (window + 1) * self._window]
         samples = np.concatenate([np.arange(int(self._sizes[s]), dtype=np.int64) + self._starts[s] for s in shards])
-        return samples[_permutation(len(samples), self._seed, Purpose.WINDOW, epoch, window, self._stream)]
+        return samples[permutation(len(samples), self._seed, Purpose.WINDOW, epoch, window, self._stream)]
 
 
 class Mixture:
-    """Samples of several sets, drawn by weight: each set in an :class:`Order` of its own.
+    """Samples of several sets, drawn by weight: each set in an :class:`Order` of its own, shuffled anew after each
+    pass.
 
     The positions of a run are cut into blocks of 65,536. Every block holds each set by its share, to within one
     position, in an order drawn from (seed, block). So the set of a position, and the set's number of earlier
@@ -138,7 +139,7 @@ class Mixture:
     def _shuffle_block(self, block: int) -> np.ndarray:
         """The set of each position of a block."""
         sets = np.repeat(np.arange(len(self._orders)), self._per_block)
-        return sets[_permutation(self.BLOCK, self._seed, Purpose.SETS, block)]
+        return sets[permutation(self.BLOCK, self._seed, Purpose.SETS, block)]
 
 
 def stand_in(sample: int, attempt: int, first: int, count: int) -> int:
@@ -152,7 +153,7 @@ def stand_in(sample: int, attempt: int, first: int, count: int) -> int:
     return first + (sample - first + attempt - 63) % count
 
 
-def _permutation(count: int, seed: int, purpose: Purpose, *counter: int) -> np.ndarray:
+def permutation(count: int, seed: int, purpose: Purpose, *counter: int) -> np.ndarray:
     # Sorting raw bits rather than Generator.permutation, whose algorithm numpy may change between releases.
     return np.argsort(_philox(seed, purpose, 0, *counter).random_raw(count), kind="stable")
 

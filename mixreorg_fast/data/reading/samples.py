@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from ...config import DataConfig
 from ...errors import UserError
 from ...ranks import local_size
-from ..shards.scan import Bad
+from ..shards.bad import Bad
 from ..shards.shard_set import Sample, ShardSet
 from .decoder import Decoder
 from .order import stand_in
@@ -38,16 +39,19 @@ class SampleReader:
         ends: where the sets end whose samples may replace one another; None: all of `shards` are one set.
 
     Attributes:
-        bad: the bad samples found so far, by number.
+        bad: numbers of the bad samples found so far.
+        bad_samples: the same with shard, key and reason.
     """
 
     def __init__(self, shards: ShardSet, threads: int, device: torch.device, ends: np.ndarray | None = None) -> None:
-        self.bad: dict[int, Bad] = {}
+        self.bad: set[int] = set()
+        self.bad_samples: list[Bad] = []
         self._shards = ShardSet(shards.shards)
         self._threads = threads
         self._ends = np.array([len(shards)]) if ends is None else ends
         self._decoder = Decoder(device, 1)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mixreorg-read")
+        self._lock = threading.Lock()
         self._warned: set[str] = set()
 
     def read(
@@ -95,8 +99,9 @@ class SampleReader:
         self._shards.close()
 
     def _replacement(self, number: int) -> tuple[int, tuple[Sample, tuple[int, int]]]:
-        part = np.searchsorted(self._ends, number, side="right")
-        first, end = (int(bound) for bound in (0, *self._ends)[part : part + 2])
+        part = int(np.searchsorted(self._ends, number, side="right"))
+        end = int(self._ends[part])
+        first = int(self._ends[part - 1]) if part else 0
         for attempt in range(64 + end - first):
             other = stand_in(number, attempt, first, end - first)
             if other not in self.bad:
@@ -109,25 +114,28 @@ class SampleReader:
 
     def _read_part(self, numbers: np.ndarray) -> list[tuple[Sample, tuple[int, int]] | None]:
         """Samples with their photos' heights and widths; None for a bad one."""
-
-        def pair(number: int) -> tuple[Sample, tuple[int, int]] | None:
+        pairs: list[tuple[Sample, tuple[int, int]] | None] = []
+        for number in numbers.tolist():
+            pair = None
             if number not in self.bad:
                 try:
                     sample = self._shards.read(number)
-                    return sample, self._decoder.size(sample.image)
+                    pair = sample, self._decoder.size(sample.image)
                 except ValueError as error:  # not a photo, or no caption
                     self._mark(number, str(error))
                 except OSError as error:  # the shard is cut or gone
                     self._mark(number, str(error), shard_wide=True)
-            return None
-
-        return [pair(number) for number in numbers.tolist()]
+            pairs.append(pair)
+        return pairs
 
     def _mark(self, number: int, reason: str, *, shard_wide: bool = False) -> None:
         """Note a bad sample. A `shard_wide` reason is logged once."""
+        with self._lock:
+            if number in self.bad:
+                return
+            self.bad.add(number)
         bad = self._shards.bad_sample(number, reason)
-        if self.bad.setdefault(number, bad) is not bad:  # another thread was first
-            return
+        self.bad_samples.append(bad)
         if not shard_wide:
             log.warning("%s", f"{bad}; another sample replaces it".replace("\t", ": "))
         elif reason not in self._warned:

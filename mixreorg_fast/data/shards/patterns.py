@@ -27,7 +27,7 @@ def expand(patterns: str | Sequence[str]) -> list[Path]:
     patterns = [patterns] if isinstance(patterns, str) else patterns
     paths: dict[Path, None] = {}
     missing: list[str] = []
-    for name in (name for whole in patterns for pattern in _split(whole) for name in _braces(pattern)):
+    for name in (name for whole in patterns for pattern in _split(whole) for name in braces(pattern)):
         name = os.path.expanduser(name)
         if glob.has_magic(name):
             left = (match.removesuffix(".index") for match in glob.glob(f"{name}.index", recursive=True))
@@ -72,29 +72,34 @@ def _split(pattern: str) -> list[str]:
     return parts
 
 
-def _braces(pattern: str) -> list[str]:
+def braces(pattern: str) -> list[str]:
     """A pattern's brace expressions written out; ``{008..011}`` keeps its leading zeros."""
     found = re.search(r"\{([^{}]*)\}", pattern)  # an innermost one
     if not found:
         return [pattern]
-    choices = found[1].split(",")
-    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
+    inside = found[1]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    if numbers:
         first, last = map(int, numbers.groups())
         if last < first or last - first >= 10_000_000:
-            raise UserError(f"pattern {pattern}: {found[0]} is not a rising range")
+            raise UserError(f"pattern {pattern}: {{{inside}}} is not a rising range")
         choices = [str(number).zfill(len(numbers[1])) for number in range(first, last + 1)]
-    elif len(choices) == 1:
+    elif "," in inside:
+        choices = inside.split(",")
+    else:
         raise UserError(
-            f"pattern {pattern}: {found[0]} is neither a range such as {{000000..000123}} nor a list {{a,b}}"
+            f"pattern {pattern}: {{{inside}}} is neither a range such as {{000000..000123}} nor a list {{a,b}}"
         )
     before, after = pattern[: found.start()], pattern[found.end() :]
-    return [name for choice in choices for name in _braces(before + choice + after)]
+    return [name for choice in choices for name in braces(before + choice + after)]
 
 
 def _nearby(name: str) -> str:
     """The closest existing tar in the folder of a missing one."""
     folder = os.path.dirname(name) or "."
-    siblings = [] if glob.has_magic(folder) else sorted(glob.glob(os.path.join(folder, "*.tar")))
+    if glob.has_magic(folder) or not os.path.isdir(folder):
+        return ""
+    siblings = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
     if len(siblings) > 3:
         return nearest(name, siblings)
     return f" (there are: {', '.join(siblings)})" if siblings else ""

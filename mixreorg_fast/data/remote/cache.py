@@ -1,0 +1,236 @@
+"""A folder of fetched shards, of limited size, shared by the processes of a node and kept over restarts."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ...config import CacheConfig
+from ...errors import UserError
+from ..reading.decoder import Decoder
+from ..shards.index import Shard, indexed, open_shard
+from ..shards.verify import verifying
+from .download import DiskFull, Stopped, fetch
+from .sources import RemoteShard
+
+log = logging.getLogger("mixreorg_fast")
+OPENED = 64  # indexes that stay mapped
+
+
+class Cache:
+    """Shards on this node's disk.
+
+    A shard is fetched and indexed under a lock of its own, by whichever thread or process asks for it first. When the
+    cache is full, shards give way that are not needed soon, the ones unused for longest first. Their indexes stay: they
+    are small, and tell how many samples a shard holds without fetching it again.
+
+    Args:
+        settings: folder, size and patience.
+        verify: decode every photo before a shard is used, as :func:`~mixreorg_fast.data.shards.verify.verifying` does.
+        threads: that decode.
+    """
+
+    def __init__(self, settings: CacheConfig, *, verify: bool = True, threads: int = 1) -> None:
+        self.folder, self.size = settings.path, settings.capacity
+        self.needed: Mapping[Path, int] = {}  # soon, and how soon: these are the last to give way
+        self.stop = threading.Event()
+        self._patience = settings.patience
+        self._verify = verify
+        # On the CPU also in training on GPUs: DALI's GPU decoder would disturb the recording of CUDA graphs.
+        self._decoder = Decoder(torch.device("cpu"), threads) if verify else None
+        self._decoding, self._making_room = threading.Lock(), threading.Lock()
+        self._coming: dict[Path, int] = {}  # bytes that are being fetched
+        self._opened: OrderedDict[Path, Shard] = OrderedDict()
+        self._sizes: dict[Path, int] = {}
+
+    @property
+    def listings(self) -> Path:
+        return self.folder / "listings"
+
+    def path(self, shard: RemoteShard) -> Path:
+        """Where the shard lies once it is fetched."""
+        return self.folder / shard.place
+
+    @property
+    def knows_sizes(self) -> bool:
+        """Whether :meth:`size_of` can tell the size of shards."""
+        return bool(self._sizes)
+
+    def size_of(self, shard: RemoteShard) -> int:
+        """Its bytes; of a shard whose source lists no sizes, the mean of those that were fetched."""
+        size = shard.size or self._sizes.get(self.path(shard))
+        return size or sum(self._sizes.values()) // max(1, len(self._sizes))
+
+    def known(self, shard: RemoteShard) -> Shard | None:
+        """The shard by its index, fetched or given way; None: it was never fetched."""
+        path = self.path(shard)
+        with contextlib.suppress(UserError):
+            found = self._opened.get(path) or indexed(path)
+            if found is not None and (found.verified or not self._verify):
+                self._opened[path] = found
+                self._opened.move_to_end(path)
+                while len(self._opened) > OPENED:
+                    with contextlib.suppress(KeyError):  # another thread was faster
+                        self._opened.popitem(last=False)
+                return found
+        return None
+
+    def ready(self, shard: RemoteShard) -> bool:
+        """Whether the shard is on the disk, whole and indexed."""
+        return self.path(shard).is_file() and self.known(shard) is not None
+
+    def get(self, shard: RemoteShard) -> Shard:
+        """The shard on the disk, fetched and indexed if it is not there.
+
+        Raises:
+            UserError: its source refuses or is lost, it is damaged there, or the disk is full.
+        """
+        path = self.path(shard)
+        while True:
+            if path.is_file() and (found := self.known(shard)) is not None:
+                with contextlib.suppress(OSError):
+                    self._sizes[path] = path.stat().st_size
+                    os.utime(f"{path}.index")  # its last use
+                return found
+            with _locked(path.with_name(f".{path.name}.lock"), self.stop):
+                if not path.is_file():
+                    self._fetch(shard, path)
+                    self._opened.pop(path, None)  # of a file that has changed at a source without versions
+                if not self.ready(shard):
+                    self._index(path)
+
+    def open(self, shard: RemoteShard) -> int:
+        """A file descriptor of the shard, fetched if it is not there; it stays readable when the shard gives way."""
+        while True:
+            self.get(shard)
+            with contextlib.suppress(FileNotFoundError):  # it gave way in this moment
+                return os.open(self.path(shard), os.O_RDONLY)
+
+    def stream(self, shards: Sequence[RemoteShard], workers: int) -> Iterator[Shard]:
+        """Get all shards, `workers` at a time; yields them in order. They need not stay on the disk."""
+        with ThreadPoolExecutor(workers, thread_name_prefix="mixreorg-fetch") as pool:
+            waiting = [pool.submit(self.get, shard) for shard in shards]
+            try:
+                for future in waiting:
+                    yield future.result()
+            finally:
+                if not waiting[-1].done():
+                    self.stop.set()
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    self.stop.clear()
+
+    def _fetch(self, shard: RemoteShard, path: Path) -> None:
+        try:
+            while True:
+                try:
+                    room = lambda size: self._make_room(path, size)  # noqa: E731
+                    return fetch(shard, path, patience=self._patience, stop=self.stop, room=room)
+                except DiskFull:
+                    if not self._give_way(path):
+                        path.with_name(f".{path.name}.partial").unlink(missing_ok=True)
+                        raise UserError(
+                            f"{self.folder}: the disk is full, and data.cache.size {self.size:,} bytes is not reached; "
+                            f"free some, or name a smaller data.cache.size or another data.cache.folder"
+                        ) from None
+        finally:
+            self._coming.pop(path, None)
+
+    def _index(self, path: Path) -> None:
+        if self._decoder is None:
+            open_shard(path)
+            return
+        with self._decoding:
+            for _ in verifying(path, self._decoder):
+                if self.stop.is_set():
+                    raise Stopped
+
+    def _make_room(self, path: Path, size: int) -> None:
+        """Let shards give way until `size` bytes more fit."""
+        if size > self.size:
+            raise UserError(f"data.cache.size {self.size:,} bytes is less than {path.name} has, {size:,} bytes")
+        with self._making_room:
+            self._coming[path] = size
+            while sum(self._coming.values()) + sum(status.st_size for _, status in self._tars()) > self.size:
+                if not self._give_way(path):
+                    return
+
+    def _tars(self) -> list[tuple[Path, os.stat_result]]:
+        """The shards on the disk."""
+        tars = []
+        for folder, _, names in os.walk(self.folder):
+            for name in names:
+                if name.endswith(".tar"):
+                    with contextlib.suppress(OSError):
+                        tars.append((Path(folder, name), os.stat(os.path.join(folder, name))))
+        return tars
+
+    def _give_way(self, asking: Path) -> bool:
+        """Remove the shard that is needed least from the disk; False: there is none."""
+        used = {path: _used(path) for path, _ in self._tars() if path != asking}
+        if not used:
+            return False
+        needed = self.needed
+        least = min(used, key=lambda path: (path in needed, -needed.get(path, 0), used[path]))
+        least.unlink(missing_ok=True)
+        return True
+
+
+class CachedShard:
+    """A remote shard in the place of a :class:`~mixreorg_fast.data.shards.index.Shard`: fetched when it is needed."""
+
+    def __init__(self, remote: RemoteShard, cache: Cache, count: int | None = None) -> None:
+        self.remote, self._cache, self._count = remote, cache, count
+        self.path = cache.path(remote)
+
+    def __len__(self) -> int:
+        """Its number of samples; it is fetched if that was never known."""
+        if self._count is None:
+            self._count = len(self._shard.samples)
+        return self._count
+
+    @property
+    def known(self) -> bool:
+        return self._count is not None or self._cache.known(self.remote) is not None
+
+    @property
+    def _shard(self) -> Shard:
+        return self._cache.known(self.remote) or self._cache.get(self.remote)
+
+    @property
+    def samples(self) -> np.ndarray:
+        return self._shard.samples
+
+    def open(self) -> int:
+        return self._cache.open(self.remote)
+
+
+def _used(path: Path) -> float:
+    """When a shard was last used."""
+    with contextlib.suppress(OSError):
+        return os.stat(f"{path}.index").st_mtime
+    return 0.0
+
+
+@contextlib.contextmanager
+def _locked(lock: Path, stop: threading.Event) -> Iterator[None]:
+    """Hold a lock file, of which each thread and process waits for the others; it vanishes with its process."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if stop.wait(0.05):
+                    raise Stopped from None
+        yield

@@ -1,0 +1,215 @@
+"""Fetching one file over HTTP: in one piece where all goes well, else going on from where it was cut."""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import errno
+import hashlib
+import http.client
+import logging
+import os
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from email.message import Message
+from pathlib import Path
+
+from ...errors import UserError
+from ...files import sync
+from .sources import RemoteShard, login_hint, request
+
+log = logging.getLogger("mixreorg_fast")
+BLOCK = 1 << 20  # bytes
+MISMATCHES = 3  # a file whose checksum differs as often is damaged at its source
+AGAIN = (408, 425, 429, 500, 502, 503, 504)  # statuses that pass
+
+
+class Stopped(Exception):
+    """Fetching was stopped from outside; what has been fetched is kept."""
+
+
+class DiskFull(Exception):
+    """The file cannot be written for want of space."""
+
+
+def fetch(
+    shard: RemoteShard,
+    path: Path,
+    *,
+    patience: float,
+    stop: threading.Event,
+    room: Callable[[int], None] = lambda size: None,
+) -> None:
+    """Fetch a shard to `path`, which appears when it is complete and its size and checksum are right.
+
+    What has been fetched lies in a hidden file beside `path`; another call goes on from there. The file's time is the
+    one that the server gives, or 0 where the shard has a checksum: so its index stays valid when it is fetched again.
+
+    Args:
+        patience: seconds without a byte after which the source counts as lost.
+        room: called with the file's size before the first byte is written.
+
+    Raises:
+        UserError: the source refuses, is lost, or has a damaged file.
+        DiskFull, Stopped
+    """
+    partial, note = (path.with_name(f".{path.name}.{part}") for part in ("partial", "etag"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    waits = _Waits(shard, patience, stop)
+    for _ in range(MISMATCHES):
+        modified = _fetch_bytes(shard, partial, note, waits, room)
+        if shard.checksum is None or _checksum(partial, shard.checksum) == shard.checksum:
+            break
+        log.warning("%s: its checksum differs; it is fetched again", shard)
+        partial.unlink()
+        waits.start()
+    else:
+        raise UserError(f"{shard}: fetched {MISMATCHES} times with another checksum than its source says")
+    sync(partial)
+    if shard.checksum is not None or modified is not None:
+        os.utime(partial, (0, 0 if shard.checksum is not None else modified or 0))
+    os.replace(partial, path)
+    note.unlink(missing_ok=True)
+
+
+def _fetch_bytes(
+    shard: RemoteShard, partial: Path, note: Path, waits: _Waits, room: Callable[[int], None]
+) -> float | None:
+    """Fetch until `partial` is complete; returns the server's time of the file."""
+    whole, modified = shard.size, None
+    while True:
+        have = partial.stat().st_size if partial.exists() else 0
+        if whole is not None and have > whole:
+            partial.unlink()
+            have = 0
+        if whole is not None and have == whole:
+            return modified
+        asked = request(shard)
+        if have:
+            asked.add_header("Range", f"bytes={have}-")
+            # Without a version of the source, the server's own mark says whether the file is still the same.
+            if not shard.version:
+                asked.add_header("If-Range", note.read_text() if note.exists() else '"none"')
+        try:
+            with urllib.request.urlopen(asked, timeout=waits.silence) as answer:
+                if answer.status != 206:  # the server sends all of it: the file changed, or it knows no ranges
+                    have = 0
+                whole, modified = _size(answer.headers, have) or whole, _time(answer.headers)
+                if shard.size is not None and whole != shard.size:
+                    raise http.client.HTTPException(f"{whole} bytes instead of {shard.size}")
+                room(whole or 0)
+                with _writing(partial):
+                    if not shard.version:
+                        note.write_text(answer.headers.get("ETag", '"none"'))
+                    file = open(partial, "ab" if have else "wb")  # noqa: SIM115
+                with file:
+                    while block := answer.read1(BLOCK):  # as much as has come
+                        with _writing(partial):
+                            file.write(block)
+                            file.flush()
+                        waits.progress(file.tell())
+                if whole is None:  # a server that tells no size ends the connection after the last byte
+                    return modified
+                if partial.stat().st_size < whole:
+                    waits.wait("the connection was cut")
+        except urllib.error.HTTPError as error:
+            if error.code == 416 and have:  # beyond the end: what is here is of another file
+                partial.unlink()
+            elif error.code in AGAIN:
+                waits.wait(f"{error.code} {error.reason}", _seconds(error.headers.get("Retry-After")))
+            else:
+                said = error.headers.get("X-Error-Message") or error.reason
+                hint = login_hint(shard) if error.code in (401, 403) else ""
+                raise UserError(f"{shard}: {error.code} {said}{hint}") from None
+        except (OSError, http.client.HTTPException) as error:
+            waits.wait(str(getattr(error, "reason", error)) or type(error).__name__)
+
+
+class _Waits:
+    """Waits between attempts: longer each time, until nothing has come for `patience` seconds."""
+
+    def __init__(self, shard: RemoteShard, patience: float, stop: threading.Event) -> None:
+        self._shard, self._patience, self._stop = shard, patience, stop
+        self.silence = max(1.0, min(60.0, patience / 4))  # seconds without a byte after which a connection is given up
+        self.start()
+
+    def start(self) -> None:
+        self._best = -1
+        self.progress(0)
+
+    def progress(self, have: int) -> None:
+        """Note that so many bytes are here; a server that ends each time at the same byte makes no progress."""
+        if self._stop.is_set():
+            raise Stopped
+        if have > self._best:
+            self._best, self._last, self._next = have, time.monotonic(), self._patience / 600
+            self._told = False
+
+    def wait(self, reason: str, asked: float | None = None) -> None:
+        """Wait before another attempt, at least for `asked` seconds.
+
+        Raises:
+            UserError: nothing has come for too long.
+        """
+        lost = time.monotonic() - self._last
+        if lost > self._patience:
+            raise UserError(f"{self._shard}: {reason}; nothing came for {lost:.0f} s (data.cache.patience)")
+        seconds = min(max(self._next, asked or 0), self._patience)
+        if not self._told and lost + seconds > self._patience / 20:
+            log.warning("%s: %s; trying again for up to %.0f s", self._shard, reason, self._patience)
+            self._told = True
+        self._next = min(2 * self._next, self._patience / 10)
+        if self._stop.wait(seconds):
+            raise Stopped
+
+
+@contextlib.contextmanager
+def _writing(path: Path):
+    """Raise :class:`DiskFull` or a :class:`UserError`, which no retry catches, when `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull from None
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def _size(headers: Message, have: int) -> int | None:
+    """The whole file's size by the headers of an answer that starts at byte `have`."""
+    if have:
+        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
+        if not found or int(found[1]) != have:
+            raise http.client.HTTPException("another range than was asked for")
+        return int(found[2])
+    length = headers.get("Content-Length", "")
+    return int(length) if length.isdigit() else None
+
+
+def _time(headers: Message) -> float | None:
+    with contextlib.suppress(ValueError, TypeError):
+        return email.utils.parsedate_to_datetime(headers["Last-Modified"]).timestamp()
+    return None
+
+
+def _seconds(header: str | None) -> float | None:
+    """Seconds of a ``Retry-After`` header, which holds seconds or a date."""
+    if header is None:
+        return None
+    with contextlib.suppress(ValueError):
+        return float(header)
+    with contextlib.suppress(ValueError, TypeError):
+        return email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+    return None
+
+
+def _checksum(path: Path, expected: str) -> str:
+    kind = expected.partition(":")[0]
+    digest = hashlib.new(kind)
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return f"{kind}:{digest.hexdigest()}"

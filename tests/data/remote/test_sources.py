@@ -1,0 +1,116 @@
+"""Patterns of the hub and of S3 become lists of shards, which are fetched with the clients' own credentials."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from mixreorg_fast.data.remote.cache import Cache
+from mixreorg_fast.data.remote.sources import RemoteShard, is_remote, list_shards
+from mixreorg_fast.errors import UserError
+from tests.servers.repositories import TOKEN
+
+from .conftest import COUNTS
+
+
+def names(shards: list[RemoteShard]) -> list[str]:
+    return [shard.url.rpartition("/")[2] for shard in shards]
+
+
+@pytest.fixture
+def repository(hub, tars):
+    return hub.add(
+        "owner/set", {**tars, "sub/train-0009.tar": tars["train-0000.tar"], "README.md": b"#"}, kind="dataset"
+    )
+
+
+def test_the_hub_lists_and_sends(hub, repository, tars, cache, caplog):
+    hub.page = 2
+    pattern = "hf://datasets/owner/set/train-*.tar"
+    shards = list_shards(pattern, cache.listings)
+    assert is_remote(pattern) and names(shards) == list(tars)
+    assert [shard.size for shard in shards] == [len(content) for content in tars.values()]
+    for name, chosen in (
+        ("{train-0002,train-0000}.tar", [2, 0]),
+        ("train-{0001..0003}.tar", [1, 2, 3]),
+        ("train-000[03].tar", [0, 3]),
+    ):
+        assert names(list_shards(f"hf://datasets/owner/set/{name}", cache.listings)) == [list(tars)[i] for i in chosen]
+    assert names(list_shards("hf://datasets/owner/set/*/*.tar", cache.listings)) == ["train-0009.tar"]
+    for shard, count in zip(shards, COUNTS, strict=True):
+        assert len(cache.get(shard).samples) == count
+    repository.tag("v1")
+    repository.commit({**repository.files, "train-0001.tar": tars["train-0000.tar"]})
+    now = list_shards(pattern, cache.listings)
+    assert [cache.ready(shard) for shard in now] == [True, False, True, True], "only what changed is fetched again"
+    for old in (f"{pattern}@v1", "hf://datasets/owner/set@v1/train-*.tar"):
+        assert list_shards(old, cache.listings) == shards
+    hub.fail("/api/*", status=500, times=None)
+    with caplog.at_level(logging.WARNING):
+        assert list_shards(pattern, cache.listings) == now and "the list of its last use" in caplog.text
+    with pytest.raises(UserError, match="cannot be listed: .*500"):
+        list_shards("hf://datasets/owner/set/train-0*.tar", cache.listings)
+
+
+def test_faults_of_the_hub(hub, repository, tars, cache):
+    shards = list_shards("hf://datasets/owner/set/train-*.tar", cache.listings)
+    for fault in ({"cut": 3000}, {"status": 503}, {"content": b"x" * len(tars["train-0000.tar"])}):
+        hub.fail("*/train-0000.tar", **fault)
+    assert cache.get(shards[0]).path.read_bytes() == tars["train-0000.tar"]
+
+
+def test_refusals_of_the_hub(hub, repository, tars, cache, monkeypatch):
+    hub.add("owner/gated", tars, kind="dataset", gated=True)
+    for pattern, said in (
+        ("hf://datasets/owner/none/*.tar", "no dataset owner/none"),
+        ("hf://datasets/owner/set/*.tar@v9", "no revision v9"),
+        ("hf://datasets/owner/set/no/*.tar", "no folder no"),
+        ("hf://datasets/owner/set/train-{0003..0005}.tar", r"no shard train-0004.tar and 1 more.*did you mean"),
+        ("hf://datasets/owner/set/x-*.tar", "no shard x-"),
+    ):
+        with pytest.raises(UserError, match=said):
+            list_shards(pattern, cache.listings)
+    (gated, *_) = list_shards("hf://datasets/owner/gated/*.tar", cache.listings)
+    with pytest.raises(UserError, match="401 Access to owner/gated is restricted; `hf auth login`"):
+        cache.get(gated)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert len(cache.get(gated).samples) == COUNTS[0]
+
+
+@pytest.fixture(scope="module")
+def s3_server():
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+def test_s3_lists_and_sends(s3_server, tars, cache, settings, monkeypatch):
+    pytest.importorskip("s3fs")
+    boto3 = pytest.importorskip("boto3")
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="bucket")
+    for name, content in tars.items():
+        client.put_object(Bucket="bucket", Key=f"set/{name}", Body=content)
+    shards = list_shards("s3://bucket/set/train-*.tar", cache.listings)
+    assert names(shards) == list(tars) and all((shard.checksum or "").startswith("md5:") for shard in shards)
+    assert len(cache.get(shards[2]).samples) == COUNTS[2]
+    for pattern, said in (
+        ("s3://bucket/set/x-*.tar", "no shard bucket/set/x-"),
+        ("s3://none/set/*.tar", "there is no none/set"),
+    ):
+        with pytest.raises(UserError, match=said):
+            list_shards(pattern, cache.listings)
+    client.delete_object(Bucket="bucket", Key="set/train-0000.tar")
+    with pytest.raises(UserError, match=r"s3://bucket/set/train-0000.tar: 404") as refusal:
+        cache.get(shards[0])
+    assert "secret" not in str(refusal.value) and "Signature" not in str(refusal.value)
+    assert len(Cache(settings()).get(shards[2]).samples) == COUNTS[2]
