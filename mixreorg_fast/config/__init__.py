@@ -20,4 +20,4 @@ from .run import (
     LogConfig,
     TrainConfig,
 )
-from .section import NonNegative, Positive, Section, describe
+from .section import NonNegative, Positive, Section, describe, validated

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from ..errors import UserError, nearest
+from ..files import read_json
 from .run import Config
-from .section import describe
+from .section import validated
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -55,26 +54,16 @@ def parse_config(values: dict[str, Any], *, source: str = "configuration") -> Co
     Raises:
         UserError: as :func:`load_config`.
     """
-    try:
-        # JSON has no tuples, so lists are read as tuples; every other conversion ("8" for 8, 1 for true) is refused.
-        return Config.model_validate_json(json.dumps(values), strict=True)
-    except ValidationError as error:
-        raise UserError(f"{source}: {describe(error, Config)}") from None
+    return validated(Config, values, source)
 
 
 def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values of a file, laid over those of the file that its ``"extends"`` names (relative to it)."""
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
     except OSError:
         siblings = sorted(str(p) for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
         raise UserError(f"no configuration file {path}{nearest(str(path), siblings)}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file; a JSON configuration was expected") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object at the top, got {type(values).__name__}")
     base = values.pop("extends", None)
     if base is None:
         return values

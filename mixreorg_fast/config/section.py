@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import types
 import typing
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import nearest
+from ..errors import UserError, nearest
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+
+
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -28,6 +31,19 @@ class Section(BaseModel):
 def key(default: Any, meaning: str) -> Any:
     """A key of a section. Type checkers see its default, which they do not see in ``Field(default)``."""
     return Field(default, description=meaning)
+
+
+def validated(schema: type[Schema], values: Mapping[str, Any], source: str) -> Schema:
+    """`values` as a `schema`; `source` names them in errors.
+
+    Raises:
+        UserError: an unknown key, or a value that does not fit.
+    """
+    try:
+        # JSON has no tuples, so lists are read as tuples; every other conversion ("8" for 8, 1 for true) is refused.
+        return schema.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise UserError(f"{source}: {describe(error, schema)}") from None
 
 
 def describe(error: ValidationError, schema: type[BaseModel]) -> str:

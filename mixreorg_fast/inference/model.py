@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, overload
@@ -19,6 +20,7 @@ from ..images import IMAGENET_MEAN, IMAGENET_STD
 from ..models import weights
 from ..models.groupvit import GroupViT
 from ..names import parse_classes
+from .formats import read
 from .segmentation import Segmentation
 from .segmenter import Segmenter
 
@@ -111,17 +113,17 @@ class Model(GroupViT):
         return Segmenter(self, names, settings, labels, batch)
 
 
-def load(folder: str | Path, device: torch.device | str = "cpu") -> Model:
-    """The model of a folder of weights, in evaluation mode on `device`, with its tokenizer where it has one.
+def load(source: str | Path, device: torch.device | str = "cpu") -> Model:
+    """The model of weights in any format, in evaluation mode on `device`, with its tokenizer where it has one.
 
-    A run folder or a checkpoint folder will do: its newest weights are taken.
-
+    Args:
+        source: a folder of weights, ours or of Hugging Face's GroupViT; a run's folder, of which the newest weights are
+            taken; an NVlabs .pth file.
     Raises:
         UserError: a file is missing, damaged, or does not fit the others.
     """
-    folder = weights.find_weights(folder)
-    model = Model(**weights.read_description(folder))
-    weights.load_state(model, folder)
-    if (folder / weights.TOKENIZER).exists():
-        model.tokenizer = Tokenizer.load(folder / weights.TOKENIZER)
+    found = read(Path(source))
+    print("".join(f"{note}\n" for note in found.notes), end="", file=sys.stderr, flush=True)
+    model = Model(found.config, found.mean, found.std, found.tokenizer, found.inference)
+    weights.fill(model, found.state, source)
     return model.to(device).eval()

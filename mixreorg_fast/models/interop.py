@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from ..config import ModelConfig, describe
+from ..config import ModelConfig, validated
 from ..errors import UserError
-from .groupvit import GroupViT
+from .weights import check_names, shapes_of
 
 Naming = Literal["huggingface", "nvlabs"]
 
@@ -85,16 +84,14 @@ _IGNORED = {"multi_label_logit_scale", "text_model.embeddings.position_ids"}
 @functools.cache
 def _rows() -> list[tuple[re.Pattern, dict[Naming, str]]]:
     """The table's rows: a pattern of our names, and the templates of the others'."""
-    rows, stem = [], ("", "", "")
+    rows, stem = [], [""] * 3
     for line in _TABLE.strip().splitlines():
-        cells = tuple(line.split())
+        cells = line.split()
         if not line.startswith(" "):
             stem = cells
-            if cells[0].endswith("."):
-                continue
-            ours, huggingface, nvlabs = cells
-        else:
-            ours, huggingface, nvlabs = map("".join, zip(stem, cells, strict=True))
+        if cells[0].endswith("."):
+            continue
+        ours, huggingface, nvlabs = cells if cells is stem else map("".join, zip(stem, cells, strict=True))
         pattern = re.escape(ours).replace(r"\#", r"(\d+)").replace(r"\*", r"(\w+)")
         rows.append((re.compile(pattern), {"huggingface": huggingface, "nvlabs": nvlabs}))
     return rows
@@ -119,37 +116,23 @@ def foreign_names(name: str, naming: Naming) -> tuple[str, ...]:
     raise KeyError(name)
 
 
-def own_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Shape of every tensor in our files, for a model of these sizes; takes no memory."""
-    with torch.device("meta"):
-        shapes = {name: value.shape for name, value in GroupViT(config).state_dict().items()}
-    shapes["logit_scale"] = torch.Size(())
-    return shapes
-
-
 def from_foreign(
     state: Mapping[str, Any], naming: Naming, source: str, heads: tuple[int, int] | None = None
 ) -> tuple[ModelConfig, dict[str, Tensor], list[str]]:
-    """Tensors of elsewhere under our names, with the sizes they are of.
+    """The sizes of a model; its tensors under our names, in their dtypes; the names of tensors that nothing needs.
 
     Args:
-        state: tensors by name. source: what errors call it.
-        heads: attention heads of the image and the text encoder, which no shape tells; None: GroupViT's 64 channels
-            per head.
-    Returns:
-        The sizes; the tensors, in their dtypes; the names of tensors that were left out, as nothing depends on them.
+        state: tensors under the names of elsewhere. source: what errors call it.
+        heads: of the image and the text encoder, which no shape tells; None: GroupViT's 64 channels per head.
     Raises:
         UserError: a tensor is missing, unknown, no tensor at all, or of a shape that does not fit the others.
     """
     ignored = sorted(_IGNORED & state.keys())
     state = {name: value for name, value in state.items() if name not in _IGNORED}
     config = _sizes(state, naming, source, heads)
-    shapes = own_shapes(config)
+    shapes = shapes_of(config)
     names = {name: foreign_names(name, naming) for name in shapes}
-    expected = {foreign for parts in names.values() for foreign in parts}
-    for kind, odd in (("lacks", expected - state.keys()), ("has an unknown", state.keys() - expected)):
-        if odd:
-            raise UserError(f"{source} {kind} tensor '{min(odd)}' ({len(odd)} such in all)")
+    check_names(state.keys(), {foreign for parts in names.values() for foreign in parts}, source)
     return config, {name: _joined(state, names[name], shapes[name], source) for name in shapes}, ignored
 
 
@@ -165,14 +148,14 @@ def to_foreign(state: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]
 
 def _joined(state: Mapping[str, Any], names: tuple[str, ...], shape: torch.Size, source: str) -> Tensor:
     """The tensors `names` as one of `shape`; dimensions of 1 do not matter (NVlabs' projections are convolutions)."""
-    parts = [state[name] for name in names]
-    for name, part in zip(names, parts, strict=True):
-        wanted = torch.Size((shape[0] // len(names), *shape[1:])) if len(names) > 1 else shape
-        found = part.shape if isinstance(part, Tensor) else None
+    wanted = torch.Size((shape[0] // len(names), *shape[1:])) if len(names) > 1 else shape
+    for name in names:
+        found = state[name].shape if isinstance(state[name], Tensor) else None
         if found is None or [n for n in found if n != 1] != [n for n in wanted if n != 1]:
             kind = "no tensor" if found is None else list(found)
             raise UserError(f"{source}: '{name}' is {kind}, but its neighbours' sizes make it {list(wanted)}")
-    return torch.cat(parts).reshape(shape) if len(parts) > 1 else parts[0].reshape(shape)
+    parts = [state[name] for name in names]
+    return (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(shape)
 
 
 def _sizes(state: Mapping[str, Any], naming: Naming, source: str, heads: tuple[int, int] | None) -> ModelConfig:
@@ -206,8 +189,8 @@ def _sizes(state: Mapping[str, Any], naming: Naming, source: str, heads: tuple[i
         "patch_size": patch,
         "width": width,
         "heads": heads[0],
-        "depths": tuple(blocks(f"image_encoder.stages.{i}.blocks") for i in range(3)),
-        "groups": tuple(shape(f"image_encoder.stages.{i}.group_tokens.weight", 3)[1] for i in range(2)),
+        "depths": [blocks(f"image_encoder.stages.{i}.blocks") for i in range(3)],
+        "groups": [shape(f"image_encoder.stages.{i}.group_tokens.weight", 3)[1] for i in range(2)],
         "embed_dim": shape("image_projection.fc2.bias", 1)[0],
         "projection_hidden": shape("image_projection.fc1.bias", 1)[0],
         "text": {
@@ -218,7 +201,4 @@ def _sizes(state: Mapping[str, Any], naming: Naming, source: str, heads: tuple[i
             "vocab_size": vocabulary,
         },
     }
-    try:
-        return ModelConfig.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"{source}: {describe(error, ModelConfig)}") from None
+    return validated(ModelConfig, values, source)

@@ -30,9 +30,9 @@ class Placeholder:
     def __new__(cls, *args: Any, **kwargs: Any) -> Placeholder:
         return object.__new__(cls)
 
-    def _ignore(self, *args: Any, **kwargs: Any) -> None:
-        """Every operation that a pickle applies to its objects."""
+    def _ignore(self, *args: Any, **kwargs: Any) -> None: ...
 
+    # Every operation that a pickle applies to its objects.
     __init__ = __call__ = __setstate__ = __setitem__ = append = extend = add = _ignore
 
 

@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from pydantic import ValidationError
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..config import InferenceConfig, ModelConfig, describe
+from ..config import InferenceConfig, ModelConfig, Section, validated
 from ..errors import UserError
-from ..files import write_json
+from ..files import read_json, write_json
 from .groupvit import GroupViT
 from .image_encoder import resize_positions
 
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "model.json", "tokenizer.json"
 FORMAT = "mixreorg_fast/1"
+POSITIONS = "image_encoder.positions.weight"
 
 
-def write_files(
-    network: GroupViT,
-    folder: Path,
-    state: Mapping[str, Tensor],
-    inference: InferenceConfig,
-) -> None:
+class Description(Section, extra="ignore", validate_default=False):
+    """What ``model.json`` holds."""
+
+    format: Literal["mixreorg_fast/1"]
+    model: ModelConfig
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    inference: InferenceConfig = None  # type: ignore[assignment] - files of older versions lack it, and none has null
+
+
+class Weights(NamedTuple):
+    """What a folder or a file of weights holds, whatever its format."""
+
+    config: ModelConfig
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    state: Mapping[str, Tensor]  # tensors under our names, in the dtypes of the file; the logit scale is 0-d
+    tokenizer: Any = None  # a data.text.tokenizer.Tokenizer
+    inference: InferenceConfig | None = None
+    notes: tuple[str, ...] = ()  # what a user should know of how they were read
+
+
+def write_files(network: Any, folder: Path, state: Mapping[str, Tensor], inference: InferenceConfig) -> None:
     """Write model.safetensors and model.json into an existing folder that nobody reads yet.
 
     Parameters and floating buffers are written in their own dtypes; the logit scale as a 0-d tensor.
 
     Args:
-        state: the tensors by name; of `network` only the sizes and the normalisation are read.
+        network: a GroupViT or Weights, of which sizes and normalisation are read. state: the tensors by name.
     """
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     tensors["logit_scale"] = tensors["logit_scale"].reshape(())
@@ -52,68 +69,73 @@ def write_files(
 def find_weights(folder: str | Path) -> Path:
     """The folder that holds the weights: `folder` itself, or the newest ``checkpoints/step_*`` of a run."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}; weights are a folder with {WEIGHTS}, {DESCRIPTION} and {TOKENIZER}")
-    candidates = [folder, *sorted(folder.glob("checkpoints/step_*"), reverse=True)]
-    for candidate in candidates:
+    for candidate in (folder, *sorted(folder.glob("checkpoints/step_*"), reverse=True)):
         if (candidate / WEIGHTS).is_file():
             return candidate
-    raise UserError(f"{folder} holds no {WEIGHTS}; other formats become ours by `mixreorg convert {folder} TARGET`")
+    raise UserError(
+        f"{folder} holds no {WEIGHTS}: expected weights of ours with {DESCRIPTION}, a run with checkpoints, or Hugging "
+        "Face's config.json with a model_type"
+    )
 
 
-def load_state(model: GroupViT, folder: str | Path) -> None:
-    """Fill `model` from a folder of weights; positions of another resolution are interpolated (bicubic).
-
-    Raises:
-        UserError: the file is damaged, or a tensor is missing, unknown or of another shape.
-    """
-    path = Path(folder) / WEIGHTS
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; a :class:`UserError` if it is missing or damaged."""
     try:
-        state = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file: {error}") from None
-    own = model.state_dict()
-    for kind, keys in (("lacks", own.keys() - state.keys()), ("has an unknown", state.keys() - own.keys())):
-        if keys:
-            raise UserError(f"{path} {kind} tensor '{min(keys)}' ({len(keys)} such in all)")
-    if state["logit_scale"].numel() == 1:
-        state["logit_scale"] = state["logit_scale"].reshape(1)
-    positions = "image_encoder.positions.weight"
-    found, wanted = state[positions].shape, own[positions].shape
-    # Only a square grid of patches can be taken to another size; anything else is refused below.
-    if found != wanted and len(found) == 3 and math.isqrt(found[1]) ** 2 == found[1]:
-        side = math.isqrt(wanted[1])
-        state[positions] = resize_positions(state[positions], side, side)
-    for key, value in state.items():
-        if value.shape != own[key].shape:
-            raise UserError(f"{path}: '{key}' is {list(value.shape)}, the model needs {list(own[key].shape)}")
-    model.load_state_dict(state)
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """What ``model.json`` says: ``config``, ``mean``, ``std`` and ``inference`` (None in files of older versions).
+def read_weights(folder: Path) -> Weights:
+    """Weights of ours without their tokenizer, from the folder that holds them (see :func:`find_weights`).
 
     Raises:
-        UserError: the file is missing, damaged or of another format.
+        UserError: a file is missing, damaged or of another format, or the tensors do not fit the sizes.
     """
     path = folder / DESCRIPTION
     try:
-        description = json.loads(path.read_text())
-        if description["format"] != FORMAT:
-            raise UserError(f"{path}: format '{description['format']}' is not '{FORMAT}'")
-        section, schema = "model", ModelConfig
-        config = schema.model_validate_json(json.dumps(description[section]), strict=True)
-        inference = None
-        if "inference" in description:
-            section, schema = "inference", InferenceConfig
-            inference = schema.model_validate_json(json.dumps(description[section]), strict=True)
-        return {"config": config, "mean": description["mean"], "std": description["std"], "inference": inference}
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} holds {WEIGHTS} but no {DESCRIPTION} that says the model's sizes; Hugging Face's folders become "
-            f"ours by `mixreorg convert {folder} TARGET`"
-        ) from None
-    except ValidationError as error:
-        raise UserError(f"{path}: {section}: {describe(error, schema)}") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a description of a model: {error!r}") from None
+        found = validated(Description, read_json(path), str(path))
+    except OSError:
+        raise UserError(f"{folder} holds {WEIGHTS} but no {DESCRIPTION} that says the model's sizes") from None
+    state = fitted(read_tensors(folder / WEIGHTS), shapes_of(found.model), str(folder / WEIGHTS))
+    return Weights(found.model, found.mean, found.std, state, inference=found.inference)
+
+
+def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
+    """Shape of every tensor in our files, for a model of these sizes; takes no memory."""
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in GroupViT(config).state_dict().items()}
+    return {**shapes, "logit_scale": torch.Size(())}
+
+
+def check_names(found: Set[str], expected: Set[str], source: str) -> None:
+    """Raise a :class:`UserError` where a tensor is missing or unknown."""
+    for kind, odd in (("lacks", expected - found), ("has an unknown", found - expected)):
+        if odd:
+            raise UserError(f"{source} {kind} tensor '{min(odd)}' ({len(odd)} such in all)")
+
+
+def fitted(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source: str) -> dict[str, Tensor]:
+    """`state` for a model of these `shapes`: positions of another resolution are interpolated (bicubic).
+
+    Raises:
+        UserError: a tensor is missing, unknown or of another shape.
+    """
+    check_names(state.keys(), shapes.keys(), source)
+    state = dict(state)
+    if state["logit_scale"].numel() == 1:
+        state["logit_scale"] = state["logit_scale"].reshape(shapes["logit_scale"])
+    found, wanted = state[POSITIONS].shape, shapes[POSITIONS]
+    # Only a square grid of patches can be taken to another size; anything else is refused below.
+    if found != wanted and len(found) == 3 and math.isqrt(found[1]) ** 2 == found[1]:
+        side = math.isqrt(wanted[1])
+        state[POSITIONS] = resize_positions(state[POSITIONS], side, side)
+    for key, value in state.items():
+        if value.shape != shapes[key]:
+            raise UserError(f"{source}: '{key}' is {list(value.shape)}, the model needs {list(shapes[key])}")
+    return state
+
+
+def fill(model: GroupViT, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Fill `model` with tensors of a file, as :func:`fitted` makes them fit; `source` names the file in errors."""
+    model.load_state_dict(fitted(state, {key: value.shape for key, value in model.state_dict().items()}, str(source)))

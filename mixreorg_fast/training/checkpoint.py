@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..data.text.tokenizer import Tokenizer
 from ..errors import UserError, nearest
-from ..files import atomic_path, sync, write_json
+from ..files import atomic_path, sha256, sync, write_json
 from ..models import GroupViT, weights
 from ..ranks import on_main, rank
 from .distributed import import_deepspeed
@@ -79,7 +79,7 @@ def restore_weights(module: Any, checkpoint: Path) -> None:
     Raises:
         UserError: the checkpoint belongs to another model.
     """
-    weights.load_state(module.backbone, checkpoint)
+    weights.fill(module.backbone, weights.read_tensors(checkpoint / weights.WEIGHTS), checkpoint)
     others = {name: p for name, p in module.named_parameters() if not name.startswith(_BACKBONE)}
     saved = _saved(checkpoint, [f"parameter/{name}" for name in others]) if others else {}
     with torch.no_grad():
@@ -178,7 +178,7 @@ def save(run: Path, engine: Any, state: dict[str, Any], keep: int, tokenizer: To
                 weights.write_files(engine.module.backbone, partial, tensors, engine.module.config.inference)
                 tokenizer.save(partial)
                 save_file(moments, partial / OPTIMIZER)
-                content = {**state, "files": {p.name: _digest(p) for p in sorted(partial.iterdir())}}
+                content = {**state, "files": {p.name: sha256(p) for p in sorted(partial.iterdir())}}
                 write_json(partial / STATE, {**content, "sha256": _digest_of(content)})
                 for path in (*partial.iterdir(), partial):
                     sync(path)
@@ -239,7 +239,7 @@ def read_state(checkpoint: Path, expected: dict[str, Any]) -> dict[str, Any]:
     for name, digest in files:
         if not (checkpoint / name).is_file():
             raise Damaged(f"{checkpoint / name} is missing")
-        if _digest(checkpoint / name) != digest:
+        if sha256(checkpoint / name) != digest:
             raise Damaged(f"{checkpoint / name} is damaged: its SHA-256 is not the one noted in {STATE}")
     for key, value in expected.items():
         if state.get(key) != value:
@@ -256,14 +256,6 @@ def set_aside_after(run: Path, step: int) -> list[Path]:
             shutil.rmtree(aside, ignore_errors=True)
             moved.append(path.rename(aside))
     return moved
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _digest_of(state: dict[str, Any]) -> str:

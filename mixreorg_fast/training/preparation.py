@@ -15,6 +15,7 @@ from ..data.text.tokenizer import Tokenizer
 from ..errors import UserError
 from ..evaluation.datasets import open_dataset
 from ..files import write_json
+from ..inference.formats import read
 from ..models import weights
 from .data import check_bad
 from .metrics import import_wandb
@@ -100,5 +101,8 @@ def _tokenizer(config: Config, resuming: bool) -> Tokenizer | None:
     if config.data.tokenizer is not None:
         return Tokenizer.load(config.data.tokenizer)
     if config.model.init is not None:
-        return Tokenizer.load(weights.find_weights(Path(config.model.init)) / weights.TOKENIZER)
+        tokenizer = read(Path(config.model.init)).tokenizer
+        if tokenizer is None:
+            raise UserError(f"model.init: {config.model.init} has no tokenizer; name one by data.tokenizer")
+        return tokenizer
     return None

@@ -24,6 +24,7 @@ from ..data.scenes.folder import with_scenes
 from ..data.text.tokenizer import Tokenizer
 from ..errors import UserError
 from ..files import write_json
+from ..inference.formats import read
 from ..inference.model import Model
 from ..models import Batch, MixReorg, weights
 from ..models.features import Features
@@ -123,7 +124,7 @@ class Trainer:
         if source is not None:
             checkpoint.restore_weights(module, source)
         elif config.model.init is not None:
-            weights.load_state(module.backbone, weights.find_weights(config.model.init))
+            weights.fill(module.backbone, read(Path(config.model.init)).state, config.model.init)
         if ranks.is_main:
             print(opening(config, len(self.training_set), module, self.steps), flush=True)
         module.to(ranks.device)

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import mixreorg_fast
 from mixreorg_fast.cli import main
-from mixreorg_fast.convert import read_tokenizer
 from mixreorg_fast.data.text.tokenizer import Tokenizer
+from mixreorg_fast.inference.formats import read_tokenizer
 from mixreorg_fast.models import pth
 
 from .huggingface import SMALL, VOCABULARY, random_ids, random_images, random_model, state_equal, transformers
@@ -400,7 +400,7 @@ def test_sources_and_targets_that_do_not_fit_are_refused(their_folder, tmp_path,
     (full / "kept").write_text("kept")
     empty.mkdir()
     assert f"no file or folder {tmp_path / 'nothing'}" in refusal(capsys, tmp_path / "nothing", out)
-    assert "is not recognised" in refusal(capsys, empty, out)
+    assert "holds no model.safetensors" in refusal(capsys, empty, out)
     assert "exists and is not an empty folder" in refusal(capsys, their_folder, full)
     assert "exists and is not an empty folder" in refusal(capsys, their_folder, full / "kept")
     assert "cannot be written" in refusal(capsys, their_folder, full / "kept" / "below")
@@ -419,7 +419,7 @@ def test_sources_and_targets_that_do_not_fit_are_refused(their_folder, tmp_path,
     (lonely / "model.safetensors").write_bytes(b"\0" * 100)
     assert "not a readable safetensors file" in refusal(capsys, lonely, out)
     (lonely / "config.json").write_text("{")
-    assert "config.json: not JSON" in refusal(capsys, lonely, out)
+    assert "config.json: line 1: not JSON" in refusal(capsys, lonely, out)
     assert (full / "kept").read_text() == "kept" and not out.exists()
     convert(their_folder, empty)
     assert (empty / "model.json").is_file(), "an empty folder may be filled"

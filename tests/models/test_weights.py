@@ -77,7 +77,7 @@ def test_a_run_stands_for_its_newest_weights(model, tmp_path):
 def test_positions_are_interpolated_between_image_sizes(model, folder):
     larger = parse_config({"model": model.config.model_dump(mode="json") | {"image_size": 48}}).model
     other = GroupViT(larger)
-    weights.load_state(other, folder)
+    weights.fill(other, load_file(folder / weights.WEIGHTS), folder)
     positions = model.image_encoder.positions.weight
     assert other.image_encoder.positions.weight.shape == (1, 36, 24)
     assert torch.equal(other.image_encoder.positions.weight, resize_positions(positions, 6, 6))
@@ -101,9 +101,12 @@ def test_resized_positions_keep_their_places():
         (lambda f: (f / weights.WEIGHTS).write_bytes((f / weights.WEIGHTS).read_bytes()[:-9]), "not a readable"),
         (lambda f: (f / weights.WEIGHTS).unlink(), "holds no model.safetensors"),
         (lambda f: (f / weights.DESCRIPTION).unlink(), "no model.json that says the model's sizes"),
-        (lambda f: (f / weights.DESCRIPTION).write_text("{"), "not a description of a model"),
-        (lambda f: (f / weights.DESCRIPTION).write_text("[]"), "not a description of a model"),
-        (lambda f: (f / weights.DESCRIPTION).write_text('{"format": "other/1"}'), "format 'other/1' is not"),
+        (lambda f: (f / weights.DESCRIPTION).write_text("{"), "not JSON"),
+        (lambda f: (f / weights.DESCRIPTION).write_text("[]"), "expected a JSON object"),
+        (
+            lambda f: (f / weights.DESCRIPTION).write_text('{"format": "other/1"}'),
+            "format: 'other/1' is no valid",
+        ),
         (lambda f: rewrite(f, lambda s: s.pop(POSITIONS)), f"lacks tensor '{POSITIONS}' (1 such in all)"),
         (lambda f: rewrite(f, lambda s: s.update(new=torch.zeros(1))), "has an unknown tensor 'new' (1 such in all)"),
         (
@@ -130,7 +133,7 @@ def test_what_does_not_fit_is_named(folder, break_it, message):
     ("change", "message"),
     [
         ({"width": 25}, "width 25 is no multiple of heads 2"),
-        ({"widht": 24}, "unknown key 'widht' (did you mean 'width'?)"),
+        ({"widht": 24}, "unknown key 'model.widht' (did you mean 'width'?)"),
         ({"groups": [6, "3"]}, "groups"),
     ],
 )
@@ -152,10 +155,10 @@ def test_inference_settings_are_saved_and_older_weights_go_without(model, folder
     path.write_text(json.dumps(older))
     assert mixreorg_fast.load(folder).inference == InferenceConfig(short_side=64)
     for change, message in (
-        ({"short_side": "64"}, "inference: short_side: input should be a valid integer"),
-        ({"shortside": 64}, "inference: unknown key 'shortside' (did you mean 'short_side'?)"),
+        ({"short_side": "64"}, "inference.short_side: input should be a valid integer"),
+        ({"shortside": 64}, "unknown key 'inference.shortside' (did you mean 'short_side'?)"),
         (None, "inference: input should be an object, got null"),
-        ({"templates": ["a photo"]}, "inference: templates: template 'a photo' has no {}"),
+        ({"templates": ["a photo"]}, "inference.templates: template 'a photo' has no {}"),
     ):
         path.write_text(json.dumps(older | {"inference": change}))
         with pytest.raises(UserError) as error:
@@ -175,7 +178,7 @@ def test_a_run_gives_its_weights_the_threshold_that_its_data_sets_share():
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(UserError, match="no folder .*nothing; weights are a folder with"):
+    with pytest.raises(UserError, match="no file or folder .*nothing"):
         mixreorg_fast.load(tmp_path / "nothing")
 
 

@@ -1,0 +1,209 @@
+"""Weights of every format: ours, Hugging Face's GroupViT folders, NVlabs' .pth files. Writing Hugging Face's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from safetensors.torch import save_file
+from tokenizers import models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+
+from ..data.text.tokenizer import END, START, Tokenizer
+from ..errors import UserError
+from ..files import atomic_path, read_json, write_json
+from ..images import IMAGENET_MEAN, IMAGENET_STD
+from ..models import pth
+from ..models.interop import from_foreign, to_foreign
+from ..models.weights import POSITIONS, TOKENIZER, WEIGHTS, Weights, find_weights, read_tensors, read_weights
+
+# What Hugging Face's configuration can vary and ours cannot: the defaults, which its files leave out.
+_FIXED = {
+    "vision_config": {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "assign_eps": 1.0, "num_channels": 3},
+    "text_config": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+}
+# How CLIP's tokenizer splits a text, to the letter.
+_CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+# ---------------------------------------------------------------------- reading
+
+
+def read(source: Path) -> Weights:
+    """Weights of any format, with their tokenizer where they have one.
+
+    Raises:
+        UserError: a missing or damaged file, an unknown format, tensors missing, unknown or of wrong sizes.
+    """
+    if source.is_file():
+        return _read_nvlabs(source)
+    if not source.is_dir():
+        raise UserError(f"no file or folder {source}")
+    description = source / "config.json"
+    if description.is_file() and "model_type" in (values := read_json(description)):
+        return _read_huggingface(source, values)
+    folder = find_weights(source)
+    tokenizer = Tokenizer.load(folder) if (folder / TOKENIZER).exists() else None
+    return read_weights(folder)._replace(tokenizer=tokenizer)
+
+
+def _read_nvlabs(source: Path) -> Weights:
+    content = pth.read(source)
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        content = content["model"]
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        raise UserError(f"{source}: expected tensors by name, or such under 'model'")
+    config, state, ignored = from_foreign(content, "nvlabs", str(source))
+    notes = [f"{name} left out: no embedding depends on it" for name in ignored]
+    notes += [f"heads are not in the file: {config.heads} and {config.text.heads}, of 64 channels, as in GroupViT"]
+    return Weights(config, IMAGENET_MEAN, IMAGENET_STD, state, notes=tuple(notes))
+
+
+def _read_huggingface(source: Path, values: dict[str, Any]) -> Weights:
+    if values["model_type"] != "groupvit":
+        raise UserError(f"{source}: a model of type '{values['model_type']}'; 'groupvit' was expected")
+    vision, text = (dict(values.get(section) or {}) for section in _FIXED)
+    for section, found in zip(_FIXED, (vision, text), strict=True):
+        for key, wanted in _FIXED[section].items():
+            if found.get(key, wanted) != wanted:
+                raise UserError(f"{source}: {section}.{key} is {found[key]}, only {wanted} is supported")
+    size = vision.get("image_size", 224)
+    if isinstance(size, list) and len(set(size)) > 1:
+        raise UserError(f"{source}: vision_config.image_size is {size}; a square one was expected")
+    heads = (vision.get("num_attention_heads", 6), text.get("num_attention_heads", 4))
+    config, state, _ = from_foreign(_huggingface_tensors(source), "huggingface", str(source), heads)
+    has_tokenizer = any((source / name).is_file() for name in (TOKENIZER, "vocab.json"))
+    tokenizer = read_tokenizer(source) if has_tokenizer else None
+    # Text features are taken at the highest id; eos_token_id 2 is Hugging Face's older way to say the same.
+    end, highest = text.get("eos_token_id", 49407), tokenizer.end_id if tokenizer else config.text.vocab_size - 1
+    if end not in (2, highest):
+        raise UserError(
+            f"{source}: text_config.eos_token_id is {end}, but texts must end with the highest id {highest}"
+        )
+    preprocessor = source / "preprocessor_config.json"
+    pixels = read_json(preprocessor) if preprocessor.is_file() else {}
+    mean, std = pixels.get("image_mean", IMAGENET_MEAN), pixels.get("image_std", IMAGENET_STD)
+    return Weights(config, tuple(mean), tuple(std), state, tokenizer)
+
+
+def _huggingface_tensors(source: Path) -> Mapping[str, Any]:
+    path = source / WEIGHTS
+    if path.is_file():
+        return read_tensors(path)
+    path = source / "pytorch_model.bin"
+    if not path.is_file():
+        raise UserError(f"{source} has a config.json, but neither model.safetensors nor pytorch_model.bin")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damage may show as any exception
+        raise UserError(f"{path}: not a readable file of tensors: {str(error).splitlines()[0]}") from None
+
+
+def read_tokenizer(source: Path) -> Tokenizer:
+    """The tokenizer of a ``tokenizer.json``, of a folder with one, or of one with ``vocab.json`` and ``merges.txt``.
+
+    Raises:
+        UserError: no tokenizer, or one of another kind than CLIP's.
+    """
+    vocabulary, merges = source / "vocab.json", source / "merges.txt"
+    if (source / TOKENIZER).is_file() or not vocabulary.is_file():
+        return Tokenizer.load(source)
+    try:
+        bpe = models.BPE.from_file(str(vocabulary), str(merges), unk_token=END, end_of_word_suffix="</w>")
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{source}: vocab.json and merges.txt are no tokenizer: {error}") from None
+    backend = tokenizers.Tokenizer(bpe)
+    # CLIP's: lower case, single spaces, words before bytes.
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), behavior="removed", invert=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return Tokenizer(backend, source=str(vocabulary))
+
+
+# ---------------------------------------------------------------------- writing Hugging Face's
+
+
+def save_huggingface(network: Any, folder: str | Path, state: Mapping[str, Tensor]) -> None:
+    """Write a folder for ``GroupViTModel.from_pretrained`` and ``AutoProcessor.from_pretrained``, atomically.
+
+    Args:
+        network: a Model or Weights: sizes, normalisation, tokenizer. state: its tensors, the logit scale 0-d.
+    Raises:
+        UserError: the model's assignment is soft.
+    """
+    config, text, tokenizer = network.config, network.config.text, network.tokenizer
+    if not config.hard_assignment:
+        raise UserError(
+            "these weights assign patches softly (model.hard_assignment false), which no GroupViT does; weights "
+            "trained with --set model.hard_assignment=true can be exported"
+        )
+    if config.tau != 1.0:  # Hugging Face's model has no temperature of the assignment: it is divided into q
+        queries = re.compile(r".*\.grouping\.q\.(weight|bias)")
+        state = {name: value / config.tau if queries.fullmatch(name) else value for name, value in state.items()}
+    end = tokenizer.end_id if tokenizer else text.vocab_size - 1
+    # What is left out has the value of the formats' defaults.
+    description = {
+        "architectures": ["GroupViTModel"],
+        "model_type": "groupvit",
+        "dtype": str(state[POSITIONS].dtype).removeprefix("torch."),
+        "projection_dim": config.embed_dim,
+        "projection_intermediate_dim": config.projection_hidden,
+        "vision_config": {
+            "image_size": config.image_size,
+            "patch_size": config.patch_size,
+            "hidden_size": config.width,
+            "intermediate_size": 4 * config.width,
+            "num_attention_heads": config.heads,
+            "num_hidden_layers": sum(config.depths),
+            "depths": list(config.depths),
+            "num_group_tokens": [*config.groups, 0],
+            "num_output_groups": [*config.groups, config.groups[-1]],
+        },
+        "text_config": {
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.width,
+            "intermediate_size": 4 * text.width,
+            "num_attention_heads": text.heads,
+            "num_hidden_layers": text.layers,
+            "max_position_embeddings": text.context,
+            "bos_token_id": end - 1,
+            "eos_token_id": end,
+            "pad_token_id": end,
+        },
+    }
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "processor_class": "CLIPProcessor",
+        "size": {"shortest_edge": config.image_size},
+        "crop_size": {"height": config.image_size, "width": config.image_size},
+        "image_mean": list(network.mean),
+        "image_std": list(network.std),
+    }
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        tensors = {name: value.contiguous() for name, value in to_foreign(state, "huggingface").items()}
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        write_json(temporary / "config.json", description)
+        write_json(temporary / "preprocessor_config.json", preprocessor)
+        if tokenizer is not None:
+            _save_huggingface_tokenizer(tokenizer, temporary, text.context)
+
+
+def _save_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
+    path = tokenizer.save(folder)
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    # Ours adds start and end itself; transformers leaves that to the file.
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}", special_tokens=[(START, tokenizer.start_id), (END, tokenizer.end_id)]
+    )
+    backend.save(str(path))
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    # CLIPTokenizer would put CLIP's own splitting of words in the place of the file's.
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "CLIPProcessor"}
+    write_json(folder / "tokenizer_config.json", {**settings, "model_max_length": context, **special})
+    write_json(folder / "special_tokens_map.json", special)
