@@ -12,7 +12,7 @@
 
 import sys
 
-from mixreorg_fast.training.__main__ import main
+from mixreorg_fast.training.command import start
 
 if __name__ == "__main__":
-    sys.exit(main(description=__doc__))
+    sys.exit(start(description=__doc__))

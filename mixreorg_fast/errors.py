@@ -48,15 +48,12 @@ def run_command(main: Callable[[], int | None], *, debug: bool = False) -> int:
     """
     try:
         return main() or 0
-    except UserError as error:
+    except (UserError, KeyboardInterrupt) as error:
         if debug:
             raise
+        line, code = (
+            (f"error: {' '.join(str(error).split())}", 2) if isinstance(error, UserError) else ("interrupted", 130)
+        )
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        if os.environ.get("RANK", "0") == "0":
-            print("interrupted", file=sys.stderr, flush=True)
-        return 130
+            print(line, file=sys.stderr, flush=True)
+        return code

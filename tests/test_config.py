@@ -135,9 +135,9 @@ def test_resolved_configuration_reads_back(tmp_path):
 
 def test_every_key_is_listed_with_its_meaning(capsys):
     from mixreorg_fast.cli import main
-    from mixreorg_fast.config.keys import keys
+    from mixreorg_fast.config.section import keys
 
-    listed = {key.name: key for key in keys()}
+    listed = {key.name: key for key in keys(Config)}
 
     def leaves(values: dict, prefix: str = "") -> set[str]:
         inner = {key: value for key, value in values.items() if isinstance(value, dict) and value}

@@ -122,7 +122,7 @@ def test_the_driver_is_found(old_driver):
 @pytest.mark.parametrize(
     "command",
     [
-        ["-m", "mixreorg_fast.training", "--config", str(ROOT / "configs" / "zero2.json")],
+        ["-m", "mixreorg_fast.training.command", "--config", str(ROOT / "configs" / "zero2.json")],
         ["-m", "mixreorg_fast.cli", "shards", "verify", "{shard}"],
         ["-m", "mixreorg_fast.cli", "study", str(ROOT / "configs" / "study_cpu.json")],
         ["-m", "mixreorg_fast.cli", "demo"],

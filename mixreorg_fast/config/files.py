@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,12 @@ def find_config(name: str) -> Path:
         UserError: neither exists.
     """
     path, packaged = Path(name), packaged_configs()
-    if path.is_file():
-        return path
-    if name in packaged:
-        return packaged[name]
-    siblings = sorted(map(str, path.parent.glob("*.json"))) if path.parent.is_dir() else []
-    raise UserError(f"no configuration file {name}{nearest(name, [*siblings, *packaged])}")
+    if not path.is_file() and name not in packaged:
+        raise _missing(path, "configuration", packaged)
+    return path if path.is_file() else packaged[name]
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a JSON configuration, apply ``key.path=value`` overrides (values are JSON, else strings), validate.
 
     ``"extends": "other.json"`` in a file takes missing values from that file.
@@ -42,10 +39,10 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         UserError: the file is missing or no JSON object; a key is unknown; a value has the wrong type or does not fit.
     """
-    values = {} if path is None else _read(Path(path))
+    values = _extended(Path(path))
     for override in overrides:
         _apply(values, override)
-    return parse_config(values, source=str(path) if path is not None else "configuration")
+    return parse_config(values, source=str(path))
 
 
 def parse_config(values: dict[str, Any], *, source: str = "configuration") -> Config:
@@ -57,13 +54,26 @@ def parse_config(values: dict[str, Any], *, source: str = "configuration") -> Co
     return validated(Config, values, source)
 
 
-def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The values of a file, laid over those of the file that its ``"extends"`` names (relative to it)."""
+def read_object(path: Path, kind: str = "configuration") -> dict[str, Any]:
+    """The object in a JSON file; `kind` says what the file is.
+
+    Raises:
+        UserError: the file is missing or no JSON object.
+    """
     try:
-        values = read_json(path)
+        return read_json(path)
     except OSError:
-        siblings = sorted(str(p) for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
-        raise UserError(f"no configuration file {path}{nearest(str(path), siblings)}") from None
+        raise _missing(path, kind) from None
+
+
+def _missing(path: Path, kind: str, others: Iterable[str] = ()) -> UserError:
+    siblings = sorted(map(str, path.parent.glob("*.json")))
+    return UserError(f"no {kind} file {path}{nearest(str(path), [*siblings, *others])}")
+
+
+def _extended(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a file, laid over those of the file that its ``"extends"`` names (relative to it)."""
+    values = read_object(path)
     base = values.pop("extends", None)
     if base is None:
         return values
@@ -72,7 +82,7 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     chain = (*extended_by, path.resolve())
     if (path.parent / base).resolve() in chain:
         raise UserError(f"{path}: extends '{base}' leads back to itself")
-    return merged(_read(path.parent / base, chain), values)
+    return merged(_extended(path.parent / base, chain), values)
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -82,6 +92,15 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
         out[key] = merged(base[key], value) if both else value
     return out
+
+
+def flattened(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
+    """Values by path: ``{"train": {"steps": 5}}`` becomes ``{"train.steps": 5}``."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        flat |= flattened(value, separator, path + separator) if isinstance(value, Mapping) else {path: value}
+    return flat
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -3,80 +3,61 @@
 mixreorg config                all keys
 mixreorg config train          the keys of a section
 mixreorg config train.lr       one key
+mixreorg config --markdown     the same as tables, as docs/configuration.md holds them
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import textwrap
-import types
-import typing
-from collections.abc import Iterator
-from typing import Any, NamedTuple
-
-from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 from ..errors import UserError, nearest
 from .run import Config
-from .section import section_of
+from .section import Key, keys
 
 WIDTH = 112
 
 
-class Key(NamedTuple):
-    name: str
-    type: str
-    default: str
-    meaning: str
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("key", nargs="?", metavar="SECTION|KEY", help="default: every key")
+    parser.add_argument("key", nargs="?", default="", metavar="SECTION|KEY", help="default: every key")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown tables, one per section")
 
 
-def main(args: argparse.Namespace) -> int:
-    known = list(keys())
-    wanted: str = args.key or ""
-    chosen = [key for key in known if not wanted or f"{key.name}.".startswith(f"{wanted}.")]
+def main(args: argparse.Namespace) -> None:
+    known = list(keys(Config))
+    chosen = [key for key in known if not args.key or f"{key.name}.".startswith(f"{args.key}.")]
     if not chosen:
-        sections = {key.name.rpartition(".")[0] for key in known} - {""}
-        raise UserError(f"config: unknown key '{wanted}'{nearest(wanted, [*sections, *(k.name for k in known)])}")
+        sections = {_section(key) for key in known} - {""}
+        raise UserError(f"config: unknown key '{args.key}'{nearest(args.key, [*sections, *(k.name for k in known)])}")
+    if args.markdown:
+        print(tables(chosen))
+        return
     for key in chosen:
         print(f"{key.name}: {key.type} = {key.default}" if key.default else f"{key.name}: {key.type}")
         print(textwrap.indent(textwrap.fill(key.meaning, WIDTH), "    "))
-    return 0
 
 
-def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[Key]:
-    """The keys of a section and of those within it; ``[]`` marks the entries of a list."""
-    for name, field in section.model_fields.items():
-        inner = section_of(field.annotation)
-        if inner is not None and inner is field.annotation:
-            yield from keys(inner, f"{prefix}{name}.")
-            continue
-        default = "" if field.default is PydanticUndefined else json.dumps(field.default, ensure_ascii=False)
-        yield Key(prefix + name, _type(field.annotation), default, field.description or "")
-        if inner is not None:
-            yield from keys(inner, f"{prefix}{name}[].")
+def tables(chosen: list[Key]) -> str:
+    """Markdown: a heading and a table for each section."""
+    from ..ledger import table
+
+    lines = []
+    for section in dict.fromkeys(map(_section, chosen)):
+        cells = [
+            [
+                f"`{key.name.rpartition('.')[2]}`",
+                f"`{key.type}`",
+                f"`{key.default}`" if key.default else "",
+                key.meaning,
+            ]
+            for key in chosen
+            if _section(key) == section
+        ]
+        escaped = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+        lines += [f"## {section or 'a run'}", "", *table(["key", "type", "default", "meaning"], escaped), ""]
+    return "\n".join(lines).rstrip()
 
 
-def _type(annotation: Any) -> str:
-    """The type in JSON's words."""
-    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        return _type(parts[0])
-    if origin is typing.Literal:
-        return " | ".join(json.dumps(part) for part in parts)
-    if origin in (typing.Union, types.UnionType):
-        return " | ".join(dict.fromkeys(_type(part) for part in parts))
-    if origin in (list, tuple):
-        inner = [_type(part) for part in parts if part is not ...]
-        return f"[{', '.join(inner)}{', …' if origin is list or ... in parts else ''}]"
-    if origin is dict:
-        return "object"
-    names = {int: "integer", float: "number", str: "string", bool: "true | false", type(None): "null", Any: "any"}
-    return names.get(annotation) or re.sub(r"Config$", "", annotation.__name__)
+def _section(key: Key) -> str:
+    return key.name.rpartition(".")[0]

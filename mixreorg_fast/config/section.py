@@ -1,25 +1,26 @@
-"""The base class of all sections of a configuration, and its errors in one line."""
+"""The base class of all sections of a configuration, its keys, and its errors in one line."""
 
 from __future__ import annotations
 
 import json
+import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticUndefined
 
 from ..errors import UserError, nearest
+
+Schema = TypeVar("Schema", bound=BaseModel)
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
-
-
-Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -34,10 +35,10 @@ def key(default: Any, meaning: str) -> Any:
 
 
 def validated(schema: type[Schema], values: Mapping[str, Any], source: str) -> Schema:
-    """`values` as a `schema`; `source` names them in errors.
+    """The section that `values`, as read from JSON, describe; `source` names them in errors.
 
     Raises:
-        UserError: an unknown key, or a value that does not fit.
+        UserError: in one line, as :func:`describe`.
     """
     try:
         # JSON has no tuples, so lists are read as tuples; every other conversion ("8" for 8, 1 for true) is refused.
@@ -47,38 +48,48 @@ def validated(schema: type[Schema], values: Mapping[str, Any], source: str) -> S
 
 
 def describe(error: ValidationError, schema: type[BaseModel]) -> str:
-    """One line for the first problem pydantic found, with the nearest valid choice."""
+    """One line for the first problem pydantic found, with the nearest valid choice or the meaning of the key."""
     first: dict[str, Any] = {**error.errors()[0]}
     names = [str(part) for part in first["loc"] if not str(part).startswith(":")]  # those are forms, not keys
     key = ".".join(names)
+    prefix = f"{key}: " if key else ""
+    known = {entry.name: entry.meaning for entry in keys(schema)}
+    listed = re.sub(r"\.\d+\b", "[]", key)
     if first["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{nearest(names[-1], _fields(schema, names[:-1]))}"
+        section = listed.rpartition(".")[0]
+        inside = (re.match(rf"{re.escape(section and section + '.')}(\w+)", name) for name in known)
+        return f"unknown key '{key}'{nearest(names[-1], dict.fromkeys(found[1] for found in inside if found))}"
     if first["type"] == "missing":
         return f"{key} is missing"
     if first["type"] == "literal_error":
         choices = [choice.strip(" '") for choice in first["ctx"]["expected"].replace(" or ", ",").split(",")]
         return f"{key}: '{first['input']}' is no valid choice{nearest(first['input'], choices)}"
     if first["type"] == "value_error":
-        message = str(first["ctx"]["error"])
-        return f"{key}: {message}" if key else message
-    message = first["msg"][0].lower() + first["msg"][1:]
-    message = f"{message}, got {json.dumps(first['input'], default=str)}"
-    return f"{key}: {message}" if key else message
+        return f"{prefix}{first['ctx']['error']}"
+    meaning = f" ({known[listed]})" if known.get(listed) else ""
+    return (
+        f"{prefix}{first['msg'][0].lower()}{first['msg'][1:]}, got {json.dumps(first['input'], default=str)}{meaning}"
+    )
 
 
-def _fields(schema: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """Names of the fields of the section that `path` leads to."""
-    current: Any = schema
-    for name in path:
-        if name.isdigit():
+class Key(NamedTuple):
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
+def keys(section: type[BaseModel], prefix: str = "") -> Iterator[Key]:
+    """The keys of a section and of those within it; ``[]`` marks the entries of a list."""
+    for name, field in section.model_fields.items():
+        inner = section_of(field.annotation)
+        if inner is not None and inner is field.annotation:
+            yield from keys(inner, f"{prefix}{name}.")
             continue
-        field = current.model_fields.get(name)
-        if field is None:
-            return []
-        current = section_of(field.annotation)
-        if current is None:
-            return []
-    return list(current.model_fields)
+        default = "" if field.default is PydanticUndefined else json.dumps(field.default, ensure_ascii=False)
+        yield Key(prefix + name, _type(field.annotation), default, field.description or "")
+        if inner is not None:
+            yield from keys(inner, f"{prefix}{name}[].")
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
@@ -86,3 +97,21 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return annotation if issubclass(annotation, BaseModel) else None
     return next((found for part in typing.get_args(annotation) if (found := section_of(part))), None)
+
+
+def _type(annotation: Any) -> str:
+    """The type in JSON's words."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _type(parts[0])
+    if origin is typing.Literal:
+        return " | ".join(json.dumps(part) for part in parts)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(dict.fromkeys(_type(part) for part in parts))
+    if origin in (list, tuple):
+        inner = [_type(part) for part in parts if part is not ...]
+        return f"[{', '.join(inner)}{', …' if origin is list or ... in parts else ''}]"
+    if origin is dict:
+        return "object"
+    names = {int: "integer", float: "number", str: "string", bool: "true | false", type(None): "null", Any: "any"}
+    return names.get(annotation) or re.sub(r"Config$", "", annotation.__name__)

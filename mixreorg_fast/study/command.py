@@ -14,21 +14,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
 
 from .. import devices, ledger
+from ..config import load_config
 from ..errors import UserError
 from ..files import write_json
+from ..training.reports import read_metrics
 from .plan import Run, Study
 from .report import PICTURES, curves_figure, picture_name, pictures_figure, write_page
-from .rows import read_metrics, results_file, rows_of, training_seconds, write_study_rows
+from .rows import results_file, rows_of, training_seconds, write_study_rows
 
-Entry = Callable[[], Run | None]  # gives a run to train; None while its number of steps is unknown
+FINISHED = "finished"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,67 +47,53 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--jobs {args.jobs}: at least 1")
     study = Study(args.study, args.block)
     if args.list:
-        _list(study)
+        for waiting, run in planned(study):
+            print(f"{'to measure':12} {waiting}" if run is None else f"{_state(run):12} {run.folder}")
         return
     with Runner(args.jobs, devices.choose(args.device).type) as runner:
         try:
-            failed = runner.train(_entries(study))
+            failed = runner.train(study)
         finally:
             _report(study, args)
     if failed:
         raise UserError(f"{len(failed)} of the runs failed: {', '.join(f'{run.folder}.log' for run in failed)}")
 
 
-def _list(study: Study) -> None:
-    for run in study.runs():
-        print(f"{_state(run):12} {run.folder}")
-    for dataset, variant, like, seed in study.timed():
-        run = _timed_run(study, dataset, variant, like, seed)
-        if run is None:
-            print(f"{'to measure':12} {variant} on {dataset}, seed {seed}, for as long as {like} takes")
-        else:
-            print(f"{_state(run):12} {run.folder}")
+def planned(study: Study) -> Iterator[tuple[str, Run | None]]:
+    """The runs in their order; one with a budget of time follows the two runs that its number of steps comes from.
 
-
-def _state(run: Run) -> str:
-    if _finished(run):
-        return "finished"
-    return "begun" if run.folder.is_dir() and _begun(run) else "to train"
-
-
-def _begun(run: Run) -> bool:
-    """Whether the run folder belongs to this very run."""
-    from ..config import load_config
-
-    try:
-        return load_config(run.request) == run.config
-    except UserError:
-        return False
-
-
-def _finished(run: Run) -> bool:
-    return (run.folder / "eval.json").is_file() and _begun(run)
+    Until these are finished the run is None, and the text says what is to be measured.
+    """
+    timed, passed = list(study.timed), set()
+    for run in study.runs:
+        yield "", run
+        passed.add((run.dataset, run.variant, run.seed))
+        for each in list(timed):
+            dataset, variant, like, seed = each
+            if {(dataset, variant, seed), (dataset, like, seed)} <= passed:
+                timed.remove(each)
+                yield f"{variant} on {dataset}, seed {seed}, for as long as {like} takes", _timed_run(study, *each)
 
 
 def _timed_run(study: Study, dataset: str, variant: str, like: str, seed: int) -> Run | None:
     """The run of as many steps as fit into the time of `like` with the same seed; None until both are finished."""
     own, other = study.run(dataset, variant, seed), study.run(dataset, like, seed)
-    if not (_finished(own) and _finished(other)):
+    if not (_state(own) == _state(other) == FINISHED):
         return None
-    assert own.config.train.steps is not None, "a finished run has its number of steps"
-    per_step = _seconds(own) / own.config.train.steps
-    return study.run(dataset, variant, seed, steps=round(_seconds(other) / per_step))
+    own_steps = own.config.train.steps
+    assert own_steps is not None, "a finished run has its number of steps"
+    return study.run(dataset, variant, seed, steps=round(_seconds(other) / (_seconds(own) / own_steps)))
 
 
-def _entries(study: Study) -> list[Entry]:
-    """The runs to train, in order; a run with a budget of time comes as soon as that time is known."""
-    runs = list(study.runs())
-    place = {(run.dataset, run.variant, run.seed): number for number, run in enumerate(runs)}
-    entries: list[tuple[int, bool, Entry]] = [(number, False, lambda run=run: run) for number, run in enumerate(runs)]
-    for dataset, variant, like, seed in study.timed():
-        last = max(place[dataset, variant, seed], place[dataset, like, seed])
-        entries.append((last, True, partial(_timed_run, study, dataset, variant, like, seed)))
-    return [entry for *_, entry in sorted(entries, key=lambda entry: entry[:2])]
+def _state(run: Run) -> str:
+    """What has become of the run, if its folder belongs to this very run."""
+    try:
+        is_this = run.folder.is_dir() and load_config(run.request) == run.config
+    except UserError:
+        is_this = False
+    if not is_this:
+        return "to train"
+    return FINISHED if (run.folder / "eval.json").is_file() else "begun"
 
 
 def _seconds(run: Run) -> float:
@@ -122,6 +109,7 @@ class Runner:
 
     def __init__(self, jobs: int, device: str):
         self.jobs, self.device = jobs, device
+        self._processors = sorted(os.sched_getaffinity(0))
         self._processes: set[subprocess.Popen] = set()
         self._stopped = threading.Event()
 
@@ -133,75 +121,64 @@ class Runner:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def train(self, entries: Sequence[Entry]) -> list[Run]:
+    def train(self, study: Study) -> list[Run]:
         """Train the unfinished runs; returns the runs that failed. Runs that depend on these are left out.
 
         Raises:
             UserError: a signal ended the study.
         """
-        todo, failed = list(entries), []
-        changed, running = threading.Condition(), 0
-        shares = _shares(sorted(os.sched_getaffinity(0)), self.jobs)
-
-        def work(worker: int) -> None:
-            nonlocal running
-            os.sched_setaffinity(0, shares[worker])  # of this thread and its child processes
-            while not self._stopped.is_set():
-                with changed:
-                    place, run = next(((i, run) for i, entry in enumerate(todo) if (run := entry())), (0, None))
-                    if run is None:
-                        if not running:
-                            return
-                        changed.wait()
-                        continue
-                    del todo[place]
-                    running += 1
-                well = _finished(run) or self._train(worker, run)
-                with changed:
-                    running -= 1
-                    if not well:
-                        failed.append(run)
-                    changed.notify_all()
-
+        failed, begun = [], set()
+        free, busy = list(range(self.jobs)), {}
         with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(work, range(self.jobs)))
+            while not self._stopped.is_set():
+                for _, run in planned(study):
+                    if free and run is not None and run.folder not in begun:
+                        begun.add(run.folder)
+                        worker = free.pop(0)
+                        busy[pool.submit(self._train, worker, run)] = worker, run
+                if not busy:
+                    break
+                for future in wait(busy, return_when=FIRST_COMPLETED).done:
+                    worker, run = busy.pop(future)
+                    free.append(worker)
+                    failed += [] if future.result() else [run]
         if self._stopped.is_set():
             raise UserError("stopped; the same command resumes the study")
         return failed
 
     def _train(self, worker: int, run: Run) -> bool:
-        resume = "auto" if _begun(run) else "never"
+        """Train a run unless it is finished; returns whether it is."""
+        state = _state(run)
+        if state == FINISHED or self._stopped.is_set():
+            return state == FINISHED
+        resume = "auto" if state == "begun" else "never"
         if resume == "never":
             write_json(run.request, run.config.model_dump(mode="json"))
         log = run.folder.with_name(f"{run.folder.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
-        arguments = [sys.executable, "-m", "mixreorg_fast.training", "--config", str(run.request)]
+        environment = dict(os.environ)
+        if self.device == "cuda" and "CUDA_VISIBLE_DEVICES" not in os.environ:
+            environment["CUDA_VISIBLE_DEVICES"] = str(worker % torch.cuda.device_count())
+        arguments = [sys.executable, "-m", "mixreorg_fast.training.command", "--config", str(run.request)]
         arguments += ["--resume", resume, "--device", self.device]
+        os.sched_setaffinity(0, _shares(self._processors, self.jobs)[worker])  # of this thread and its child processes
         start = time.monotonic()
         print(f"training  {run.folder}", flush=True)
         with log.open("ab") as output:
             # In a session of its own, so that a terminal's Ctrl-C reaches it only from here.
-            process = subprocess.Popen(
-                arguments, stdout=output, stderr=output, env=self._environment(worker), start_new_session=True
-            )
+            process = subprocess.Popen(arguments, stdout=output, stderr=output, env=environment, start_new_session=True)
             self._processes.add(process)
             if self._stopped.is_set():  # a signal came after the check in the loop
                 process.terminate()
             code = process.wait()
             self._processes.discard(process)
-        well = code == 0 and _finished(run)
+        well = code == 0 and _state(run) == FINISHED
         if well:
             scores = ", ".join(f"{row['world']} {row['miou']:.2f}" for row in rows_of(run.folder))
             print(f"finished  {run.folder} in {time.monotonic() - start:.0f} s: {scores}", flush=True)
         elif not self._stopped.is_set():
             print(f"failed    {run.folder} (exit code {code}): {_last_line(log)}", file=sys.stderr, flush=True)
         return well
-
-    def _environment(self, worker: int) -> dict[str, str]:
-        environment = dict(os.environ)
-        if self.device == "cuda" and "CUDA_VISIBLE_DEVICES" not in os.environ:
-            environment["CUDA_VISIBLE_DEVICES"] = str(worker % torch.cuda.device_count())
-        return environment
 
     def _stop(self, *_) -> None:
         self._stopped.set()
@@ -223,10 +200,10 @@ def _last_line(log: Path) -> str:
 def _report(study: Study, args: argparse.Namespace) -> None:
     """Write rows, page, curves and pictures of all finished runs."""
     config = study.config
-    timed = (_timed_run(study, *each) for each in study.timed())
-    runs = [run for run in [*study.runs(), *filter(None, timed)] if _finished(run)]
+    runs = [run for _, run in planned(study) if run is not None and _state(run) == FINISHED]
     if not runs:
         return
+    runs.sort(key=lambda run: run.budget)  # those with a budget of time come last in tables
     rows = []
     for run in runs:
         about = {"study": run.study, "trained_on": run.dataset, "variant": run.variant, "budget": run.budget}

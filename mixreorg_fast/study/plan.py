@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from ..config import Config, NonNegative, Section, describe, load_config
+from ..config import Config, NonNegative, Section, load_config, read_object, validated
 from ..errors import UserError, nearest
 
 Budget = Literal["steps", "time"]
@@ -101,64 +101,57 @@ class Run:
 class Study:
     """A study's file, read and checked: the configurations of all runs are valid.
 
+    Args:
+        blocks: only these blocks; none: all.
+    Attributes:
+        runs: every run with a budget of steps, once, also if several blocks contain it.
+        timed: data set, variant, the variant whose time is the budget, and seed of every run with a budget of time.
     Raises:
         UserError: the file or a configuration that it names is missing or wrong.
     """
 
     def __init__(self, path: str | Path, blocks: Sequence[str] = ()):
         self.path = Path(path)
-        self.config = read_study(self.path)
+        self.config = validated(StudyConfig, read_object(self.path, "study"), str(path))
         for block in blocks:
             if block not in self.config.blocks:
                 raise UserError(f"{path}: no block '{block}'{nearest(block, self.config.blocks)}")
         self.blocks = list(blocks or self.config.blocks)
-        for _ in self.runs():
-            pass
+        chosen = [self.config.blocks[name] for name in self.blocks]
+        # Seed by seed: an interrupted study has complete tables of the first seeds.
+        keys = (
+            (block.world, variant, seed) for block in chosen for seed in self.seeds(block) for variant in block.variants
+        )
+        self.runs = [self.run(*key) for key in dict.fromkeys(keys)]
+        timed = (
+            (block.world, variant, block.equal_time.like, seed)
+            for block in chosen
+            if block.equal_time is not None
+            for seed in self.seeds(block)
+            for variant in block.equal_time.variants
+        )
+        self.timed = list(dict.fromkeys(timed))
 
     def seeds(self, block: BlockConfig) -> list[int]:
         return self.config.seeds if block.seeds is None else block.seeds
-
-    def runs(self) -> Iterator[Run]:
-        """Every run with a budget of steps, once, also if several blocks contain it."""
-        seen = set()
-        for block in (self.config.blocks[name] for name in self.blocks):
-            for seed in self.seeds(block):  # seed by seed: an interrupted study has complete tables of the first seeds
-                for variant in block.variants:
-                    if (key := (block.world, variant, seed)) not in seen:
-                        seen.add(key)
-                        yield self.run(*key)
-
-    def timed(self) -> Iterator[tuple[str, str, str, int]]:
-        """Data set, variant, the variant whose time is the budget, and seed of every run with a budget of time."""
-        seen = set()
-        for block in (self.config.blocks[name] for name in self.blocks):
-            if block.equal_time is not None:
-                for seed in self.seeds(block):
-                    for variant in block.equal_time.variants:
-                        key = (block.world, variant, block.equal_time.like, seed)
-                        if key not in seen:
-                            seen.add(key)
-                            yield key
 
     def names(self) -> set[tuple[str, str]]:
         """Data set and name of every run of the file, in any block."""
         names = set()
         for block in self.config.blocks.values():
+            timed = block.equal_time.variants if block.equal_time else ()
             for seed in self.seeds(block):
                 names |= {(block.world, _run_name(variant, "steps", seed)) for variant in block.variants}
-                timed = block.equal_time.variants if block.equal_time else ()
                 names |= {(block.world, _run_name(variant, "time", seed)) for variant in timed}
         return names
 
     def run(self, dataset: str, variant: str, seed: int, steps: int | None = None) -> Run:
         """One run; `steps`: as many as fit into its budget of time; None: its budget is its configuration's steps."""
         budget: Budget = "steps" if steps is None else "time"
-        name = _run_name(variant, budget, seed)
         settings = self.config.worlds[dataset]
         values = {**settings.set, **self.config.variants[variant].set, "seed": seed}
-        if steps is not None:
-            values["train.steps"] = steps
-        values |= {"name": name, "output": str(self.config.folder / dataset)}
+        values |= {} if steps is None else {"train.steps": steps}
+        values |= {"name": _run_name(variant, budget, seed), "output": str(self.config.folder / dataset)}
         overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
         try:
             config = load_config(self.path.parent / settings.config, overrides)
@@ -169,17 +162,3 @@ class Study:
 
 def _run_name(variant: str, budget: Budget, seed: int) -> str:
     return f"{variant}_time_seed{seed}" if budget == "time" else f"{variant}_seed{seed}"
-
-
-def read_study(path: Path) -> StudyConfig:
-    """Raises:
-    UserError: the file is missing, no JSON, or does not fit :class:`StudyConfig`."""
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError):
-        siblings = sorted(str(p) for p in path.parent.glob("study*.json")) if path.parent.is_dir() else []
-        raise UserError(f"no study file {path}{nearest(str(path), siblings)}") from None
-    try:
-        return StudyConfig.model_validate_json(text, strict=True)
-    except ValidationError as error:
-        raise UserError(f"{path}: {describe(error, StudyConfig)}") from None

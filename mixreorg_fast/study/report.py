@@ -6,7 +6,6 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from .. import ledger
 from ..errors import UserError, extra
@@ -14,12 +13,13 @@ from ..evaluation.datasets import open_dataset
 from ..evaluation.metrics import FREQUENT, IGNORE
 from ..evaluation.pictures import save_grid
 from ..evaluation.zero_shot import segmenter_for
-from ..files import atomic_path, saving
+from ..files import saving
 from ..inference.model import load
 from ..inference.overlay import blend, class_palette, colourise, segment_palette
 from ..ledger import Row
+from ..training.plots import Curve, draw_panels
+from ..training.reports import read_metrics
 from .plan import Run
-from .rows import read_metrics
 
 PAGE = "results.md"
 PICTURES = "images"  # beside the page
@@ -139,55 +139,36 @@ def curves_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path) ->
     Args:
         runs: finished runs on one data set. labels: variant -> its name in the legend.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(f"curves need matplotlib: {extra('train')}") from None
     panels = {
         "contrastive loss of the original images": "loss_original",
         "mixed patches whose image is found": "mixed_accuracy",
         "final segments in use": "groups_used",
-        "zero-shot mIoU while training": "validation",
+        "zero-shot mIoU while training": "mIoU",
     }
-    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(panels))
-    for variant, budget in dict.fromkeys((run.variant, run.budget) for run in runs):
-        logs = [_log(run) for run in runs if (run.variant, run.budget) == (variant, budget)]
-        label = labels[variant] + (", equal time" if budget == "time" else "")
-        for axis, name in zip(axes, panels.values(), strict=True):
-            steps, means = _mean_curve(logs, name)
-            (line,) = axis.plot(steps, means, linewidth=1.2, marker="." if len(steps) < 12 else "", label=label)
-            if not steps:  # the same colours in all panels, without an empty entry in the legend
-                line.set_label("_")
-    for axis, title in zip(axes, panels, strict=True):
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
-    with saving(path), atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=80)
+    logs: dict[str, list[Sequence[Row]]] = {}
+    for run in runs:
+        label = labels[run.variant] + (", equal time" if run.budget == "time" else "")
+        logs.setdefault(label, []).append(_log(run))
+    drawn = {title: {label: _mean_curve(logs[label], name) for label in logs} for title, name in panels.items()}
+    with saving(path):
+        if draw_panels(path, drawn) is None:
+            raise UserError(f"curves need matplotlib: {extra('train')}")
 
 
-def _log(run: Run) -> list[Row]:
-    """The run's measures, with the final scores as the last validation."""
+def _log(run: Run) -> Sequence[Row]:
+    """The run's measures, and as "mIoU" those of the first data set in its validations and final scores."""
     log = read_metrics(run.folder)
     scores = json.loads((run.folder / "eval.json").read_text())
     final = {name: score["mIoU"] for name, score in scores.items() if "mIoU" in score}
-    return [*log, {"step": log[-1]["step"], "validation": final}]
+    scored = [*(line for line in log if line.get("validation")), {"step": log[-1]["step"], "validation": final}]
+    return [*log, *({"step": line["step"], "mIoU": next(iter(line["validation"].values()))} for line in scored)]
 
 
-def _mean_curve(logs: Sequence[Sequence[Row]], name: str) -> tuple[list[int], list[float]]:
-    """Steps, and the mean over logs of one measure, where every log has it; "validation": of the first data set."""
-    curves = []
-    for log in logs:
-        if name == "validation":
-            values = {line["step"]: next(iter(line[name].values())) for line in log if line.get(name)}
-        else:
-            values = {line["step"]: line[name] for line in log if name in line}
-        curves.append(values)
+def _mean_curve(logs: Sequence[Sequence[Row]], name: str) -> Curve:
+    """The mean over logs of one measure, at the steps where every log has it."""
+    curves = [{line["step"]: line[name] for line in log if name in line} for log in logs]
     steps = sorted(set.intersection(*map(set, curves)))
-    return steps, [statistics.fmean(curve[step] for curve in curves) for step in steps]
+    return [(step, statistics.fmean(curve[step] for curve in curves)) for step in steps]
 
 
 def pictures_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path, count: int) -> None:
@@ -198,7 +179,8 @@ def pictures_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path, 
     """
     if not runs:
         return
-    entry = _evaluation(runs[0])
+    config = json.loads((runs[0].folder / "config.json").read_text())
+    entry = config["eval"]["datasets"][0]
     dataset = open_dataset(entry["dataset"], entry["root"], entry["split"])
     palette = class_palette(dataset.has_background)
     numbers = [number * len(dataset) // count for number in range(min(count, len(dataset)))]
@@ -219,8 +201,3 @@ def pictures_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path, 
     titles = ["image", "truth", *(labels[run.variant] for run in runs)]
     cells = [row for pair in zip(labelled, grouped, strict=True) for row in pair]
     save_grid(titles, cells, path, [(dataset.classes[label], palette[label]) for label in sorted(seen)])
-
-
-def _evaluation(run: Run) -> dict[str, Any]:
-    """The first data set that a run was scored on, from its completed configuration."""
-    return json.loads((run.folder / "config.json").read_text())["eval"]["datasets"][0]

@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import ledger
 from ..errors import UserError
+from ..training.reports import read_metrics
 
 Row = dict[str, Any]
 FIGURES = {  # column -> name in eval.json
@@ -18,11 +19,6 @@ FIGURES = {  # column -> name in eval.json
     "oracle_miou": "oracle_mIoU",
     "groups_used": "groups_used",
 }
-
-
-def read_metrics(run: Path) -> list[Row]:
-    """The lines of a run's ``metrics.jsonl``."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def training_seconds(reports: Sequence[Mapping[str, Any]]) -> float:

@@ -43,28 +43,25 @@ def portable_state(engine: Any) -> dict[str, Tensor]:
     """The backbone's whole state dict on the CPU (gathered under ZeRO-3); call on every rank."""
     backbone: GroupViT = engine.module.backbone
     state = {key: value.detach().cpu().clone() for key, value in backbone.named_buffers()}
-    return state | {name: value for name, value in _parameters(engine, backbone)}
+    return state | dict(_parameters(engine, backbone))
 
 
 def _parameters(engine: Any, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Whole parameters by name, copied to the CPU."""
-    deepspeed = import_deepspeed()
     for name, parameter in module.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
+        with import_deepspeed().zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
             yield name, parameter.detach().cpu().clone()
 
 
 def optimizer_state(engine: Any) -> dict[str, Tensor]:
     """Adam's moments, ``exp_avg/NAME`` and ``exp_avg_sq/NAME``, and the parameters outside the backbone,
     ``parameter/NAME``. On other ranks than 0 the result is empty; call on every rank."""
-    deepspeed = import_deepspeed()
+    whole: Any = import_deepspeed().utils.safe_get_full_optimizer_state
     state: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         for key in MOMENTS:
-            if engine.zero_optimization_stage() == 0:
-                value = engine.optimizer.state[parameter][key]
-            else:
-                value: Any = deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
+            stage = engine.zero_optimization_stage()
+            value = whole(parameter, key) if stage else engine.optimizer.state[parameter][key]
             if rank() == 0:
                 state[f"{key}/{name}"] = value.detach().cpu().clone().reshape(_shape(parameter))
     for name, value in _parameters(engine, engine.module):
@@ -80,27 +77,30 @@ def restore_weights(module: Any, checkpoint: Path) -> None:
         UserError: the checkpoint belongs to another model.
     """
     weights.fill(module.backbone, weights.read_tensors(checkpoint / weights.WEIGHTS), checkpoint)
-    others = {name: p for name, p in module.named_parameters() if not name.startswith(_BACKBONE)}
-    saved = _saved(checkpoint, [f"parameter/{name}" for name in others]) if others else {}
+    others = {
+        f"parameter/{name}": parameter
+        for name, parameter in module.named_parameters()
+        if not name.startswith(_BACKBONE)
+    }
+    saved = _saved(checkpoint, {name: parameter.shape for name, parameter in others.items()}) if others else {}
     with torch.no_grad():
         for name, parameter in others.items():
-            parameter.copy_(_fitting(saved, f"parameter/{name}", parameter.shape, checkpoint))
+            parameter.copy_(saved[name])
 
 
 def start_moments(engine: Any) -> None:
     """Create the optimizer's moments, all zero, which it would otherwise create in its first step."""
-    zero = engine.zero_optimization_stage()
-    adam = engine.optimizer.optimizer if zero else engine.optimizer
-    if zero == 0:
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
         owned = list(engine.module.parameters())
     else:
-        wrapper = engine.optimizer
-        owned = wrapper.fp32_partitioned_groups_flat if zero == 3 else wrapper.single_partition_of_fp32_groups
+        owned = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+    adam = _adam(engine)
     for tensor in owned:
         device = tensor.device if adam.defaults["fused"] else "cpu"
         adam.state[tensor] = {"step": torch.zeros((), device=device)} | {k: torch.zeros_like(tensor) for k in MOMENTS}
-    if zero in (1, 2):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()  # links parameters to their moments
+    if stage in (1, 2):
+        optimizer._lazy_init_hp_params_optimizer_state()  # links parameters to their moments
 
 
 def restore_moments(engine: Any, checkpoint: Path, updates: int) -> None:
@@ -111,48 +111,45 @@ def restore_moments(engine: Any, checkpoint: Path, updates: int) -> None:
     Raises:
         UserError: the checkpoint belongs to another model.
     """
-    deepspeed = import_deepspeed()
-    stage = engine.zero_optimization_stage()
-    adam = engine.optimizer.optimizer if stage else engine.optimizer
-    for state in adam.state.values():
+    stage, utils = engine.zero_optimization_stage(), import_deepspeed().utils
+    for state in _adam(engine).state.values():
         state["step"].fill_(updates)
-    names = [name for name, _ in engine.module.named_parameters()]
-    saved = _saved(checkpoint, [f"{key}/{name}" for key in MOMENTS for name in names])
-    for name, parameter in engine.module.named_parameters():
-        for key in MOMENTS:
-            value = _fitting(saved, f"{key}/{name}", _shape(parameter), checkpoint).to(engine.device)
-            if stage == 0:
-                engine.optimizer.state[parameter][key].copy_(value)
-            elif stage == 3:  # every rank holds a part of equal length, the last one padded
-                part = parameter.ds_tensor.ds_numel
-                group = parameter.ds_process_group
-                padded = nn.functional.pad(value.flatten(), (0, part * group.size() - value.numel()))
-                deepspeed.utils.safe_set_local_optimizer_state(parameter, padded.split(part)[group.rank()], key)
-            else:
-                deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
+    moments = [(f"{key}/{name}", key, p) for name, p in engine.module.named_parameters() for key in MOMENTS]
+    saved = _saved(checkpoint, {name: _shape(parameter) for name, _, parameter in moments})
+    for name, key, parameter in moments:
+        value = saved[name].to(engine.device)
+        if stage == 0:
+            engine.optimizer.state[parameter][key].copy_(value)
+        elif stage == 3:  # every rank holds a part of equal length, the last one padded
+            part, group = parameter.ds_tensor.ds_numel, parameter.ds_process_group
+            padded = nn.functional.pad(value.flatten(), (0, part * group.size() - value.numel()))
+            utils.safe_set_local_optimizer_state(parameter, padded.split(part)[group.rank()], key)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _adam(engine: Any) -> torch.optim.Optimizer:
+    return engine.optimizer.optimizer if engine.zero_optimization_stage() else engine.optimizer
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 the parameter itself is empty
 
 
-def _saved(checkpoint: Path, names: list[str]) -> dict[str, Tensor]:
+def _saved(checkpoint: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's optimizer, of these names and shapes."""
     path = checkpoint / OPTIMIZER
     try:
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a readable safetensors file: {error}") from None
-    missing = [name for name in names if name not in saved]
+    missing = [name for name in shapes if name not in saved]
     if missing:
         raise UserError(f"{path} lacks tensor '{missing[0]}' ({len(missing)} such in all)")
+    for name, shape in shapes.items():
+        if saved[name].shape != shape:
+            raise UserError(f"{path}: '{name}' is {list(saved[name].shape)}, the model needs {list(shape)}")
     return saved
-
-
-def _fitting(saved: dict[str, Tensor], name: str, shape: torch.Size, checkpoint: Path) -> Tensor:
-    if saved[name].shape != shape:
-        found = list(saved[name].shape)
-        raise UserError(f"{checkpoint / OPTIMIZER}: '{name}' is {found}, the model needs {list(shape)}")
-    return saved[name]
 
 
 # ---------------------------------------------------------------------- folders
@@ -206,18 +203,14 @@ def find(run: Path, resume: str) -> list[Path]:
     Raises:
         UserError: PATH is neither a checkpoint nor a run folder with one.
     """
-    if resume == "never":
-        return []
-    if resume == "auto":
-        return complete(run)[::-1]
+    if resume in ("never", "auto"):
+        return complete(run)[::-1] if resume == "auto" else []
     path = Path(resume)
     if (path / STATE).is_file():
         return [path]
-    found = complete(path)
-    if not found:
-        known = [str(p) for p in complete(run)]
-        raise UserError(f"--resume {resume}: no complete checkpoint there{nearest(resume, known) if known else ''}")
-    return found[::-1]
+    if found := complete(path):
+        return found[::-1]
+    raise UserError(f"--resume {resume}: no complete checkpoint there{nearest(resume, map(str, complete(run)))}")
 
 
 def read_state(checkpoint: Path, expected: dict[str, Any]) -> dict[str, Any]:
@@ -247,15 +240,12 @@ def read_state(checkpoint: Path, expected: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def set_aside_after(run: Path, step: int) -> list[Path]:
-    """Rename the checkpoints later than `step`, from which a run resumes; returns their new paths."""
-    moved = []
-    for path in complete(run):
-        if int(path.name.removeprefix("step_")) > step:
-            aside = path.with_name(f"aside_{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            moved.append(path.rename(aside))
-    return moved
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _digest_of(state: dict[str, Any]) -> str:

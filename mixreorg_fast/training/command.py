@@ -13,10 +13,20 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 from ..config import find_config, load_config, packaged_configs
 from ..devices import hidden
-from ..errors import UserError, run_command
+from ..errors import Parser, UserError, run_command
+
+
+def start(argv: Sequence[str] | None = None, description: str | None = __doc__) -> int:
+    """What train.py and the launchers run; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = Parser(prog="train.py", description=description)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
+    add_arguments(parser)
+    return run_command(lambda: main(parser.parse_args(argv)), debug="--debug" in argv)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,4 +85,8 @@ def _launch(args: argparse.Namespace, name: str) -> None:
     options = [word for value in args.set for word in ("--set", value)] + ["--resume", args.resume]
     options += ["--device", args.device] if args.device else []
     options += ["--debug"] if args.debug else []
-    launch(["--quiet", "--module", "mixreorg_fast.training", "--config", str(name), *options])
+    launch(["--quiet", "--module", "mixreorg_fast.training.command", "--config", name, *options])
+
+
+if __name__ == "__main__":
+    sys.exit(start())

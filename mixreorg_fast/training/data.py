@@ -38,7 +38,6 @@ def open_training_set(config: Config, ranks: Ranks) -> TrainingSet:
 
     Args:
         config: with ``data.shards`` set (:func:`~mixreorg_fast.data.scenes.folder.with_scenes`).
-
     Raises:
         UserError: no shards; the ranks see different shards.
     """
@@ -49,8 +48,7 @@ def open_training_set(config: Config, ranks: Ranks) -> TrainingSet:
         # First all ranks together. What a node does not see then lies on another node's disks: that node's ranks do it.
         for rank, size in ((ranks.rank, ranks.size), local):
             mine = _unready(paths, config)[rank::size]
-            work = _verify(mine, config, ranks) if config.data.verify else _index(mine)
-            if not _work_together(work, mine, ranks):
+            if not _work_together(_index(mine, config, ranks), mine, ranks):
                 break
             if ranks.size > local[1]:
                 _wait_for_files(paths, config)
@@ -58,16 +56,10 @@ def open_training_set(config: Config, ranks: Ranks) -> TrainingSet:
 
 
 def check_bad(training_set: TrainingSet, config: Config) -> None:
-    """
-    Raises:
-        UserError: the indexes leave out more than ``data.max_bad`` of the samples.
-    """
+    """Raise a UserError if the indexes leave out more than ``data.max_bad`` of the samples."""
     lost, total = training_set.lost, training_set.lost + len(training_set)
-    if lost > config.data.max_bad * total:
-        example = ": ".join(filter(None, training_set.bad[0]))
-        raise UserError(
-            f"{_too_many(lost, total, config)}; SHARD.broken.tsv lists them where it can be written: {example}"
-        )
+    example = ": ".join(filter(None, training_set.bad[0])) if lost else ""
+    _refuse_many(lost, total, config, f"SHARD.broken.tsv lists them where it can be written: {example}")
 
 
 class BadSamples:
@@ -81,10 +73,8 @@ class BadSamples:
         self._config, self._ranks, self._training_set = config, ranks, training_set
         self._path = config.run_folder / "bad_samples.tsv"
         self._found: dict[tuple[str, str], Bad] = {}
-        self._sent = 0
-        self._before = -1
+        self._sent, self._before, self._count = 0, -1, 0
         self._consumed = samples
-        self._count = 0
 
     @property
     def _total(self) -> int:
@@ -95,7 +85,6 @@ class BadSamples:
 
         Args:
             own: those that this rank has found so far while reading.
-
         Raises:
             UserError: they are more than ``data.max_bad`` of all.
         """
@@ -108,9 +97,11 @@ class BadSamples:
         self._found.update({(bad.shard, bad.key): bad for part in parts for bad in part})
         self._count = self._training_set.lost + len(self._found)
         if self._ranks.is_main and self._count:
-            self._list()
-        if self._count > self._config.data.max_bad * self._total:
-            raise UserError(f"{_too_many(self._count, self._total, self._config)}; {self._path} lists them")
+            lines = {str(bad): None for bad in (*self._training_set.bad, *self._found.values())}
+            if self._path.is_file():  # of the run before it was resumed
+                lines = dict.fromkeys(self._path.read_text(encoding="utf-8").splitlines()) | lines
+            write_text(self._path, "".join(f"{line}\n" for line in lines))
+        _refuse_many(self._count, self._total, self._config, f"{self._path} lists them")
         return self._count
 
     def remark(self, samples: int) -> str | None:
@@ -123,15 +114,13 @@ class BadSamples:
             return f"epoch {epoch} ended: no bad samples"
         return f"epoch {epoch} ended: {self._count} of {self._total} samples could not be used ({self._path})"
 
-    def _list(self) -> None:
-        lines = {str(bad): None for bad in (*self._training_set.bad, *self._found.values())}
-        if self._path.is_file():  # of the run before it was resumed
-            lines = dict.fromkeys(self._path.read_text(encoding="utf-8").splitlines()) | lines
-        write_text(self._path, "".join(f"{line}\n" for line in lines))
 
-
-def _too_many(bad: int, total: int, config: Config) -> str:
-    return f"{bad} of {total} samples of data.shards cannot be used, more than data.max_bad {config.data.max_bad:g}"
+def _refuse_many(bad: int, total: int, config: Config, where: str) -> None:
+    limit = config.data.max_bad
+    if bad > limit * total:
+        raise UserError(
+            f"{bad} of {total} samples of data.shards cannot be used, more than data.max_bad {limit:g}; {where}"
+        )
 
 
 def _unready(paths: Sequence[Path], config: Config) -> list[Path]:
@@ -145,20 +134,17 @@ def _wait_for_files(paths: Sequence[Path], config: Config) -> None:
         time.sleep(1)
 
 
-def _verify(paths: Sequence[Path], config: Config, ranks: Ranks) -> Iterator[int]:
-    """Verify shards one after the other; yields bytes read, often."""
-    if not paths:
-        return
-    decoder = Decoder(ranks.device, reading_threads(config.data))
+def _index(paths: Sequence[Path], config: Config, ranks: Ranks) -> Iterator[int]:
+    """Index shards one after the other, and decode their photos unless ``data.verify`` is off; yields bytes read,
+    often."""
+    decoder = Decoder(ranks.device, reading_threads(config.data)) if paths and config.data.verify else None
     for path in paths:
+        if decoder is None:
+            open_shard(path)
+            yield path.stat().st_size
+            continue
         with contextlib.suppress(FileNotFoundError):  # it has vanished meanwhile: its index, if any, keeps its place
             yield from verifying(path, decoder)
-
-
-def _index(paths: Sequence[Path]) -> Iterator[int]:
-    for path in paths:
-        open_shard(path)
-        yield path.stat().st_size
 
 
 def _work_together(work: Iterator[int], paths: Sequence[Path], ranks: Ranks) -> bool:
@@ -166,16 +152,15 @@ def _work_together(work: Iterator[int], paths: Sequence[Path], ranks: Ranks) -> 
 
     Returns:
         whether any rank had something to do.
-
     Raises:
         UserError: of any rank, on all of them.
     """
     total = sum_over_ranks(torch.tensor(sum(path.stat().st_size for path in paths), device=ranks.device)).item()
     if not total:
         return False
-    error, finished = None, False
+    error, finished, through = None, False, 0
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not ranks.is_main) as bar:
-        while True:
+        while through < ranks.size:
             read, until = 0, time.monotonic() + SLICE
             while not finished and time.monotonic() < until:
                 try:
@@ -184,13 +169,10 @@ def _work_together(work: Iterator[int], paths: Sequence[Path], ranks: Ranks) -> 
                     error, step = str(failure), None
                 finished = step is None
                 read += step or 0
-            own = torch.tensor([read, int(finished), int(error is not None)], device=ranks.device)
-            read, through, failed = sum_over_ranks(own).tolist()
+            read, through = sum_over_ranks(torch.tensor([read, int(finished)], device=ranks.device)).tolist()
             bar.update(read)
-            if through == ranks.size:
-                break
-    if failed:
-        raise UserError(next(filter(None, gather_objects(error))))
+    if errors := [each for each in gather_objects(error) if each]:
+        raise UserError(errors[0])
     return True
 
 

@@ -1,18 +1,24 @@
-"""Joining and leaving the process group, under ``deepspeed``, ``torchrun`` and plain ``python`` alike."""
+"""Joining and leaving the process group, under ``deepspeed``, ``torchrun`` and plain ``python`` alike; errors of one
+rank in one line."""
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import errno
+import functools
 import os
 import socket
 import sys
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from .. import devices
-from ..errors import UserError, extra
+from ..config import Config
+from ..errors import RankError, UserError, extra
 from ..ranks import Ranks, local_size, wait_patiently
 
 
@@ -47,12 +53,9 @@ def initialise(device: str | None = None) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), chosen)
 
 
+@functools.cache
 def import_deepspeed():
-    """The deepspeed module, without its messages.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """The deepspeed module, without its messages, or a UserError where it is not installed."""
     # Without nvcc, DeepSpeed warns of each operator for inference, which training does not use. Only their checks read
     # this variable: a machine with nvcc builds the same operators with and without it.
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
@@ -63,17 +66,13 @@ def import_deepspeed():
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
-    logger.addFilter(_concerns_us)
+    # DeepSpeed calls every optimizer of an unknown class "untested".
+    logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
     warnings.filterwarnings("ignore", ".*(all_gather_into|reduce_scatter)_tensor.*", FutureWarning)
     # Only DeepSpeed's inference uses the CPU's shared-memory all-reduce, but joining the process group compiles it
     # (C++, half a minute, and a lock that stays after an interruption) and leaves 64 MiB per rank in /dev/shm.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def _concerns_us(record: logging.LogRecord) -> bool:
-    """Filter of DeepSpeed's log: it calls every optimizer of an unknown class "untested"."""
-    return "untested optimizer" not in record.getMessage()
 
 
 def leave(code: int) -> None:
@@ -89,3 +88,32 @@ def leave(code: int) -> None:
         sys.stderr.flush()
         os._exit(code)
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def full_disk_in_one_line(run: Path) -> Iterator[None]:
+    """Raise a :class:`RankError` in place of the OSError of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RankError(f"{run} cannot be written: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def out_of_memory_in_one_line(config: Config, micro_batch: int) -> Iterator[None]:
+    """Raise a :class:`RankError` with the settings that need less memory in place of PyTorch's error."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        settings = config.train
+        groups = micro_batch * settings.accumulation // config.group_size
+        splits = [n for n in range(settings.accumulation + 1, groups + 1) if groups % n == 0]
+        choices = [f"train.accumulation={splits[0]} with train.grad_cache=true"] if splits else []
+        if not settings.checkpoint_activations:
+            choices.append("train.checkpoint_activations=true")
+        choices.append(f"a train.batch below {settings.batch}")
+        raise RankError(
+            f"out of memory with {micro_batch} images per rank and micro-step; set {', or '.join(choices)}"
+        ) from error

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from ..config import Config
-from .guard import GuardedAdamW
+from .guard import GuardedAdamW, StepGuard
 
 # Gradients in one reduction. DeepSpeed allocates a whole bucket in fp32, by default 2 GB. 64 MB hold the largest
 # parameter (a vocabulary of 49,408 at width 256) and suffice for an all-reduce to reach its bandwidth.
@@ -34,18 +33,14 @@ def schedule_length(config: Config, samples: int) -> tuple[int, int]:
     return steps, min(round(config.train.warmup_epochs * per_epoch), steps // 10)
 
 
-def optimizer(model: nn.Module, config: Config, refuses: Callable[[], bool] = lambda: False) -> GuardedAdamW:
-    """AdamW without weight decay of biases, normalisations, learned tokens and the logit scale.
-
-    Args:
-        refuses: called in each step; the step is skipped if it is true.
-    """
+def optimizer(model: nn.Module, config: Config, guard: StepGuard | None = None) -> GuardedAdamW:
+    """AdamW without weight decay of biases, normalisations, learned tokens and the logit scale."""
     decayed, free = [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() >= 2 and not name.endswith(("tokens.weight", "positions.weight"))
         (decayed if is_matrix and "embedding" not in name else free).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.train.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return GuardedAdamW(groups, refuses, lr=config.train.lr, betas=config.train.betas, fused=True)
+    return GuardedAdamW(groups, guard, lr=config.train.lr, betas=config.train.betas, fused=True)
 
 
 def deepspeed_config(config: Config, world_size: int, *, on_gpu: bool = False) -> dict[str, Any]:
@@ -53,11 +48,10 @@ def deepspeed_config(config: Config, world_size: int, *, on_gpu: bool = False) -
 
     Parameters are fp32 and the model casts activations itself, so DeepSpeed runs in fp32 for either precision.
     """
-    zero: dict[str, Any] = {"stage": config.deepspeed.zero_stage, "reduce_bucket_size": REDUCE_BUCKET}
-    if config.deepspeed.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
-    if config.deepspeed.offload_parameters:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+    ours = config.deepspeed
+    zero: dict[str, Any] = {"stage": ours.zero_stage, "reduce_bucket_size": REDUCE_BUCKET}
+    for name, offloads in (("offload_optimizer", ours.offload_optimizer), ("offload_param", ours.offload_parameters)):
+        zero |= {name: {"device": "cpu", "pin_memory": on_gpu}} if offloads else {}
     settings = {
         "train_micro_batch_size_per_gpu": config.micro_batch(world_size),
         "gradient_accumulation_steps": config.train.accumulation,

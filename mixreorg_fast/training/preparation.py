@@ -18,22 +18,23 @@ from ..files import write_json
 from ..inference.formats import read
 from ..models import weights
 from .data import check_bad
-from .metrics import import_wandb
+from .reports import import_wandb
 
 
 def check_inputs(config: Config, resuming: bool, world_size: int = 1) -> None:
-    """Check everything that `config` names before shards are verified, which may take hours. Runs on one rank.
+    """Check everything that `config` names before shards are verified, which may take hours; on one rank.
 
     Raises:
         UserError: all problems in one line.
     """
-    checks: list[Callable[[], object]] = [partial(config.micro_batch, world_size)]
-    if config.data.shards is not None:
-        checks += [partial(expand, pattern) for pattern, _ in shard_sets(config.data)]
-    if config.data.val_shards is not None:
-        checks.append(partial(expand, config.data.val_shards))
-    checks.append(partial(_check_batch, config, world_size))
-    checks += [partial(open_dataset, entry.dataset, entry.root, entry.split) for entry in config.eval.datasets]
+    data = config.data
+    patterns = [pattern for pattern, _ in shard_sets(data)] if data.shards is not None else []
+    checks: list[Callable[[], object]] = [
+        partial(config.micro_batch, world_size),
+        *(partial(expand, pattern) for pattern in (*patterns, data.val_shards) if pattern is not None),
+        partial(_check_batch, config, patterns, world_size),
+        *(partial(open_dataset, entry.dataset, entry.root, entry.split) for entry in config.eval.datasets),
+    ]
     if not resuming:
         checks.append(partial(_tokenizer, config, resuming))
     if config.log.wandb is not None:
@@ -44,17 +45,13 @@ def check_inputs(config: Config, resuming: bool, world_size: int = 1) -> None:
             check()
         except UserError as error:
             problems[str(error)] = None
-    if len(problems) > 1:
-        listed = "; ".join(f"({number}) {problem}" for number, problem in enumerate(problems, start=1))
-        raise UserError(f"{len(problems)} mistakes: {listed}")
     if problems:
-        raise UserError(*problems)
+        numbered = (f"({number}) {problem}" for number, problem in enumerate(problems, start=1))
+        raise UserError(f"{len(problems)} mistakes: {'; '.join(numbered)}" if len(problems) > 1 else "".join(problems))
 
 
 def prepare(config: Config, training_set: TrainingSet, resuming: bool) -> Config:
-    """Train the tokenizer if necessary, resolve `config` with its size, write both into the run folder.
-
-    Runs on one rank.
+    """Train the tokenizer if necessary, resolve `config` with its size, write both into the run folder; on one rank.
 
     Raises:
         UserError: too many samples of the training set are bad.
@@ -66,24 +63,19 @@ def prepare(config: Config, training_set: TrainingSet, resuming: bool) -> Config
     tokenizer = _tokenizer(config, resuming) or training_set.train_tokenizer(config.data.vocab_size)
     text = config.model.text.model_copy(update={"vocab_size": tokenizer.vocab_size})
     config = config.model_copy(update={"model": config.model.model_copy(update={"text": text})})
-    run = config.run_folder
-    run.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(run)
-    write_json(run / "config.json", config.model_dump(mode="json"))
+    config.run_folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(config.run_folder)
+    write_json(config.run_folder / "config.json", config.model_dump(mode="json"))
     return config
 
 
-def _check_batch(config: Config, world_size: int) -> None:
-    """
-    Raises:
-        UserError: there are no shards, or fewer samples than a batch.
-    """
+def _check_batch(config: Config, patterns: list, world_size: int) -> None:
+    """Raise a UserError if there are no shards, or fewer samples than a batch."""
     samples = config.data.scenes.train if config.data.shards is None else 0
-    if config.data.shards is not None:
-        for path in (path for pattern, _ in shard_sets(config.data) for path in expand(pattern)):
-            samples += len(open_shard(path).samples)
-            if samples >= config.train.batch:  # the first shards suffice; all ranks together index the others
-                return
+    for path in (path for pattern in patterns for path in expand(pattern)):
+        samples += len(open_shard(path).samples)
+        if samples >= config.train.batch:  # the first shards suffice; all ranks together index the others
+            return
     _refuse_few(samples, config, world_size)
 
 

@@ -1,23 +1,29 @@
-"""The reports of a run: what the steps since the last report measured, over all ranks."""
+"""The reports of a run: what the steps since the last report measured, over all ranks, and where they are written."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import resource
+import secrets
+import socket
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from ..config import Config
+from ..config import Config, flattened
 from ..data.shards.bad import Bad
-from ..ranks import Ranks, mean_over_ranks, on_main
+from ..errors import UserError
+from ..files import write_json, write_text
+from ..ranks import Ranks, all_gather, gather_objects, mean_over_ranks, on_main
 from .data import BadSamples
-from .metrics import MetricsLog
 from .summary import expected
-from .timing import RankTimes, Stopwatch
 
 
 class Reports:
@@ -51,7 +57,7 @@ class Reports:
     def say(self, text: str) -> None:
         """Print a line on rank 0."""
         if self._log is not None:
-            self._log.say(text)
+            tqdm.write(text, file=sys.stderr)
 
     def restart(self) -> None:
         """Begin the next report's steps and time here."""
@@ -80,7 +86,7 @@ class Reports:
         self._micro_steps += len(losses)
         self._steps_since += 1
         if self._log is not None:
-            self._log.step()
+            self._log.bar.update()
 
     def means(self) -> dict[str, float]:
         """Means over all ranks and the micro-steps since the last report; empty if every step was skipped."""
@@ -107,6 +113,10 @@ class Reports:
             return
         images_per_s = steps * self._config.train.batch / seconds
         samples = step * self._config.train.batch
+        if self._ranks.device.type == "cuda":
+            peak_memory = torch.cuda.max_memory_allocated(self._ranks.device)
+        else:
+            peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         values: dict[str, Any] = {
             "samples": samples,
             **means,
@@ -114,7 +124,7 @@ class Reports:
             "images_per_s": images_per_s,
             "data_wait": waited / seconds,
             "rank_seconds": times,
-            "peak_memory_mb": _peak_memory(self._ranks.device) / 2**20,
+            "peak_memory_mb": peak_memory / 2**20,
             "bad_samples": found,
         }
         self._log.write(step, values)
@@ -136,8 +146,179 @@ class Reports:
             self.say(f"step {step}: " + ", ".join(f"{name} {value:.1f}" for name, value in figures.items()))
 
 
-def _peak_memory(device: torch.device) -> int:
-    """Peak bytes: allocated on a GPU, resident of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# ---------------------------------------------------------------------- a slow rank
+
+
+class Stopwatch:
+    """Sums intervals of a device's time; on a GPU by events, without waiting for them."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self.restart()
+
+    def restart(self) -> None:
+        self._began: Any = None
+        self._intervals: list[tuple[Any, Any]] = []
+
+    def start(self) -> None:
+        """Begin an interval, unless one has begun."""
+        if self._began is None:
+            self._began = self._mark()
+
+    def stop(self) -> None:
+        """End the interval, if one has begun."""
+        if self._began is not None:
+            self._intervals.append((self._began, self._mark()))
+            self._began = None
+
+    def seconds(self) -> float:
+        """The sum of all intervals since the last restart; waits for the GPU to finish the last one."""
+        if not self._cuda:
+            return sum(end - begin for begin, end in self._intervals)
+        if self._intervals:
+            self._intervals[-1][1].synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in self._intervals) / 1000
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class RankTimes:
+    """Compares the ranks' times to find a slow one; every rank makes one.
+
+    Ranks end a step together, so their steps take equally long. A slow rank takes longer until the step's first
+    exchange between ranks: reading data and most of the forward pass. Under ZeRO-3, which exchanges parameters in the
+    forward pass, only the time for reading data shows it.
+
+    Args:
+        slow: a rank that is slower than the mean by more than this share, in two reports in a row, is named.
+    """
+
+    def __init__(self, ranks: Ranks, slow: float):
+        self._ranks, self._slow = ranks, slow
+        self._hosts = gather_objects(socket.gethostname())
+        self._suspect = self._named = -1
+
+    def gather(self, seconds: float) -> dict[str, Any]:
+        """``min``, ``mean`` and ``max`` of the ranks' seconds, the ``slowest`` rank and its ``host``; call on every
+        rank."""
+        times = all_gather(torch.tensor([seconds], dtype=torch.float64, device=self._ranks.device)).tolist()
+        slowest, mean = times.index(max(times)), sum(times) / len(times)
+        return {"min": min(times), "mean": mean, "max": max(times), "slowest": slowest, "host": self._hosts[slowest]}
+
+    def remark(self, times: dict[str, Any]) -> str | None:
+        """A line that names a rank that has become slow; None, also for a rank named before."""
+        rank = times["slowest"] if times["max"] > (1 + self._slow) * times["mean"] else -1
+        before, self._suspect = self._suspect, rank
+        if rank != before or rank == self._named:
+            return None
+        self._named = rank
+        if rank < 0:
+            return None
+        return (
+            f"rank {rank} on {times['host']} is slow: {times['max']:.3g} s of a step until the first exchange, "
+            f"{times['max'] / times['mean'] - 1:.0%} more than the ranks' mean (log.slow_rank)"
+        )
+
+
+# ---------------------------------------------------------------------- where reports are written
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+class MetricsLog:
+    """Writes a run's measures to ``metrics.jsonl``, TensorBoard and Weights & Biases, and shows them in the progress
+    bar; only rank 0 makes one.
+
+    Args:
+        run: the run folder. start: the step that the run starts or resumes at; lines of later steps, from before an
+            interruption, are dropped. steps: of the whole run.
+        wandb: the Weights & Biases project to report to; None: none.
+    Raises:
+        UserError: Weights & Biases is not installed or cannot be reached.
+    """
+
+    def __init__(self, run: Path, start: int, steps: int, wandb: str | None = None):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._wandb = _start_wandb(run, wandb) if wandb is not None else None
+        path = run / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        write_text(path, "".join(f"{line}\n" for line in lines if _step(line) <= start))
+        self._file = path.open("a", buffering=1)
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
+        # A terminal gets a bar; a log file gets a line per report.
+        self.bar = tqdm(total=steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
+        self._steps = steps
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Write one line of ``metrics.jsonl``; numbers also go to TensorBoard and wandb, nested ones by path."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        numbers = {name: value for name, value in flattened(values, "/").items() if isinstance(value, int | float)}
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({**numbers, "step": step})
+
+    def show(self, step: int, values: dict[str, float], seconds_left: float) -> None:
+        """Show the losses and the speed in the progress bar, or print them as a line."""
+        text = " ".join(f"{name.removeprefix('loss_')} {value:.4g}" for name, value in values.items())
+        if self.bar.disable:
+            left = tqdm.format_interval(seconds_left)
+            print(f"step {step}/{self._steps} {text} | {left} left", file=sys.stderr, flush=True)
+        else:
+            self.bar.set_postfix_str(text)
+
+    def close(self) -> None:
+        self.bar.close()
+        self._board.close()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def import_wandb() -> Any:
+    """The wandb module, or a UserError where it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(f"log.wandb needs Weights & Biases: pip install wandb ({error})") from None
+    return wandb
+
+
+def _start_wandb(run: Path, project: str) -> Any:
+    """The run at Weights & Biases that belongs to this run folder, whose ``wandb.json`` holds its id."""
+    wandb = import_wandb()
+    memory = run / "wandb.json"
+    known = json.loads(memory.read_text()) if memory.exists() else {"project": project, "id": secrets.token_hex(8)}
+    if known["project"] != project:
+        raise UserError(f"{run} reports to the project {known['project']}; log.wandb is now {project}")
+    try:
+        online = wandb.init(
+            **known,
+            name=run.name,
+            resume="allow",
+            dir=str(run),
+            config=json.loads((run / "config.json").read_text()),
+            allow_val_change=True,  # a resumed run may have another learning rate or number of steps
+        )
+    except wandb.Error as error:
+        raise UserError(f"log.wandb: {error} (WANDB_MODE=offline keeps the reports in {run / 'wandb'})") from None
+    write_json(memory, known)
+    # A metric of ours counts the steps: after resuming they start lower, which wandb's own counter cannot do.
+    online.define_metric("*", step_metric="step")
+    return online
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # a line that an interruption has truncated
+        return float("inf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, are_scenes
+from ..config import Config, are_scenes, flattened
 from ..data.reading.training_set import TrainingSet
 from ..errors import UserError
 from ..models import weights
@@ -25,10 +26,7 @@ SCENES = "the embedded scenes"
 
 
 def refuse_another(config: Config, resume: str) -> None:
-    """
-    Raises:
-        UserError: the folder holds checkpoints of a run with other identifying settings than `config`.
-    """
+    """Raise a UserError if the folder holds checkpoints of a run with other identifying settings than `config`."""
     run = config.run_folder
     was, kept = _json(run / "config.json"), checkpoint.complete(run)
     if resume == "never" or not kept or not was:
@@ -48,7 +46,7 @@ def refuse_another(config: Config, resume: str) -> None:
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Identifying keys whose values differ, with both values; `was`: the resolved values of config.json."""
-    old, new = _flat(was), _flat(now)
+    old, new = flattened(was), flattened(now)
     for values in (old, new):
         if are_scenes(values.get("data.shards"), values["data.scenes.folder"]):
             values["data.shards"] = SCENES
@@ -74,8 +72,8 @@ def finished(config: Config, resume: str) -> dict[str, Any] | None:
     return _json(run / "eval.json") if whole else None
 
 
-def checkpoint_to_resume(config: Config, resume: str) -> tuple[Path | None, dict[str, Any]]:
-    """The newest undamaged checkpoint to resume from, and its state; (None, {}): a new run.
+def state_to_resume(config: Config, resume: str) -> dict[str, Any]:
+    """The state of the newest undamaged checkpoint to resume from, and as "source" its path; {}: a new run.
 
     For a new run with --resume never, an existing run folder is renamed.
     """
@@ -83,33 +81,29 @@ def checkpoint_to_resume(config: Config, resume: str) -> tuple[Path | None, dict
     candidates = checkpoint.find(run, resume)
     if not candidates:
         if resume == "never" and run.exists():
-            _set_aside(run)
-        return None, {}
+            number = next(n for n in itertools.count(1) if not run.with_name(f"{run.name}.{n}").exists())
+            print(f"{run} is renamed to {run.rename(run.with_name(f'{run.name}.{number}'))}", flush=True)
+        return {}
     expected = {"seed": config.seed, "batch": config.train.batch}
-    source, state = candidates[0], {}
-    for number, source in enumerate(candidates, start=1):
+    while True:
+        source = candidates.pop(0)
         try:
             state = checkpoint.read_state(source, expected)
             break
         except checkpoint.Damaged as error:
-            if number == len(candidates):
+            if not candidates:
                 raise
             print(f"warning: {error}; resuming from the checkpoint before it", file=sys.stderr, flush=True)
     run.mkdir(parents=True, exist_ok=True)
     if not (source / weights.TOKENIZER).is_file():
         raise UserError(f"{source} has no {weights.TOKENIZER}")
     shutil.copyfile(source / weights.TOKENIZER, run / weights.TOKENIZER)
-    for aside in checkpoint.set_aside_after(run, state["step"]):
-        print(f"a later checkpoint is renamed to {aside}", flush=True)
-    return source, state
-
-
-def _set_aside(run: Path) -> None:
-    number = 1
-    while (aside := run.with_name(f"{run.name}.{number}")).exists():
-        number += 1
-    run.rename(aside)
-    print(f"{run} is renamed to {aside}", flush=True)
+    for later in checkpoint.complete(run):
+        if int(later.name.removeprefix("step_")) > state["step"]:
+            aside = later.with_name(f"aside_{later.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            print(f"a later checkpoint is renamed to {later.rename(aside)}", flush=True)
+    return {**state, "source": source}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -119,13 +113,6 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _short(value: Any) -> str:

@@ -20,13 +20,14 @@ PICTURES = ("segmentation.png", "segments.png", "mixing.png", "losses.png")
 def summary(config: Config, ranks: Ranks) -> str:
     """Devices and driver, precision, compilation, attention (of images / of captions), ZeRO stage, images per step."""
     train = config.train
+    compilation = "compiled, CUDA graphs" if train.cuda_graphs else "compiled"
     images = f"{ranks.size} ranks × " if ranks.size > 1 else ""
     images += f"{train.accumulation} × " if train.accumulation > 1 else ""
     return ", ".join(
         [
             f"{ranks.size} × {devices.describe(ranks.device)}",
             train.precision + (" (TF32)" if train.tf32 and ranks.device.type == "cuda" else ""),
-            _compilation(config, ranks.device),
+            compilation if config.compiles(ranks.device.type) else "not compiled",
             f"attention: {'/'.join(_attention(config, ranks.device))}",
             f"ZeRO-{config.deepspeed.zero_stage}",
             f"{train.batch} images a step" + (f" ({images}{config.micro_batch(ranks.size)})" if images else ""),
@@ -71,12 +72,6 @@ def closing(scores: dict[str, Any], config: Config) -> str:
     if pictures:
         lines.append(f"pictures: {', '.join(pictures)} in {run}")
     return "\n".join([*lines, f"next: mixreorg demo --weights {run}"])
-
-
-def _compilation(config: Config, device: torch.device) -> str:
-    if not config.compiles(device.type):
-        return "not compiled"
-    return "compiled, CUDA graphs" if config.train.cuda_graphs else "compiled"
 
 
 def _attention(config: Config, device: torch.device) -> tuple[str, str]:

@@ -31,9 +31,8 @@ from ..models.features import Features
 from ..ranks import Ranks, on_main, wait_patiently
 from . import checkpoint, run_folder, validation
 from .data import BadSamples, open_training_set
-from .distributed import import_deepspeed, initialise
-from .failures import full_disk_in_one_line, out_of_memory_in_one_line
-from .guard import GuardedStep, StepGuard
+from .distributed import full_disk_in_one_line, import_deepspeed, initialise, out_of_memory_in_one_line
+from .guard import StepGuard
 from .optimisation import deepspeed_config, learning_rate, optimizer, schedule_length
 from .plots import draw_losses
 from .preparation import check_inputs, prepare
@@ -56,10 +55,10 @@ def train(config: Config, resume: str = "auto", device: str | None = None) -> di
     does the same and raises KeyboardInterrupt. A finished run does not change.
     """
     ranks = initialise(device)
-    if config.train.cuda_graphs and ranks.device.type != "cuda":
-        raise UserError("train.cuda_graphs needs a CUDA GPU")
     if ranks.device.type == "cuda":
         devices.set_tf32(config.train.tf32)
+    elif config.train.cuda_graphs:
+        raise UserError("train.cuda_graphs needs a CUDA GPU")
     if ranks.is_main:
         print(summary(config, ranks), flush=True)
     on_main(lambda: run_folder.refuse_another(config, resume))
@@ -70,14 +69,14 @@ def train(config: Config, resume: str = "auto", device: str | None = None) -> di
             print(closing(scores, config), flush=True)
         return scores
     on_main(lambda: check_inputs(config, bool(checkpoint.find(config.run_folder, resume)), ranks.size))
-    source, state = on_main(lambda: run_folder.checkpoint_to_resume(config, resume))
+    state = on_main(lambda: run_folder.state_to_resume(config, resume))
     config = on_main(lambda: with_scenes(config))
     training_set = open_training_set(config, ranks)
-    config = on_main(lambda: prepare(config, training_set, resuming=source is not None))
+    config = on_main(lambda: prepare(config, training_set, resuming=bool(state)))
     if ranks.is_main and state.get("order", training_set.digest) != training_set.digest:
         print("warning: data.shards have changed: the samples' order changes from here on", flush=True)
     with Watch(ranks, config.train.timeout, config.run_folder) as watch:
-        return Trainer(config, training_set, ranks, watch, source, state).run()
+        return Trainer(config, training_set, ranks, watch, state).run()
 
 
 def micro_step_seed(seed: int, position: int) -> int:
@@ -90,31 +89,22 @@ class Trainer:
     """One run on one rank.
 
     Args:
-        source: the checkpoint to resume from, with its `state`; None and {}: a new run.
+        state: of the checkpoint to resume from, whose path is its "source"; {}: a new run.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        training_set: TrainingSet,
-        ranks: Ranks,
-        watch: Watch,
-        source: Path | None,
-        state: dict[str, Any],
-    ):
+    def __init__(self, config: Config, training_set: TrainingSet, ranks: Ranks, watch: Watch, state: dict[str, Any]):
         self.config, self.training_set, self.ranks, self.watch = config, training_set, ranks, watch
         self.run_folder = config.run_folder
         self.tokenizer = Tokenizer.load(self.run_folder / weights.TOKENIZER)
         self.steps, self.warmup = schedule_length(config, len(training_set))
         self.micro_batch = config.micro_batch(ranks.size)
         self.step, self.best = state.get("step", 0), state.get("best")
-        self.guard = StepGuard(config.train.spike, state.get("guard"))
-        self.optimizer_step = GuardedStep(self.guard, ranks)
+        self.guard = StepGuard(config.train.spike, **state.get("guard", {}))
         self.grad_cache = config.train.grad_cache and config.train.accumulation > 1
         bad_samples = BadSamples(config, ranks, training_set, self.step * config.train.batch)
         self.reports = Reports(config, ranks, bad_samples, self.step, self.steps)
         self._images: Tensor | None = None  # of the last micro-batch, for the pictures
-        self.engine = self._engine(source)
+        self.engine = self._engine(state.get("source"))
 
     def _engine(self, source: Path | None) -> Any:
         """DeepSpeed's engine around the network and its optimizer, restored from the checkpoint `source`."""
@@ -130,7 +120,7 @@ class Trainer:
         module.to(ranks.device)
         engine, *_ = import_deepspeed().initialize(
             model=module,
-            optimizer=optimizer(module, config, self.optimizer_step.refuses),
+            optimizer=optimizer(module, config, self.guard),
             config=deepspeed_config(config, ranks.size, on_gpu=ranks.device.type == "cuda"),
         )
         wait_patiently()
@@ -160,7 +150,7 @@ class Trainer:
                 if self._images is None:
                     self._images = next(loader).images
             self._at("final scores", timed=False)
-            if self.ranks.is_main and draw_losses(self.run_folder) is None:
+            if self.ranks.is_main and not draw_losses(self.run_folder):
                 print("no losses.png: it needs matplotlib", file=sys.stderr, flush=True)
             scores = {} if stopped_by else self._finish()
             self._at("stopped" if stopped_by else FINISHED)
@@ -179,7 +169,7 @@ class Trainer:
 
             losses = forward_and_backward(itertools.islice(batches, self.config.train.accumulation))
             self.watch.at(self.step + 1, "optimizer step")
-            norm, asked = self.optimizer_step.take(self.engine, stop)
+            norm, asked = self.guard.take(self.engine, stop, self.ranks)
             self.step += 1
             if self.guard.record(norm):
                 self._skip(norm, buffers)
@@ -292,10 +282,8 @@ class Trainer:
     # ------------------------------------------------------------------ the optimizer's step
 
     def _set_learning_rate(self) -> None:
-        settings = self.config.train
-        rate = learning_rate(
-            self.step, steps=self.steps, warmup=self.warmup, peak=settings.lr, floor=min(settings.min_lr, settings.lr)
-        )
+        peak, floor = self.config.train.lr, min(self.config.train.min_lr, self.config.train.lr)
+        rate = learning_rate(self.step, steps=self.steps, warmup=self.warmup, peak=peak, floor=floor)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
 
@@ -345,8 +333,8 @@ class Trainer:
         model, scores = self._score(self.config.eval.every_images)
         self.reports.validation(self.step, validation.headline(scores))
         values = [value["mIoU"] for value in scores.values() if "mIoU" in value]
-        mean = sum(values) / len(values) if values else None
-        if mean is not None and (self.best is None or mean > self.best):
+        mean = sum(values) / len(values) if values else -math.inf
+        if mean > (-math.inf if self.best is None else self.best):
             self.best = mean
             if self.ranks.is_main:
                 model.save(self.run_folder / "best")

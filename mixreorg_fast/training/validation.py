@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import ops
 from ..config import Config, EvalDatasetConfig
 from ..data.reading.validation_loader import ValidationLoader
-from ..data.shards.shard_set import ShardSet, open_shards
+from ..data.shards.shard_set import open_shards
 from ..data.text.tokenizer import Tokenizer
 from ..evaluation.datasets import SegmentationDataset, open_dataset
 from ..evaluation.pictures import dataset_figure, mixing_figure, segments_figure
@@ -23,6 +23,7 @@ from ..evaluation.zero_shot import evaluate, segmenter_for
 from ..inference.model import Model
 from ..inference.segmenter import Segmenter
 from ..ranks import Ranks
+from .summary import WAYS
 
 
 def evaluation_model(config: Config, tokenizer: Tokenizer, state: dict[str, Tensor], ranks: Ranks) -> Model:
@@ -44,9 +45,7 @@ def score(model: Model, config: Config, ranks: Ranks, *, limit: int | None) -> d
         images = min(filter(None, (limit, entry.limit)), default=None)
         scores[entry.name] = evaluate(segmenter, dataset, images, progress=limit is None)
     if config.data.val_shards:
-        assert model.tokenizer is not None, "a training model has a tokenizer"
-        shards = open_shards(config.data.val_shards)
-        scores["retrieval"] = retrieval_at_1(model, _pairs(config, model.tokenizer, shards, ranks, limit))
+        scores["retrieval"] = retrieval_at_1(model, _pairs(model, config, ranks, limit))
     return scores
 
 
@@ -55,14 +54,13 @@ def _segmenter(model: Model, config: Config, entry: EvalDatasetConfig) -> tuple[
     return segmenter_for(model, dataset, config.eval.with_options(), entry.background_threshold), dataset
 
 
-def _pairs(
-    config: Config, tokenizer: Tokenizer, shards: ShardSet, ranks: Ranks, limit: int | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's images and token ids; `limit`: the approximate number of pairs over all ranks."""
+def _pairs(model: Model, config: Config, ranks: Ranks, limit: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's images and token ids of ``data.val_shards``; `limit`: approximate number of pairs over all ranks."""
+    assert model.tokenizer is not None and config.data.val_shards is not None
+    shards, seen = open_shards(config.data.val_shards), 0
     loader = ValidationLoader(
-        config, tokenizer, shards, micro_batch=64, rank=ranks.rank, world_size=ranks.size, device=ranks.device
+        config, model.tokenizer, shards, micro_batch=64, rank=ranks.rank, world_size=ranks.size, device=ranks.device
     )
-    seen = 0
     with contextlib.closing(loader):
         for pairs in loader:
             yield pairs.images, pairs.ids
@@ -76,10 +74,7 @@ def headline(scores: dict[str, Any]) -> dict[str, float]:
     figures = {}
     for figure in ("mIoU", "oracle_mIoU"):
         figures |= {f"{name}_{figure}": value[figure] for name, value in scores.items() if figure in value}
-    for direction in ("image_to_text", "text_to_image"):
-        if direction in scores.get("retrieval", {}):
-            figures[f"{direction}_R@1"] = scores["retrieval"][direction]
-    return figures
+    return figures | {f"{way}_R@1": scores["retrieval"][way] for way in WAYS if "retrieval" in scores}
 
 
 def draw(model: Model, config: Config, images: Tensor, run: Path) -> None:

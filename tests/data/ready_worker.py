@@ -87,7 +87,7 @@ def main(folder: Path) -> None:
             raise UserError("the disk of rank 1")
         yield 1
 
-    data._verify, data.is_ready = fail, lambda *_, **__: False
+    data._index, data.is_ready = fail, lambda *_, **__: False
     try:
         data.open_training_set(config, ranks)
     except UserError as error:

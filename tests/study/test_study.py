@@ -48,7 +48,7 @@ def write_study(folder, **changes):
 
 def test_runs_of_several_blocks_are_trained_once(tmp_path):
     study = Study(write_study(tmp_path))
-    runs = list(study.runs())
+    runs = study.runs
     assert [(run.variant, run.seed) for run in runs] == [
         ("groupvit", 0),
         ("full", 0),
@@ -56,8 +56,8 @@ def test_runs_of_several_blocks_are_trained_once(tmp_path):
         ("full", 1),
         ("soft", 1),
     ]
-    assert list(study.timed()) == [("scenes", "groupvit", "full", 0), ("scenes", "groupvit", "full", 1)]
-    assert [run.variant for run in Study(study.path, ["more"]).runs()] == ["full", "soft"]
+    assert study.timed == [("scenes", "groupvit", "full", 0), ("scenes", "groupvit", "full", 1)]
+    assert [run.variant for run in Study(study.path, ["more"]).runs] == ["full", "soft"]
     names = {name for _, name in Study(study.path, ["more"]).names()}
     assert names == {run.folder.name for run in runs} | {"groupvit_time_seed0", "groupvit_time_seed1"}
     soft = study.run("scenes", "soft", 1, steps=7)
@@ -200,10 +200,10 @@ def test_the_time_of_a_run_is_that_of_its_steps():
 @pytest.mark.parametrize("name", ["study.json", "study_cpu.json", "study_trials.json"])
 def test_the_studies_of_this_project_are_sound(name):
     study = Study(ROOT / "configs" / name)
-    assert all(run.variant and run.config.micro_batch(1) for run in study.runs())
+    assert all(run.variant and run.config.micro_batch(1) for run in study.runs)
     seeds = [len(study.seeds(study.config.blocks[block])) for block in study.blocks]
     if name != "study_trials.json":
         assert min(seeds) >= 3
     else:  # the baseline is tuned no less than the method
-        methods = [run.config.model.method for run in study.runs()]
+        methods = [run.config.model.method for run in study.runs]
         assert methods.count("groupvit") >= methods.count("mixreorg")

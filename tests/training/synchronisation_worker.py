@@ -97,7 +97,7 @@ def run(case: dict, ranks, folder: Path) -> dict[str, list[str]]:
             loaded.upload = uploaded
     get_accelerator().synchronize = lambda *device: synchronisations.waits()
     with synchronisations.recorded(), StopRequest() as stop:
-        trainer = Trainer(config, TrainingSet(), ranks, phases, None, {})
+        trainer = Trainer(config, TrainingSet(), ranks, phases, {})
         trainer._save = lambda: None
         trainer._loop(Loader(trainer, synchronisations), stop)
     return found

@@ -24,7 +24,7 @@ def test_several_gpus_get_a_rank_each(monkeypatch):
     monkeypatch.setattr(command.signal, "signal", lambda *_: None)
     assert main(["train", "zero2", "--set", "train.steps=3", "--resume", "never", "--device", "cuda"]) == 0
     options = ["--set", "train.steps=3", "--resume", "never", "--device", "cuda"]
-    assert calls == [["--quiet", "--module", "mixreorg_fast.training", "--config", "zero2", *options]]
+    assert calls == [["--quiet", "--module", "mixreorg_fast.training.command", "--config", "zero2", *options]]
     assert runner.parse_args(calls[0]).user_args == ["--config", "zero2", *options]
     assert command._gpus("cpu") == 0
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -38,12 +38,10 @@ def test_one_configuration_is_named(capsys):
 
 
 def test_python_m_takes_names_too(monkeypatch):
-    from mixreorg_fast.training.__main__ import main as start
-
     found = []
     trainer = ModuleType("trainer")
     trainer.train = lambda config, resume, device: found.append((config.name, resume, device))
     monkeypatch.setitem(sys.modules, "mixreorg_fast.training.trainer", trainer)
     monkeypatch.setattr("mixreorg_fast.training.distributed.leave", lambda code: None)
-    assert start(["--local_rank=0", "--config", "groupvit", "--device", "cpu"]) == 0
+    assert command.start(["--local_rank=0", "--config", "groupvit", "--device", "cpu"]) == 0
     assert found == [("scenes_groupvit", "auto", "cpu")]

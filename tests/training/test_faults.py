@@ -290,7 +290,7 @@ def test_guard():
         assert not guard.record(2.0)
     assert guard.refuses(20.1) and not guard.refuses(19.9)
     assert guard.record(float("nan")) and guard.record(1000.0)
-    again = StepGuard(10.0, json.loads(json.dumps(guard.state())))
+    again = StepGuard(10.0, **json.loads(json.dumps(guard.state())))
     assert (again.skipped, again.in_a_row, again.taken) == (2, 2, SETTLED)
     assert not again.record(3.0) and again.in_a_row == 0
-    assert not StepGuard(0.0, guard.state()).refuses(1e30)
+    assert not StepGuard(0.0, **guard.state()).refuses(1e30)

@@ -8,10 +8,9 @@ import types
 import pytest
 
 from mixreorg_fast.errors import UserError
-from mixreorg_fast.training.metrics import MetricsLog
 from mixreorg_fast.training.plots import draw_losses
 from mixreorg_fast.training.preparation import check_inputs
-from mixreorg_fast.training.timing import RankTimes, Stopwatch
+from mixreorg_fast.training.reports import MetricsLog, RankTimes, Stopwatch
 from tests.tiny import tiny_config
 
 pytest.importorskip("tensorboard")

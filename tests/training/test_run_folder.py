@@ -34,7 +34,15 @@ def settings(folder: Path, **changes) -> dict:
 
 
 ALONE = ("-m", "mixreorg_fast.cli", "train")
-TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mixreorg_fast.training")
+TWO_RANKS = (
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc_per_node",
+    "2",
+    "-m",
+    "mixreorg_fast.training.command",
+)
 
 
 def start(folder: Path, *options: str, command: tuple[str, ...] = ALONE, **changes) -> subprocess.Popen:

@@ -28,13 +28,9 @@ NORM = {
     "deepspeed/runtime/utils.py:is_invalid_grad_norm": 3,
 }
 # Ours: the guard's norm, and whether a rank was asked to stop.
-OUTCOME = {"mixreorg_fast/training/guard.py:_read": 2}
+OUTCOME = {"mixreorg_fast/training/guard.py:outcome": 2}
 OPTIMIZER_STEP = {
-    "zero0": {
-        "mixreorg_fast/training/guard.py:take": 1,
-        "deepspeed/runtime/utils.py:clip_grad_norm_": 2,
-        "mixreorg_fast/training/guard.py:_read": 1,
-    },
+    "zero0": {"deepspeed/runtime/utils.py:clip_grad_norm_": 2} | OUTCOME,
     "zero1": NORM | OUTCOME,
     "zero2": NORM | OUTCOME,
     "zero2, grad cache": NORM | OUTCOME,
