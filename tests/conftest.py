@@ -17,6 +17,12 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
+# `pytest -n` shares the processors: what a worker starts inherits its threads.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+
 # What chooses a device by itself takes the CPU, also in the ranks and commands that tests start: there may be fewer
 # GPUs than ranks. A test computes on a GPU by the fixture `device` or the marker `gpu`.
 os.environ["DS_ACCELERATOR"] = "cpu"
