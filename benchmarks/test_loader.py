@@ -17,10 +17,9 @@ import torch
 from PIL import Image
 
 from mixreorg_fast.config import Config, parse_config
-from mixreorg_fast.data.reading.train_loader import TrainLoader
+from mixreorg_fast.data.reading.loaders import TrainLoader
 from mixreorg_fast.data.reading.training_set import TrainingSet
-from mixreorg_fast.data.shards.pair import Pair
-from mixreorg_fast.data.shards.write import write_shard
+from mixreorg_fast.data.shards.pair import Pair, write_shard
 from mixreorg_fast.models import Batch
 
 from . import test_train_step

@@ -21,13 +21,17 @@ from .devices import choose
 from .errors import UserError, extra
 from .images import load_image
 from .inference.options import add_options, load_on_device
-from .inference.overlay import blend, segment_palette
+from .inference.overlay import segments_picture
 from .inference.windows import segment_of_pixels
 from .models.weights import find_weights
 from .names import MASK_CLASSES, parse_classes
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     import gradio
+    from starlette.requests import Request
+    from starlette.responses import Response
 
     from .inference.model import Model
 
@@ -160,9 +164,8 @@ def view(model: Model, path: str, names: str, threshold: float) -> View:
     photo = load_image(path, max_pixels=MAX_PIXELS)
     photo.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     found = model.segment(photo, classes, background_threshold=threshold)
-    grey, colours = photo.convert("L").convert("RGB"), segment_palette()
     stages = [segment_of_pixels(maps[None], (photo.height, photo.width))[0].cpu() for maps in found.stages]
-    return View(found.overlay(), [blend(grey, segments, colours, 0.6) for segments in stages], found.areas)
+    return View(found.overlay(), [segments_picture(photo, segments) for segments in stages], found.areas)
 
 
 def sample_scenes(config: ScenesConfig, folder: Path) -> list[list[str]]:
@@ -260,6 +263,7 @@ def serve(page: gradio.Blocks, host: str, port: int | None) -> str:
     """
     from gradio.themes import Default
     from starlette.middleware import Middleware
+    from starlette.middleware.base import BaseHTTPMiddleware
 
     plain = ("system-ui", "sans-serif")
     try:
@@ -278,37 +282,24 @@ def serve(page: gradio.Blocks, host: str, port: int | None) -> str:
             footer_links=[],
             max_file_size=MAX_UPLOAD,
             theme=Default(font=plain, font_mono=("monospace",)),
-            app_kwargs={"middleware": [Middleware(Guard)]},
+            app_kwargs={"middleware": [Middleware(BaseHTTPMiddleware, dispatch=guarded)]},
         )
     except OSError as error:
         raise UserError(f"--host {host}: {error}") from None
     return url
 
 
-class Guard:
-    """ASGI middleware: bounds requests, refuses Gradio's proxy routes, adds the content policy."""
+async def guarded(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+    """Bounds requests, refuses Gradio's proxy routes, adds the content policy."""
+    from starlette.responses import PlainTextResponse
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        from starlette.responses import PlainTextResponse
-
-        headers = dict(scope["headers"])
-        # Gradio would fetch other sites' files for whoever asks.
-        if "/proxy=" in scope["path"] or "/file=http" in scope["path"]:
-            return await PlainTextResponse("not here", 404)(scope, receive, send)
-        if scope["method"] == "POST":
-            # Its own bound is per file; a request may hold many, or come in chunks without a length.
-            length = headers.get(b"content-length", b"")
-            if not length.isdigit() or int(length) > MAX_UPLOAD + (1 << 16):
-                return await PlainTextResponse("too large", 413)(scope, receive, send)
-
-        async def guarded(event: dict) -> None:
-            if event["type"] == "http.response.start":
-                event["headers"] = [*event["headers"], (b"content-security-policy", CONTENT_POLICY.encode())]
-            await send(event)
-
-        await self.app(scope, receive, guarded)
+    # Gradio would fetch other sites' files for whoever asks.
+    if "/proxy=" in request.scope["path"] or "/file=http" in request.scope["path"]:
+        return PlainTextResponse("not here", 404)
+    # Its own bound is per file; a request may hold many, or come in chunks without a length.
+    length = request.headers.get("content-length", "")
+    if request.method == "POST" and (not length.isdigit() or int(length) > MAX_UPLOAD + (1 << 16)):
+        return PlainTextResponse("too large", 413)
+    response = await answer(request)
+    response.headers["content-security-policy"] = CONTENT_POLICY
+    return response

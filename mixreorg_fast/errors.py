@@ -27,13 +27,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}")
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """``" (did you mean 'x'?)"`` with the closest of `choices`, or every choice when none is close."""
+def nearest(word: str, choices: Iterable[str], others: bool = True) -> str:
+    """``" (did you mean 'x'?)"`` with the closest of `choices`, or every choice when none is close (unless `others` is
+    off, for the files of a folder)."""
     choices = [str(choice) for choice in choices]
     close = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.6)
     if close:
         return f" (did you mean '{close[0]}'?)"
-    return f" (choose from: {', '.join(choices)})" if choices else ""
+    return f" (choose from: {', '.join(choices)})" if choices and others else ""
 
 
 def extra(name: str) -> str:

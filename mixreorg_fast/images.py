@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,7 @@ def load_image(source: Any, *, upright: bool = True, max_pixels: int | None = No
         source = name = Path(source)
         if not source.is_file():
             siblings = [p.name for p in source.parent.iterdir()] if source.parent.is_dir() else []
-            close = nearest(source.name, siblings)
-            raise UserError(f"no picture {source}{close if 'did you mean' in close else ''}")
+            raise UserError(f"no picture {source}{nearest(source.name, siblings, others=False)}")
     else:
         return _rgb(_from_array(source), upright)
     try:
@@ -77,21 +76,17 @@ def find_images(source: Path, recursive: bool = False) -> list[Path]:
     """
     if not source.is_dir():
         return [source]
-    try:
-        inside = sorted(p for p in _files(source, recursive) if p.suffix.lower() in SUFFIXES)
-    except OSError as error:
+
+    def fail(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+
+    inside: list[Path] = []
+    for folder, folders, files in os.walk(source, onerror=fail):
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        inside += [Path(folder, name) for name in files if name.lower().endswith(SUFFIXES)]
     if not inside:
         raise UserError(f"no pictures ({' '.join(SUFFIXES)}) in folder {source}")
-    return inside
-
-
-def _files(folder: Path, recursive: bool) -> Iterator[Path]:
-    for path in folder.iterdir():
-        if not path.is_dir():
-            yield path
-        elif recursive and not path.name.startswith(".") and not path.is_symlink():  # a link may lead back
-            yield from _files(path, recursive)
+    return sorted(inside)
 
 
 def network_size(size: tuple[int, int], short_side: int, patch: int) -> tuple[int, int]:
@@ -147,29 +142,31 @@ def _rgb(image: Image.Image, upright: bool) -> Image.Image:
 
 
 def _from_array(source: Any) -> Image.Image:
+    expected = "expected a path, bytes, a file, a Pillow image or an array, got"
     try:
         array = np.asarray(source.detach().cpu() if isinstance(source, Tensor) else source)
     except (TypeError, ValueError, RuntimeError):
         kind = f"a tensor of {source.dtype}" if isinstance(source, Tensor) else type(source).__name__
-        raise UserError(f"expected a path, bytes, a file, a Pillow image or an array, got {kind}") from None
+        raise UserError(f"{expected} {kind}") from None
     if array.dtype == object or array.ndim == 0:
-        raise UserError(f"expected a path, bytes, a file, a Pillow image or an array, got {type(source).__name__}")
-    if array.ndim == 3 and array.shape[2] == 1:
+        raise UserError(f"{expected} {type(source).__name__}")
+    shape = list(array.shape)
+    if array.ndim == 3 and shape[2] == 1:
         array = array[:, :, 0]
-    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or not array.size:
+    if not (array.ndim == 2 or (array.ndim == 3 and shape[2] in (3, 4))) or not array.size:
         hint = ""
-        if array.ndim == 3 and array.shape[0] in (1, 3, 4):
+        if array.ndim == 3 and shape[0] in (1, 3, 4):
             order = "permute(1, 2, 0)" if isinstance(source, Tensor) else "transpose(1, 2, 0)"
             hint = f": channels come last, as {order} puts them"
         elif array.ndim == 4:
             hint = ": one image at a time, or a list of them"
-        raise UserError(f"an image array must be [H, W], [H, W, 3] or [H, W, 4], got {list(array.shape)}{hint}")
-    if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise UserError(f"an image array of {list(array.shape)} is too large (at most {MAX_PIXELS / 1e6:.0f} Mpixel)")
+        raise UserError(f"an image array must be [H, W], [H, W, 3] or [H, W, 4], got {shape}{hint}")
+    if shape[0] * shape[1] > MAX_PIXELS:
+        raise UserError(f"an image array of {shape} is too large (at most {MAX_PIXELS / 1e6:.0f} Mpixel)")
     if array.dtype == np.uint16:
         array = (array >> 8).astype(np.uint8)
     elif array.dtype.kind == "f":
-        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+        if not (array.min() >= 0 and array.max() <= 1):  # nor NaN
             raise UserError("an image array of floats must hold values in 0..1 (for 0..255, use uint8)")
         array = (array * 255).round().astype(np.uint8)
     elif array.dtype == bool:

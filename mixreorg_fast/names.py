@@ -43,10 +43,7 @@ def parse_classes(classes: Any, source: str = "classes", most: int | None = None
     if isinstance(classes, str):
         names, given = _SEPARATOR.split(classes.strip()), f"{source} '{' '.join(classes.split())}'"
     else:
-        try:
-            names, given = _strings(classes, f"a string {example} or a list of names"), source
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from None
+        names, given = _strings(classes, f"{source}: expected a string {example} or a list of names"), source
     names = [" ".join(name.split()) for name in names]
     if not names or not all(names):
         found = "an empty name" if names else "no names"
@@ -95,7 +92,7 @@ def parse_templates(templates: Any) -> tuple[str, ...]:
         if "{}" not in templates:
             raise UserError(f"'{templates}' is no set of templates and has no {{}}{nearest(templates, TEMPLATES)}")
         return (templates,)
-    given = tuple(_strings(templates, "a template or a list of templates"))
+    given = tuple(_strings(templates, "expected a template or a list of templates"))
     for template in given:
         if "{}" not in template:
             raise UserError(f"template '{template}' has no {{}} for the class name")
@@ -109,9 +106,9 @@ def _strings(values: Any, expected: str) -> list[str]:
     if hasattr(values, "tolist"):  # NumPy, pandas
         values = values.tolist()
     if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping | Set):
-        raise UserError(f"expected {expected}, got {type(values).__name__}")
+        raise UserError(f"{expected}, got {type(values).__name__}")
     values = list(values)
     for place, value in enumerate(values):
         if not isinstance(value, str):
-            raise UserError(f"expected {expected}, got {type(value).__name__} at place {place}")
+            raise UserError(f"{expected}, got {type(value).__name__} at place {place}")
     return values

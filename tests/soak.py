@@ -12,13 +12,13 @@ import torch
 
 from mixreorg_fast import load
 from mixreorg_fast.config import Config, parse_config
-from mixreorg_fast.data.reading.train_loader import TrainLoader
+from mixreorg_fast.data.reading.loaders import TrainLoader
 from mixreorg_fast.data.reading.training_set import TrainingSet
 from mixreorg_fast.data.shards.index import open_shard
+from mixreorg_fast.data.shards.pair import write_shard
 from mixreorg_fast.data.shards.scan import scan
 from mixreorg_fast.data.shards.shard_set import ShardSet
 from mixreorg_fast.data.shards.verify import verify_shard
-from mixreorg_fast.data.shards.write import write_shard
 from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.inference.model import Model

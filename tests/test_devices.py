@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mixreorg_fast import devices, ranks
-from mixreorg_fast.data.shards.write import write_shard
+from mixreorg_fast.data.shards.pair import write_shard
 from mixreorg_fast.devices import Driver, choose
 from mixreorg_fast.errors import RankError, UserError
 from tests.data.conftest import pairs

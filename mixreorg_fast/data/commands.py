@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections import Counter
 
 from ..config import ScenesConfig
 from ..errors import UserError
@@ -11,10 +12,21 @@ from .scenes.folder import ensure_scenes
 from .shards.build import build
 from .shards.verify import verify
 
+# Options of `build` that take a text.
+TEXTS = {
+    "split": ("NAME", "only the photos that splits/NAME.txt lists, or NAME-*.parquet"),
+    "images": ("FOLDER", "photos that a CSV names; default: its folder, or images/"),
+    "image_column": ("NAME", "default: image, filepath, …; Parquet's: image, jpg, …"),
+    "caption_column": ("NAME", "default: caption, text, title, …"),
+    "nouns": ("FILE", "words and phrases, one per line, to find in the captions"),
+}
+SCENES = ("train", "val", "size", "seed")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    cores = len(os.sched_getaffinity(0))
+    number = {"type": int, "metavar": "N", "help": "default: %(default)s"}
+    workers = number | {"default": len(os.sched_getaffinity(0)), "help": "processes; default: all cores"}
 
     action = actions.add_parser(
         "build",
@@ -27,14 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "captions.csv or captions.tsv; a .parquet file or a folder of some; or img2dataset's output (webdataset)",
     )
     action.add_argument("--out", required=True, metavar="PATTERN", help="such as 'data/mine/train-{000000..}.tar'")
-    action.add_argument("--split", metavar="NAME", help="only the photos that splits/NAME.txt lists, or NAME-*.parquet")
-    action.add_argument("--images", metavar="FOLDER", help="photos that a CSV names; default: its folder, or images/")
-    action.add_argument("--image-column", metavar="NAME", help="default: image, filepath, …; Parquet's: image, jpg, …")
-    action.add_argument("--caption-column", metavar="NAME", help="default: caption, text, title, …")
-    action.add_argument("--nouns", metavar="FILE", help="words and phrases, one per line, to find in the captions")
-    action.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="default: %(default)s")
+    for name, (value, about) in TEXTS.items():
+        action.add_argument(_flag(name), metavar=value, help=about)
+    action.add_argument("--samples-per-shard", default=10_000, **number)
     action.add_argument("--overwrite", action="store_true", help="replace the shards of PATTERN")
-    action.add_argument("--workers", type=int, default=cores, metavar="N", help="processes; default: all cores")
+    action.add_argument("--workers", **workers)
 
     action = actions.add_parser(
         "verify",
@@ -43,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Exit code 0: all sound; 1: something is broken; 2: nothing could be read.",
     )
     action.add_argument("pattern", nargs="+", help="shards: brace or glob patterns")
-    action.add_argument("--workers", type=int, default=cores, metavar="N", help="processes; default: all cores")
+    action.add_argument("--workers", **workers)
     action.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPUs, or the CPU of a machine without")
 
     defaults = ScenesConfig()
@@ -53,36 +62,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="Draw the scenes that a run without configured shards trains on.",
     )
     action.add_argument("--out", default=defaults.folder, metavar="FOLDER", help="default: %(default)s")
-    for name in ("train", "val", "size", "seed"):
-        action.add_argument(
-            f"--{name}", type=int, default=getattr(defaults, name), metavar="N", help="default: %(default)s"
-        )
+    for name in SCENES:
+        action.add_argument(f"--{name}", default=getattr(defaults, name), **number)
 
 
 def main(args: argparse.Namespace) -> int:
     """0: success; 1: `verify` found broken samples (and left them out of the index); 2: no sample can be used."""
     for name in ("samples_per_shard", "workers", "train", "val", "size"):
         if (value := getattr(args, name, 1)) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+            raise UserError(f"{_flag(name)} {value}: expected at least 1")
     return {"build": _build, "verify": _verify, "scenes": _scenes}[args.action](args)
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _build(args: argparse.Namespace) -> int:
-    options = (
-        "split",
-        "images",
-        "image_column",
-        "caption_column",
-        "nouns",
-        "samples_per_shard",
-        "overwrite",
-        "workers",
-    )
-    built = build(args.source, args.out, **{name: getattr(args, name) for name in options})
+    options = {name: getattr(args, name) for name in (*TEXTS, "samples_per_shard", "overwrite", "workers")}
+    built = build(args.source, args.out, **options)
     paths = built.shards
     names = f"{paths[0]}" + (f" … {paths[-1].name}, {len(paths)} shards" if len(paths) > 1 else "")
     print(f"wrote {built.samples} samples to {names}")
-    for reason, count in built.reasons:
+    for reason, count in Counter(bad.reason for bad in built.skipped).most_common():
         print(f"skipped {count}: {reason}")
     if built.skipped:
         print(f"what was skipped, with reasons: {built.skipped_list}")
@@ -100,7 +102,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _scenes(args: argparse.Namespace) -> int:
-    made = ensure_scenes(ScenesConfig(folder=args.out, train=args.train, val=args.val, size=args.size, seed=args.seed))
+    made = ensure_scenes(ScenesConfig(folder=args.out, **{name: getattr(args, name) for name in SCENES}))
     folders = f"{made.evaluation}, {made.unseen}, {made.small}"
     print(f"{len(made.train)} training and {len(made.val)} validation shards, {folders}")
     return 0

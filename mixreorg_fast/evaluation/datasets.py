@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,11 +10,9 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError, nearest
-from ..images import load_image
+from ..images import SUFFIXES, load_image
 from .layouts import LAYOUTS, Layout
 from .metrics import IGNORE
-
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 class Sample(NamedTuple):
@@ -28,31 +26,38 @@ class Sample(NamedTuple):
 KINDS = ("plain", *LAYOUTS)
 
 
+@dataclass(eq=False)
 class SegmentationDataset:
     """Photos and masks by index; files are read when asked for.
 
     Attributes:
         kind, root, split: as given to :func:`open_dataset`.
-        classes: names in the order of mask ids.
-        has_background: whether id 0 is "background", which takes no prompt.
-        background_threshold: the usual one of this data set; None where there is no background.
         names: one per photo, in the order of the split.
+        photos: paths by name, of other splits too. masks: the folder of masks.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        root: Path,
-        split: str,
-        classes: tuple[str, ...],
-        names: list[str],
-        paths: Callable[[str], tuple[Path, Path, np.ndarray | None]],
-        background_threshold: float | None,
-    ) -> None:
-        self.kind, self.root, self.split, self.classes, self.names = kind, root, split, classes, names
-        self.has_background = classes[0] == "background"
-        self.background_threshold = background_threshold if self.has_background else None
-        self._paths = paths
+    kind: str
+    root: Path
+    split: str
+    layout: Layout
+    names: list[str]
+    photos: dict[str, Path]
+    masks: Path
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names in the order of mask ids."""
+        return self.layout.classes
+
+    @property
+    def has_background(self) -> bool:
+        """Whether id 0 is "background", which takes no prompt."""
+        return self.classes[0] == "background"
+
+    @property
+    def background_threshold(self) -> float | None:
+        """The usual one of this data set; None where there is no background."""
+        return self.layout.threshold if self.has_background else None
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -62,8 +67,10 @@ class SegmentationDataset:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __iter__(self) -> Iterator[Sample]:
-        return (self[index] for index in range(len(self)))
+    def spread(self, count: int | None) -> list[int]:
+        """Indices of `count` photos evenly spread over the split; None: of all."""
+        count = len(self) if count is None else min(count, len(self))
+        return [number * len(self) // count for number in range(count)]
 
     def __getitem__(self, index: int) -> Sample:
         """Read one photo and its mask.
@@ -93,6 +100,18 @@ class SegmentationDataset:
             )
         return Sample(image, mask, name)
 
+    def _paths(self, name: str) -> tuple[Path, Path, np.ndarray | None]:
+        """The photo, its mask, and what turns the mask's values into class ids."""
+        if name not in self.photos:
+            raise UserError(f"no photo {name} in {self.root} ({self.kind}){nearest(name, self.photos, others=False)}")
+        suffixes = self.layout.mask_suffixes
+        for suffix, remap in suffixes.items():
+            if (mask := self.masks / f"{name}{suffix}").is_file():
+                return self.photos[name], mask, remap
+        choices = " or ".join(f"{name}{suffix}" for suffix in suffixes)
+        close = nearest(choices, (path.name for path in self.masks.iterdir()), others=False)
+        raise UserError(f"no mask {choices} in {self.masks}{self.layout.setup}{close}")
+
 
 def open_dataset(kind: str, root: str | Path, split: str = "val") -> SegmentationDataset:
     """The data set of layout `kind` under `root`.
@@ -112,33 +131,7 @@ def open_dataset(kind: str, root: str | Path, split: str = "val") -> Segmentatio
     if not root.is_dir():
         siblings = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
         raise UserError(f"no data set folder {root}{nearest(root.name, siblings)}; docs/evaluate.md lists the layouts")
-    return _open_plain(root, split) if kind == "plain" else _open_layout(kind, LAYOUTS[kind], root, split)
-
-
-def _open_plain(root: Path, split: str) -> SegmentationDataset:
-    for folder in ("images", "masks"):
-        if not (root / folder).is_dir():
-            raise UserError(f"no folder {root / folder}: the plain layout has images/, masks/, classes.txt, splits/")
-    classes = tuple(_lines(root / "classes.txt", "one class name per line, the first of mask id 0"))
-    if len(classes) > IGNORE:
-        raise UserError(f"{root / 'classes.txt'}: {len(classes)} classes; masks of 8 bits hold at most {IGNORE}")
-    doubled = next((name for i, name in enumerate(classes) if name in classes[:i]), None)
-    if doubled:
-        raise UserError(f"{root / 'classes.txt'}: class '{doubled}' is named twice")
-    listed = _split_names(root / "splits" / f"{split}.txt", split)
-    # One listing instead of a guess per suffix and photo.
-    photos = {p.stem: p for p in sorted((root / "images").iterdir()) if p.suffix.lower() in PHOTO_SUFFIXES}
-
-    def paths(name: str) -> tuple[Path, Path, None]:
-        if name not in photos:
-            raise UserError(f"no photo {root / 'images' / name} (.jpg, .png or .webp){_close(name, photos)}")
-        return photos[name], root / "masks" / f"{name}.png", None
-
-    # There is no usual threshold for own data: VOC's.
-    return SegmentationDataset("plain", root, split, classes, listed, paths, 0.95)
-
-
-def _open_layout(kind: str, layout: Layout, root: Path, split: str) -> SegmentationDataset:
+    layout = _plain(root) if kind == "plain" else LAYOUTS[kind]
     folder = layout.split_folders.get(split, split)
     home = next((root / home for home in layout.homes if (root / home / Path(layout.images).parts[0]).is_dir()), None)
     if home is None:
@@ -146,46 +139,46 @@ def _open_layout(kind: str, layout: Layout, root: Path, split: str) -> Segmentat
     images, masks = (home / part.format(split=folder) for part in (layout.images, layout.masks))
     if layout.split_file:
         listed = _split_names(home / layout.split_file.format(split=split), split)
-    else:
-        if not images.is_dir():
-            splits = {v: k for k, v in layout.split_folders.items()}
-            there = [splits.get(p.name, p.name) for p in sorted(images.parent.iterdir()) if p.is_dir()]
-            raise UserError(f"no folder {images} for split '{split}'{nearest(split, there)}")
-        suffix = layout.image_suffix
-        found = (p.relative_to(images).as_posix() for p in images.rglob(f"*{suffix}"))
-        listed = sorted(name.removesuffix(suffix) for name in found)
-        if not listed:
-            raise UserError(f"no photos (*{suffix}) under {images}")
+    elif not images.is_dir():
+        splits = {v: k for k, v in layout.split_folders.items()}
+        there = [splits.get(p.name, p.name) for p in sorted(images.parent.iterdir()) if p.is_dir()]
+        raise UserError(f"no folder {images} for split '{split}'{nearest(split, there)}")
+    # One listing instead of a look per photo and suffix.
+    photos: dict[str, Path] = {}
+    for path in sorted(images.rglob("*")):
+        if suffix := next((s for s in layout.image_suffixes if path.name.lower().endswith(s.lower())), None):
+            photos[path.relative_to(images).as_posix()[: -len(suffix)]] = path
+    if not photos:
+        raise UserError(f"no photos (*{' *'.join(layout.image_suffixes)}) under {images}")
     if not masks.is_dir():
         raise UserError(f"no folder {masks}, where {kind} keeps its masks{layout.setup}")
+    return SegmentationDataset(kind, root, split, layout, listed if layout.split_file else list(photos), photos, masks)
 
-    def paths(name: str) -> tuple[Path, Path, np.ndarray | None]:
-        photo = images / f"{name}{layout.image_suffix}"
-        if not photo.is_file():
-            raise UserError(f"no photo {photo}{_close(photo.name, (p.name for p in images.iterdir()))}")
-        for suffix, remap in layout.mask_suffixes.items():
-            if (masks / f"{name}{suffix}").is_file():
-                return photo, masks / f"{name}{suffix}", remap
-        choices = " or ".join(f"{name}{suffix}" for suffix in layout.mask_suffixes)
-        raise UserError(f"no mask {choices} in {masks}{layout.setup}")
 
-    return SegmentationDataset(kind, root, split, layout.classes, listed, paths, layout.threshold)
+def _plain(root: Path) -> Layout:
+    for folder in ("images", "masks"):
+        if not (root / folder).is_dir():
+            raise UserError(f"no folder {root / folder}: the plain layout has images/, masks/, classes.txt, splits/")
+    classes = tuple(_lines(root / "classes.txt", "one class name per line, the first of mask id 0"))
+    if len(classes) > IGNORE:
+        raise UserError(f"{root / 'classes.txt'}: {len(classes)} classes; masks of 8 bits hold at most {IGNORE}")
+    if doubled := next((name for i, name in enumerate(classes) if name in classes[:i]), None):
+        raise UserError(f"{root / 'classes.txt'}: class '{doubled}' is named twice")
+    # There is no usual threshold for own data: VOC's.
+    return Layout(classes, "images", "masks", "splits/{split}.txt", image_suffixes=SUFFIXES, threshold=0.95)
 
 
 def _read_mask(path: Path) -> np.ndarray:
     """Class ids ``[H, W]`` of a grey or palette PNG.
 
     Raises:
-        UserError: missing, damaged, or a picture with colours instead of ids.
+        UserError: damaged, or a picture with colours instead of ids.
     """
     try:
         with Image.open(path) as mask:
             if mask.mode not in ("P", "L", "1") and not mask.mode.startswith("I"):
                 raise UserError(f"{path}: a mask holds class ids (grey or palette PNG), got {mask.mode}")
             ids = np.asarray(mask)
-    except FileNotFoundError:
-        siblings = (p.name for p in path.parent.iterdir()) if path.parent.is_dir() else ()
-        raise UserError(f"no mask {path}{_close(path.name, siblings)}") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path}: damaged mask ({error})") from None
     if ids.dtype != np.uint8 and ids.size and not (ids.min() >= 0 and ids.max() <= 255):
@@ -203,21 +196,14 @@ def _split_names(path: Path, split: str) -> list[str]:
 
 def _lines(path: Path, expected: str) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
     except OSError:
         raise UserError(f"no file {path} ({expected})") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text ({expected})") from None
-    while lines and not lines[-1]:
-        lines.pop()
+    lines = [line.strip() for line in lines]
     if not lines:
         raise UserError(f"{path} is empty ({expected})")
     if "" in lines:
         raise UserError(f"{path}: line {lines.index('') + 1} is empty ({expected})")
     return lines
-
-
-def _close(name: str, choices: object) -> str:
-    """The nearest file name, if one is near: a folder of thousands is not listed."""
-    hint = nearest(name, choices)  # type: ignore[arg-type]
-    return hint if "did you mean" in hint else ""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -24,21 +24,14 @@ class Layout:
     masks: str
     split_file: str | None = None  # None: every photo of the folder belongs to the split
     homes: tuple[str, ...] = ("",)  # where, under the root, the data set may start
-    image_suffix: str = ".jpg"
-    mask_suffixes: dict[str, np.ndarray | None] = field(default_factory=lambda: {".png": None})
+    image_suffixes: tuple[str, ...] = (".jpg",)
+    mask_suffixes: Mapping[str, np.ndarray | None] = field(default_factory=lambda: {".png": None})
     threshold: float | None = None
     split_folders: dict[str, str] = field(default_factory=dict)
     setup: str = ""  # for errors: how to get masks that need a conversion
 
 
-def _zero_ignored() -> np.ndarray:
-    """0 is ignored, raw id t is class t - 1."""
-    remap = np.arange(-1, 255, dtype=np.int64)
-    remap[0] = remap[255] = IGNORE
-    return remap.astype(np.uint8)
-
-
-def _remap(raw: list[int]) -> np.ndarray:
+def _remap(raw: Sequence[int]) -> np.ndarray:
     """The raw ids listed are classes 0, 1, ...; every other value is ignored."""
     remap = np.full(256, IGNORE, dtype=np.uint8)
     remap[raw] = np.arange(len(raw))
@@ -50,25 +43,29 @@ _STUFF_IDS = [i for i in range(182) if i not in (11, 25, 28, 29, 44, 65, 67, 68,
 # The labels of the Cityscapes scripts that are scored.
 _CITY_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
 
-_CONTEXT: dict[str, Any] = dict(
+_VOC = Layout(
+    names.VOC,
+    images="JPEGImages",
+    masks="SegmentationClass",
+    split_file="ImageSets/Segmentation/{split}.txt",
+    homes=("", "VOC2012", "VOCdevkit/VOC2012"),
+    threshold=0.95,
+)
+_CONTEXT = Layout(
+    names.CONTEXT,
     images="JPEGImages",
     masks="SegmentationClassContext",
     split_file="ImageSets/SegmentationContext/{split}.txt",
     homes=("", "VOC2010", "VOCdevkit/VOC2010"),
+    threshold=0.35,
     setup=" (mmsegmentation's tools/dataset_converters/pascal_context.py makes them)",
 )
+_NO_BACKGROUND = {".png": _remap(range(1, 255))}  # 0 is ignored
 
 LAYOUTS: dict[str, Layout] = {
-    "voc2012": Layout(
-        names.VOC,
-        images="JPEGImages",
-        masks="SegmentationClass",
-        split_file="ImageSets/Segmentation/{split}.txt",
-        homes=("", "VOC2012", "VOCdevkit/VOC2012"),
-        threshold=0.95,
-    ),
-    "context": Layout(names.CONTEXT, threshold=0.35, **_CONTEXT),
-    "context59": Layout(names.CONTEXT[1:], mask_suffixes={".png": _zero_ignored()}, **_CONTEXT),
+    "voc2012": _VOC,
+    "context": _CONTEXT,
+    "context59": replace(_CONTEXT, classes=names.CONTEXT[1:], mask_suffixes=_NO_BACKGROUND),
     "coco_object": Layout(
         names.COCO_OBJECT,
         images="images/{split}",
@@ -91,7 +88,7 @@ LAYOUTS: dict[str, Layout] = {
         names.ADE20K,
         images="images/{split}",
         masks="annotations/{split}",
-        mask_suffixes={".png": _zero_ignored()},
+        mask_suffixes=_NO_BACKGROUND,
         split_folders={"val": "validation", "train": "training"},
         homes=("", "ADEChallengeData2016", "ade/ADEChallengeData2016"),
     ),
@@ -99,7 +96,7 @@ LAYOUTS: dict[str, Layout] = {
         names.CITYSCAPES,
         images="leftImg8bit/{split}",
         masks="gtFine/{split}",
-        image_suffix="_leftImg8bit.png",
+        image_suffixes=("_leftImg8bit.png",),
         mask_suffixes={"_gtFine_labelTrainIds.png": None, "_gtFine_labelIds.png": _remap(_CITY_IDS)},
         homes=("", "cityscapes"),
     ),

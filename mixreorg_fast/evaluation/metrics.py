@@ -80,15 +80,15 @@ class Tally:
     Attributes:
         matrix, oracle: int64 ``[C, C]`` confusion matrices of the labels, and with every segment's best class.
         photos: int64 ``[C]``, how many photos show each class.
+        used: int64 ``[3]``, distinct segments, windows, photos.
         done: indices of the photos counted.
     """
 
-    _COUNTS = ("matrix", "oracle", "photos", "used")
-
     def __init__(self, classes: int) -> None:
-        self.matrix, self.oracle = torch.zeros(2, classes, classes, dtype=torch.int64)
-        self.photos = torch.zeros(classes, dtype=torch.int64)
-        self.used = torch.zeros(3, dtype=torch.int64)  # distinct segments, windows, photos
+        sizes = [classes * classes, classes * classes, classes, 3]
+        self._counts = torch.zeros(sum(sizes), dtype=torch.int64)
+        matrix, oracle, self.photos, self.used = self._counts.split(sizes)
+        self.matrix, self.oracle = (part.view(classes, classes) for part in (matrix, oracle))
         self.done: set[int] = set()
 
     def add(self, index: int, truth: Tensor, labels: Tensor, segments: Tensor, count: int, windows: int) -> None:
@@ -113,17 +113,12 @@ class Tally:
     def over_ranks(self, device: torch.device) -> Tally:
         """The sum over all ranks; `device` is the model's (NCCL sums only there)."""
         total = Tally(len(self.matrix))
-        counts = torch.cat([getattr(self, name).flatten() for name in self._COUNTS]).to(device)
-        sum_over_ranks(counts)
-        parts = counts.cpu().split([getattr(self, name).numel() for name in self._COUNTS])
-        for name, part in zip(self._COUNTS, parts, strict=True):
-            setattr(total, name, part.view_as(getattr(self, name)))
+        total._counts.copy_(sum_over_ranks(self._counts.to(device, copy=True)))
         return total
 
     def keep(self, path: Path, about: dict[str, Any]) -> None:
         """Write the counts to `path`, with a description of the evaluation (JSON values)."""
-        counts = {name: getattr(self, name).tolist() for name in self._COUNTS}
-        write_json(path, {"about": about, "done": sorted(self.done), **counts})
+        write_json(path, {"about": about, "done": sorted(self.done), "counts": self._counts.tolist()})
 
     def restore(self, path: Path, about: dict[str, Any]) -> None:
         """Go on from the counts at `path`, if there are any and `about` describes them."""
@@ -131,7 +126,6 @@ class Tally:
             state = json.loads(path.read_text())
         except (OSError, ValueError):
             return
-        if state["about"] == json.loads(json.dumps(about)) and set(self._COUNTS) <= set(state):
-            for name in self._COUNTS:
-                setattr(self, name, torch.tensor(state[name]))
+        if state["about"] == json.loads(json.dumps(about)) and len(state.get("counts", ())) == len(self._counts):
+            self._counts.copy_(torch.tensor(state["counts"]))
             self.done = set(state["done"])

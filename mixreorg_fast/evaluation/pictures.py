@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..images import to_pixels
 from ..inference.fonts import draw_text, length, wrap
-from ..inference.overlay import INK, PAPER, blend, class_palette, colourise, legend, save_picture, segment_palette
+from ..inference.overlay import INK, PAPER, class_palette, colourise, legend, save_picture, segments_picture
 from .metrics import IGNORE
 
 CELL, GAP, TITLE = 224, 8, 17
@@ -31,20 +31,19 @@ class Row(NamedTuple):
 
 def segmentation_figure(rows: Sequence[Row], path: str | Path, classes: Sequence[str]) -> None:
     """A PNG at `path`: per row the image, its truth, the prediction, the segments; below, the classes that occur."""
-    palette, segments = class_palette(classes[0] == "background"), segment_palette()
+    palette = class_palette(classes[0] == "background")
     cells = [
         [
             row.image,
             colourise(row.truth, palette),
             colourise(row.prediction, palette),
-            blend(row.image.convert("L").convert("RGB"), row.segments, segments, 0.6),
+            segments_picture(row.image, row.segments),
         ]
         for row in rows
     ]
-    seen: set[int] = set()
-    for row in rows:
-        seen |= set(np.unique(row.truth).tolist()) | set(np.unique(row.prediction).tolist())
-    entries = [("not scored" if t == IGNORE else classes[t], palette[t]) for t in sorted(seen)]
+    occurring = [np.unique(labels) for row in rows for labels in (row.truth, row.prediction)]
+    seen: list[int] = np.unique(np.concatenate(occurring)).tolist()
+    entries = [("not scored" if t == IGNORE else classes[t], palette[t]) for t in seen]
     save_grid(["image", "truth", "prediction", "segments"], cells, path, entries)
 
 
@@ -73,7 +72,7 @@ def segments_figure(
     maps = F.interpolate(assignment.float(), images.shape[2:], mode="bilinear")
     photos = map(Image.fromarray, to_pixels(images, mean, std))
     cells = [
-        [photo, blend(photo.convert("L").convert("RGB"), labels, segment_palette(), 0.6)]
+        [photo, segments_picture(photo, labels)]
         for photo, labels in zip(photos, maps.argmax(dim=1).cpu().numpy(), strict=True)
     ]
     save_grid(["image", "segments"], cells, path)
@@ -82,10 +81,8 @@ def segments_figure(
 def dataset_figure(segmenter: Any, dataset: Any, path: str | Path, count: int = 6) -> None:
     """:func:`segmentation_figure` of `count` photos spread over `dataset`, seen by a
     :class:`~mixreorg_fast.inference.segmenter.Segmenter`."""
-    count = min(count, len(dataset))
     rows = []
-    for number in range(count):
-        sample = dataset[number * len(dataset) // count]
+    for sample in map(dataset.__getitem__, dataset.spread(count)):
         decoded = segmenter.segment(sample.image)
         rows.append(Row(sample.image, sample.mask, decoded.labels.cpu().numpy(), decoded.segments.cpu().numpy()))
     segmentation_figure(rows, path, dataset.classes)

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import UserError
 from ..ranks import gather_objects
@@ -30,14 +30,15 @@ def retrieval_at_1(model: Any, batches: Iterable[tuple[Tensor, Tensor]], chunk: 
         UserError: no pairs.
     """
     device = model.device
-    parts = [
-        (model.image_embeddings(images.to(device)), model.text_embeddings(ids.to(device)), ids)
+    own = [
+        (model.image_embeddings(images.to(device)).cpu(), model.text_embeddings(ids.to(device)).cpu(), ids.cpu())
         for images, ids in batches
     ]
-    parts = _gathered(parts)
+    parts = [part for share in gather_objects(own) for part in share]
     if not parts:
         raise UserError("retrieval: no image-text pairs to score")
-    images, texts, ids = (torch.cat(tensors).to(device) for tensors in zip(*parts, strict=True))
+    images, texts = (torch.cat([part[kind] for part in parts]).to(device) for kind in (0, 1))
+    ids = pad_sequence([row for *_, ids in parts for row in ids], batch_first=True).to(device)
     _, caption = torch.unique(ids, dim=0, return_inverse=True)
     hits = [
         sum(
@@ -48,11 +49,3 @@ def retrieval_at_1(model: Any, batches: Iterable[tuple[Tensor, Tensor]], chunk: 
     ]
     count = len(caption)
     return {"image_to_text": 100 * hits[0] / count, "text_to_image": 100 * hits[1] / count, "pairs": count}
-
-
-def _gathered(parts: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-    """The parts of all ranks, in order of rank, on the CPU; ids of different lengths are padded with zeros."""
-    parts = [tuple(tensor.cpu() for tensor in part) for part in parts]
-    parts = [part for share in gather_objects(parts) for part in share]
-    length = max((ids.shape[1] for *_, ids in parts), default=0)
-    return [(image, text, F.pad(ids, (0, length - ids.shape[1]))) for image, text, ids in parts]

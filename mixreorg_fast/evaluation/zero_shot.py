@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,14 @@ from .datasets import Sample, SegmentationDataset
 
 READERS = 4  # threads that read photos and masks ahead
 SAVE_EVERY = 30.0  # seconds between saved counts, from which an interrupted evaluation resumes
+
+
+class Read(NamedTuple):
+    """A photo by its index in the data set, and the network's input for it."""
+
+    index: int
+    sample: Sample
+    tensor: Tensor
 
 
 def segmenter_for(
@@ -56,7 +65,7 @@ def segmenter_for(
             f"'background' (its first is '{dataset.classes[0]}')"
         )
     settings = settings.model_copy(update={"background_threshold": None}).with_options(background_threshold=threshold)
-    return Segmenter(model, dataset.prompts, settings, dataset.classes, batch)
+    return Segmenter(model, dataset.prompts, settings, batch)
 
 
 def evaluate(
@@ -106,19 +115,20 @@ def evaluate(
                     from_there = f"{len(tally.done)} photos are done already ({kept})"
                 print(f"--resume: {from_there}", file=sys.stderr, flush=True)
     try:
-        indices = chosen(len(dataset), limit)
+        indices = dataset.spread(limit)
         left = [index for index in indices[rank::world] if index not in tally.done]
         started = time.monotonic()
         with tqdm(total=len(indices), desc="evaluate", unit="photo", disable=not progress or rank > 0) as bar:
             bar.update(len(indices) - len(left) * world if tally.done else 0)
-            for numbered, inputs in _batches(segmenter, dataset, left):
-                sizes = [sample.mask.shape for _, sample in numbered]
-                for (index, sample), decoded in zip(numbered, segmenter(inputs, sizes), strict=True):
+            for photos in _batches(segmenter, dataset, left):
+                inputs = torch.stack([tensor for *_, tensor in photos])
+                sizes = [sample.mask.shape for _, sample, _ in photos]
+                for (index, sample, _), decoded in zip(photos, segmenter(inputs, sizes), strict=True):
                     truth = torch.from_numpy(sample.mask).to(device)
                     tally.add(index, truth, decoded.labels, decoded.segments, decoded.count, decoded.windows)
                     if predictions is not None:
                         save_labels(Path(predictions) / f"{sample.name}.png", decoded.labels, dataset.has_background)
-                bar.update(min(len(numbered) * world, bar.total - bar.n))
+                bar.update(min(len(photos) * world, bar.total - bar.n))
                 if kept is not None and time.monotonic() - started > SAVE_EVERY:
                     with saving(kept):
                         tally.keep(kept, about)
@@ -146,40 +156,28 @@ def evaluate(
     }
 
 
-def chosen(total: int, limit: int | None) -> list[int]:
-    """Indices of `limit` items evenly spread over `total` (all, without a limit)."""
-    count = total if limit is None else min(limit, total)
-    return [i * total // count for i in range(count)]
-
-
-def _batches(
-    segmenter: Segmenter, dataset: SegmentationDataset, indices: Sequence[int]
-) -> Iterator[tuple[list[tuple[int, Sample]], Tensor]]:
-    """Photos of equal network size together, with their indices, read ahead by threads."""
+def _batches(segmenter: Segmenter, dataset: SegmentationDataset, indices: Sequence[int]) -> Iterator[list[Read]]:
+    """Photos of equal network size together, read ahead by threads."""
     batch = segmenter.batch
-    waiting: dict[tuple[int, int], list[tuple[tuple[int, Sample], Tensor]]] = {}
 
-    def read(index: int) -> tuple[tuple[int, Sample], Tensor]:
+    def read(index: int) -> Read:
         sample = dataset[index]
-        return (index, sample), segmenter.tensor(sample.image)
+        return Read(index, sample, segmenter.tensor(sample.image))
 
-    def take(size: tuple[int, int]) -> tuple[list[tuple[int, Sample]], Tensor]:
-        numbered, tensors = zip(*waiting.pop(size), strict=True)
-        return list(numbered), torch.stack(tensors)
+    def read_ahead() -> Iterator[Read]:
+        following = iter(indices)
+        with ThreadPoolExecutor(READERS) as pool:
+            ahead = deque(pool.submit(read, index) for index in islice(following, batch))
+            while ahead:
+                item = ahead.popleft().result()
+                ahead.extend(pool.submit(read, index) for index in islice(following, 1))
+                yield item
 
-    with ThreadPoolExecutor(READERS) as pool:
-        ahead = deque(pool.submit(read, index) for index in indices[:batch])
-        following = iter(indices[batch:])
-        while ahead:
-            item = ahead.popleft().result()
-            index = next(following, None)
-            if index is not None:
-                ahead.append(pool.submit(read, index))
-            size = (item[1].shape[1], item[1].shape[2])
-            waiting.setdefault(size, []).append(item)
-            if len(waiting[size]) == batch:
-                yield take(size)
-            elif sum(map(len, waiting.values())) >= 4 * batch:  # many sizes: bound the photos in memory
-                yield take(max(waiting, key=lambda key: len(waiting[key])))
-        for size in list(waiting):
-            yield take(size)
+    waiting: defaultdict[torch.Size, list[Read]] = defaultdict(list)
+    for item in read_ahead():
+        waiting[item.tensor.shape].append(item)
+        fullest = max(waiting, key=lambda size: len(waiting[size]))
+        # Photos of many sizes: what waits is bounded, since it fills the memory.
+        if len(waiting[fullest]) == batch or sum(map(len, waiting.values())) >= 4 * batch:
+            yield waiting.pop(fullest)
+    yield from waiting.values()

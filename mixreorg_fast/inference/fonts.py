@@ -112,12 +112,8 @@ def faces() -> list[Face]:
 @functools.lru_cache(65536)
 def has_glyph(face: Face, character: str) -> bool:
     """Whether `face` has a glyph for `character`: neither empty nor the box for missing characters."""
-    return _glyph(face, character) not in (_glyph(face, "\uffff"), b"")
-
-
-def _glyph(face: Face, character: str) -> bytes:
-    mask: Any = _load(face, CHECKED).getmask(character)
-    return bytes(mask) and bytes(mask) + repr(mask.size).encode()
+    drawn, missing = (_load(face, CHECKED).getmask(each) for each in (character, "\uffff"))
+    return bool(bytes(drawn)) and (bytes(drawn), drawn.size) != (bytes(missing), missing.size)
 
 
 @functools.lru_cache(65536)

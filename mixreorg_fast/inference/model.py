@@ -21,8 +21,7 @@ from ..models import weights
 from ..models.groupvit import GroupViT
 from ..names import parse_classes
 from .formats import read
-from .segmentation import Segmentation
-from .segmenter import Segmenter
+from .segmenter import Segmentation, Segmenter
 
 
 class Model(GroupViT):
@@ -102,15 +101,13 @@ class Model(GroupViT):
         """
         settings = self.inference.with_options(decoding=decoding, **options)
         settings = settings.model_copy(update={"background_threshold": settings.background_threshold or None})
-        labels = names = parse_classes(classes)
-        if settings.background_threshold is not None:
-            if "background" in map(str.casefold, names):
-                raise UserError(
-                    "classes: 'background' is what scores below the background threshold "
-                    f"({settings.background_threshold:g}); leave it out of the names, or set the threshold to 0"
-                )
-            labels = ["background", *names]
-        return Segmenter(self, names, settings, labels, batch)
+        names = parse_classes(classes)
+        if settings.background_threshold is not None and "background" in map(str.casefold, names):
+            raise UserError(
+                "classes: 'background' is what scores below the background threshold "
+                f"({settings.background_threshold:g}); leave it out of the names, or set the threshold to 0"
+            )
+        return Segmenter(self, names, settings, batch)
 
 
 def load(source: str | Path, device: torch.device | str = "cpu") -> Model:

@@ -28,9 +28,9 @@ bbff00 338833 dd77ff bb4422 ffbb99 666699 ff8800 00bb22 88aa00"""
 
 def class_palette(has_background: bool) -> np.ndarray:
     """Colours by label for pictures, uint8 ``[256, 3]``; the background is black. The first 24 classes are distinct."""
-    first = np.array([list(bytes.fromhex(colour)) for colour in _DISTINCT.split()], dtype=np.uint8)
-    classes = np.concatenate([first, segment_palette()])[: 255 if has_background else 256]
-    palette = np.concatenate([np.zeros((1, 3), np.uint8), classes]) if has_background else classes
+    distinct = np.array([list(bytes.fromhex(colour)) for colour in _DISTINCT.split()], dtype=np.uint8)
+    black = np.zeros((int(has_background), 3), np.uint8)
+    palette = np.concatenate([black, distinct, segment_palette()])[:256]
     palette[IGNORED] = UNKNOWN
     return palette
 
@@ -73,6 +73,11 @@ def blend(
         mixed = np.asarray(part) * (1 - share) + colours * share
         out.paste(Image.fromarray(mixed.round().astype(np.uint8)), (0, top))
     return out
+
+
+def segments_picture(photo: Image.Image, segments: Any) -> Image.Image:
+    """`photo` in grey under the colours of its `segments` ``[H, W]``."""
+    return blend(photo.convert("L").convert("RGB"), segments, segment_palette(), 0.6)
 
 
 def label_counts(labels: Any, count: int) -> np.ndarray:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
+import json
 import sys
+from collections.abc import Iterable
+from os.path import lexists
 from pathlib import Path
 
+from PIL import Image
+
 from ..errors import UserError
+from ..files import saving, write_json
 from ..images import find_images
 from ..names import MASK_CLASSES, parse_classes, read_classes
 from .fonts import drawable
 from .options import add_options, load_on_device, options_of
-from .outputs import AREAS, Outputs, mask_of, notes, written_here
 from .overlay import save_labels, save_picture
+
+AREAS = "areas.json"
+# Notes in the PNGs that this command writes: by whom, and a digest of the photo's place.
+WRITER, PHOTO = ("Software", "mixreorg segment"), "Photo"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
     else:
         classes = parse_classes(args.classes, "--classes", most=MASK_CLASSES)
     photos = find_photos(args.photos, args.recursive)
-    outputs = Outputs(Path(args.out), list(photos), args.mask)
+    outputs = Outputs(Path(args.out), photos, args.mask)
     model = load_on_device(args.weights, args.device)
     segmenter = model.segmenter(classes, batch=args.batch, **options_of(args))
     if boxes := [name for name in classes if drawable(name) != name]:
@@ -46,10 +57,10 @@ def main(args: argparse.Namespace) -> int:
             print(f"skipped: {error}", file=sys.stderr, flush=True)
             failures += 1
             continue
-        place, about = outputs.place(photo, within), notes(photo)
+        place, about = outputs.place(photo, within), dict([WRITER, (PHOTO, _digest(photo))])
         save_picture(place, found.overlay(), about=about)
         if args.mask:
-            save_labels(mask_of(place), found.labels, found.has_background, about)
+            save_labels(_mask_of(place), found.labels, found.has_background, about)
         # After each photo, so that an interrupted run has reported its photos.
         areas = found.areas
         outputs.note(photo, areas)
@@ -73,8 +84,92 @@ def find_photos(sources: list[str], recursive: bool) -> dict[Path, Path]:
         for photo in find_images(source, recursive):
             if not source.is_dir():
                 found.setdefault(photo, Path())
-            elif written_here(photo) is None:
+            elif _written_here(photo) is None:
                 found.setdefault(photo, photo.relative_to(source).parent)
     if not found:
         raise UserError(f"{', '.join(sources)}: no pictures but those that this command wrote")
     return found
+
+
+class Outputs:
+    """The folder of overlays, masks and ``areas.json``: nothing is written over a file of another origin.
+
+    Args:
+        folder: is made when first written to.
+        photos: all that will be segmented.
+        masks: whether masks are written too.
+    Raises:
+        UserError: `folder` is a file, or its ``areas.json`` is not one of this command.
+    """
+
+    def __init__(self, folder: Path, photos: Iterable[Path], masks: bool) -> None:
+        self.folder, self.masks = folder, masks
+        self._taken = {path.resolve() for path in photos}
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out {folder}: a file; a folder was expected")
+        self.areas()
+
+    def place(self, photo: Path, within: Path) -> Path:
+        """Where the overlay of `photo` goes, in the sub-folder `within`.
+
+        That is NAME.png, or NAME_segmented.png beside a NAME.png that this command did not write; numbered, if other
+        photos' overlays are there. An earlier overlay of the same photo is replaced.
+        """
+
+        def places(name: str) -> list[Path]:
+            overlay = self.folder / within / f"{name}.png"
+            return [overlay, _mask_of(overlay)] if self.masks else [overlay]
+
+        def free(place: Path) -> bool:
+            return place.resolve() not in self._taken and (not lexists(place) or _written_here(place) == _digest(photo))
+
+        name = photo.stem
+        if any(lexists(place) and _written_here(place) is None for place in places(name)):
+            name = f"{name}_segmented"
+        numbered = (places(name if number == 1 else f"{name}_{number}") for number in itertools.count(1))
+        found = next(candidates for candidates in numbered if all(map(free, candidates)))
+        self._taken |= {place.resolve() for place in found}
+        return found[0]
+
+    def areas(self) -> dict[str, dict[str, float]]:
+        """The shares by photo that are noted so far.
+
+        Raises:
+            UserError: ``areas.json`` is damaged or not of this command.
+        """
+        path = self.folder / AREAS
+        try:
+            noted = json.loads(path.read_text())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "not JSON"
+            raise UserError(f"{path}: cannot be read ({reason}); move it away, or name another --out") from None
+        if not isinstance(noted, dict) or not all(isinstance(shares, dict) for shares in noted.values()):
+            raise UserError(f"{path}: not the areas of photos; move it away, or name another --out")
+        return noted
+
+    def note(self, photo: Path, shares: dict[str, float]) -> None:
+        """Add the shares of a photo to ``areas.json``, which may have been written to meanwhile."""
+        path = self.folder / AREAS
+        with saving(path):
+            write_json(path, self.areas() | {str(photo): shares})
+
+
+def _mask_of(overlay: Path) -> Path:
+    return overlay.with_name(f"{overlay.stem}_mask.png")
+
+
+def _written_here(path: Path) -> str | None:
+    """The digest of the photo that the picture at `path` was made of; None: this command did not write it."""
+    if path.suffix.lower() != ".png":
+        return None
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get(PHOTO, "") if picture.info.get(WRITER[0]) == WRITER[1] else None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def _digest(photo: Path) -> str:
+    return hashlib.sha256(str(photo.resolve()).encode(errors="surrogateescape")).hexdigest()[:16]

@@ -34,6 +34,10 @@ class Box(NamedTuple):
     height: int
     width: int
 
+    def of(self, image: Tensor) -> Tensor:
+        """The part of `image` ``[..., H, W]`` in this box."""
+        return image[..., self.top : self.top + self.height, self.left : self.left + self.width]
+
 
 class Decoded(NamedTuple):
     """One photo, decoded.
@@ -94,7 +98,7 @@ class ScoreMap:
             self.windows = torch.ones(len(self.table), device=self.table.device)
             return
         groups = self.scores.shape[1]
-        area = self.index[box.top : box.top + box.height, box.left : box.left + box.width]
+        area = box.of(self.index)
         pair = area * groups + segments  # the row so far, and this window's segment
         present = torch.zeros(len(self.table) * groups, dtype=torch.bool, device=pair.device)
         present[pair.flatten()] = True
@@ -164,11 +168,11 @@ def decode_groupvit_reference(
     channels = score_channels(scores, threshold)
     total = channels.new_zeros(1, channels.shape[2], *network)
     windows = channels.new_zeros(1, 1, *network)
-    for map_, channel, (top, left, height, width) in zip(maps, channels, boxes, strict=True):
-        fine = F.interpolate(map_[None], size=(height, width), mode="bilinear", align_corners=False)[0]
+    for map_, channel, box in zip(maps, channels, boxes, strict=True):
+        fine = F.interpolate(map_[None], size=(box.height, box.width), mode="bilinear", align_corners=False)[0]
         one_hot = F.one_hot(fine.argmax(dim=0), fine.shape[0]).to(channel.dtype)  # [height, width, G]
-        total[0, :, top : top + height, left : left + width] += (one_hot @ channel).permute(2, 0, 1)
-        windows[:, :, top : top + height, left : left + width] += 1
+        box.of(total[0]).add_((one_hot @ channel).permute(2, 0, 1))
+        box.of(windows).add_(1)
     return F.interpolate(total / windows, size=size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
 
 

@@ -16,9 +16,9 @@ from ..config import Config
 from ..data.reading.decoder import Decoder
 from ..data.reading.samples import reading_threads
 from ..data.reading.training_set import TrainingSet, shard_sets
-from ..data.shards.bad import Bad
 from ..data.shards.index import open_shard
 from ..data.shards.patterns import expand
+from ..data.shards.scan import Bad
 from ..data.shards.verify import is_ready, verifying
 from ..errors import UserError
 from ..files import write_text

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import Config, flattened
-from ..data.shards.bad import Bad
+from ..data.shards.scan import Bad
 from ..errors import UserError
 from ..files import write_json, write_text
 from ..ranks import Ranks, all_gather, gather_objects, mean_over_ranks, on_main

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from .. import devices
 from ..config import Config
-from ..data.reading.pairs import Pairs
-from ..data.reading.train_loader import TrainLoader
+from ..data.reading.loaders import Pairs, TrainLoader
 from ..data.reading.training_set import TrainingSet
 from ..data.scenes.folder import with_scenes
 from ..data.text.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from ..config import Config, EvalDatasetConfig
-from ..data.reading.validation_loader import ValidationLoader
+from ..data.reading.loaders import ValidationLoader
 from ..data.shards.shard_set import open_shards
 from ..data.text.tokenizer import Tokenizer
 from ..evaluation.datasets import SegmentationDataset, open_dataset

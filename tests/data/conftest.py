@@ -11,11 +11,10 @@ import pytest
 from PIL import Image
 
 from mixreorg_fast.config import Config, parse_config
-from mixreorg_fast.data.reading.train_loader import TrainLoader
+from mixreorg_fast.data.reading.loaders import TrainLoader
 from mixreorg_fast.data.reading.training_set import TrainingSet
 from mixreorg_fast.data.shards.build import build
-from mixreorg_fast.data.shards.pair import Pair
-from mixreorg_fast.data.shards.write import write_shard
+from mixreorg_fast.data.shards.pair import Pair, write_shard
 from mixreorg_fast.data.text.tokenizer import Tokenizer
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 210)}

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mixreorg_fast.config import parse_config
-from mixreorg_fast.data.reading.train_loader import TrainLoader
+from mixreorg_fast.data.reading.loaders import TrainLoader
 from mixreorg_fast.data.reading.training_set import TrainingSet
 from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError

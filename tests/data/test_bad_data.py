@@ -20,14 +20,13 @@ import pytest
 import torch
 from PIL import Image
 
-from mixreorg_fast.data.reading.train_loader import TrainLoader
+from mixreorg_fast.data.reading.loaders import TrainLoader
 from mixreorg_fast.data.reading.training_set import TrainingSet
 from mixreorg_fast.data.shards import index
-from mixreorg_fast.data.shards.bad import Bad
 from mixreorg_fast.data.shards.index import index_places
-from mixreorg_fast.data.shards.pair import Pair
+from mixreorg_fast.data.shards.pair import Pair, write_shard
+from mixreorg_fast.data.shards.scan import Bad
 from mixreorg_fast.data.shards.verify import verify
-from mixreorg_fast.data.shards.write import write_shard
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.ranks import Ranks
 from mixreorg_fast.training.data import BadSamples, check_bad, open_training_set

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from mixreorg_fast.config import AugmentConfig, DataConfig
-from mixreorg_fast.data.reading import augment, train_loader, validation_loader
+from mixreorg_fast.data.reading import augment, loaders
 from mixreorg_fast.data.reading.augment import training_graph, validation_graph
 from mixreorg_fast.data.reading.decoder import feed, take
+from mixreorg_fast.data.reading.loaders import ValidationLoader
 from mixreorg_fast.data.reading.samples import MOST_THREADS, reading_threads
-from mixreorg_fast.data.reading.validation_loader import ValidationLoader
 from mixreorg_fast.data.shards.shard_set import open_shards
 
 from .conftest import open_loader, photo
@@ -77,10 +77,10 @@ def test_dalis_own_share_of_the_jpeg_hardware_is_left_alone(operators):
 
 def test_the_loaders_pass_the_share_on(config, tokenizer, shards, monkeypatch):
     seen = []
-    for module, name in ((train_loader, "training_graph"), (validation_loader, "validation_graph")):
+    for name in ("training_graph", "validation_graph"):
         build = getattr(augment, name)
         monkeypatch.setattr(
-            module, name, lambda *a, build=build, **k: (seen.append(k["hw_decoder_load"]), build(*a, **k))[1]
+            loaders, name, lambda *a, build=build, **k: (seen.append(k["hw_decoder_load"]), build(*a, **k))[1]
         )
     configuration = config({"hw_decoder_load": 0.25})
     with open_loader(configuration, tokenizer, micro_batch=2) as loader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mixreorg_fast.data.reading.pairs import Pairs
+from mixreorg_fast.data.reading.loaders import Pairs, ValidationLoader
 from mixreorg_fast.data.reading.samples import SampleReader
 from mixreorg_fast.data.reading.training_set import TrainingSet
-from mixreorg_fast.data.reading.validation_loader import ValidationLoader
-from mixreorg_fast.data.shards.pair import Pair
+from mixreorg_fast.data.shards.pair import Pair, write_shard
 from mixreorg_fast.data.shards.shard_set import open_shards
-from mixreorg_fast.data.shards.write import write_shard
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.images import IMAGENET_MEAN, IMAGENET_STD
 
@@ -219,8 +218,8 @@ def test_shards_that_vanish_or_are_cut_while_training(config, tokenizer, shards,
     photos.close()
     assert len(samples) == 30 and set(numbers) <= set(range(13))  # replaced by samples of the first shard
     assert len(set(numbers[13:])) > 4  # not always the same
-    assert len(photos.bad_samples) == 17
-    assert all("cannot be opened" in bad.reason or "shorter" in bad.reason for bad in photos.bad_samples)
+    assert len(photos.bad) == 17
+    assert all("cannot be opened" in bad.reason or "shorter" in bad.reason for bad in photos.bad.values())
     assert len(caplog.records) == 2  # a line a shard
 
 
@@ -229,7 +228,7 @@ def test_close_is_clean(config, tokenizer):
     next(loader)
     loader.close()
     loader.close()
-    assert not loader._thread.is_alive()
+    assert not any(thread.name.startswith("mixreorg-loader") for thread in threading.enumerate())
     with pytest.raises(RuntimeError, match="closed"):
         next(loader)
 

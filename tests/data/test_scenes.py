@@ -21,8 +21,7 @@ from mixreorg_fast.data.scenes.folder import ensure_scenes
 from mixreorg_fast.data.scenes.grounds import GROUNDS
 from mixreorg_fast.data.scenes.painting import PATTERNS, Painter
 from mixreorg_fast.data.scenes.planning import held_out_combinations, plan_scene
-from mixreorg_fast.data.scenes.scene import COLOURS, KINDS, Scene, Thing
-from mixreorg_fast.data.scenes.shapes import SHAPES
+from mixreorg_fast.data.scenes.scene import COLOURS, KINDS, SHAPES, Scene, Thing
 from mixreorg_fast.data.shards.shard_set import open_shards
 from mixreorg_fast.errors import UserError
 

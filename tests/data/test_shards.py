@@ -19,11 +19,11 @@ from mixreorg_fast.data.shards import index
 from mixreorg_fast.data.shards.build import build
 from mixreorg_fast.data.shards.captions import LONGEST_CAPTION, NounFinder, captions_of
 from mixreorg_fast.data.shards.index import index_places, open_shard, report_places
+from mixreorg_fast.data.shards.pair import write_shard
 from mixreorg_fast.data.shards.patterns import expand
 from mixreorg_fast.data.shards.scan import scan
 from mixreorg_fast.data.shards.shard_set import open_shards
 from mixreorg_fast.data.shards.verify import verify
-from mixreorg_fast.data.shards.write import write_shard
 from mixreorg_fast.errors import UserError
 
 from .conftest import pairs

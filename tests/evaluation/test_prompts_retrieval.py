@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.evaluation.retrieval import retrieval_at_1
-from mixreorg_fast.inference.prompts import text_classifier
+from mixreorg_fast.inference.segmenter import text_classifier
 from mixreorg_fast.names import TEMPLATES
 
 

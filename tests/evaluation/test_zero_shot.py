@@ -16,8 +16,7 @@ from mixreorg_fast.evaluation import metrics
 from mixreorg_fast.evaluation.datasets import open_dataset
 from mixreorg_fast.evaluation.zero_shot import evaluate, segmenter_for
 from mixreorg_fast.inference.model import Model
-from mixreorg_fast.inference.prompts import text_classifier
-from mixreorg_fast.inference.segmenter import Segmenter
+from mixreorg_fast.inference.segmenter import Segmenter, text_classifier
 from mixreorg_fast.inference.windows import Box, decode, decode_groupvit_reference, window_boxes
 from mixreorg_fast.models.class_scores import class_scores, image_threshold
 
@@ -275,7 +274,7 @@ def test_with_a_real_model():
     names = ["cat", "dog", "sky"]
     texts = text_classifier(model, names)
     settings = InferenceConfig(short_side=64, decoding="direct")
-    segmenter = Segmenter(model, names, settings, names)
+    segmenter = Segmenter(model, names, settings)
     pixels = torch.randn(2, 3, 64, 88)
     decoded = list(segmenter(pixels, [(64, 88)] * 2))
     expected = model.segment_labels(pixels, texts)
@@ -322,10 +321,10 @@ def test_impossible_settings_are_refused(values, message):
 
 def test_a_window_that_cuts_patches_is_refused(model):
     with pytest.raises(UserError, match="window 60 is no multiple of the patch 8 .nearest: 56 or 64"):
-        Segmenter(model, ["cat"], InferenceConfig(mode="sliding", window=60, stride=30), ["cat"])
+        Segmenter(model, ["cat"], InferenceConfig(mode="sliding", window=60, stride=30))
 
 
 def test_labels_reach_numpy_small(model):
-    decoded = Segmenter(model, ["cat", "dog"], SETTINGS, ["cat", "dog"]).segment(Image.new("RGB", (50, 40), "red"))
+    decoded = Segmenter(model, ["cat", "dog"], SETTINGS).segment(Image.new("RGB", (50, 40), "red"))
     assert decoded.labels.numpy().dtype == np.uint8
     assert decoded.labels.shape == decoded.segments.shape == (40, 50)

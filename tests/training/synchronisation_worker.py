@@ -16,7 +16,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from mixreorg_fast.config import merged
-from mixreorg_fast.data.reading.pairs import Pairs
+from mixreorg_fast.data.reading.loaders import Pairs
 from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.models import text_encoder
 from mixreorg_fast.training.data import BadSamples

@@ -9,6 +9,7 @@ erase.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -128,14 +129,12 @@ def training_graph(
     """
     from nvidia.dali import fn
     from nvidia.dali.auto_aug.core import select, signed_bin
-    from nvidia.dali.pipeline import pipeline_def
 
     types = _types()
 
     def source(name: str, kind: Any, ndim: int) -> Any:
         return fn.external_source(name=name, dtype=kind, ndim=ndim)
 
-    @pipeline_def(enable_conditionals=True)
     def graph() -> Any:
         images = fn.decoders.image_slice(
             source("encoded", types.UINT8, 1),
@@ -187,15 +186,11 @@ def validation_graph(
 ) -> Any:
     """As :func:`training_graph` with the one input ``encoded``: short side to `size`, the middle square."""
     from nvidia.dali import fn
-    from nvidia.dali.pipeline import pipeline_def
 
-    types = _types()
-
-    @pipeline_def
     def graph() -> Any:
-        images = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        images = fn.external_source(name="encoded", dtype=_types().UINT8, ndim=1)
         images = fn.decoders.image(images, **_decoder(device, hw_decoder_load))
-        images = fn.resize(images, resize_shorter=size, interp_type=types.INTERP_CUBIC, antialias=True)
+        images = fn.resize(images, resize_shorter=size, interp_type=_types().INTERP_CUBIC, antialias=True)
         return _normalised(images, crop=(size, size))
 
     return _built(graph, device=device, batch=batch, threads=threads, depth=1)
@@ -223,8 +218,10 @@ def _normalised(images: Any, **crop: Any) -> Any:
     return fn.crop_mirror_normalize(images, dtype=_types().FLOAT, output_layout="CHW", mean=mean, std=std, **crop)
 
 
-def _built(graph: Any, *, device: torch.device, batch: int, threads: int, depth: int) -> Any:
-    pipeline = graph(
+def _built(graph: Callable, *, device: torch.device, batch: int, threads: int, depth: int) -> Any:
+    from nvidia.dali.pipeline import pipeline_def
+
+    pipeline: Any = pipeline_def(enable_conditionals=True)(graph)(
         batch_size=batch,
         num_threads=threads,
         device_id=device.index,  # None: no GPU

@@ -40,7 +40,7 @@ def uniforms(seed: int, purpose: Purpose, position: int, count: int, columns: in
 
 
 class Order:
-    """Samples in the order of a run: each once per epoch, shuffled anew from (seed, epoch).
+    """Samples in the order of a run: each once per epoch, shuffled from (seed, epoch).
 
     The shuffle keeps reads local, for spinning and network disks: the shards are shuffled, then the samples within
     windows of several shards.
@@ -89,8 +89,7 @@ class Order:
 
 
 class Mixture:
-    """Samples of several sets, drawn by weight: each set in an :class:`Order` of its own, shuffled anew after each
-    pass.
+    """Samples of several sets, drawn by weight: each set in an :class:`Order` of its own.
 
     The positions of a run are cut into blocks of 65,536. Every block holds each set by its share, to within one
     position, in an order drawn from (seed, block). So the set of a position, and the set's number of earlier

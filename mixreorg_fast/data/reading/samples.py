@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from ...config import DataConfig
 from ...errors import UserError
 from ...ranks import local_size
-from ..shards.bad import Bad
+from ..shards.scan import Bad
 from ..shards.shard_set import Sample, ShardSet
 from .decoder import Decoder
 from .order import stand_in
@@ -39,19 +38,16 @@ class SampleReader:
         ends: where the sets end whose samples may replace one another; None: all of `shards` are one set.
 
     Attributes:
-        bad: numbers of the bad samples found so far.
-        bad_samples: the same with shard, key and reason.
+        bad: the bad samples found so far, by number.
     """
 
     def __init__(self, shards: ShardSet, threads: int, device: torch.device, ends: np.ndarray | None = None) -> None:
-        self.bad: set[int] = set()
-        self.bad_samples: list[Bad] = []
+        self.bad: dict[int, Bad] = {}
         self._shards = ShardSet(shards.shards)
         self._threads = threads
         self._ends = np.array([len(shards)]) if ends is None else ends
         self._decoder = Decoder(device, 1)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mixreorg-read")
-        self._lock = threading.Lock()
         self._warned: set[str] = set()
 
     def read(
@@ -99,9 +95,8 @@ class SampleReader:
         self._shards.close()
 
     def _replacement(self, number: int) -> tuple[int, tuple[Sample, tuple[int, int]]]:
-        part = int(np.searchsorted(self._ends, number, side="right"))
-        end = int(self._ends[part])
-        first = int(self._ends[part - 1]) if part else 0
+        part = np.searchsorted(self._ends, number, side="right")
+        first, end = (int(bound) for bound in (0, *self._ends)[part : part + 2])
         for attempt in range(64 + end - first):
             other = stand_in(number, attempt, first, end - first)
             if other not in self.bad:
@@ -114,28 +109,25 @@ class SampleReader:
 
     def _read_part(self, numbers: np.ndarray) -> list[tuple[Sample, tuple[int, int]] | None]:
         """Samples with their photos' heights and widths; None for a bad one."""
-        pairs: list[tuple[Sample, tuple[int, int]] | None] = []
-        for number in numbers.tolist():
-            pair = None
+
+        def pair(number: int) -> tuple[Sample, tuple[int, int]] | None:
             if number not in self.bad:
                 try:
                     sample = self._shards.read(number)
-                    pair = sample, self._decoder.size(sample.image)
+                    return sample, self._decoder.size(sample.image)
                 except ValueError as error:  # not a photo, or no caption
                     self._mark(number, str(error))
                 except OSError as error:  # the shard is cut or gone
                     self._mark(number, str(error), shard_wide=True)
-            pairs.append(pair)
-        return pairs
+            return None
+
+        return [pair(number) for number in numbers.tolist()]
 
     def _mark(self, number: int, reason: str, *, shard_wide: bool = False) -> None:
         """Note a bad sample. A `shard_wide` reason is logged once."""
-        with self._lock:
-            if number in self.bad:
-                return
-            self.bad.add(number)
         bad = self._shards.bad_sample(number, reason)
-        self.bad_samples.append(bad)
+        if self.bad.setdefault(number, bad) is not bad:  # another thread was first
+            return
         if not shard_wide:
             log.warning("%s", f"{bad}; another sample replaces it".replace("\t", ": "))
         elif reason not in self._warned:

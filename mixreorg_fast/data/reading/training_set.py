@@ -10,7 +10,7 @@ import numpy as np
 
 from ...config import Config, DataConfig
 from ...errors import UserError
-from ..shards.bad import Bad
+from ..shards.scan import Bad
 from ..shards.shard_set import ShardSet, open_shards
 from ..text.tokenizer import Tokenizer
 from .order import Mixture, Order

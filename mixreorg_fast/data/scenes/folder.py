@@ -11,17 +11,14 @@ The same shards and the same evaluation layout as real data, written by the same
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +29,8 @@ from ...config import Config, EvalDatasetConfig, ScenesConfig
 from ...errors import UserError
 from ...files import write_json
 from ...palette import voc_palette
-from ..shards.pair import Pair
-from ..shards.write import write_shard
+from ..shards.pair import Pair, write_shard
+from ..shards.processes import advance, pool
 from .painting import Painter
 from .planning import held_out_combinations, plan_scene
 from .scene import KINDS, Scene
@@ -147,62 +144,29 @@ def _replace(folder: Path, config: ScenesConfig, settings: dict, workers: int, p
 
 
 def _draw_all(folder: Path, config: ScenesConfig, workers: int, progress: bool) -> None:
-    """Share the pieces (one shard each) among processes of their own.
-
-    Plain subprocesses rather than multiprocessing: threads are not forked, and the caller's main module (a training
-    script) is not imported again.
-    """
+    """Share the pieces (one shard each) among processes."""
     totals = {split: config.train if split == "train" else config.val for split in SPLITS}
     pieces = [
-        {"split": split, "first": first, "count": min(PER_SHARD, totals[split] - first)}
-        for split in SPLITS
-        for first in range(0, totals[split], PER_SHARD)
+        (split, first, min(PER_SHARD, total - first))
+        for split, total in totals.items()
+        for first in range(0, total, PER_SHARD)
     ]
-    workers = min(workers, len(pieces))
-    root = str(Path(__file__).resolve().parents[3])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    # Threads of numpy would only compete for the cores.
-    environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    settings = config.model_dump() | {"folder": str(folder)}
-
-    command = [sys.executable, "-c", f"from {__name__} import _work; _work()"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-
-    def follow(process: subprocess.Popen) -> int:
-        for line in process.stdout or ():
-            bar.update(int(line))
-        return process.wait()
-
+    drawn = config.model_copy(update={"folder": str(folder)})
     with (
         tqdm(total=sum(totals.values()), unit="scene", desc="draw scenes", disable=not progress) as bar,
-        ThreadPoolExecutor(workers) as threads,
-        contextlib.ExitStack() as stack,
+        pool(min(workers, len(pieces)), bar) as run,
     ):
-        processes = []
-        for worker in range(workers):
-            process = stack.enter_context(subprocess.Popen(command, env=environment, **pipes))
-            stack.callback(process.kill)  # after an error; a finished process ignores it
-            assert process.stdin is not None
-            process.stdin.write(json.dumps({"config": settings, "pieces": pieces[worker::workers]}))
-            process.stdin.close()
-            processes.append(process)
-        if any(list(threads.map(follow, processes))):
-            raise UserError(f"drawing the scenes into {folder} failed; the reason is printed above")
+        for _ in run(partial(_draw_piece, drawn), pieces):
+            pass
 
 
-def _work() -> None:
-    """A drawing process: it reads its job as JSON from stdin and prints the number of scenes of each finished piece."""
-    job = json.load(sys.stdin)
-    config = ScenesConfig.model_validate(job["config"])
-    painter = Painter(config.size, config.seed)
-    for piece in job["pieces"]:
-        _draw_piece(config, painter, **piece)
-        print(piece["count"], flush=True)
+_painter = lru_cache(maxsize=1)(Painter)  # its textures take longer than a small piece
 
 
-def _draw_piece(config: ScenesConfig, painter: Painter, *, split: str, first: int, count: int) -> None:
+def _draw_piece(config: ScenesConfig, piece: tuple[str, int, int]) -> None:
     """Draw scenes first … first + count - 1 of a split: a shard, and for evaluation their pictures and masks."""
-    folder = Path(config.folder)
+    split, first, count = piece
+    folder, painter = Path(config.folder), _painter(config.size, config.seed)
     held_out = held_out_combinations(config.seed)
 
     def pairs() -> Iterator[Pair]:
@@ -215,6 +179,7 @@ def _draw_piece(config: ScenesConfig, painter: Painter, *, split: str, first: in
                 image = Image.fromarray(mask)
                 image.putpalette(voc_palette().flatten().tolist())
                 image.save(folder / split / "masks" / f"{pair.key}.png")
+            advance(1)
             yield pair
 
     # The held-out combinations are shards too: retrieval can be scored on them as on any others.

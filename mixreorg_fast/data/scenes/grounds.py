@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -113,35 +112,34 @@ def _cloth(c: Canvas) -> np.ndarray:
     return 0.6 * weave + 0.2 * c.noise(2, 2)
 
 
-@dataclass(frozen=True)
 class Ground:
-    """A texture, and families of two colours, dark and light, that every picture of it draws from."""
+    """A texture, and families of two colours that every picture of it draws from.
 
-    texture: Callable[[Canvas], np.ndarray]
-    families: tuple[np.ndarray, ...]  # RGB, [2, 3] each
+    Args:
+        texture: fills a canvas.
+        families: dark and light, such as "26541e 70a448"; as an attribute RGB, ``[2, 3]`` each.
+    """
 
-    @classmethod
-    def of(cls, texture: Callable[[Canvas], np.ndarray], *families: str) -> Ground:
-        """With families such as "26541e 70a448" (dark, light)."""
-        colours = (bytes.fromhex(family) for family in families)
-        return cls(texture, tuple(np.array(list(family)).reshape(2, 3) for family in colours))
+    def __init__(self, texture: Callable[[Canvas], np.ndarray], *families: str) -> None:
+        self._texture = texture
+        self.families = [np.array(list(bytes.fromhex(family))).reshape(2, 3) for family in families]
 
     def draw(self, rng: np.random.Generator, side: int) -> np.ndarray:
         """The texture, uint8 ``[side, side]``."""
-        return np.clip(127.5 * (self.texture(Canvas(rng, side)) + 1), 0, 255).astype(np.uint8)
+        return np.clip(127.5 * (self._texture(Canvas(rng, side)) + 1), 0, 255).astype(np.uint8)
 
 
-GROUNDS: dict[str, Ground] = {
-    "grass": Ground.of(_grass, "26541e 70a448", "466022 9eb05c", "18462c 548c5a"),
-    "sand": Ground.of(_sand, "b09260 e2ca98", "c4ac80 f0e2be", "a07652 d4aa7e"),
-    "water": Ground.of(_water, "184a7a 64a0c6", "1e606e 78bec4", "22385c 607ea4"),
-    "brick": Ground.of(_brick, "783428 cebcac", "705c52 d6d0c8", "925438 dcccb4"),
-    "snow": Ground.of(_snow, "c4d0e0 fafcff", "ceced4 fcfaf8", "b4c4d8 ecf4fc"),
-    "wood": Ground.of(_wood, "5c3c22 a87a4e", "967046 d8b482", "60564e a89c90"),
-    "gravel": Ground.of(_gravel, "424244 b0aeaa", "544a40 baac9a", "3a404a 9aa4b0"),
-    "tiles": Ground.of(_tiles, "828c92 e2e8ea", "608296 b4d4e4", "80543e ce9676"),
-    "mud": Ground.of(_mud, "3a2a1c 765a40", "4a3a2e 8a7460", "302822 685c4e"),
-    "leaves": Ground.of(_leaves, "284c1e 829e4a", "783e16 d88e42", "62521e c4b058"),
-    "sky": Ground.of(_sky, "5c98d8 f6f8fa", "8ea4bc e8eaec", "be8c96 fae0ce"),
-    "cloth": Ground.of(_cloth, "5c3c60 a884a8", "74282c ba6862", "545c68 9ca4b0"),
+GROUNDS = {
+    "grass": Ground(_grass, "26541e 70a448", "466022 9eb05c", "18462c 548c5a"),
+    "sand": Ground(_sand, "b09260 e2ca98", "c4ac80 f0e2be", "a07652 d4aa7e"),
+    "water": Ground(_water, "184a7a 64a0c6", "1e606e 78bec4", "22385c 607ea4"),
+    "brick": Ground(_brick, "783428 cebcac", "705c52 d6d0c8", "925438 dcccb4"),
+    "snow": Ground(_snow, "c4d0e0 fafcff", "ceced4 fcfaf8", "b4c4d8 ecf4fc"),
+    "wood": Ground(_wood, "5c3c22 a87a4e", "967046 d8b482", "60564e a89c90"),
+    "gravel": Ground(_gravel, "424244 b0aeaa", "544a40 baac9a", "3a404a 9aa4b0"),
+    "tiles": Ground(_tiles, "828c92 e2e8ea", "608296 b4d4e4", "80543e ce9676"),
+    "mud": Ground(_mud, "3a2a1c 765a40", "4a3a2e 8a7460", "302822 685c4e"),
+    "leaves": Ground(_leaves, "284c1e 829e4a", "783e16 d88e42", "62521e c4b058"),
+    "sky": Ground(_sky, "5c98d8 f6f8fa", "8ea4bc e8eaec", "be8c96 fae0ce"),
+    "cloth": Ground(_cloth, "5c3c60 a884a8", "74282c ba6862", "545c68 9ca4b0"),
 }

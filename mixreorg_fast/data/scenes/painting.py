@@ -13,8 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from .grounds import GROUNDS
-from .scene import COLOURS, KINDS, Scene, Thing
-from .shapes import SHAPES
+from .scene import COLOURS, KINDS, SHAPES, Scene, Thing
 
 OVERSAMPLING = 2  # the mask's rule below is written for it
 TEXTURES_PER_GROUND = 6

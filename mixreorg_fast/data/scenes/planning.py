@@ -14,8 +14,7 @@ from ...config import ScenesConfig
 from .captions import caption
 from .grounds import GROUNDS
 from .painting import PATTERNS
-from .scene import COLOURS, KINDS, Scene, Thing
-from .shapes import SHAPES
+from .scene import COLOURS, KINDS, SHAPES, Scene, Thing
 
 HELD_OUT = 0.1  # share of the (kind, pattern, colour) combinations kept from training
 

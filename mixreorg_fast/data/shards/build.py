@@ -8,23 +8,27 @@ under their names together when the last one is complete.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from ...errors import UserError
+from ...errors import UserError, nearest
 from ...files import write_json
-from .bad import Bad
-from .captions import NounFinder, read_nouns
-from .pair import Pair
+from . import photos
+from .captions import NounFinder
+from .img2dataset import finished_tars
+from .pair import Pair, write_shard
+from .parquet import rows_of_parquet
 from .processes import advance, pool
-from .sources import Source, open_source
+from .scan import Bad
+from .sources import Source
 from .target import Target
-from .write import write_shard
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,6 @@ class Built:
     samples: int
     skipped: list[Bad]
     skipped_list: Path  # holds them, if there are any
-
-    @property
-    def reasons(self) -> list[tuple[str, int]]:
-        """Why samples were skipped and how many, the most frequent first."""
-        return Counter(bad.reason for bad in self.skipped).most_common()
 
 
 def build(
@@ -62,14 +61,15 @@ def build(
         nouns: a file with one word or phrase per line; those found in a sample's captions become its ``nouns``.
         overwrite: replace the shards that the pattern has already, all of them.
         workers: processes; the shards are the same with any number.
-        options: of the source, as :func:`~.sources.open_source`.
+        options: `split`, `images`, `image_column` and `caption_column`, if the source has them; see
+            :func:`~.photos.listed` and :func:`~.parquet.rows_of_parquet`.
 
     Raises:
         UserError: the source is missing or malformed, nothing is left to write, shards of `out` exist already, or an
             unfinished build of `out` had other arguments.
     """
-    target = Target.of(out)
-    found = None if nouns is None else read_nouns(nouns)
+    target = Target(out)
+    finder = None if nouns is None else NounFinder.of(nouns)
     with target.locked():
         unfinished = target.record()
         old = target.existing()
@@ -78,61 +78,93 @@ def build(
                 f"{min(old)} exists already ({len(old)} shards of {out}); "
                 f"add --overwrite to replace them, or choose another --out"
             )
-        source = open_source(path, workers=workers, **options)
+        source = _open(Path(path).expanduser(), {"workers": workers, **options})
         arguments = {
             "source": os.path.abspath(path),
-            "files": _state_of(source.files()),
-            "samples": len(source),
+            "files": _state_of(source.files),
+            "samples": len(source.places),
             **options,
-            "nouns": None if found is None else hashlib.sha256("\n".join(found).encode()).hexdigest(),
+            "nouns": None if finder is None else hashlib.sha256("\n".join(finder.nouns).encode()).hexdigest(),
             "samples_per_shard": samples_per_shard,
             "out": os.path.abspath(out),
         }
         if (images := options.get("images")) is not None:
             arguments["images"] = os.path.abspath(images)
-        _check_same(unfinished, arguments, target)
-        if unfinished is None:
-            target.clear()
-            write_json(target.hidden / "build.json", {"arguments": arguments, "publishing": False})
-        reports = _write_all(source, target, NounFinder(found) if found else None, samples_per_shard, workers, progress)
+        target.begin(arguments)
+        reports = _write_all(source, target, finder, samples_per_shard, workers, progress)
         samples = sum(report["samples"] for report in reports)
         skipped = [*source.left_out, *(Bad(*bad) for report in reports for bad in report["skipped"])]
         if not samples:
             target.discard()
             raise UserError(f"{path}: none of {len(skipped)} samples can be used: {skipped[0].reason} (and so on)")
-        shards = target.publish(arguments, [report["samples"] for report in reports], skipped)
+        shards = target.publish([report["samples"] for report in reports], skipped)
         return Built(shards, samples, skipped, target.skipped_list)
+
+
+def _open(path: Path, options: dict[str, Any]) -> Source:
+    """The source at `path` with those of the `options` that its kind has.
+
+    Raises:
+        UserError: no source lies there, it lacks something, or it has no such option.
+    """
+    kind, opener = _kind(path)
+    known = inspect.signature(opener).parameters
+    for name, value in options.items():
+        if value is not None and name not in known and name != "workers":
+            raise UserError(f"--{name.replace('_', '-')} {value}: not for {path}, which is {kind}")
+    return opener(path, **{name: value for name, value in options.items() if name in known})
+
+
+def _kind(path: Path) -> tuple[str, Callable[..., Source]]:
+    """What the source at `path` is, told by the files there (see docs/data.md), and the function that opens it."""
+    parquet = "Parquet", rows_of_parquet
+    if not path.exists():
+        siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"no {path}{nearest(str(path), siblings)}")
+    if photos.table_of(path) is not None:
+        return "a table of photos", photos.listed
+    if path.suffix == ".parquet" and path.is_file():
+        return parquet
+    if path.is_dir():
+        # img2dataset writes a table beside each of its tars, so tars come first.
+        if any(path.glob("*.tar")):
+            return "a folder of tars (img2dataset's)", finished_tars
+        if photos.has_pair(path):
+            return "a folder of photos and text files", photos.beside_texts
+        if any(path.rglob("*.parquet")):
+            return parquet
+    raise UserError(
+        f"{path}: nothing to build shards from; expected photos with a NAME.txt beside each NAME.jpg, a CSV (or a "
+        f"folder with {' or '.join(photos.TABLES)}), Parquet files, or img2dataset's output (webdataset)"
+    )
 
 
 def _write_all(
     source: Source, target: Target, finder: NounFinder | None, per_shard: int, workers: int, progress: bool
 ) -> list[dict]:
     """Write the shards that are not there yet; returns the reports of all."""
-    jobs, done = [], 0
-    for number, first in enumerate(range(0, len(source), per_shard)):
-        part = source[first : first + per_shard]
-        if target.report(number) is None:
-            jobs.append((part, target.part(number), finder))
-        else:
-            done += len(part)
+    total = len(source.places)
+    numbers = range(-(-total // per_shard))
+    missing = [number for number in numbers if target.report(number) is None]
+    jobs = [(source.places[k * per_shard : (k + 1) * per_shard], target.part(k)) for k in missing]
+    done = total - sum(len(places) for places, _ in jobs)
     with (
-        tqdm(total=len(source), initial=done, unit="photo", desc="build", disable=not progress) as bar,
+        tqdm(total=total, initial=done, unit="photo", desc="build", disable=not progress) as bar,
         pool(min(workers, max(len(jobs), 1)), bar) as run,
     ):
-        for _ in run(_write_part, jobs):
+        for _ in run(partial(_write_part, source.read, finder), jobs):
             pass
-    reports = (target.report(number) for number in range(-(-len(source) // per_shard)))
-    return [report for report in reports if report is not None]
+    return [report for number in numbers if (report := target.report(number)) is not None]
 
 
-def _write_part(job: tuple[Source, Path, NounFinder | None]) -> None:
+def _write_part(read: Callable, finder: NounFinder | None, job: tuple[Any, Path]) -> None:
     """Write one shard to the hidden folder, then its report."""
-    source, path, finder = job
+    places, path = job
     written, skipped = 0, []
 
     def pairs() -> Iterator[Pair]:
         nonlocal written
-        for pair in source:
+        for pair in read(places):
             advance(1)
             if isinstance(pair, Bad):
                 skipped.append(pair)
@@ -141,19 +173,7 @@ def _write_part(job: tuple[Source, Path, NounFinder | None]) -> None:
             yield pair if finder is None else replace(pair, fields={"nouns": finder.find(pair.captions)})
 
     write_shard(path, pairs())
-    report = {"samples": written, "bytes": path.stat().st_size, "skipped": skipped}
-    write_json(path.with_suffix(".json"), report)
-
-
-def _check_same(unfinished: dict | None, arguments: dict, target: Target) -> None:
-    before = {} if unfinished is None else unfinished["arguments"]
-    for name, value in before.items():
-        if arguments.get(name) != value:
-            what = "the source has changed since" if name in ("files", "samples") else f"it had {name} {value}"
-            raise UserError(
-                f"{target.hidden} holds an unfinished build with other arguments ({what}); "
-                f"finish that one, or delete the folder"
-            )
+    write_json(path.with_suffix(".json"), {"samples": written, "bytes": path.stat().st_size, "skipped": skipped})
 
 
 def _state_of(files: Sequence[Path]) -> str:

@@ -38,37 +38,35 @@ def captions_of(text: bytes) -> list[str]:
 def nouns_of(text: bytes) -> list[str]:
     """The ``nouns`` of a sample's json; empty where there is no list of texts."""
     try:
-        nouns = json.loads(text).get("nouns") if text else None
-    except (ValueError, AttributeError):
+        nouns = json.loads(text)["nouns"] if text else []
+    except (ValueError, KeyError, TypeError):
         return []
-    if not isinstance(nouns, list):
-        return []
+    nouns = nouns if isinstance(nouns, list) else []
     return [noun for noun in nouns if isinstance(noun, str) and len(noun) <= LONGEST_CAPTION]
-
-
-def read_nouns(path: str | Path) -> list[str]:
-    """The lines of a noun list, lower-cased.
-
-    Raises:
-        UserError: the file is missing or empty.
-    """
-    try:
-        nouns = [line.strip().lower() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError):
-        raise UserError(
-            f"no readable noun list {path}; expected a text file with one word or phrase per line"
-        ) from None
-    if not nouns:
-        raise UserError(f"{path}: empty; expected one word or phrase per line")
-    return nouns
 
 
 class NounFinder:
     """Finds the words and phrases of a list in captions, in singular or a plural in -s or -es; longer ones first."""
 
     def __init__(self, nouns: Sequence[str]) -> None:
+        self.nouns = nouns
         choices = "|".join(re.escape(noun) for noun in sorted(set(nouns), key=lambda n: (-len(n), n)))
         self._pattern = re.compile(rf"\b({choices})(?:e?s)?\b")
+
+    @classmethod
+    def of(cls, path: str | Path) -> NounFinder:
+        """A finder of the lines of a file, lower-cased.
+
+        Raises:
+            UserError: the file is missing or empty.
+        """
+        try:
+            nouns = [line.strip().lower() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError):
+            raise UserError(f"no readable noun list {path}; expected one word or phrase per line") from None
+        if not any(nouns):
+            raise UserError(f"{path}: empty; expected one word or phrase per line")
+        return cls([noun for noun in nouns if noun])
 
     def find(self, captions: Sequence[str]) -> list[str]:
         """The nouns in the captions, each once, in order of appearance."""

@@ -1,48 +1,48 @@
-"""The output of img2dataset as a source of samples."""
+"""The output of ``img2dataset --output_format webdataset`` as a source of samples."""
 
 from __future__ import annotations
 
 import functools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import UserError
-from .bad import Bad
 from .pair import Pair, checked
 from .processes import pool
-from .scan import read_member, scan
-from .stretches import Stretches
+from .scan import Bad, read_member, scan
+from .sources import Source, Stretches
 
 
-@dataclass(frozen=True)
-class Img2dataset(Stretches):
-    """The tars of ``img2dataset --output_format webdataset``: finished tars, samples whose status is success."""
+def finished_tars(root: Path, workers: int = 1) -> Source:
+    """The samples of the tars in a folder that img2dataset has finished, if their status is success.
 
-    left_out: tuple[Bad, ...] = ()  # tars that img2dataset was interrupted in
+    Args:
+        workers: processes that look through the tars.
 
-    @classmethod
-    def open(cls, root: Path, workers: int) -> Img2dataset:
-        tars = sorted(root.glob("*.tar"))
-        # img2dataset writes a shard's statistics last.
-        done = [tar for tar in tars if tar.with_name(f"{tar.stem}_stats.json").is_file()]
-        if not done:
-            raise UserError(
-                f"{root}: {tars[0].name} has no {tars[0].stem}_stats.json; expected img2dataset's output "
-                f"(other WebDataset tars can be trained on as they are)"
-            )
-        with pool(min(workers, len(done))) as run:
-            sizes = list(run(_size, done))
-        reason = "img2dataset did not finish this tar (it has no _stats.json)"
-        left_out = tuple(Bad(str(tar), "", reason) for tar in tars if tar not in set(done))
-        return cls(tuple((tar, 0, size) for tar, size in zip(done, sizes, strict=True)), left_out)
+    Raises:
+        UserError: img2dataset has finished none of the tars.
+    """
+    tars = sorted(root.glob("*.tar"))
+    # img2dataset writes a shard's statistics last.
+    done = [tar for tar in tars if tar.with_name(f"{tar.stem}_stats.json").is_file()]
+    if not done:
+        raise UserError(
+            f"{root}: {tars[0].name} has no {tars[0].stem}_stats.json; expected img2dataset's output "
+            f"(other WebDataset tars can be trained on as they are)"
+        )
+    with pool(min(workers, len(done))) as run:
+        sizes = list(run(_size, done))
+    reason = "img2dataset did not finish this tar (it has no _stats.json)"
+    unfinished = [Bad(str(tar), "", reason) for tar in tars if tar not in set(done)]
+    return Source(Stretches([(tar, 0, size) for tar, size in zip(done, sizes, strict=True)]), _read, done, unfinished)
 
-    def __iter__(self) -> Iterator[Pair | Bad]:
-        for tar, first, last in self.stretches:
-            with open(tar, "rb") as file:
-                for entry in _entries(tar)[first:last]:
-                    yield entry if isinstance(entry, Bad) else _tar_sample(tar, file.fileno(), entry)
+
+def _read(places: Stretches) -> Iterator[Pair | Bad]:
+    for tar, first, last in places.parts:
+        with open(tar, "rb") as file:
+            for entry in _entries(tar)[first:last]:
+                yield entry if isinstance(entry, Bad) else _sample(tar, file.fileno(), entry)
 
 
 @functools.lru_cache(maxsize=2)  # slices of a tar follow one another
@@ -56,9 +56,8 @@ def _size(tar: Path) -> int:
     return len(_entries(tar))
 
 
-def _tar_sample(tar: Path, file: int, entry: dict) -> Pair | Bad:
+def _sample(tar: Path, file: int, entry: dict) -> Pair | Bad:
     key = entry["key"].decode(errors="replace")
-
     try:
         about = json.loads(read_member(file, entry, "json") or b"{}")
     except ValueError:

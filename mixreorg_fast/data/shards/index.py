@@ -18,8 +18,7 @@ import numpy as np
 
 from ...errors import UserError
 from ...files import atomic_path, write_text
-from .bad import Bad, LeftOut
-from .scan import scan
+from .scan import Bad, LeftOut, scan
 
 INDEX_FORMAT = 3
 
@@ -59,15 +58,8 @@ def open_shard(path: Path) -> Shard:
 
 
 def indexed(path: Path) -> Shard | None:
-    """A shard by its index alone; None where that is missing or older than the tar.
-
-    Raises:
-        UserError: there is neither the tar nor an index of it.
-    """
-    try:
-        status = os.stat(path)
-    except OSError:
-        status = None
+    """As :func:`open_shard`, but None where the index is missing or older than the tar."""
+    status = os.stat(path) if os.path.exists(path) else None
     shard = next(filter(None, (_load_index(path, place, status) for place in index_places(path))), None)
     if shard is None and status is None:
         raise UserError(f"no shard {path}")
@@ -85,19 +77,13 @@ def write_index(
     array = np.zeros(len(samples), dtype=_record_type(max((len(s["key"]) for s in samples), default=1)))
     for name in array.dtype.names or ():
         array[name] = [sample[name] for sample in samples]
-    broken = sum(entry.samples for entry in left_out)
-    problem = "; ".join(entry.reason for entry in left_out if not entry.key) or None
-    header = {
-        "format": INDEX_FORMAT,
-        "size": status.st_size,
-        "mtime_ns": status.st_mtime_ns,
-        "count": len(array),
-        "key_bytes": array.dtype["key"].itemsize,
+    facts = {
         "verified": verified,
-        "broken": broken,
-        "problem": problem,
+        "broken": sum(entry.samples for entry in left_out),
+        "problem": "; ".join(entry.reason for entry in left_out if not entry.key) or None,
     }
-    line = json.dumps(header).encode()
+    header = {"format": INDEX_FORMAT, "size": status.st_size, "mtime_ns": status.st_mtime_ns, "count": len(array)}
+    line = json.dumps({**header, "key_bytes": array.dtype["key"].itemsize, **facts}).encode()
     line += b" " * (-(len(line) + 1) % 64) + b"\n"  # records start aligned
     listed = "".join(f"{Bad('', key, reason)}\n".removeprefix("\t") for key, reason, _ in left_out)
     for place, report in zip(index_places(path), report_places(path), strict=True):
@@ -111,20 +97,18 @@ def write_index(
             if (shard := _load_index(path, place, status)) is not None:
                 return shard
     # Neither place can be written: the next process scans again.
-    return Shard(Path(path), array, verified, broken, problem)
+    return Shard(Path(path), array, **facts)
 
 
-def report_places(path: Path) -> tuple[Path, Path]:
-    """Where the list of a shard's broken samples may lie, as :func:`index_places`."""
-    beside, cached = index_places(path)
-    return Path(f"{path}.broken.tsv"), cached.with_suffix(".broken.tsv")
-
-
-def index_places(path: Path) -> tuple[Path, Path]:
+def index_places(path: Path) -> list[Path]:
     """Where the index of a shard may lie: beside it, or in the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixreorg" / "shards"
-    name = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:32]
-    return Path(f"{path}.index"), cache / f"{name}.index"
+    return [Path(f"{path}.index"), cache / f"{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:32]}.index"]
+
+
+def report_places(path: Path) -> list[Path]:
+    """Where the list of a shard's broken samples may lie, as :func:`index_places`."""
+    return [place.with_suffix(".broken.tsv") for place in index_places(path)]
 
 
 def _load_index(path: Path, place: Path, status: os.stat_result | None) -> Shard | None:
@@ -145,8 +129,8 @@ def _load_index(path: Path, place: Path, status: os.stat_result | None) -> Shard
                 return None
         # An empty file cannot be mapped.
         samples = np.memmap(place, record, "r", len(line), (count,)) if count else np.zeros(0, record)
-        kept = {name: header[name] for name in ("verified", "broken", "problem")}
-        return Shard(Path(path), samples, **kept, gone=status is None)
+        facts = {name: header[name] for name in ("verified", "broken", "problem")}
+        return Shard(Path(path), samples, **facts, gone=status is None)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -1,18 +1,18 @@
-"""A photo with its captions, to be written to a shard, and the checks that every kind of source makes."""
+"""A photo with its captions, the checks that every source makes, and writing pairs to a shard."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import UserError, nearest
-from .bad import Bad
+from ...files import atomic_path
 from .captions import captions_of
-from .scan import LARGEST_MEMBER
-
-# Names of columns, in any case.
-CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "title", "comment")
+from .scan import LARGEST_MEMBER, Bad
 
 
 @dataclass(frozen=True)
@@ -28,41 +28,44 @@ class Pair:
 
 def checked(source: str | Path, key: str, image: bytes, text: bytes) -> Pair | Bad:
     """The sample of an encoded photo and its captions, one per line; or what is wrong with it."""
-    extension = image_extension(image)
-    if extension is None:
-        return Bad(str(source), key, "not a JPEG, PNG or WebP image")
-    if len(image) > LARGEST_MEMBER:
-        return Bad(str(source), key, f"{len(image)} bytes, more than {LARGEST_MEMBER}")
     try:
+        extension = image_extension(image)
+        if len(image) > LARGEST_MEMBER:
+            raise ValueError(f"{len(image)} bytes, more than {LARGEST_MEMBER}")
         return Pair(key, image, extension, captions_of(text))
     except ValueError as error:
         return Bad(str(source), key, str(error))
 
 
-def image_extension(image: bytes) -> str | None:
-    """``jpg``, ``png`` or ``webp`` by a photo's first bytes, None for anything else."""
+def image_extension(image: bytes) -> str:
+    """``jpg``, ``png`` or ``webp`` by a photo's first bytes.
+
+    Raises:
+        ValueError: it is none of them.
+    """
     if image[:3] == b"\xff\xd8\xff":
         return "jpg"
     if image[:8] == b"\x89PNG\r\n\x1a\n":
         return "png"
-    return "webp" if image[:4] == b"RIFF" and image[8:12] == b"WEBP" else None
+    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
+        return "webp"
+    raise ValueError("not a JPEG, PNG or WebP image")
 
 
-def find_column(file: Path, what: str, asked: str | None, usual: Sequence[str], there: Sequence[str]) -> str:
-    """The column of a table that is `asked` for, else the first of the `usual` names, in any case.
-
-    Raises:
-        UserError: no column of `there` fits; `what` names the column and its option.
-    """
-    if asked is not None:
-        if asked not in there:
-            raise UserError(f"{file}: no column '{asked}'{nearest(asked, there)}")
-        return asked
-    for name in usual:
-        for column in there:
-            if column.lower() == name:
-                return column
-    raise UserError(
-        f"{file}: which column is the {what}? name it with --{what}-column (there are: {', '.join(there)}); "
-        f"usual names are {', '.join(usual)}"
-    )
+def write_shard(path: Path, pairs: Iterable[Pair]) -> None:
+    """Write one tar; it appears under its name when it is complete. Repeated keys get a number appended."""
+    keys: Counter[str] = Counter()
+    with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+        for pair in pairs:
+            keys[pair.key] += 1
+            repeated = keys[pair.key] > 1  # members with the same name would be taken for one sample
+            key = f"{pair.key}-{keys[pair.key]}" if repeated else pair.key
+            text = "\n".join(" ".join(caption.split()) for caption in pair.captions)
+            members = {pair.extension: pair.image, "txt": text.encode()}
+            if pair.fields is not None:
+                members["json"] = json.dumps(pair.fields, ensure_ascii=False).encode()
+            for extension, data in members.items():
+                # No times, owners or modes of this machine: the same samples give the same bytes.
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))

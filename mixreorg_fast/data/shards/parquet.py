@@ -2,118 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError, extra, nearest
-from .bad import Bad
-from .pair import CAPTION_COLUMNS, Pair, checked, find_column
-from .stretches import Stretches
+from .pair import Pair, checked
+from .scan import Bad
+from .sources import CAPTION_COLUMNS, Source, Stretches, find_column
 
 IMAGE_COLUMNS = ("image", "image.bytes", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 
 
-@dataclass(frozen=True)
-class Parquet(Stretches):
-    """Rows of Parquet files with encoded photos (bytes, or Hugging Face's ``{bytes, path}``) and captions."""
+def rows_of_parquet(
+    path: Path, split: str | None = None, image_column: str | None = None, caption_column: str | None = None
+) -> Source:
+    """Rows of Parquet files with encoded photos (bytes, or Hugging Face's ``{bytes, path}``) and captions.
 
-    image: str
-    caption: str
-    root: Path
-    left_out = ()
+    Args:
+        path: a file, or a folder with some.
+        split: only the files that are called ``<split>-*.parquet`` or lie in a folder of that name.
+        image_column, caption_column: None: the usual names are tried.
 
-    @classmethod
-    def open(
-        cls,
-        path: Path,
-        *,
-        split: str | None = None,
-        image_column: str | None = None,
-        caption_column: str | None = None,
-    ) -> Parquet:
-        parquet = _pyarrow()
-        files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-        if split is not None:
-            splits = {file: {file.stem.partition("-")[0], file.parent.name} for file in files}
-            files = [file for file in files if split in splits[file]]
-            if not files:
-                choices = sorted(set().union(*splits.values()) - {path.name})
-                raise UserError(f"{path}: no Parquet files of split '{split}'{nearest(split, choices)}")
-        stretches = []
-        for file in files:
-            try:
-                table = parquet.ParquetFile(file)
-                stretches.append((file, 0, table.metadata.num_rows))
-                columns = _columns(table.schema_arrow)
-            except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-                raise UserError(f"{file}: not a readable Parquet file: {error}") from None
-            image_column = find_column(file, "image", image_column, IMAGE_COLUMNS, columns)
-            caption_column = find_column(file, "caption", caption_column, CAPTION_COLUMNS, columns)
-        assert image_column is not None and caption_column is not None, f"{path}: no Parquet files"
-        return cls(tuple(stretches), image_column, caption_column, path if path.is_dir() else path.parent)
+    Raises:
+        UserError: pyarrow is not installed; a file cannot be read; there is no such split or column.
+    """
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    if split is not None:
+        splits = {file: {file.stem.partition("-")[0], file.parent.name} for file in files}
+        files = [file for file in files if split in splits[file]]
+        if not files:
+            choices = sorted(set().union(*splits.values()) - {path.name})
+            raise UserError(f"{path}: no Parquet files of split '{split}'{nearest(split, choices)}")
+    stretches = []
+    for file in files:
+        table = open_parquet(file)
+        stretches.append((file, 0, table.metadata.num_rows))
+        columns = columns_of(table)
+        image_column = find_column(file, "image", image_column, IMAGE_COLUMNS, columns)
+        caption_column = find_column(file, "caption", caption_column, CAPTION_COLUMNS, columns)
+    assert image_column is not None and caption_column is not None, f"{path}: no Parquet files"
+    root = path if path.is_dir() else path.parent
+    return Source(Stretches(stretches), partial(_read, root, image_column, caption_column), files)
 
-    def __iter__(self) -> Iterator[Pair | Bad]:
-        for path, first, last in self.stretches:
-            stem = path.relative_to(self.root).with_suffix("").as_posix().replace(".", "_")
-            for row, image, caption in self._rows(path, first, last):
-                yield _row_sample(path, f"{stem}-{row:08d}", image, caption)
 
-    def _rows(self, path: Path, first: int, last: int) -> Iterator[tuple[int, Any, Any]]:
-        """Numbers, photos and captions of the rows first … last - 1; other row groups are not read."""
-        table = _pyarrow().ParquetFile(path)
-        tops = list(dict.fromkeys(_top(name, table.schema_arrow.names) for name in (self.image, self.caption)))
-        row = 0
+def open_parquet(path: Path) -> Any:
+    """A ``pyarrow.parquet.ParquetFile``.
+
+    Raises:
+        UserError: pyarrow is not installed; the file cannot be read.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"reading Parquet files needs pyarrow: {extra('parquet')}") from None
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise UserError(f"{path}: not a readable Parquet file: {error}") from None
+
+
+def columns_of(table: Any) -> list[str]:
+    """Names of columns; a struct's fields follow it as ``column.field``."""
+    names = ([column.name, *(field.name for field in column.flatten())] for column in table.schema_arrow)
+    return list(dict.fromkeys(itertools.chain(*names)))
+
+
+def values_of(batch: Any, name: str) -> Any:
+    """A column of a record batch, or the field ``column.field`` of a struct."""
+    if name in batch.schema.names:
+        return batch.column(name)
+    column, _, field = name.rpartition(".")
+    return batch.column(column).field(field)
+
+
+def _read(root: Path, image_column: str, caption_column: str, places: Stretches) -> Iterator[Pair | Bad]:
+    for path, first, last in places.parts:
+        stem = path.relative_to(root).with_suffix("").as_posix().replace(".", "_")
+        table, row = open_parquet(path), 0
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
-            if row + rows <= first or row >= last:
+            if row + rows <= first or row >= last:  # other row groups are not read
                 row += rows
                 continue
             # Small batches: a photo may have megabytes.
-            for batch in table.iter_batches(32, row_groups=[group], columns=tops):
-                images, captions = (_values(batch, name) for name in (self.image, self.caption))
+            for batch in table.iter_batches(32, row_groups=[group], columns=[image_column, caption_column]):
+                images, captions = values_of(batch, image_column), values_of(batch, caption_column)
                 for place in range(max(first - row, 0), min(last - row, len(batch))):
-                    yield row + place, images[place].as_py(), captions[place].as_py()
+                    key = f"{stem}-{row + place:08d}"
+                    yield _sample(path, key, images[place].as_py(), captions[place].as_py())
                 row += len(batch)
 
 
-def _pyarrow() -> Any:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise UserError(f"reading Parquet files needs pyarrow: {extra('parquet')}") from None
-    return parquet
-
-
-def _columns(schema: Any) -> list[str]:
-    """Names of columns; a struct's fields follow it as ``column.field``."""
-    names = []
-    for field in schema:
-        names.append(field.name)
-        if str(field.type).startswith("struct"):
-            names += [f"{field.name}.{field.type.field(number).name}" for number in range(field.type.num_fields)]
-    return names
-
-
-def _top(name: str, columns: Sequence[str]) -> str:
-    return name if name in columns else name.rpartition(".")[0]
-
-
-def _values(batch: Any, name: str) -> Any:
-    """A column, or the field ``column.field`` of a struct."""
-    top = _top(name, batch.schema.names)
-    column = batch.column(top)
-    return column if top == name else column.field(name.rpartition(".")[2])
-
-
-def _row_sample(path: Path, key: str, image: Any, caption: Any) -> Pair | Bad:
-    captions = [text for text in (caption if isinstance(caption, list) else [caption]) if isinstance(text, str)]
+def _sample(path: Path, key: str, image: Any, caption: Any) -> Pair | Bad:
     if isinstance(image, dict):  # Hugging Face's images
         named, image = image.get("path"), image.get("bytes")
         if image is None and named:
             return Bad(str(path), key, "the table holds the path of a photo, not the photo")
     if not isinstance(image, bytes) or not image:
         return Bad(str(path), key, "no image")
-    text = "\n".join(" ".join(text.split()) for text in captions)
+    captions = caption if isinstance(caption, list) else [caption]
+    text = "\n".join(" ".join(text.split()) for text in captions if isinstance(text, str))
     return checked(path, key, image, text.encode(errors="replace"))

@@ -77,18 +77,15 @@ def braces(pattern: str) -> list[str]:
     found = re.search(r"\{([^{}]*)\}", pattern)  # an innermost one
     if not found:
         return [pattern]
-    inside = found[1]
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
-    if numbers:
+    choices = found[1].split(",")
+    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
         first, last = map(int, numbers.groups())
         if last < first or last - first >= 10_000_000:
-            raise UserError(f"pattern {pattern}: {{{inside}}} is not a rising range")
+            raise UserError(f"pattern {pattern}: {found[0]} is not a rising range")
         choices = [str(number).zfill(len(numbers[1])) for number in range(first, last + 1)]
-    elif "," in inside:
-        choices = inside.split(",")
-    else:
+    elif len(choices) == 1:
         raise UserError(
-            f"pattern {pattern}: {{{inside}}} is neither a range such as {{000000..000123}} nor a list {{a,b}}"
+            f"pattern {pattern}: {found[0]} is neither a range such as {{000000..000123}} nor a list {{a,b}}"
         )
     before, after = pattern[: found.start()], pattern[found.end() :]
     return [name for choice in choices for name in braces(before + choice + after)]
@@ -97,9 +94,7 @@ def braces(pattern: str) -> list[str]:
 def _nearby(name: str) -> str:
     """The closest existing tar in the folder of a missing one."""
     folder = os.path.dirname(name) or "."
-    if glob.has_magic(folder) or not os.path.isdir(folder):
-        return ""
-    siblings = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
+    siblings = [] if glob.has_magic(folder) else sorted(glob.glob(os.path.join(folder, "*.tar")))
     if len(siblings) > 3:
         return nearest(name, siblings)
     return f" (there are: {', '.join(siblings)})" if siblings else ""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 import itertools
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError, nearest
-from .bad import Bad
-from .pair import CAPTION_COLUMNS, Pair, checked, find_column
-from .scan import IMAGE_EXTENSIONS
+from .pair import Pair, checked
+from .scan import IMAGE_EXTENSIONS, Bad
+from .sources import CAPTION_COLUMNS, Source, find_column
 
 # What the table of a folder may be called. The first needs no header, and quotes mean nothing in it.
 TABLES = ("captions.tsv", "captions.csv", "captions.txt")
@@ -21,45 +22,8 @@ PLAIN = TABLES[0]
 # Names of columns, in any case.
 FILE_COLUMNS = ("image", "file_name", "filename", "filepath", "image_path", "image_name", "path", "file", "photo")
 
-
-@dataclass(frozen=True)
-class Photos:
-    """Photo files with their captions, one sample per photo."""
-
-    root: Path  # the folder of photos
-    # Name of the photo, and its captions; None: they are the lines of the text file beside it.
-    items: tuple[tuple[str, tuple[str, ...] | None], ...]
-    table: Path | None = None
-    left_out: tuple[Bad, ...] = ()  # lines of the table, or files, that give no sample
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, part: slice) -> Photos:
-        return replace(self, items=self.items[part])
-
-    def __iter__(self) -> Iterator[Pair | Bad]:
-        source = str(self.table or self.root)
-        for name, captions in self.items:
-            photo = self.root / name
-            try:
-                image = photo.read_bytes()
-                text = photo.with_suffix(".txt").read_bytes() if captions is None else "\n".join(captions).encode()
-            except FileNotFoundError:
-                yield Bad(source, name, f"no such photo in {self.root}")
-            except OSError as error:
-                yield Bad(source, name, f"cannot be read: {error.strerror}")
-            else:
-                # A dot in a key would end it early.
-                key = Path(os.path.relpath(photo, self.root)).with_suffix("").as_posix().replace(".", "_")
-                pair = checked(source, key, image, text)
-                yield pair if isinstance(pair, Pair) else pair._replace(key=name)
-
-    def files(self) -> list[Path]:
-        """The table; else the folders, whose times change when a file comes or goes."""
-        if self.table is not None:
-            return [self.table]
-        return [self.root / folder for folder in sorted({os.path.dirname(name) for name, _ in self.items})]
+# A photo's name in its folder, and its captions; None: they are the lines of the text file beside it.
+Item = tuple[str, Sequence[str] | None]
 
 
 def table_of(path: Path) -> Path | None:
@@ -73,47 +37,54 @@ def has_pair(root: Path) -> bool:
     """Whether some photo of a folder or its subfolders has a text file of the same name."""
     for _, _, names in os.walk(root):
         there = set(names)
-        if any(_is_photo(name) and f"{os.path.splitext(name)[0]}.txt" in there for name in names):
+        if any(is_photo(name) and f"{os.path.splitext(name)[0]}.txt" in there for name in names):
             return True
     return False
 
 
-def beside_texts(root: Path) -> Photos:
+def beside_texts(root: Path) -> Source:
     """The photos of a folder and its subfolders that have a text file of the same name, in alphabetical order."""
-    names = sorted(
-        os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root) for name in names
-    )
-    photos = {name: os.path.splitext(name)[0] for name in names if _is_photo(name)}
-    texts = {name: os.path.splitext(name)[0] for name in names if name.endswith(".txt")}
-    alone = {name: "file name is not UTF-8" for name in names if not _is_text([name])}
+    walk = ((folder, name) for folder, _, names in os.walk(root) for name in names)
+    stems = {
+        name: os.path.splitext(name)[0] for name in sorted(os.path.relpath(os.path.join(*at), root) for at in walk)
+    }
+    photos, texts = {name for name in stems if is_photo(name)}, {name for name in stems if name.endswith(".txt")}
+    alone = {name: "file name is not UTF-8" for name in stems if not _is_text([name])}
     for files, others, lack in ((photos, texts, "no .txt"), (texts, photos, "no photo")):
-        stems = set(others.values())
-        alone |= {name: f"{lack} of the same name" for name, stem in files.items() if stem not in stems}
-    items = tuple((name, None) for name in photos if name not in alone)
-    return Photos(root, items, left_out=tuple(Bad(str(root), name, alone[name]) for name in sorted(alone)))
+        matched = {stems[name] for name in others}
+        alone |= {name: f"{lack} of the same name" for name in files if stems[name] not in matched}
+    items = [(name, None) for name in stems if name in photos and name not in alone]
+    # A folder's time changes when a file comes or goes.
+    folders = [root / folder for folder in sorted({os.path.dirname(name) for name, _ in items})]
+    left_out = [Bad(str(root), name, alone[name]) for name in sorted(alone)]
+    return Source(items, partial(_read, root, root), folders, left_out)
 
 
 def listed(
     path: Path,
-    *,
     split: str | None = None,
     images: str | Path | None = None,
     image_column: str | None = None,
     caption_column: str | None = None,
-) -> Photos:
+) -> Source:
     """The photos that a table names, with the captions of all of their lines, in the order of their first lines.
+
+    Commas, tabs, semicolons or bars separate the columns: the most frequent one of the first line. Fields may be
+    quoted as in CSV. The first line names the columns, unless it begins with the name of a photo: then the lines are
+    photo, caption. ``captions.tsv`` may always do without a header, and a quote is a part of its captions.
 
     Args:
         path: the table, or its folder.
         split: only the photos whose stems are the lines of ``splits/<split>.txt`` beside the table.
         images: the folder of photos; None: the table's, or ``images`` in it.
-        image_column, caption_column: as :func:`read_table`.
+        image_column, caption_column: names in the header; None: the usual ones.
 
     Raises:
-        UserError: as :func:`read_table`; there is no such split, or no photo of it has a caption.
+        UserError: the table is empty or not text, or has no such columns; there is no such split, or no photo of it
+            has a caption.
     """
     table = table_of(path) or path
-    captions, left_out = read_table(table, image_column, caption_column)
+    captions, left_out = _read_table(table, image_column, caption_column)
     if split is not None:
         stems = _read_split(table.parent, split)
         captions = {name: texts for name, texts in captions.items() if Path(name).stem in stems}
@@ -127,25 +98,37 @@ def listed(
             reason = f"leads out of {root}, the folder of photos (--images names another)"
             left_out.append(Bad(str(table), name, reason))
             del captions[name]
-    items = tuple((name, tuple(texts)) for name, texts in captions.items())
-    return Photos(root, items, table, tuple(left_out))
+    return Source(list(captions.items()), partial(_read, root, table), [table], left_out)
 
 
-def read_table(
-    path: Path, image_column: str | None = None, caption_column: str | None = None
+def key_of(name: str | Path) -> str:
+    """The key of a photo's sample, from its name in the folder: a dot in a key would end it early."""
+    return Path(name).with_suffix("").as_posix().replace(".", "_")
+
+
+def is_photo(name: str) -> bool:
+    return os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
+
+
+def _read(root: Path, source: Path, items: Sequence[Item]) -> Iterator[Pair | Bad]:
+    for name, captions in items:
+        photo = root / name
+        try:
+            image = photo.read_bytes()
+            text = photo.with_suffix(".txt").read_bytes() if captions is None else "\n".join(captions).encode()
+        except FileNotFoundError:
+            yield Bad(str(source), name, f"no such photo in {root}")
+        except OSError as error:
+            yield Bad(str(source), name, f"cannot be read: {error.strerror}")
+        else:
+            pair = checked(source, key_of(os.path.relpath(photo, root)), image, text)
+            yield pair if isinstance(pair, Pair) else pair._replace(key=name)
+
+
+def _read_table(
+    path: Path, image_column: str | None, caption_column: str | None
 ) -> tuple[dict[str, list[str]], list[Bad]]:
-    """Captions by photo, and the lines that lack a photo or a caption.
-
-    Commas, tabs, semicolons or bars separate the columns: the most frequent one of the first line. Fields may be
-    quoted as in CSV. The first line names the columns, unless it begins with the name of a photo: then the lines are
-    photo, caption. ``captions.tsv`` may always do without a header, and a quote is a part of its captions.
-
-    Args:
-        image_column, caption_column: names in the header; None: the usual ones.
-
-    Raises:
-        UserError: the table is empty or not text; it has no such columns.
-    """
+    """Captions by photo, and the lines that lack a photo or a caption."""
     plain = path.name == PLAIN
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -216,7 +199,7 @@ def _places(
         image = find_column(path, "image", image_column, FILE_COLUMNS, names)
         caption = find_column(path, "caption", caption_column, CAPTION_COLUMNS, names)
     except UserError:
-        if image_column or caption_column or not (path.name == PLAIN or _is_photo(names[0])):
+        if image_column or caption_column or not (path.name == PLAIN or is_photo(names[0])):
             raise
         return None
     return names.index(image), names.index(caption)
@@ -238,14 +221,6 @@ def _read_split(folder: Path, split: str) -> set[str]:
         raise UserError(f"no split file {path}{nearest(split, splits)}") from None
 
 
-def _is_photo(name: str) -> bool:
-    return os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
-
-
-def _is_text(cells: Sequence[str]) -> bool:
+def _is_text(cells: Iterable[str]) -> bool:
     """Whether the cells were UTF-8: other bytes were read as surrogates."""
-    try:
-        "".join(cells).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return not re.search("[\ud800-\udfff]", "".join(cells))

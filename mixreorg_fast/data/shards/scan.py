@@ -1,4 +1,4 @@
-"""The samples of a tar, from its headers alone.
+"""The samples of a tar, from its headers alone, and records of what cannot be used.
 
 A sample is consecutive members of the tar with the same key (the file name up to its first dot): an image
 (``.jpg .jpeg .png .webp``), a ``.txt`` with one caption per line, and optionally a ``.json`` with ``nouns``.
@@ -11,15 +11,38 @@ import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from .bad import LeftOut
 from .tar import Members, NotTar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # Bytes. A larger member is not a photo, and reading it would only cost memory.
 LARGEST_MEMBER = 256 << 20
+
+
+class Bad(NamedTuple):
+    """A part of a shard, or of a source of shards, that cannot be used; an empty key stands for the file itself.
+
+    It never stops a reader, but is left out, counted and listed.
+    """
+
+    shard: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        """``shard TAB key TAB reason`` on one line, whatever bytes a key is made of."""
+        return "\t".join("".join(c if c.isprintable() else "\ufffd" for c in part) for part in self)
+
+
+class LeftOut(NamedTuple):
+    """What an index leaves out of a shard; the key is empty where whole parts of the tar are missing."""
+
+    key: str
+    reason: str
+    samples: int = 1  # an estimate where the key is empty
 
 
 def scan(path: Path) -> tuple[list[dict], list[LeftOut]]:
@@ -33,11 +56,10 @@ def scan(path: Path) -> tuple[list[dict], list[LeftOut]]:
     samples: list[dict] = []
     left_out: list[LeftOut] = []
     if not os.path.getsize(path):
-        return samples, [LeftOut("", "empty file; expected a tar of images and captions")]
+        return [], [LeftOut("", "empty file; expected a tar of images and captions")]
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:2] == b"\x1f\x8b":
-            reason = "compressed tar; shards are read in place, so expand it first with gunzip"
-            return samples, [LeftOut("", reason)]
+            return [], [LeftOut("", "compressed tar; shards are read in place, so expand it first with gunzip")]
         members = Members(data)
         try:
             keyed = ((*_split_name(name), offset, size) for name, offset, size in members)

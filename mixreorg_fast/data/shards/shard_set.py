@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
-from .bad import Bad
 from .captions import captions_of, nouns_of
 from .index import Shard, open_shard
 from .patterns import expand
-from .scan import read_member
+from .scan import Bad, read_member
 
 log = logging.getLogger("mixreorg_fast")
 
@@ -39,7 +38,9 @@ def open_shards(patterns: str | Sequence[str], *, warn: bool = True) -> ShardSet
     """
     shards = [open_shard(path) for path in expand(patterns)]
     if not any(len(shard.samples) for shard in shards):
-        _refuse_empty(shards[0])
+        reason = "no sample can be used" if shards[0].verified else "no image with a .txt of the same name"
+        reason = shards[0].problem or f"no samples ({reason}); expected pairs such as 0001.jpg + 0001.txt"
+        raise UserError(f"{shards[0].path}: {reason}")
     for shard in shards if warn else ():
         if shard.gone:
             log.warning(
@@ -51,13 +52,6 @@ def open_shards(patterns: str | Sequence[str], *, warn: bool = True) -> ShardSet
         elif not len(shard.samples):
             log.warning("%s holds no sample that can be used", shard.path)
     return ShardSet(shards)
-
-
-def _refuse_empty(shard: Shard) -> None:
-    if shard.problem:
-        raise UserError(f"{shard.path}: {shard.problem}")
-    reason = "no sample can be used" if shard.verified else "no image with a .txt of the same name"
-    raise UserError(f"{shard.path}: no samples ({reason}); expected pairs such as 0001.jpg + 0001.txt")
 
 
 class ShardSet:
@@ -78,9 +72,7 @@ class ShardSet:
         tars, or what its index says if that is more."""
         whole = [len(shard.samples) for shard in self.shards if not shard.problem]
         mean = round(sum(whole) / len(whole)) if whole else 0
-        return sum(
-            max(shard.broken, mean - len(shard.samples)) if shard.problem else shard.broken for shard in self.shards
-        )
+        return sum(max(shard.broken, mean - len(shard.samples) if shard.problem else 0) for shard in self.shards)
 
     @property
     def bad(self) -> list[Bad]:

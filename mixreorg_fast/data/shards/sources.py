@@ -1,95 +1,72 @@
-"""What shards are built from: photo files with captions, Parquet files, or the output of img2dataset.
-
-A source is a sized, sliceable iterable of samples. Slices go to processes of their own, so they hold places rather than
-photos. Iterating yields a :class:`~.pair.Pair`, or a :class:`~.bad.Bad` in place of a sample that cannot be used.
-"""
+"""What shards are built from, in the form that every kind of source takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from ...errors import UserError, nearest
-from . import photos
-from .bad import Bad
-from .img2dataset import Img2dataset
 from .pair import Pair
-from .parquet import Parquet
+from .scan import Bad
+
+# Usual names of the column of captions, in any case.
+CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "title", "comment")
 
 
-class Source(Protocol):
-    """Samples 0 … ``len(source) - 1``; ``source[first:last]`` is a source too."""
+@dataclass(frozen=True)
+class Source:
+    """Samples of photo files, of Parquet files, or of tars.
 
-    left_out: tuple[Bad, ...]  # what gives no sample, found when the source was opened
+    Attributes:
+        places: where the samples are. Slices of it go to processes of their own, so it holds no photos.
+        read: from a slice of `places` to its samples, a :class:`Bad` in place of each that cannot be used.
+        files: where the samples come from. When one of them changes, an interrupted build cannot continue.
+        left_out: what gives no sample, found when the source was opened.
+    """
 
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, part: slice) -> Source: ...
-
-    def __iter__(self) -> Iterator[Pair | Bad]: ...
-
-    def files(self) -> list[Path]:
-        """The files that samples come from. When one of them changes, an interrupted build cannot continue."""
-        ...
-
-
-class Kind(NamedTuple):
-    """A kind of source, and the options of :func:`open_source` that it has."""
-
-    description: str
-    open: Callable[..., Any]  # returns a Source
-    options: tuple[str, ...] = ()
+    places: Sequence[Any] | Stretches
+    read: Callable[[Any], Iterator[Pair | Bad]]
+    files: Sequence[Path]
+    left_out: Sequence[Bad] = ()
 
 
-COLUMNS = ("image_column", "caption_column")
-TABLE = Kind("a table of photos", photos.listed, ("split", "images", *COLUMNS))
-TEXTS = Kind("a folder of photos and text files", photos.beside_texts)
-TARS = Kind("a folder of tars (img2dataset's)", Img2dataset.open, ("workers",))
-PARQUET = Kind("Parquet", Parquet.open, ("split", *COLUMNS))
+@dataclass(frozen=True)
+class Stretches:
+    """Numbered places in a few large files: of each file the first and the last + 1, counted through."""
+
+    parts: Sequence[tuple[Path, int, int]]
+
+    def __len__(self) -> int:
+        return sum(stop - start for _, start, stop in self.parts)
+
+    def __getitem__(self, part: slice) -> Stretches:
+        first, last, _ = part.indices(len(self))
+        kept, before = [], 0
+        for path, start, stop in self.parts:
+            begin, end = max(first - before, 0), min(last - before, stop - start)
+            if begin < end:
+                kept.append((path, start + begin, start + end))
+            before += stop - start
+        return Stretches(kept)
 
 
-def open_source(path: str | Path, *, workers: int = 1, **options: str | Path | None) -> Source:
-    """The source at `path`, its kind told by the files there (see docs/data.md).
-
-    Args:
-        workers: processes that look through img2dataset's tars.
-        options: those of the source's kind that are not None, of
-
-            split: of photos in a table, only those that ``splits/<split>.txt`` lists; of a folder of Parquet files,
-            those that are called ``<split>-*.parquet`` or lie in a folder of that name.
-            images: the folder of the photos that a table names; None: the table's, or ``images`` in it.
-            image_column, caption_column: of a table or Parquet files; None: the usual names are tried.
+def find_column(file: Path, what: str, asked: str | None, usual: Sequence[str], there: Sequence[str]) -> str:
+    """The column of a table that is `asked` for, else the first of the `usual` names, in any case.
 
     Raises:
-        UserError: no source lies there, it lacks something, or it has no such option.
+        UserError: no column of `there` fits; `what` names the column and its option.
     """
-    path = Path(path).expanduser()
-    kind = _kind(path)
-    for name, value in options.items():
-        if value is not None and name not in kind.options:
-            raise UserError(f"--{name.replace('_', '-')} {value}: not for {path}, which is {kind.description}")
-    given = {"workers": workers, **options}
-    return kind.open(path, **{name: given[name] for name in kind.options if name in given})
-
-
-def _kind(path: Path) -> Kind:
-    if not path.exists():
-        siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"no {path}{nearest(str(path), siblings) if siblings else ''}")
-    if photos.table_of(path) is not None:
-        return TABLE
-    if path.suffix == ".parquet" and path.is_file():
-        return PARQUET
-    if path.is_dir():
-        # img2dataset writes a table beside each of its tars, so tars come first.
-        if any(path.glob("*.tar")):
-            return TARS
-        if photos.has_pair(path):
-            return TEXTS
-        if any(path.rglob("*.parquet")):
-            return PARQUET
+    if asked is not None:
+        if asked not in there:
+            raise UserError(f"{file}: no column '{asked}'{nearest(asked, there)}")
+        return asked
+    for name in usual:
+        for column in there:
+            if column.lower() == name:
+                return column
     raise UserError(
-        f"{path}: nothing to build shards from; expected photos with a NAME.txt beside each NAME.jpg, a CSV (or a "
-        f"folder with {' or '.join(photos.TABLES)}), Parquet files, or img2dataset's output (webdataset)"
+        f"{file}: which column is the {what}? name it with --{what}-column (there are: {', '.join(there)}); "
+        f"usual names are {', '.join(usual)}"
     )

@@ -9,62 +9,53 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...errors import UserError
 from ...files import write_json, write_text
-from .bad import Bad
 from .index import index_places, report_places
+from .scan import Bad
 
 PATTERN = re.compile(r"([^{}]*)\{(\d+)\.\.\}([^{}/]*\.tar)")
 
 
-@dataclass(frozen=True)
 class Target:
-    """The names of a build's shards, and the hidden folder in which they wait."""
+    """The names of a build's shards, and the hidden folder in which they wait.
 
-    first: int
-    digits: int
-    folder: Path
-    before: str  # the shards' name up to their number
-    after: str
+    Args:
+        pattern: such as ``data/train-{000000..}.tar``.
 
-    @classmethod
-    def of(cls, pattern: str) -> Target:
-        found = PATTERN.fullmatch(pattern)
+    Attributes:
+        hidden: the folder.
+        skipped_list: the file that lists what was skipped.
+
+    Raises:
+        UserError: the pattern is malformed.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        found = PATTERN.fullmatch(os.path.expanduser(pattern))
         if found is None:
             raise UserError(
                 f"--out {pattern}: expected a file name with one open range that ends in .tar, such as "
                 f"'data/train-{{000000..}}.tar'"
             )
-        before, digits, after = found.groups()
-        folder, before = os.path.split(os.path.expanduser(before))
-        return cls(int(digits), len(digits), Path(folder or "."), before, after)
-
-    @property
-    def name(self) -> str:
-        """The shards' name without their numbers."""
-        return (self.before + self.after.removesuffix(".tar")).strip("-_. ") or "shards"
-
-    @property
-    def hidden(self) -> Path:
-        return self.folder / f".{self.name}.building"
-
-    @property
-    def skipped_list(self) -> Path:
-        return self.folder / f"{self.name}.skipped.tsv"
-
-    def shard(self, number: int) -> Path:
-        return self.folder / f"{self.before}{self.first + number:0{self.digits}d}{self.after}"
+        before, digits, self._after = found.groups()
+        folder, self._before = os.path.split(before)
+        self._folder, self._first, self._digits = Path(folder or "."), int(digits), len(digits)
+        name = (self._before + self._after.removesuffix(".tar")).strip("-_. ") or "shards"
+        self.hidden = self._folder / f".{name}.building"
+        self.skipped_list = self._folder / f"{name}.skipped.tsv"
 
     def part(self, number: int) -> Path:
+        """The place of a shard until it gets its name."""
         return self.hidden / f"{number:08d}.tar"
 
     def existing(self) -> list[Path]:
         """Shards of the pattern."""
-        shape = re.compile(re.escape(self.before) + rf"\d{{{self.digits},}}" + re.escape(self.after))
-        return [p for p in self.folder.iterdir() if shape.fullmatch(p.name)] if self.folder.is_dir() else []
+        shape = re.compile(re.escape(self._before) + rf"\d{{{self._digits},}}" + re.escape(self._after))
+        return [p for p in self._folder.iterdir() if shape.fullmatch(p.name)] if self._folder.is_dir() else []
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -82,37 +73,58 @@ class Target:
                     self.discard()
 
     def record(self) -> dict | None:
-        """What ``build.json`` of an unfinished build says."""
+        """What ``build.json`` of an unfinished build says: its `arguments`, and whether it was `publishing`."""
         try:
             return json.loads((self.hidden / "build.json").read_text())
         except OSError:
             return None
         except ValueError:
-            raise UserError(f"{self.hidden}: damaged; delete it to build anew") from None
+            raise UserError(f"{self.hidden}: damaged; delete it to start the build again") from None
+
+    def begin(self, arguments: dict[str, Any]) -> None:
+        """Note the arguments of a build, or continue the unfinished build that had the same.
+
+        Raises:
+            UserError: the unfinished build had other arguments.
+        """
+        unfinished = self.record()
+        if unfinished is None:
+            for path in self.hidden.iterdir():  # remains of a build that was killed while it was cleaning up
+                if path.name != "lock":
+                    path.unlink()
+            return write_json(self.hidden / "build.json", {"arguments": arguments, "publishing": False})
+        for name, value in unfinished["arguments"].items():
+            if arguments.get(name) != value:
+                what = "the source has changed since" if name in ("files", "samples") else f"it had {name} {value}"
+                raise UserError(
+                    f"{self.hidden} holds an unfinished build with other arguments ({what}); "
+                    f"finish that one, or delete the folder"
+                )
+        return None
 
     def report(self, number: int) -> dict | None:
         """The report on a finished shard; None where it is not finished."""
+        part = self.part(number)
         try:
-            report = json.loads(self.part(number).with_suffix(".json").read_text())
+            report = json.loads(part.with_suffix(".json").read_text())
         except (OSError, ValueError):
             return None
-        part = self.part(number)
         published = (self.record() or {}).get("publishing")
-        whole = part.stat().st_size == report["bytes"] if part.is_file() else published
-        return report if whole else None
+        return report if (part.stat().st_size == report["bytes"] if part.is_file() else published) else None
 
-    def publish(self, arguments: dict, samples: Sequence[int], skipped: list[Bad]) -> list[Path]:
+    def publish(self, samples: Sequence[int], skipped: list[Bad]) -> list[Path]:
         """Give the shards their names and remove older shards of the pattern; shards without a sample are left out.
 
         It may be killed at any point; a second call completes it.
         """
-        write_json(self.hidden / "build.json", {"arguments": arguments, "publishing": True})
-        parts = [number for number, count in enumerate(samples) if count]
-        shards = [self.shard(place) for place in range(len(parts))]
-        for number, shard in zip(parts, shards, strict=True):
+        write_json(self.hidden / "build.json", {**(self.record() or {}), "publishing": True})
+        shards = []
+        for number in (number for number, count in enumerate(samples) if count):
+            name = f"{self._before}{self._first + len(shards):0{self._digits}d}{self._after}"
+            shards.append(self._folder / name)
             if self.part(number).is_file():
-                _forget(shard)
-                os.replace(self.part(number), shard)
+                _forget(shards[-1])
+                os.replace(self.part(number), shards[-1])
         for old in set(self.existing()) - set(shards):
             _forget(old)
             old.unlink()
@@ -121,12 +133,6 @@ class Target:
             write_text(self.skipped_list, "".join(f"{bad}\n" for bad in skipped))
         self.discard()
         return shards
-
-    def clear(self) -> None:
-        """Remove the remains of a build that was killed while it was cleaning up."""
-        for path in self.hidden.iterdir():
-            if path.name != "lock":
-                path.unlink()
 
     def discard(self) -> None:
         # First the record: without it, the rest is not taken for an unfinished build.

@@ -17,12 +17,11 @@ from tqdm import tqdm
 
 from ... import devices
 from ..reading.decoder import BATCH, Decoder
-from .bad import LeftOut
 from .captions import captions_of
 from .index import Shard, indexed, open_shard, write_index
 from .patterns import expand
 from .processes import advance, pool
-from .scan import read_member, scan
+from .scan import LeftOut, read_member, scan
 
 
 def verify(
@@ -72,11 +71,11 @@ def verifying(path: Path, decoder: Decoder) -> Iterator[int]:
         for first in range(0, len(samples), BATCH):
             batch = samples[first : first + BATCH]
             problems = _problems(file.fileno(), batch, decoder)
-            for sample, reason in zip(batch, problems, strict=True):
-                if reason is None:
-                    sound.append(sample)
+            for place, sample in enumerate(batch):
+                if place in problems:
+                    left_out.append(LeftOut(sample["key"].decode(errors="replace"), problems[place]))
                 else:
-                    left_out.append(LeftOut(sample["key"].decode(errors="replace"), reason))
+                    sound.append(sample)
             at = batch[-1]["start"] + batch[-1]["span"]
             yield max(0, at - done)
             done = max(done, at)
@@ -90,9 +89,9 @@ def is_ready(path: Path, *, verified: bool) -> bool:
     return shard is not None and (shard.verified or shard.gone or not verified)
 
 
-def _problems(file: int, samples: list[dict], decoder: Decoder) -> list[str | None]:
-    """For each sample why it cannot be used, or None."""
-    reasons: list[str | None] = [None] * len(samples)
+def _problems(file: int, samples: list[dict], decoder: Decoder) -> dict[int, str]:
+    """Places and reasons of the samples that cannot be used."""
+    reasons: dict[int, str] = {}
     photos: dict[int, np.ndarray] = {}
     for place, sample in enumerate(samples):
         try:
@@ -103,9 +102,7 @@ def _problems(file: int, samples: list[dict], decoder: Decoder) -> list[str | No
         except ValueError as error:
             reasons[place] = str(error)
     places = list(photos)
-    for number, reason in decoder.failing(list(photos.values())).items():
-        reasons[places[number]] = reason
-    return reasons
+    return reasons | {places[n]: reason for n, reason in decoder.failing(list(photos.values())).items()}
 
 
 @cache

@@ -8,7 +8,7 @@ import pytest
 
 from mixreorg_fast.config import CacheConfig
 from mixreorg_fast.data.remote.cache import Cache
-from mixreorg_fast.data.shards.write import write_shard
+from mixreorg_fast.data.shards.pair import write_shard
 from tests.data.conftest import pairs
 from tests.servers.http import WebServer, serving_files
 

@@ -1,4 +1,4 @@
-"""Batches for training, decoded and augmented by NVIDIA DALI.
+"""Batches for training and retrieval, decoded by NVIDIA DALI.
 
 Order and randomness are ours, pixels are DALI's. Position p of a run ("samples consumed") has its sample and its
 augmentation from (seed, p) alone (``order.py``, ``augment.py``). The bytes of the samples are read here and fed to a
@@ -15,11 +15,10 @@ fault, and another photo replaces that one.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import queue
-import threading
 from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,18 +28,30 @@ from torch import Tensor
 
 from ... import devices
 from ...config import Config
-from ..shards.bad import Bad
-from ..shards.shard_set import Sample
+from ..shards.scan import Bad
+from ..shards.shard_set import Sample, ShardSet
 from ..text.tokenizer import Tokenizer
-from .augment import draw, training_graph
+from .augment import draw, training_graph, validation_graph
 from .decoder import feed, take
 from .order import Purpose, uniforms
-from .pairs import Pairs
 from .samples import SampleReader, reading_threads
 from .training_set import TrainingSet
 
 DEPTH = 2  # batches in DALI's pipeline
 NOUN_PROMPT = "a photo of a {}."
+
+
+@dataclass
+class Pairs:
+    """Image-text pairs of one rank and micro-step."""
+
+    images: Tensor  # [B, 3, S, S] fp32, normalised RGB
+    ids: Tensor  # [B, context] int64, zero-padded
+    lengths: list[int]  # tokens per caption with start and end
+    position: int  # run-global position of this rank's first sample
+    keys: list[str]
+    noun_ids: Tensor | None = None  # [B, P, context] int64: P noun prompts per image, with loss.multi_label
+    noun_lengths: list[int] | None = None  # B * P, image by image
 
 
 @dataclass
@@ -90,33 +101,25 @@ class TrainLoader:
         self._device = device or devices.choose()
         self._threads = reading_threads(config.data)
         self._reader = SampleReader(training_set.shards, self._threads, self._device, training_set.ends)
-        self._ready: queue.Queue[tuple[Pairs, torch.cuda.Event | None] | BaseException] = queue.Queue(
-            maxsize=config.data.prefetch
-        )
-        self._stop = threading.Event()
-        self._failed: BaseException | None = None
-        self._thread = threading.Thread(target=self._produce, name="mixreorg-loader", daemon=True)
-        self._thread.start()
-        atexit.register(self.close)  # before DALI takes its pipelines down under the thread
+        self._closed = False
+        self._batches = self._prepared()
+        self._thread = ThreadPoolExecutor(1, "mixreorg-loader", self._begin_thread)
+        self._ahead = deque(self._thread.submit(next, self._batches) for _ in range(config.data.prefetch + 1))
 
     @property
     def bad_samples(self) -> list[Bad]:
         """Each sample found unusable while reading; another sample of its set replaces it."""
-        return list(self._reader.bad_samples)
+        return list(self._reader.bad.values())
 
     def __iter__(self) -> TrainLoader:
         return self
 
     def __next__(self) -> Pairs:
-        if self._stop.is_set():
+        if self._closed:
             raise RuntimeError("the loader is closed")
-        if self._failed is not None:
-            raise self._failed
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            self._failed = item
-            raise item
-        pairs, done = item
+        pairs, done = self._ahead[0].result()  # an error stays at the head, and is raised again
+        self._ahead.popleft()
+        self._ahead.append(self._thread.submit(next, self._batches))
         if done is not None:
             _adopt(pairs, done)
         return pairs
@@ -129,27 +132,21 @@ class TrainLoader:
 
     def close(self) -> None:
         """Stop the thread and close the files; safe to call twice."""
-        self._stop.set()
-        while self._thread.is_alive():
-            try:  # the thread may be waiting for room in the queue
-                self._ready.get_nowait()
-            except queue.Empty:
-                self._thread.join(timeout=0.05)
+        if self._closed:
+            return
+        self._closed = True
+        for batch in self._ahead:
+            batch.cancel()
+        self._thread.submit(self._batches.close)  # frees DALI's pipeline in the thread that built it
+        self._thread.shutdown()
         self._reader.close()
-        atexit.unregister(self.close)
 
-    def _produce(self) -> None:
-        # On a GPU, a stream of the loader's own: its copies do not queue behind the training step.
-        on_gpu = self._device.type == "cuda"
-        stream = torch.cuda.stream(torch.cuda.Stream(self._device)) if on_gpu else contextlib.nullcontext()
-        try:
-            with stream:
-                self._run_pipeline()
-        except BaseException as error:  # every error is the consumer's to raise
-            self._put(error)
+    def _begin_thread(self) -> None:
+        if self._device.type == "cuda":  # its copies do not queue behind the training step
+            torch.cuda.set_stream(torch.cuda.Stream(self._device))
 
-    def _run_pipeline(self) -> None:
-        """Keep the pipeline fed DEPTH batches ahead of the one being taken out."""
+    def _prepared(self) -> Generator[tuple[Pairs, torch.cuda.Event | None], None, None]:
+        """Batches, and when their tensors are there; the pipeline is fed DEPTH batches ahead."""
         pipeline = training_graph(
             self._config.data.augment,
             self._config.model.image_size,
@@ -163,7 +160,7 @@ class TrainLoader:
         for request in pending:
             feed(pipeline, request.inputs)
         pipeline.schedule_run()  # the first call runs DEPTH batches
-        while not self._stop.is_set():
+        while True:
             try:
                 images = take(pipeline, self._device)
             except RuntimeError as error:
@@ -175,7 +172,7 @@ class TrainLoader:
             pipeline.schedule_run()
             pairs = self._pairs(request, images)
             done: Any = torch.cuda.current_stream().record_event() if images.is_cuda else None
-            self._put((pairs, done))
+            yield pairs, done
 
     def _repair(self, pipeline: Any, pending: deque[_Request], error: RuntimeError) -> None:
         """After a batch failed: find its bad photos, drop the batches in flight, and run all of them again."""
@@ -217,12 +214,71 @@ class TrainLoader:
             pairs.noun_ids = devices.upload(ids.reshape(count, width, context), self._device)
         return pairs
 
-    def _put(self, item: tuple[Pairs, torch.cuda.Event | None] | BaseException) -> None:
-        while not self._stop.is_set():
+
+class ValidationLoader:
+    """The pairs of `shards` in order, each once: the middle square of the photo and its first caption.
+
+    Each iteration starts from the first. Each of several ranks takes every world_size-th sample. The last batch may be
+    smaller, and photos that cannot be decoded are left out. ``Pairs.position`` is the number of the batch's first
+    sample.
+
+    Args:
+        device: where the batches go; None: as :func:`~mixreorg_fast.devices.choose`.
+
+    Raises:
+        UserError: DALI is missing.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        shards: ShardSet,
+        *,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._context = config.model.text.context
+        self._micro_batch = micro_batch
+        self._device = device or devices.choose()
+        threads = reading_threads(config.data)
+        self._reader = SampleReader(shards, threads, self._device)
+        self._numbers = np.arange(rank, len(shards), world_size)
+        self._pipeline = validation_graph(
+            config.model.image_size,
+            device=self._device,
+            batch=micro_batch,
+            threads=threads,
+            hw_decoder_load=config.data.hw_decoder_load,
+        )
+
+    def __iter__(self) -> Iterator[Pairs]:
+        for first in range(0, len(self._numbers), self._micro_batch):
+            pairs = self._load(self._numbers[first : first + self._micro_batch])
+            if pairs is not None:
+                yield pairs
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def _load(self, numbers: np.ndarray) -> Pairs | None:
+        while True:
+            found, samples, encoded, _ = self._reader.read(numbers, substitute=False)
+            if not found:
+                return None
             try:
-                return self._ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+                feed(self._pipeline, {"encoded": encoded})
+                self._pipeline.schedule_run()
+                images = take(self._pipeline, self._device)
+                break
+            except RuntimeError as error:
+                self._reader.find_bad(found, encoded, error)
+        ids, lengths = self._tokenizer.encode([sample.captions[0] for sample in samples], self._context)
+        keys = [sample.key for sample in samples]
+        return Pairs(images, devices.upload(ids, self._device), lengths, found[0], keys)
 
 
 def _noun_prompts(nouns: list[str], caption: str, numbers: np.ndarray) -> list[str]:
