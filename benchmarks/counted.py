@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry
 
 from mixreorg_fast import ledger, ops
 from mixreorg_fast.kernels.offline import Launch, offline
-from mixreorg_fast.ops import registration
+from mixreorg_fast.ops import registration, token_mixing
 from mixreorg_fast.ops.decode_segments import decode_segments_reference
 from mixreorg_fast.ops.token_mixing import blend_tokens_reference, mix_tokens_reference, restore_tokens_reference
 
@@ -128,11 +128,21 @@ def _whole_tokens(plan: ops.MixPlan) -> Iterator[Op]:
     """In one launch each; and by the ops on patches, with slices and concatenations around them."""
     one, two = (_random(branches * IMAGES, PATCHES + GROUPS, CHANNELS) for branches in (1, 2))
 
-    def mix(patches: Tensor, _: Tensor) -> Tensor:
-        return ops.patch_mix(patches, plan, impl="triton")
+    def by_op(op: Callable[..., Tensor], reference: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """`reference`, whose patches `op` moves."""
 
-    def restore(patches: Tensor, _: Tensor) -> Tensor:
-        return ops.patch_restore(patches, plan, impl="triton")
+        def call() -> Tensor:
+            moved = mock.patch.object(token_mixing, "patch_mix_reference", lambda x, *_: op(x, plan, impl="triton"))
+            with moved:
+                return reference()
+
+        return call
+
+    def mix() -> Tensor:
+        return mix_tokens_reference(one, plan.source, K)
+
+    def restore() -> Tensor:
+        return restore_tokens_reference(two, plan.inverse, K)
 
     def blend() -> Tensor:
         original, mixed = two.chunk(2)
@@ -144,8 +154,8 @@ def _whole_tokens(plan: ops.MixPlan) -> Iterator[Op]:
             "mix_tokens",
             one,
             lambda: ops.mix_tokens(one, plan, impl="triton"),
-            lambda: mix_tokens_reference(one, plan.source, K, gather=mix),
-            lambda: mix_tokens_reference(one, plan.source, K),
+            by_op(ops.patch_mix, mix),
+            mix,
         ),
         (
             "blend_tokens",
@@ -158,8 +168,8 @@ def _whole_tokens(plan: ops.MixPlan) -> Iterator[Op]:
             "restore_tokens",
             two,
             lambda: ops.restore_tokens(two, plan, impl="triton"),
-            lambda: restore_tokens_reference(two, plan.inverse, K, gather=restore),
-            lambda: restore_tokens_reference(two, plan.inverse, K),
+            by_op(ops.patch_restore, restore),
+            restore,
         ),
     ):
         shape = f"{IMAGES}x{PATCHES}+{GROUPS}x{CHANNELS} K={K}"

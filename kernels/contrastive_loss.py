@@ -263,15 +263,12 @@ def _merge(parts: Tensor, lse: Tensor, proceed: bool) -> None:
     _merge_kernel[grid](parts, lse, parts.shape[0], columns, CONTINUE=proceed, **MERGE_BLOCK, num_warps=4)
 
 
-def log_sum_exp_forward(rows: Tensor, columns: Tensor, scale: Tensor, both: bool) -> tuple[Tensor, Tensor]:
+def log_sum_exp_forward(
+    rows: Tensor, columns: Tensor, scale: Tensor, both: bool, row_lse: Tensor, column_lse: Tensor
+) -> None:
     """Log-sum-exps of the logits ``scale * rows @ columns.T`` over the columns of every row ``[M]`` and, if `both`,
-    over the rows of every column ``[N]`` (else empty), fp32.
-
-    rows ``[M, D]`` and columns ``[N, D]`` of one dtype, scale 0-d.
-    """
+    over the rows of every column ``[N]``, of rows ``[M, D]`` and columns ``[N, D]`` of one dtype, scale 0-d."""
     rows, columns = _features(rows), _features(columns)
-    row_lse = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
-    column_lse = torch.empty(columns.shape[0] if both else 0, dtype=torch.float32, device=rows.device)
     smallest = 64  # block, for the budget
     strips = _strips(rows.shape[0], 4 * columns.shape[0] * (1 + both) / smallest, PARTIALS_BYTES)
 
@@ -290,22 +287,20 @@ def log_sum_exp_forward(rows: Tensor, columns: Tensor, scale: Tensor, both: bool
                 _merge(column_parts, column_lse, strip.start > 0)
 
     _tuned("contrastive_log_sum_exp", sweep, rows, columns)
-    return row_lse, column_lse
 
 
 def gradient_backward(
-    rows: Tensor, columns: Tensor, row_lse: Tensor, column_lse: Tensor, scale: Tensor, block: LogitBlock
-) -> tuple[Tensor, Tensor]:
-    """``W @ columns`` fp32 ``[M, D]`` and, if ``block.both``, ``W.T @ rows`` ``[N, D]`` (else empty), with
+    rows: Tensor, columns: Tensor, row_lse: Tensor, column_lse: Tensor, scale: Tensor, block: LogitBlock, *grads: Tensor
+) -> None:
+    """``W @ columns`` ``[M, D]`` and, if ``block.both``, ``W.T @ rows`` ``[N, D]``, with
 
     ``W = softmax over the row / row_prompts + softmax over the column / column_prompts - 2 * positives``, where the
     positives of a row are the prompts of its own sample, each ``1 / (row_prompts * column_prompts)``.
     """
     row_prompts, column_prompts, first_row, both = block
+    grad_rows, grad_columns = grads
     rows, columns = _features(rows), _features(columns)
     row_lse, column_lse = row_lse.contiguous(), column_lse.contiguous()
-    grad_rows = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-    grad_columns = torch.empty(columns.shape if both else 0, dtype=torch.float32, device=rows.device)
     factor = 4096.0 if rows.dtype == torch.float16 else 1.0  # keeps small weights out of fp16's subnormal numbers
     shifts = (math.log2(row_prompts / factor), math.log2(column_prompts / factor))
     positive = 2 * factor / (row_prompts * column_prompts)
@@ -329,7 +324,6 @@ def gradient_backward(
     if factor != 1.0:
         grad_rows /= factor
         grad_columns /= factor
-    return grad_rows, grad_columns
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:

@@ -134,17 +134,14 @@ def _row_block(map_height: int, height: int) -> int:
     return block
 
 
-def decode_forward(assignment: Tensor, scores: Tensor, height: int, width: int, threshold: Tensor | None) -> Tensor:
-    """Labels int64 ``[B, height, width]`` from maps ``[B, G, h, w]``, class scores ``[B, G, T]``, threshold ``[B]``.
-
-    Any strides are read in place.
-    """
+def decode_forward(
+    assignment: Tensor, scores: Tensor, threshold: Tensor | None, height: int, width: int, out: Tensor
+) -> None:
+    """Labels `out` from maps ``[B, G, h, w]``, class scores ``[B, G, T]`` and a threshold ``[B]``, read in place."""
     batch, groups, map_height, map_width = assignment.shape
-    device = assignment.device
-    out = torch.empty((batch, height, width), dtype=torch.int64, device=device)
     if out.numel() == 0:
-        return out
-    labels = torch.empty((batch, groups), dtype=torch.int32, device=device)
+        return
+    labels = torch.empty((batch, groups), dtype=torch.int32, device=out.device)
     _segment_label_kernel[(batch * groups,)](
         scores,
         scores if threshold is None else threshold.contiguous(),
@@ -166,4 +163,3 @@ def decode_forward(assignment: Tensor, scores: Tensor, height: int, width: int, 
         )
 
     tuned("decode_forward", launch, assignment, CONFIGS, CANDIDATES, (assignment.shape, height, width))
-    return out

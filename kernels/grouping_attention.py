@@ -317,28 +317,24 @@ def _aggregate(
 
 
 def grouping_forward(
-    q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, settings: Grouping
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output ``[B, G, C]``, the assignment fp32 ``[B, G, N]`` (``[B, G, 0]`` if not asked for), and what backward
-    needs: the winner of each patch uint8 ``[B, N]`` (``[B, 0]`` if not hard) and each group's total fp32 ``[B, G]``.
+    q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, settings: Grouping, *outputs: Tensor
+) -> None:
+    """Fill the output ``[B, G, C]``, the assignment ``[B, G, N]`` if asked for, and what backward needs: the winner of
+    each patch ``[B, N]`` if hard, and each group's total ``[B, G]``.
 
     `seed`: 0-d int64 tensor on the device, or None for no noise. At most 128 groups. Inputs of one dtype.
     """
+    out, assignment, winner, total = outputs
     q, k, v = rows_together(q), rows_together(k), rows_together(v)
-    hard, returned, device = settings.hard, settings.return_assignment, q.device
+    if out.numel() == 0:
+        return
+    hard, returned = settings.hard, settings.return_assignment
     problem = Problem.of(q, k, with_soft=returned == "soft" or not hard)
     batch, groups, patches = problem.batch, problem.groups, problem.patches
     one_tile = problem.tiles == 1
-    out = torch.empty(q.shape, dtype=v.dtype, device=device)
-    total = torch.empty((batch, groups), dtype=torch.float32, device=device)
-    winner = torch.empty((batch, patches if hard else 0), dtype=torch.uint8, device=device)
-    columns = 0 if returned == "none" else patches
-    assignment = torch.empty((batch, groups, columns), dtype=torch.float32, device=device)
-    if out.numel() == 0:
-        return out, assignment, winner, total
     soft, used = (assignment if returned == kind else None for kind in ("soft", "used"))
     if used is None and not hard and not one_tile:
-        used = torch.empty((batch, groups, patches), dtype=torch.float32, device=device)
+        used = torch.empty((batch, groups, patches), dtype=torch.float32, device=q.device)
     winner_or_none = winner if hard else None
     arguments = (q, k, v, seed, out, total, winner_or_none, soft, used, *problem.numbers(settings), *strides(q, k, v))
     constexprs = {**problem.constexprs, "ONE_TILE": one_tile, "PREFETCH": prefetch_bytes(v) * one_tile}
@@ -350,7 +346,6 @@ def grouping_forward(
     tuned("grouping_forward", launch, q, problem.configurations("forward"), CANDIDATES, key)
     if not one_tile:
         _aggregate(problem, winner_or_none, used, v, out, total, settings)
-    return out, assignment, winner, total
 
 
 def grouping_backward(
@@ -364,17 +359,20 @@ def grouping_backward(
     winner: Tensor,
     total: Tensor,
     settings: Grouping,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `q`, `k` and `v`, from the inputs and outputs of :func:`grouping_forward`."""
+    *gradients: Tensor,
+) -> None:
+    """Fill the `gradients` of `q`, `k` and `v`, from the inputs and outputs of :func:`grouping_forward`."""
+    grad_q, grad_k, grad_v = gradients
+    if grad_q.numel() == 0:
+        grad_k.zero_()
+        grad_v.zero_()
+        return
     q, k, v, grad_out = (rows_together(x) for x in (q, k, v, grad_out))
-    hard, returned, device = settings.hard, settings.return_assignment, q.device
+    hard, returned = settings.hard, settings.return_assignment
     problem = Problem.of(q, k, with_soft=(grad_assignment is not None and returned == "soft") or not hard)
     batch, groups, patches = problem.batch, problem.groups, problem.patches
     one_tile = problem.tiles == 1
-    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
-    if grad_q.numel() == 0:
-        return grad_q, grad_k.zero_(), grad_v.zero_()
-    grad_logits = None if one_tile else torch.empty((batch, groups, patches), dtype=k.dtype, device=device)
+    grad_logits = None if one_tile else torch.empty((batch, groups, patches), dtype=k.dtype, device=q.device)
     if grad_assignment is not None:
         grad_assignment = grad_assignment.contiguous()
     grad_soft, grad_used = (grad_assignment if returned == kind else None for kind in ("soft", "used"))
@@ -392,4 +390,3 @@ def grouping_backward(
     tuned("grouping_backward", launch, q, table, CANDIDATES, key)
     if not one_tile:
         _aggregate(problem, None, grad_logits, k, grad_q, None, settings)
-    return grad_q, grad_k, grad_v

@@ -334,25 +334,29 @@ def _over_patches(name: str, launch: Callable[[Config, int], Any], first: Tensor
 
 
 def mixed_segmentation_forward(
-    first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, source: Tensor, scale: Tensor, group_size: int
-) -> tuple[Tensor, Tensor]:
-    """The loss of each patch, fp32 ``[B, N]``, and whether its largest logit is its image's, bool ``[B, N]``.
+    first: Tensor,
+    second: Tensor,
+    segments: Tensor,
+    texts: Tensor,
+    source: Tensor,
+    scale: Tensor,
+    group_size: int,
+    *outputs: Tensor,
+) -> None:
+    """Fill the loss of each patch ``[B, N]``, and whether its largest logit is its image's ``[B, N]``.
 
     `scale` is 0-d fp32, `source` int32 ``[B, N]``. Tensors that are not contiguous are copied; the model's are.
     """
     first, second, segments, texts, source = (x.contiguous() for x in (first, second, segments, texts, source))
     images, groups, patches = first.shape
     sizes = _sizes(groups, second.shape[1], group_size, segments.shape[2])
-    loss = torch.empty((images, patches), dtype=torch.float32, device=first.device)
-    correct = torch.empty(loss.shape, dtype=torch.bool, device=first.device)
     _, scores = _scores(second, segments, texts, scale, sizes)
-    arguments = (first, scores, source, loss, correct)
+    arguments = (first, scores, source, *outputs)
 
     def launch(config: Config, parts: int) -> None:
         _mixed_segmentation_forward_kernel[(images * parts,)](*arguments, N=patches, **sizes.patches, **config.kwargs)
 
     _over_patches("mixed_segmentation_forward", launch, first, sizes)
-    return loss, correct
 
 
 def mixed_segmentation_backward(
@@ -364,18 +368,14 @@ def mixed_segmentation_backward(
     source: Tensor,
     scale: Tensor,
     group_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of first, second, segments and texts in their dtypes, and of the scale (0-d fp32).
-
-    `grad` fp32 ``[B, N]``, of any strides, is the gradient of each patch's loss.
-    """
+    *gradients: Tensor,
+) -> None:
+    """Fill the `gradients` of first, second, segments, texts and the scale; `grad` ``[B, N]``: of each patch's loss."""
     first, second, segments, texts, source = (x.contiguous() for x in (first, second, segments, texts, source))
     images, second_groups, width = segments.shape
     _, groups, patches = first.shape
     sizes = _sizes(groups, second_groups, group_size, width)
-    grad_first, grad_second, grad_segments, grad_texts = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (first, second, segments, texts)
-    )
+    grad_first, grad_second, grad_segments, grad_texts, grad_scale = gradients
     cosines, scores = _scores(second, segments, texts, scale, sizes)
 
     def launch(config: Config, parts: int) -> Tensor:
@@ -388,11 +388,11 @@ def mixed_segmentation_backward(
     grad_scores = _over_patches("mixed_segmentation_backward", launch, first, sizes)
     parts = grad_scores.shape[2]
     grad_cosines = torch.empty((images, second_groups, group_size), dtype=torch.float32, device=first.device)
-    grad_scale = torch.empty(images, dtype=torch.float32, device=first.device)
-    arguments = (grad_scores, second, scale, cosines, grad_second, grad_cosines, grad_scale)
+    scale_parts = torch.empty(images, dtype=torch.float32, device=first.device)
+    arguments = (grad_scores, second, scale, cosines, grad_second, grad_cosines, scale_parts)
     blocks = {"PARTS": parts, "BLOCK_PARTS": min(16, next_power_of_2(parts))}
     _mixed_segmentation_cosines_kernel[(images,)](*arguments, **sizes.images, **blocks)
     grid = (images // group_size, cdiv(width, sizes.embeddings["BLOCK_D"]))
     arguments = (grad_cosines, segments, texts, grad_segments, grad_texts)
     _mixed_segmentation_embeddings_kernel[grid](*arguments, **sizes.embeddings, num_warps=4)
-    return grad_first, grad_second, grad_segments, grad_texts, grad_scale.sum()
+    torch.sum(scale_parts, 0, out=grad_scale)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -193,47 +192,38 @@ def launch(name: str, kernel, arguments: tuple, out: Tensor, rows: int, programs
     tuned(name, run, out, CONFIGS, CANDIDATES, out.shape)
 
 
-def gather_forward(x: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
+def gather_forward(x: Tensor, source: Tensor, inverse: Tensor, out: Tensor) -> None:
     """``out[b, n] = x[source[b, n], n]`` for ``x [B, N, C]``, int32 ``source [B, N]``; backward takes `inverse`."""
     x = with_unit_channel_stride(x)
-    batch, patches, _ = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows = batch * patches
-    arguments = (x, source.contiguous(), out, rows, patches, x.stride(0), x.stride(1))
+    rows = source.numel()
+    arguments = (x, source.contiguous(), out, rows, x.shape[1], x.stride(0), x.stride(1))
     launch("gather_forward", _gather_forward_kernel, arguments, out, rows)
-    return out
 
 
-def blend_forward(mixed: Tensor, original: Tensor, source: Tensor, alpha: float) -> Tensor:
+def blend_forward(mixed: Tensor, original: Tensor, source: Tensor, alpha: float, out: Tensor) -> None:
     """``(1 - alpha) * mixed + alpha * original[source, n]``: each tensor read once, one written."""
     mixed, original = with_unit_channel_stride(mixed), with_unit_channel_stride(original)
-    batch, patches, _ = mixed.shape
-    out = torch.empty(mixed.shape, dtype=mixed.dtype, device=mixed.device)
-    rows = batch * patches
+    rows = source.numel()
     strides = (mixed.stride(0), mixed.stride(1), original.stride(0), original.stride(1))
-    arguments = (mixed, original, source.contiguous(), out, alpha, rows, patches, *strides)
+    arguments = (mixed, original, source.contiguous(), out, alpha, rows, mixed.shape[1], *strides)
     launch("blend_forward", _blend_forward_kernel, arguments, out, rows)
-    return out
 
 
-def blend_backward(grad: Tensor, source: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def blend_backward(grad: Tensor, source: Tensor, alpha: float, grad_mixed: Tensor, grad_original: Tensor) -> None:
     """Gradients of `mixed` and of `original`: `grad` read once, both written. `source` must be a bijection."""
     grad = with_unit_channel_stride(grad)
-    batch, patches, _ = grad.shape
-    grad_mixed, grad_original = (torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) for _ in range(2))
-    rows = batch * patches
-    arguments = (grad, source.contiguous(), grad_mixed, grad_original, alpha, rows, patches)
-    arguments += (grad.stride(0), grad.stride(1))
+    rows = source.numel()
+    sizes = (rows, grad.shape[1], grad.stride(0), grad.stride(1))
+    arguments = (grad, source.contiguous(), grad_mixed, grad_original, alpha, *sizes)
     launch("blend_backward", _blend_backward_kernel, arguments, grad_mixed, rows)
-    return grad_mixed, grad_original
 
 
-def sample_plan(seed: Tensor, first_group: int, batch: int, patches: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """`source` and `inverse` int32 ``[B, N]`` under the key `seed` (0-d int64, read on the device)."""
-    source, inverse = (torch.empty((batch, patches), dtype=torch.int32, device=seed.device) for _ in range(2))
+def sample_plan(
+    seed: Tensor, first_group: int, batch: int, patches: int, group_size: int, source: Tensor, inverse: Tensor
+) -> None:
+    """Draw `source` and `inverse` under the key `seed` (0-d int64, read on the device)."""
     programs = batch // group_size * cdiv(group_size, 4) * cdiv(patches, PLAN_BLOCK)
     if programs:
         _sample_plan_kernel[(programs,)](
             seed, source, inverse, first_group, group_size, patches, BLOCK_PATCHES=PLAN_BLOCK, num_warps=4
         )
-    return source, inverse

@@ -39,13 +39,13 @@ def _tables(rates: tuple[float, ...], device: torch.device) -> tuple[Tensor, Ten
     return thresholds.to(device), scales.to(device)
 
 
-def stochastic_depth(seed: Tensor, rates: list[float], images: int, branches: int, first_image: int) -> Tensor:
-    """fp32 ``[2, blocks, branches * images]`` under the key `seed` (0-d int64, read on the device)."""
-    out = torch.empty((2, len(rates), branches * images), dtype=torch.float32, device=seed.device)
+def stochastic_depth(
+    seed: Tensor, rates: list[float], images: int, branches: int, first_image: int, out: Tensor
+) -> None:
+    """Fill `out` ``[2, blocks, branches * images]`` under the key `seed` (0-d int64, read on the device)."""
     total = out[0].numel()
     if total:
         thresholds, scales = _tables(tuple(rates), seed.device)
         _stochastic_depth_kernel[(cdiv(total, BLOCK),)](
             seed, thresholds, scales, out, images, branches, first_image, total, BLOCK=BLOCK, num_warps=4
         )
-    return out

@@ -8,7 +8,6 @@ scatter has no conflicts and needs no atomics.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -175,12 +174,11 @@ def _programs(source: Tensor, group_size: int, channels: int) -> int:
     return source.shape[0] // group_size * cdiv(channels, channel_block(channels))
 
 
-def append_branch_forward(x: Tensor, groups: Tensor | None, source: Tensor, settings: Appending) -> Tensor:
+def append_branch_forward(x: Tensor, groups: Tensor | None, source: Tensor, settings: Appending, out: Tensor) -> None:
     """Append a branch to tokens ``[branches * B, N + G, C]``: the last branch's patches from ``source [B, N]``, and as
     group tokens `groups` ``[B, G, C]`` or the mixing group's mean. Without ``settings.keep`` it replaces the last."""
     x = with_unit_channel_stride(x)
     (images, tokens, channels), (batch, patches), (group_size, keep, _) = x.shape, source.shape, settings
-    out = torch.empty((images + batch * keep, tokens, channels), dtype=x.dtype, device=x.device)
     groups = groups if groups is None else with_unit_channel_stride(groups)
     groups_strides = (0, 0) if groups is None else groups.stride()[:2]
     sizes = (batch, patches, tokens, group_size, *x.stride()[:2], *groups_strides)
@@ -188,29 +186,24 @@ def append_branch_forward(x: Tensor, groups: Tensor | None, source: Tensor, sett
     constexprs = {"HEAD": images // batch - 1, "KEEP": int(keep)}
     programs = _programs(source, group_size, channels)
     launch("append_branch_forward", _append_branch_forward_kernel, arguments, out, tokens, programs, **constexprs)
-    return out
 
 
-def append_branch_backward(grad: Tensor, source: Tensor, settings: Appending) -> Tensor:
+def append_branch_backward(grad: Tensor, source: Tensor, settings: Appending, out: Tensor) -> None:
     """Gradient of the `x` of :func:`append_branch_forward`."""
     grad = with_unit_channel_stride(grad)
-    (images, tokens, channels), (batch, patches), (group_size, keep, mean) = grad.shape, source.shape, settings
-    out = torch.empty((images - batch * keep, tokens, channels), dtype=grad.dtype, device=grad.device)
+    (_, tokens, channels), (batch, patches), (group_size, keep, mean) = grad.shape, source.shape, settings
     sizes = (batch, patches, tokens, group_size, grad.stride(0), grad.stride(1))
     arguments = (grad, source.contiguous(), out, *sizes)
     constexprs = {"HEAD": out.shape[0] // batch - 1, "KEEP": int(keep), "MEAN": mean}
     programs = _programs(source, group_size, channels)
     launch("append_branch_backward", _append_branch_backward_kernel, arguments, out, tokens, programs, **constexprs)
-    return out
 
 
-def blend_tokens(x: Tensor, source: Tensor, settings: Blending) -> Tensor:
+def blend_tokens(x: Tensor, source: Tensor, settings: Blending, out: Tensor) -> None:
     """Blend original patches from ``source [B, N]`` into the mixed ones of tokens ``[2B, N + G, C]``, original branch
     then mixed; or with ``settings.adjoint`` the gradient of the input from that of the output."""
     x = with_unit_channel_stride(x)
     (_, tokens, channels), (batch, patches), (group_size, alpha, adjoint) = x.shape, source.shape, settings
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     arguments = (x, source.contiguous(), out, alpha, batch, patches, tokens, group_size, x.stride(0), x.stride(1))
     programs = _programs(source, group_size, channels)
     launch("blend_tokens", _blend_tokens_kernel, arguments, out, tokens, programs, ADJOINT=adjoint)
-    return out

@@ -119,21 +119,31 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return sum_over_ranks(values) / world_size()
 
 
-@torch.library.custom_op("mixreorg::all_reduce_sum", mutates_args=())
-def _all_reduce_sum(x: Tensor) -> Tensor:
-    x = x.clone()
-    dist.all_reduce(x)
-    return x
+def _sum_of_ranks(x: Tensor) -> Tensor:
+    return sum_over_ranks(x.clone())
 
 
-_all_reduce_sum.register_fake(torch.empty_like)
-# The loss of every rank depends on the sum, so the gradient is the sum of all ranks' gradients.
-_all_reduce_sum.register_autograd(lambda ctx, grad: _all_reduce_sum(grad))
+def _sum_backward(ctx: Any, grad: Tensor) -> Tensor:
+    """The loss of every rank depends on the sum, so its gradient is the sum of all ranks' gradients."""
+    return all_reduce_sum(grad)
+
+
+# Only code that traces calls the custom op: it costs the host 0.1 ms more than an autograd function.
+_traced_sum = torch.library.custom_op("mixreorg::all_reduce_sum", _sum_of_ranks, mutates_args=())
+_traced_sum.register_fake(torch.empty_like)
+_traced_sum.register_autograd(_sum_backward)
+
+
+class _EagerSum(torch.autograd.Function):
+    forward = staticmethod(lambda ctx, x: _sum_of_ranks(x))
+    backward = staticmethod(_sum_backward)
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Differentiable sum of `x` over all ranks."""
-    return _all_reduce_sum(x) if world_size() > 1 else x
+    if world_size() == 1:
+        return x
+    return _traced_sum(x) if torch.compiler.is_compiling() else _EagerSum.apply(x)
 
 
 def gather_rows(x: Tensor) -> tuple[Tensor, int]:

@@ -24,10 +24,6 @@ def call(function: Callable, *args):
     return function(*args)
 
 
-def _call_static(function: Callable, *args):
-    return function(*args)
-
-
 def _call_dynamic(function: Callable, *args):
     return function(*args)
 
@@ -47,7 +43,7 @@ def compiled_call(*, dynamic: bool = False, cuda_graphs: bool = False) -> Callab
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # Two functions: Dynamo remembers shapes by function, and would mix the shapes of images and captions.
-    function = _call_dynamic if dynamic else _call_static
+    function = _call_dynamic if dynamic else call
     mode = "reduce-overhead" if cuda_graphs else None
     return torch.compile(function, fullgraph=True, dynamic=dynamic, mode=mode)
 

@@ -69,7 +69,7 @@ def decode_segments(
     assignment, scores = assignment.detach(), scores.detach()
     threshold = _threshold(background_threshold, assignment)
     if uses_triton("decode_segments", impl, assignment, scores):
-        return _decode_segments(assignment, scores, height, width, threshold)
+        return _decode_segments(assignment, scores, threshold, height, width)
     return decode_segments_reference(assignment, scores, (height, width), threshold)
 
 
@@ -86,5 +86,5 @@ def _threshold(threshold: Tensor | float | None, assignment: Tensor) -> Tensor |
 
 
 @kernel("decode_segments.decode_forward")
-def _decode_segments(assignment: Tensor, scores: Tensor, height: int, width: int, threshold: Tensor | None) -> Tensor:
+def _decode_segments(assignment: Tensor, scores: Tensor, threshold: Tensor | None, height: int, width: int) -> Tensor:
     return assignment.new_empty((assignment.shape[0], height, width), dtype=torch.int64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -162,24 +162,17 @@ def _grouping_attention_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.settings = inputs
-    out, _, winner, total = output
-    ctx.mark_non_differentiable(winner, total)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, out, winner, total)
-
-
-def _gradient(ctx, grad_out: Tensor | None, grad_assignment: Tensor | None, *_) -> tuple[Tensor, Tensor, Tensor]:
-    saved = ctx.saved_tensors  # once: under activation checkpointing every access unpacks them
-    if grad_out is None:
-        grad_out = torch.zeros_like(saved[4])
-    if ctx.settings.return_assignment == "none":
+def _gradient(
+    grad_out: Tensor | None, grad_assignment: Tensor | None, _winner: None, _total: None, *kept: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *_, out, _, _, settings = kept
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    if settings.return_assignment == "none":
         grad_assignment = None
-    return _grouping_attention_backward(grad_out, grad_assignment, *saved, ctx.settings)
+    return _grouping_attention_backward(grad_out, grad_assignment, *kept)
 
 
-@kernel("grouping_attention.grouping_forward", save=_save, gradient=_gradient)
+@kernel("grouping_attention.grouping_forward", gradient=_gradient, kept_outputs=(0, 2, 3))
 def _grouping_attention(
     q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, settings: Grouping
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

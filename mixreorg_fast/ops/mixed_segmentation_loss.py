@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,28 +16,22 @@ Negatives = Literal["group", "batch"]
 LIMITS = {"G1": 128, "G2": 64, "group_size": 64}  # what the kernels' registers hold
 
 
-def mixed_segmentation_logits(
-    first: Tensor,
-    second: Tensor,
-    segments: Tensor,
-    texts: Tensor,
-    group_size: int,
-    logit_scale: Tensor | float,
-    *,
-    negatives: Negatives = "group",
-    upcast: torch.dtype = torch.float32,
-) -> Tensor:
-    """Logits of each patch over the K texts of its mixing group, ``[B, N, K]``, or over all T texts, ``[B, N, T]``, in
-    `upcast`, under autocast too.
+def texts_of_groups(texts: Tensor, group_size: int) -> Tensor:
+    """The texts of each image's mixing group, ``[B, K, D]`` of ``[B, D]``."""
+    return texts.unflatten(0, (-1, group_size)).repeat_interleave(group_size, dim=0)
 
-    Re-associated as ``firstᵀ (secondᵀ (segments · textsᵀ))``: G1 x K numbers per image, never ``[B, N, G2]``.
+
+def mixed_segmentation_logits(
+    first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, logit_scale: Tensor | float, upcast: torch.dtype
+) -> Tensor:
+    """Logits ``[B, N, T]`` of each patch over texts ``[T, D]`` or ``[B, T, D]``, in `upcast`, under autocast too.
+
+    Re-associated as ``firstᵀ (secondᵀ (segments · textsᵀ))``: G1 x T numbers per image, never ``[B, N, G2]``.
     """
     with without_autocast(first):
         first, second, segments, texts = (x.to(upcast) for x in (first, second, segments, texts))
-        if negatives == "group":
-            texts = texts.unflatten(0, (-1, group_size)).repeat_interleave(group_size, dim=0)  # [B, K, D]
-        scores = segments @ texts.mT * logit_scale  # [B, G2, K]
-        return first.mT @ (second.mT @ scores)  # [B, N, K] <- [B, N, G1] @ ([B, G1, G2] @ [B, G2, K])
+        scores = segments @ texts.mT * logit_scale  # [B, G2, T]
+        return first.mT @ (second.mT @ scores)  # [B, N, T] <- [B, N, G1] @ ([B, G1, G2] @ [B, G2, T])
 
 
 def mixed_segmentation_loss_reference(
@@ -56,20 +50,20 @@ def mixed_segmentation_loss_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The mean cross-entropy, and the accuracy if wanted, computed in `upcast`; `source` ``[B, N]`` are absolute image
     indices."""
-
-    def logits(texts: Tensor, negatives: Negatives) -> Tensor:
-        return mixed_segmentation_logits(
-            first, second, segments, texts, group_size, logit_scale, negatives=negatives, upcast=upcast
-        )
-
-    all_logits, labels = logits(texts, negatives), (source % group_size).long()
-    targets = labels if negatives == "group" else (source + first_text).long()
-    loss = F.cross_entropy(all_logits.flatten(0, 1), targets.flatten())
+    maps, labels = (first, second, segments), (source % group_size).long()
+    if negatives == "group":
+        logits = of_group = mixed_segmentation_logits(*maps, texts_of_groups(texts, group_size), logit_scale, upcast)
+        targets = labels
+    else:
+        logits, of_group = mixed_segmentation_logits(*maps, texts, logit_scale, upcast), None
+        targets = (source + first_text).long()
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     if not return_accuracy:
         return loss
     with torch.no_grad():
-        own_texts = slice(first_text, first_text + len(first))
-        of_group = all_logits if negatives == "group" else logits(texts[own_texts], "group")
+        if of_group is None:
+            own_texts = texts_of_groups(texts[first_text : first_text + len(first)], group_size)
+            of_group = mixed_segmentation_logits(*maps, own_texts, logit_scale, upcast)
         return loss, (of_group.argmax(-1) == labels).float().mean()
 
 
@@ -175,18 +169,12 @@ def _mixed_segmentation_backward(
     return of_first, of_second, of_segments, of_texts, torch.empty_like(scale)
 
 
-def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.group_size = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors)
-
-
-def _gradient(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
-    *gradients, scale = _mixed_segmentation_backward(grad, *ctx.saved_tensors, ctx.group_size)
+def _gradient(grad: Tensor, _: Tensor | None, *inputs: Any) -> tuple[Tensor | None, ...]:
+    *gradients, scale = _mixed_segmentation_backward(grad, *inputs)
     return *gradients, None, scale
 
 
-@kernel("mixed_segmentation_loss.mixed_segmentation_forward", save=_save, gradient=_gradient)
+@kernel("mixed_segmentation_loss.mixed_segmentation_forward", gradient=_gradient)
 def _mixed_segmentation(
     first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, source: Tensor, scale: Tensor, group_size: int
 ) -> tuple[Tensor, Tensor]:

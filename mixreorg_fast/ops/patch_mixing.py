@@ -104,19 +104,18 @@ def sample_plan_reference(
     return source.flatten(0, 1).int(), inverse.flatten(0, 1).int()
 
 
-def patch_mix_reference(x: Tensor, source: Tensor) -> Tensor:
-    """``out[b, n] = x[source[b, n], n]`` for ``x [B, N, C]``."""
+def patch_mix_reference(x: Tensor, source: Tensor, inverse: Tensor | None = None) -> Tensor:
+    """``out[b, n] = x[source[b, n], n]`` for ``x [B, N, C]``; with `inverse` its gradient is a gather by that."""
+    if inverse is not None:
+        return _Gather.apply(x, source, inverse)
     return x[source.long(), torch.arange(x.shape[1], device=x.device)]
 
 
-def gather(x: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
-    """:func:`patch_mix_reference` whose gradient is a gather by `inverse`."""
-    return _Gather.apply(x, source, inverse)
-
-
-def patch_blend_reference(mixed: Tensor, original: Tensor, source: Tensor, alpha: float) -> Tensor:
+def patch_blend_reference(
+    mixed: Tensor, original: Tensor, source: Tensor, alpha: float, inverse: Tensor | None = None
+) -> Tensor:
     """``(1 - alpha) * mixed + alpha * original[source, n]``, in the dtype of `mixed`."""
-    return torch.lerp(mixed, patch_mix_reference(original, source), alpha)
+    return torch.lerp(mixed, patch_mix_reference(original, source, inverse), alpha)
 
 
 @falls_back
@@ -163,14 +162,12 @@ def patch_blend(mixed: Tensor, original: Tensor, plan: MixPlan, alpha: float, *,
         raise ValueError(f"patch_blend: mixed is {mixed.dtype}, original {original.dtype}; expected one dtype")
     if uses_triton("patch_blend", impl, mixed, original, plan.source):
         return _patch_blend(mixed, original, plan.source, alpha)
-    return torch.lerp(mixed, gather(original, plan.source, plan.inverse), alpha)
+    return patch_blend_reference(mixed, original, plan.source, alpha, plan.inverse)
 
 
 def _permute(op: str, x: Tensor, plan: MixPlan, source: Tensor, inverse: Tensor, impl: Impl) -> Tensor:
     _check(op, x, plan)
-    if uses_triton(op, impl, x, source):
-        return _patch_gather(x, source, inverse)
-    return gather(x, source, inverse)
+    return (_patch_gather if uses_triton(op, impl, x, source) else patch_mix_reference)(x, source, inverse)
 
 
 def _check_groups(batch: int, group_size: int) -> None:
@@ -206,39 +203,20 @@ def _sample_plan(seed: Tensor, first_group: int, batch: int, patches: int, group
     return source, seed.new_empty(source.shape, dtype=torch.int32)
 
 
-def _save_plan(ctx, inputs: tuple, output: Tensor) -> None:
-    _, source, inverse = inputs
-    ctx.save_for_backward(source, inverse)
-
-
-def _patch_gather_gradient(ctx, grad: Tensor) -> Tensor:
-    source, inverse = ctx.saved_tensors
-    return _patch_gather(grad, inverse, source)
-
-
-@kernel("patch_mixing.gather_forward", save=_save_plan, gradient=_patch_gather_gradient)
+@kernel(
+    "patch_mixing.gather_forward",
+    gradient=lambda grad, source, inverse: _patch_gather(grad, inverse, source),
+    first_kept=1,
+)
 def _patch_gather(x: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _save_blend(ctx, inputs: tuple, output: Tensor | tuple[Tensor, Tensor]) -> None:
-    *_, source, ctx.alpha = inputs
-    ctx.save_for_backward(source)
-
-
-def _patch_blend_gradient(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return _patch_blend_backward(grad, *ctx.saved_tensors, ctx.alpha)
-
-
-def _patch_blend_backward_gradient(ctx, mixed: Tensor, original: Tensor) -> Tensor:
-    return _patch_blend(mixed, original, *ctx.saved_tensors, ctx.alpha)
-
-
-@kernel("patch_mixing.blend_forward", save=_save_blend, gradient=_patch_blend_gradient)
+@kernel("patch_mixing.blend_forward", gradient=lambda *arguments: _patch_blend_backward(*arguments), first_kept=2)
 def _patch_blend(mixed: Tensor, original: Tensor, source: Tensor, alpha: float) -> Tensor:
     return mixed.new_empty(mixed.shape)
 
 
-@kernel("patch_mixing.blend_backward", save=_save_blend, gradient=_patch_blend_backward_gradient)
+@kernel("patch_mixing.blend_backward", gradient=_patch_blend, first_kept=1)
 def _patch_blend_backward(grad: Tensor, source: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     return grad.new_empty(grad.shape), grad.new_empty(grad.shape)

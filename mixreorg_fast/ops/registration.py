@@ -21,30 +21,20 @@ from ..kernels.variants import on_device
 _KERNELS = f"{__name__.split('.')[0]}.kernels"
 
 
-def kernel(
-    launcher: str,
-    *,
-    save: Callable[..., None] = lambda ctx, inputs, output: None,
-    gradient: Callable[..., Any] | None = None,
-) -> Callable[[Callable[..., Any]], Kernel]:
-    """Decorate the declaration of a kernel.
+class Kernel:
+    """A kernel, called with the arguments of its declaration.
 
-    The declaration is a function that makes the kernel's outputs empty: PyTorch traces with it. Its name, without a
-    leading underscore, is the custom op's. Its parameters are the launcher's: the first is a tensor, the others have
-    types that a custom op takes, and the last may be one of :mod:`..kernels.settings`.
+    The declaration is a function that makes the kernel's outputs empty: PyTorch traces with it, and the launcher fills
+    them. Its name, without a leading underscore, is the custom op's. Its parameters are tensors, then numbers of types
+    that a custom op takes, or one of :mod:`..kernels.settings`.
 
     Args:
-        launcher: "module.function" of :mod:`..kernels`, imported at the first launch.
-        save: ``(ctx, inputs, output)``, keeps what `gradient` needs.
-        gradient: ``(ctx, *gradients)``, gives the gradient of the first input, or a tuple of those of the first inputs.
-            Without it the outputs have no gradient.
-    """
-    return lambda declaration: Kernel(declaration, launcher, save, gradient)
-
-
-class Kernel:
-    """A kernel that is called with its declaration's arguments.
-
+        launcher: "module.function" of :mod:`..kernels`, imported at the first launch. It takes the declaration's
+            arguments and then the outputs.
+        gradient: gives the gradient of the first input, or a tuple of those of the first inputs, from the outputs'
+            gradients, the inputs from number `first_kept` on, the `kept_outputs`, and the numbers. Without it the
+            outputs have no gradient.
+        kept_outputs: number 0, then others, which have no gradient. Gradients of outputs that nobody used are None.
     Attributes:
         op: the custom op, ``torch.ops.mixreorg.<name>``; it takes the fields of settings as arguments of their own.
     """
@@ -53,96 +43,102 @@ class Kernel:
         self,
         declaration: Callable[..., Any],
         launcher: str,
-        save: Callable[..., None],
-        gradient: Callable[..., Any] | None,
+        *,
+        gradient: Callable[..., Any] | None = None,
+        first_kept: int = 0,
+        kept_outputs: tuple[int, ...] = (),
     ) -> None:
         functools.update_wrapper(self, declaration)
         name = declaration.__name__.lstrip("_")
         module, _, function = launcher.partition(".")
         module = f"{_KERNELS}.{module}"
+        signature = inspect.signature(declaration, eval_str=True)
+        *others, last = signature.parameters.values()
+        tensors = sum(x.annotation in (Tensor, Tensor | None) for x in (*others, last))
+        count = spread_count = len(signature.parameters)
+        self._settings = settings = last.annotation if hasattr(last.annotation, "_fields") else None
+        if settings is not None:
+            fields = typing.get_type_hints(settings).items()
+            spread = [*others, *(inspect.Parameter(name, last.kind, annotation=kind) for name, kind in fields)]
+            signature, spread_count = signature.replace(parameters=spread), len(spread)
+
+        def bundled(arguments: tuple) -> tuple:
+            """The declaration's arguments from the custom op's."""
+            first = count - 1
+            return arguments if settings is None else (*arguments[:first], settings(*arguments[first:]))
+
+        def of_op(called: Callable[..., Any]) -> Callable[..., Any]:
+            """`called` with the custom op's arguments."""
+
+            def with_fields(*arguments: Any) -> Any:
+                return called(*bundled(arguments))
+
+            with_fields.__signature__ = signature
+            return with_fields
 
         def launch(*arguments: Any) -> Any:
+            output = declaration(*arguments)
             with on_device(arguments[0]):
-                return getattr(importlib.import_module(module), function)(*arguments)
+                run = getattr(importlib.import_module(module), function)
+                run(*arguments, *(output if isinstance(output, tuple) else (output,)))
+            return output
 
-        self._parameters = parameters = _Parameters(declaration)
-        self.op = torch.library.custom_op(f"mixreorg::{name}", parameters.spread(launch), mutates_args=())
-        self.op.register_fake(parameters.spread(declaration))
+        self.op = torch.library.custom_op(f"mixreorg::{name}", of_op(launch), mutates_args=())
+        self.op.register_fake(of_op(declaration))
         self._launch = self._differentiable = self._transformable = launch
-        if gradient is not None:
-            assert save is not None, f"{name}: a gradient needs save"
+        if gradient is None:
+            return
 
-            def forward(ctx: Any, *inputs: Any) -> Any:
-                output = launch(*inputs)
-                save(ctx, inputs, output)
-                return output
+        def save(ctx: Any, inputs: tuple, output: Any) -> None:
+            ctx.numbers = inputs[tensors:]
+            outputs = [output[i] for i in kept_outputs]
+            if outputs:
+                ctx.mark_non_differentiable(*outputs[1:])
+                ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*inputs[first_kept:tensors], *outputs)
 
-            def save_spread(ctx: Any, inputs: tuple, output: Any) -> None:
-                save(ctx, parameters.bundled(inputs), output)
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = launch(*inputs)
+            save(ctx, inputs, output)
+            return output
 
-            # torch.func asks for a setup_context. With one, PyTorch inspects a signature at every call, 14 µs of host
-            # time, so that calls outside of torch.func do without.
-            backward = _padded(gradient, parameters.count)
-            self._transformable = _autograd(name, launch, backward, setup_context=save)
-            self._differentiable = _autograd(name, forward, backward)
-            self.op.register_autograd(_padded(gradient, parameters.spread_count), setup_context=save_spread)
+        def backward(count: int) -> Callable[..., tuple]:
+            """`gradient`, followed by None for those of `count` inputs that it leaves out."""
+            rest = (None,) * count
+
+            def of_inputs(ctx: Any, *gradients: Tensor | None) -> tuple:
+                # Saved tensors are read once: under activation checkpointing every access unpacks them.
+                found = gradient(*gradients, *ctx.saved_tensors, *ctx.numbers)
+                found = found if isinstance(found, tuple) else (found,)
+                return (*found, *rest[len(found) :])
+
+            return of_inputs
+
+        # torch.func asks for a setup_context. With one, PyTorch inspects a signature at every call, 14 µs of host
+        # time, so that calls outside of torch.func do without.
+        self._transformable = _autograd(name, launch, backward(count), setup_context=save)
+        self._differentiable = _autograd(name, forward, backward(count))
+        self.op.register_autograd(
+            backward(spread_count),
+            setup_context=lambda ctx, inputs, output: save(ctx, bundled(inputs), output),
+        )
 
     def __call__(self, *arguments: Any) -> Any:
         if traces(arguments[0]):
-            return self.op(*self._parameters.flattened(arguments))
+            return self.op(*arguments if self._settings is None else (*arguments[:-1], *arguments[-1]))
         if torch._C._are_functorch_transforms_active():
             return self._transformable(*arguments)
         return (self._differentiable if torch.is_grad_enabled() else self._launch)(*arguments)
 
 
-class _Parameters:
-    """The parameters of a declaration, and those of its custom op: in place of settings their fields."""
-
-    def __init__(self, declaration: Callable[..., Any]) -> None:
-        signature = inspect.signature(declaration, eval_str=True)
-        *others, last = signature.parameters.values()
-        self._settings = last.annotation if hasattr(last.annotation, "_fields") else None
-        self.count = self.spread_count = len(signature.parameters)
-        if self._settings is not None:
-            fields = typing.get_type_hints(self._settings).items()
-            others += [inspect.Parameter(name, last.kind, annotation=kind) for name, kind in fields]
-            signature, self.spread_count = signature.replace(parameters=others), len(others)
-        self._signature = signature
-
-    def flattened(self, arguments: tuple) -> tuple:
-        return arguments if self._settings is None else (*arguments[:-1], *arguments[-1])
-
-    def bundled(self, arguments: tuple) -> tuple:
-        if self._settings is None:
-            return arguments
-        first = self.count - 1
-        return (*arguments[:first], self._settings(*arguments[first:]))
-
-    def spread(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, called with the custom op's arguments."""
-
-        def called(*arguments: Any) -> Any:
-            return function(*self.bundled(arguments))
-
-        called.__signature__ = self._signature
-        return called
+def kernel(launcher: str, **options: Any) -> Callable[[Callable[..., Any]], Kernel]:
+    """Decorate a declaration, see :class:`Kernel`."""
+    return lambda declaration: Kernel(declaration, launcher, **options)
 
 
 def _autograd(name: str, forward: Callable[..., Any], backward: Callable[..., Any], **others: Callable) -> Callable:
     methods = {"forward": forward, "backward": backward, **others}
     return type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in methods.items()}).apply
-
-
-def _padded(gradient: Callable[..., Any], count: int) -> Callable[..., tuple]:
-    """`gradient`, followed by None for the inputs that it leaves out."""
-    rest = (None,) * count
-
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
-        found = gradient(ctx, *gradients)
-        found = found if isinstance(found, tuple) else (found,)
-        return (*found, *rest[len(found) :])
-
-    return backward
 
 
 def traces(tensor: Tensor) -> bool:

@@ -7,24 +7,23 @@ tokens and concatenates them again, which moves more memory than the ops do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ..kernels.settings import Appending, Blending
 from .dispatch import Impl, falls_back, uses_triton
-from .patch_mixing import MixPlan, gather, patch_mix_reference
+from .patch_mixing import MixPlan, patch_blend_reference, patch_mix_reference
 from .registration import kernel
 
-Gather = Callable[[Tensor, Tensor], Tensor]  # of patches [B, N, C] by source images [B, N]
+# The references take the gradient of a gather by `source` as a gather by `inverse`, where they are given it, and the
+# other way round.
 
 
 def mix_tokens_reference(
-    x: Tensor, source: Tensor, group_size: int, groups: Tensor | None = None, gather: Gather = patch_mix_reference
+    x: Tensor, source: Tensor, group_size: int, groups: Tensor | None = None, inverse: Tensor | None = None
 ) -> Tensor:
     """``[x | mixed]`` along the batch, see :func:`mix_tokens`."""
-    return torch.cat([x, _branch_reference(x, source, group_size, groups, gather)])
+    return torch.cat([x, _branch_reference(x, source, group_size, groups, inverse)])
 
 
 def restore_tokens_reference(
@@ -33,28 +32,30 @@ def restore_tokens_reference(
     group_size: int,
     groups: Tensor | None = None,
     keep_mixed: bool = True,
-    gather: Gather = patch_mix_reference,
+    source: Tensor | None = None,
 ) -> Tensor:
     """``[original | mixed | restored]`` or ``[original | restored]`` along the batch, see :func:`restore_tokens`."""
     original, mixed = x.chunk(2)
-    restored = _branch_reference(mixed, inverse, group_size, groups, gather)
+    restored = _branch_reference(mixed, inverse, group_size, groups, source)
     return torch.cat([x if keep_mixed else original, restored])
 
 
-def blend_tokens_reference(x: Tensor, source: Tensor, alpha: float, gather: Gather = patch_mix_reference) -> Tensor:
+def blend_tokens_reference(x: Tensor, source: Tensor, alpha: float, inverse: Tensor | None = None) -> Tensor:
     """``[original | blended]`` along the batch, see :func:`blend_tokens`."""
     original, mixed = x.chunk(2)
     patches = source.shape[1]
-    blended = torch.lerp(mixed[:, :patches], gather(original[:, :patches], source), alpha)
+    blended = patch_blend_reference(mixed[:, :patches], original[:, :patches], source, alpha, inverse)
     return torch.cat([original, torch.cat([blended, mixed[:, patches:]], dim=1)])
 
 
-def _branch_reference(x: Tensor, source: Tensor, group_size: int, groups: Tensor | None, gather: Gather) -> Tensor:
+def _branch_reference(
+    x: Tensor, source: Tensor, group_size: int, groups: Tensor | None, inverse: Tensor | None
+) -> Tensor:
     patches, own = x[:, : source.shape[1]], x[:, source.shape[1] :]
     if groups is None:
         by_group = own.unflatten(0, (-1, group_size))  # [B / K, K, G, C]
         groups = by_group.float().mean(1, keepdim=True).to(own.dtype).expand_as(by_group).flatten(0, 1)
-    return torch.cat([gather(patches, source), groups.expand_as(own)], dim=1)
+    return torch.cat([patch_mix_reference(patches, source, inverse), groups.expand_as(own)], dim=1)
 
 
 @falls_back
@@ -75,7 +76,7 @@ def mix_tokens(x: Tensor, plan: MixPlan, groups: Tensor | None = None, *, impl: 
     groups = _checked("mix_tokens", x, 1, plan, groups)
     if uses_triton("mix_tokens", impl, x, plan.source, groups):
         return _append_branch(x, groups, plan.source, Appending(plan.group_size, True, groups is None))
-    return mix_tokens_reference(x, plan.source, plan.group_size, groups, _gather_with(plan.inverse))
+    return mix_tokens_reference(x, plan.source, plan.group_size, groups, plan.inverse)
 
 
 @falls_back
@@ -96,8 +97,7 @@ def restore_tokens(
     groups = _checked("restore_tokens", x, 2, plan, groups)
     if uses_triton("restore_tokens", impl, x, plan.inverse, groups):
         return _append_branch(x, groups, plan.inverse, Appending(plan.group_size, keep_mixed, groups is None))
-    by_inverse = _gather_with(plan.source)
-    return restore_tokens_reference(x, plan.inverse, plan.group_size, groups, keep_mixed, by_inverse)
+    return restore_tokens_reference(x, plan.inverse, plan.group_size, groups, keep_mixed, plan.source)
 
 
 @falls_back
@@ -117,7 +117,7 @@ def blend_tokens(x: Tensor, plan: MixPlan, alpha: float, *, impl: Impl = "auto")
     _checked("blend_tokens", x, 2, plan)
     if uses_triton("blend_tokens", impl, x, plan.source):
         return _blend_tokens(x, plan.source, Blending(plan.group_size, alpha))
-    return blend_tokens_reference(x, plan.source, alpha, _gather_with(plan.inverse))
+    return blend_tokens_reference(x, plan.source, alpha, plan.inverse)
 
 
 def _checked(op: str, x: Tensor, branches: int, plan: MixPlan, groups: Tensor | None = None) -> Tensor | None:
@@ -136,47 +136,34 @@ def _checked(op: str, x: Tensor, branches: int, plan: MixPlan, groups: Tensor | 
     return groups.expand(shape)
 
 
-def _gather_with(inverse: Tensor) -> Gather:
-    """A gather of patches whose gradient is a gather by `inverse`."""
-    return lambda x, source: gather(x, source, inverse)
-
-
 # The Triton path. The adjoint of an op's adjoint is the op: this gives second derivatives.
 
 
-def _save(ctx, inputs: tuple, output: Tensor) -> None:
-    *_, source, ctx.settings = inputs
-    ctx.save_for_backward(source)
+def _append_gradient(grad: Tensor, source: Tensor, settings: Appending) -> tuple[Tensor, Tensor | None]:
+    grad_x = _append_branch_backward(grad, source, settings)
+    return grad_x, None if settings.mean else grad[-source.shape[0] :, source.shape[1] :]
 
 
-def _append_gradient(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-    (source,) = ctx.saved_tensors
-    batch, patches = source.shape
-    grad_x = _append_branch_backward(grad, source, ctx.settings)
-    return grad_x, None if ctx.settings.mean else grad[-batch:, patches:]
-
-
-@kernel("token_mixing.append_branch_forward", save=_save, gradient=_append_gradient)
+@kernel("token_mixing.append_branch_forward", gradient=_append_gradient, first_kept=2)
 def _append_branch(x: Tensor, groups: Tensor | None, source: Tensor, settings: Appending) -> Tensor:
     return x.new_empty((x.shape[0] + source.shape[0] * settings.keep, *x.shape[1:]))
 
 
-def _append_backward_gradient(ctx, grad: Tensor) -> Tensor:
-    (source,) = ctx.saved_tensors
-    groups = None if ctx.settings.mean else torch.zeros_like(grad[-source.shape[0] :, source.shape[1] :])
-    return _append_branch(grad, groups, source, ctx.settings)
+def _append_backward_gradient(grad: Tensor, source: Tensor, settings: Appending) -> Tensor:
+    groups = None if settings.mean else torch.zeros_like(grad[-source.shape[0] :, source.shape[1] :])
+    return _append_branch(grad, groups, source, settings)
 
 
-@kernel("token_mixing.append_branch_backward", save=_save, gradient=_append_backward_gradient)
+@kernel("token_mixing.append_branch_backward", gradient=_append_backward_gradient, first_kept=1)
 def _append_branch_backward(grad: Tensor, source: Tensor, settings: Appending) -> Tensor:
     return grad.new_empty((grad.shape[0] - source.shape[0] * settings.keep, *grad.shape[1:]))
 
 
-def _blend_gradient(ctx, grad: Tensor) -> Tensor:
-    group_size, alpha, adjoint = ctx.settings
-    return _blend_tokens(grad, *ctx.saved_tensors, Blending(group_size, alpha, not adjoint))
+def _blend_gradient(grad: Tensor, source: Tensor, settings: Blending) -> Tensor:
+    group_size, alpha, adjoint = settings
+    return _blend_tokens(grad, source, Blending(group_size, alpha, not adjoint))
 
 
-@kernel("token_mixing.blend_tokens", save=_save, gradient=_blend_gradient)
+@kernel("token_mixing.blend_tokens", gradient=_blend_gradient, first_kept=1)
 def _blend_tokens(x: Tensor, source: Tensor, settings: Blending) -> Tensor:
     return x.new_empty(x.shape)

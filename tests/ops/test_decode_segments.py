@@ -87,7 +87,7 @@ def test_any_strides_are_read_in_place(impl, device):
 def test_registration_passes_opcheck(device):
     maps, scores = make((1, 2, (2, 3), (4, 5), 2), torch.float32, device)
     for threshold in (None, torch.full((1,), 0.5, device=device)):
-        torch.library.opcheck(torch.ops.mixreorg.decode_segments.default, (maps, scores, 4, 5, threshold))
+        torch.library.opcheck(torch.ops.mixreorg.decode_segments.default, (maps, scores, threshold, 4, 5))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -7,7 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from mixreorg_fast import ops
-from mixreorg_fast.ops.mixed_segmentation_loss import mixed_segmentation_logits, mixed_segmentation_loss_reference
+from mixreorg_fast.ops.mixed_segmentation_loss import (
+    mixed_segmentation_logits,
+    mixed_segmentation_loss_reference,
+    texts_of_groups,
+)
 from mixreorg_fast.ops.patch_mixing import MixPlan
 
 from .tolerances import TOLERANCE, assert_close_to_truth
@@ -144,7 +148,8 @@ def test_scales_of_any_dtype(impl, device):
 @pytest.mark.parametrize("shape", [(8, 16, 20, 4, 32, 4), SHAPES[3], (3, 16, 32, 2, 16, 1)])
 def test_accuracy_is_the_share_of_patches_whose_image_is_found(shape, impl, device):
     (*tensors, scale), plan = make(shape, torch.float32, device)
-    logits = mixed_segmentation_logits(*tensors, plan.group_size, scale, upcast=torch.float64)
+    texts = texts_of_groups(tensors[3], plan.group_size)
+    logits = mixed_segmentation_logits(*tensors[:3], texts, scale, torch.float64)
     truth = (logits.argmax(-1) == plan.labels).double().mean()
     loss, accuracy = ops.mixed_segmentation_loss(
         *(x.requires_grad_() for x in tensors), plan, scale, return_accuracy=True, impl=impl
