@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .precision import exp2, rounded, upcast
 from .settings import LogitBlock
-from .variants import Config, cdiv, tuned
+from .variants import Config, cdiv, tuned, with_unit_channel_stride
 
 # Per architecture for 16-bit operands (tensor cores) and for fp32 ones (IEEE products on the plain units).
 CONFIGS_16 = {
@@ -30,9 +30,8 @@ CONFIGS_16 = {
 }
 CONFIGS_MASKED = {80: CONFIGS_16[80]}  # masked loads of 64 features take too many registers
 _TILE_32 = Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=8, num_stages=2)
-_TILE_32_128 = dataclasses.replace(
-    _TILE_32, most_registers=128
-)  # without a limit of its own ptxas takes 80, and spills
+# Without a limit of its own ptxas takes 80 registers, and spills.
+_TILE_32_128 = dataclasses.replace(_TILE_32, most_registers=128)
 CONFIGS_32 = {80: _TILE_32, 86: _TILE_32_128, 90: _TILE_32, 100: _TILE_32_128}
 CANDIDATES_16 = [
     Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": d}, num_warps=warps, num_stages=stages)
@@ -225,11 +224,6 @@ def _weights_kernel(
     )
 
 
-def _features(x: Tensor) -> Tensor:
-    """`x`, copied only where the features of a row are not adjacent."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _strips(rows: int, bytes_per_row: float, budget: int) -> list[slice]:
     """The rows in strips that keep within the budget, but of no fewer than 128."""
     size = max(128, int(budget / bytes_per_row) // 128 * 128)
@@ -268,7 +262,7 @@ def log_sum_exp_forward(
 ) -> None:
     """Log-sum-exps of the logits ``scale * rows @ columns.T`` over the columns of every row ``[M]`` and, if `both`,
     over the rows of every column ``[N]``, of rows ``[M, D]`` and columns ``[N, D]`` of one dtype, scale 0-d."""
-    rows, columns = _features(rows), _features(columns)
+    rows, columns = with_unit_channel_stride(rows), with_unit_channel_stride(columns)
     smallest = 64  # block, for the budget
     strips = _strips(rows.shape[0], 4 * columns.shape[0] * (1 + both) / smallest, PARTIALS_BYTES)
 
@@ -299,7 +293,7 @@ def gradient_backward(
     """
     row_prompts, column_prompts, first_row, both = block
     grad_rows, grad_columns = grads
-    rows, columns = _features(rows), _features(columns)
+    rows, columns = with_unit_channel_stride(rows), with_unit_channel_stride(columns)
     row_lse, column_lse = row_lse.contiguous(), column_lse.contiguous()
     factor = 4096.0 if rows.dtype == torch.float16 else 1.0  # keeps small weights out of fp16's subnormal numbers
     shifts = (math.log2(row_prompts / factor), math.log2(column_prompts / factor))

@@ -10,6 +10,8 @@ order.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -316,15 +318,13 @@ def _aggregate(
     tuned("grouping_aggregate", launch, x, table, CANDIDATES, (problem, winner is None))
 
 
-def grouping_forward(
-    q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, settings: Grouping, *outputs: Tensor
-) -> None:
+def grouping_forward(*arguments: Any) -> None:
     """Fill the output ``[B, G, C]``, the assignment ``[B, G, N]`` if asked for, and what backward needs: the winner of
     each patch ``[B, N]`` if hard, and each group's total ``[B, G]``.
 
     `seed`: 0-d int64 tensor on the device, or None for no noise. At most 128 groups. Inputs of one dtype.
     """
-    out, assignment, winner, total = outputs
+    q, k, v, seed, settings, out, assignment, winner, total = arguments
     q, k, v = rows_together(q), rows_together(k), rows_together(v)
     if out.numel() == 0:
         return
@@ -348,21 +348,9 @@ def grouping_forward(
         _aggregate(problem, winner_or_none, used, v, out, total, settings)
 
 
-def grouping_backward(
-    grad_out: Tensor,
-    grad_assignment: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seed: Tensor | None,
-    out: Tensor,
-    winner: Tensor,
-    total: Tensor,
-    settings: Grouping,
-    *gradients: Tensor,
-) -> None:
-    """Fill the `gradients` of `q`, `k` and `v`, from the inputs and outputs of :func:`grouping_forward`."""
-    grad_q, grad_k, grad_v = gradients
+def grouping_backward(*arguments: Any) -> None:
+    """Fill the gradients of q, k and v, which come last, from the inputs and outputs of :func:`grouping_forward`."""
+    grad_out, grad_assignment, q, k, v, seed, out, winner, total, settings, grad_q, grad_k, grad_v = arguments
     if grad_q.numel() == 0:
         grad_k.zero_()
         grad_v.zero_()

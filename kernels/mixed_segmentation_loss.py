@@ -333,25 +333,17 @@ def _over_patches(name: str, launch: Callable[[Config, int], Any], first: Tensor
     return tuned(name, lambda c: launch(c, cdiv(patches, c.blocks["BLOCK_N"])), first, table, CANDIDATES, key)
 
 
-def mixed_segmentation_forward(
-    first: Tensor,
-    second: Tensor,
-    segments: Tensor,
-    texts: Tensor,
-    source: Tensor,
-    scale: Tensor,
-    group_size: int,
-    *outputs: Tensor,
-) -> None:
+def mixed_segmentation_forward(*arguments: Any) -> None:
     """Fill the loss of each patch ``[B, N]``, and whether its largest logit is its image's ``[B, N]``.
 
     `scale` is 0-d fp32, `source` int32 ``[B, N]``. Tensors that are not contiguous are copied; the model's are.
     """
+    first, second, segments, texts, source, scale, group_size, loss, correct = arguments
     first, second, segments, texts, source = (x.contiguous() for x in (first, second, segments, texts, source))
     images, groups, patches = first.shape
     sizes = _sizes(groups, second.shape[1], group_size, segments.shape[2])
     _, scores = _scores(second, segments, texts, scale, sizes)
-    arguments = (first, scores, source, *outputs)
+    arguments = (first, scores, source, loss, correct)
 
     def launch(config: Config, parts: int) -> None:
         _mixed_segmentation_forward_kernel[(images * parts,)](*arguments, N=patches, **sizes.patches, **config.kwargs)
@@ -359,18 +351,10 @@ def mixed_segmentation_forward(
     _over_patches("mixed_segmentation_forward", launch, first, sizes)
 
 
-def mixed_segmentation_backward(
-    grad: Tensor,
-    first: Tensor,
-    second: Tensor,
-    segments: Tensor,
-    texts: Tensor,
-    source: Tensor,
-    scale: Tensor,
-    group_size: int,
-    *gradients: Tensor,
-) -> None:
-    """Fill the `gradients` of first, second, segments, texts and the scale; `grad` ``[B, N]``: of each patch's loss."""
+def mixed_segmentation_backward(*arguments: Any) -> None:
+    """Fill the gradients of first, second, segments, texts and the scale, which come last; the first argument is that
+    of each patch's loss, fp32 ``[B, N]`` of any strides."""
+    grad, first, second, segments, texts, source, scale, group_size, *gradients = arguments
     first, second, segments, texts, source = (x.contiguous() for x in (first, second, segments, texts, source))
     images, second_groups, width = segments.shape
     _, groups, patches = first.shape

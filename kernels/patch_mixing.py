@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import Config, cdiv, next_power_of_2, tuned
+from .variants import Config, cdiv, next_power_of_2, tuned, with_unit_channel_stride
 
 CONFIGS = {80: Config({"BLOCK_ROWS": 16}, num_warps=4)}
 PLAN_BLOCK = 128
@@ -171,11 +171,6 @@ def channel_block(channels: int) -> int:
     (384 -> 128, 100 -> 128)."""
     block = min(channels & -channels, 128)
     return block if block >= 32 else min(next_power_of_2(channels), 128)
-
-
-def with_unit_channel_stride(x: Tensor) -> Tensor:
-    """`x`, copied only if its channels are not adjacent: views into a wider tensor are read in place."""
-    return x if x.stride(2) == 1 else x.contiguous()
 
 
 def launch(name: str, kernel, arguments: tuple, out: Tensor, rows: int, programs: int = 1, **constexprs: int) -> None:

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .patch_mixing import channel_block, launch, with_unit_channel_stride
+from .patch_mixing import channel_block, launch
 from .settings import Appending, Blending
-from .variants import cdiv
+from .variants import cdiv, with_unit_channel_stride
 
 
 @triton.jit

@@ -77,6 +77,11 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
 _HERE = contextlib.nullcontext()
 
 
+def with_unit_channel_stride(x: torch.Tensor) -> torch.Tensor:
+    """`x`, copied only if its channels, the last dimension, are not adjacent: views are read in place."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def cdiv(numerator: int, denominator: int) -> int:
     """Quotient, rounded up; on the host ``triton.cdiv`` takes 2 µs, and so does ``triton.next_power_of_2``."""
     return -(-numerator // denominator)

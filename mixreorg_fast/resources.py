@@ -23,16 +23,14 @@ from .models import Batch, GroupViT, MixReorg
 from .ops.contrastive_blocks import TRITON
 
 IMAGES, CLASSES, WORDS = 64, 150, 24
+_FP32, _SOFT = {"train": {"precision": "fp32"}}, {"model": {"hard_assignment": False, "gumbel": False}}
 BASE = {"model": {"text": {"layers": 1, "vocab_size": 512}}, "train": {"compile": False}}
 # Changes of the default configuration, which is the paper's, that make other variants of the kernels run.
 TRAININGS = {
     "training": {},
-    "training in fp32": {"train": {"precision": "fp32"}},
-    "training, soft assignment": {"model": {"hard_assignment": False, "gumbel": False}},
-    "training, soft assignment in fp32": {
-        "model": {"hard_assignment": False, "gumbel": False},
-        "train": {"precision": "fp32"},
-    },
+    "training in fp32": _FP32,
+    "training, soft assignment": _SOFT,
+    "training, soft assignment in fp32": _FP32 | _SOFT,
     "training, noun prompts, small images": {
         "model": {"image_size": 48, "patch_size": 8, "width": 96, "heads": 3, "groups": [8, 3], "embed_dim": 64},
         "loss": {"multi_label": 1.0},

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import InferenceConfig
 from ..errors import UserError
 from ..images import load_image, to_tensor
-from ..models.class_scores import class_scores
+from ..models.groupvit import class_scores
 from ..names import parse_templates
 from .overlay import class_palette, kind_of, label_counts, overlay, save_labels, save_picture
 from .windows import Box, Decoded, decode, window_boxes

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..models.class_scores import image_threshold
+from ..models.groupvit import image_threshold
 
 CHUNK = 1 << 20  # pixels decoded at once: bounds the memory of large photos
 # Above this many pixels segments are found at a smaller size and enlarged: the maps hold one value per patch, so

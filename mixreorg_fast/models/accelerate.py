@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .class_scores import class_scores, image_threshold
+from .groupvit import Segments, label_pixels
 
 if TYPE_CHECKING:
     from transformers import GroupViTModel
@@ -89,8 +89,7 @@ def _segment_labels(
     embeddings = F.normalize(self.visual_projection(segments.flatten(0, 1)).float(), dim=-1)
     image = F.normalize(self.visual_projection(vision.pooler_output).float(), dim=-1)
     multiplier = self.logit_scale.float().exp().clamp(max=100.0)
-    scores = class_scores(embeddings.unflatten(0, segments.shape[:2]), image, text_embeds, multiplier)
-    threshold = None if background_threshold is None else image_threshold(scores, background_threshold)
     height = pixel_values.shape[2] // self.vision_model.embeddings.patch_embeddings.patch_size[0]
+    seen = Segments(maps.unflatten(2, (height, -1)), embeddings.unflatten(0, segments.shape[:2]), image)
     size = size or (pixel_values.shape[2], pixel_values.shape[3])
-    return ops.decode_segments(maps.unflatten(2, (height, -1)), scores, size, background_threshold=threshold)
+    return label_pixels(seen, text_embeds, multiplier, size, background_threshold)

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
 from ..config import ModelConfig
 from ..images import IMAGENET_MEAN, IMAGENET_STD
-from .class_scores import class_scores, image_threshold
 from .image_encoder import ImageEncoder
 from .layers import Projection
 from .text_encoder import TextEncoder
+
+TOP = 5  # classes that an image may show
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,46 @@ class Segments:
     embeddings: Tensor  # fp32 [B, G, D], L2-normalised
     image: Tensor  # fp32 [B, D], L2-normalised embedding of the pooled image
     stages: tuple[Tensor, ...] = ()  # such maps of every grouping stage, finest first; the last are `maps`
+
+
+def class_scores(embeddings: Tensor, image: Tensor, texts: Tensor, logit_scale: Tensor | float) -> Tensor:
+    """Scores of every class for every segment.
+
+    ``softmax(s·cos over the image's best classes) · softmax(s·cos over all classes)``, where the image's best classes
+    are the `TOP` ones whose text is most similar to the whole image; every other class scores exactly 0.
+
+    Args:
+        embeddings: ``[B, G, D]`` L2-normalised segment embeddings.
+        image: ``[B, D]`` L2-normalised image embeddings.
+        texts: ``[T, D]`` L2-normalised class embeddings.
+        logit_scale: the multiplier s.
+    Returns:
+        fp32 ``[B, G, T]`` in 0..1.
+    """
+    embeddings, image, texts = embeddings.float(), image.float(), texts.float()
+    logits = embeddings @ texts.T * logit_scale  # [B, G, T]
+    cosines = F.pad(image @ texts.T, (0, TOP), value=float("-inf"))  # of fewer than TOP classes all are taken
+    best = cosines.topk(TOP, dim=-1).indices
+    absent = torch.ones_like(cosines, dtype=torch.bool).scatter(1, best, False)[:, :-TOP]
+    restricted = logits.masked_fill(absent[:, None], float("-inf")).softmax(dim=-1)
+    return restricted * logits.softmax(dim=-1)
+
+
+def image_threshold(scores: Tensor, threshold: float) -> Tensor:
+    """``min(threshold, the image's best score)``: ``[B]`` from scores ``[B, G, T]``.
+
+    With this threshold the segment of the best score is never background.
+    """
+    return scores.flatten(1).amax(dim=1).clamp(max=threshold)
+
+
+def label_pixels(
+    seen: Segments, texts: Tensor, logit_scale: Tensor, size: tuple[int, int], background_threshold: float | None
+) -> Tensor:
+    """Labels as of :meth:`GroupViT.segment_labels`."""
+    scores = class_scores(seen.embeddings, seen.image, texts, logit_scale)
+    threshold = None if background_threshold is None else image_threshold(scores, background_threshold)
+    return ops.decode_segments(seen.maps, scores, size, background_threshold=threshold)
 
 
 class GroupViT(nn.Module):
@@ -127,9 +169,6 @@ class GroupViT(nn.Module):
         Returns:
             int64 ``[B, H, W]``.
         """
-        seen = self.segments(images)
-        scores = class_scores(seen.embeddings, seen.image, text_embeddings, self.logit_multiplier())
-        threshold = None if background_threshold is None else image_threshold(scores, background_threshold)
-        height, width = images.shape[2:] if size is None else size
-        size = (height, width)
-        return ops.decode_segments(seen.maps, scores, size, background_threshold=threshold)
+        size = size or (images.shape[2], images.shape[3])
+        multiplier = self.logit_multiplier()
+        return label_pixels(self.segments(images), text_embeddings, multiplier, size, background_threshold)

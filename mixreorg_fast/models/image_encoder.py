@@ -97,7 +97,7 @@ class ImageEncoder(nn.Module):
         return ops.grouping_attention(q, k, v, hard=hard, tau=tau, return_assignment="soft")
 
     def begin(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        """Tokens of the first stage, of images as for :meth:`embed`."""
+        """Tokens of the first stage, see :meth:`embed`."""
         return self.stages[0].tokens(self.embed(images, dtype), None)
 
     def embed(self, images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,7 +106,7 @@ class ImageEncoder(nn.Module):
         patches = self.patch_norm(self.patch_embed(images.to(dtype)))
         grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
         positions = self.positions(torch.float32)
-        if grid != (self.side, self.side):
+        if torch.compiler.is_exporting() or grid != (self.side, self.side):  # one program for any grid
             positions = resize_positions(positions, *grid)
         return patches + positions.to(dtype)
 

@@ -24,10 +24,7 @@ class TextEncoder(nn.Module):
             Block(config.width, config.heads, causal=True, activation=quick_gelu) for _ in range(config.layers)
         )
         self.norm = LayerNorm(config.width)
-        self._initialise(config)
-
-    def _initialise(self, config: TextConfig) -> None:
-        """CLIP's initialisation."""
+        # CLIP's initialisation
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position_embedding.weight, std=0.01)
         narrow = config.width**-0.5 * (2 * config.layers) ** -0.5

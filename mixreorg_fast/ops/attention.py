@@ -156,12 +156,15 @@ def attention(
     Raises:
         ValueError: packed tensors whose shape `lengths` does not fit. RuntimeError: `impl` cannot run here.
     """
+    packing: Packing | None = None
     if lengths is not None:
-        _check_packed(q, k, lengths.rows if isinstance(lengths, Packing) else sum(lengths))
-    if lengths is None or isinstance(lengths, Packing):
-        packing = lengths
-    else:
-        packing = Packing.of(lengths, q.device, rows=q.shape[1])
+        rows = lengths.rows if isinstance(lengths, Packing) else sum(lengths)
+        if q.shape[0] != 1 or q.shape != k.shape or rows > q.shape[1]:
+            raise ValueError(
+                f"attention: packed tensors must be [1, S, H, D] with S >= {rows} = sum of lengths, "
+                f"got {list(q.shape)} and {list(k.shape)}"
+            )
+        packing = lengths if isinstance(lengths, Packing) else Packing.of(lengths, q.device, rows=q.shape[1])
     return _IMPLEMENTATIONS[chosen(q, packing, impl)][1](q, k, v, causal, packing)
 
 
@@ -175,14 +178,6 @@ def chosen(q: Tensor, packing: Packing | None = None, impl: AttentionImpl = "aut
     order = MEASURED.get((q.device.type, form, q.dtype), UNMEASURED)
     reasons = {name: partial(_IMPLEMENTATIONS[name][0], q, packing) for name in order}
     return choose("attention", impl, reasons, (q,))
-
-
-def _check_packed(q: Tensor, k: Tensor, rows: int) -> None:
-    if q.shape[0] != 1 or q.shape != k.shape or rows > q.shape[1]:
-        raise ValueError(
-            f"attention: packed tensors must be [1, S, H, D] with S >= {rows} = sum of lengths, got {list(q.shape)} "
-            f"and {list(k.shape)}"
-        )
 
 
 # ---------------------------------------------------------------------- plain PyTorch
@@ -328,14 +323,10 @@ def _products_reasons(q: Tensor, packing: Packing | None) -> list[str]:
     return ["this CPU has no instructions for bf16"] if slow else []
 
 
-def _no_reasons(q: Tensor, packing: Packing | None) -> list[str]:
-    return []
-
-
 # name -> (why it cannot run, how it runs)
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., list[str]], Callable[..., Tensor]]] = {
     "varlen": (_varlen_reasons, _varlen),
     "xformers": (_xformers_reasons, _xformers),
-    "torch": (_no_reasons, partial(_padded, _sdpa)),
+    "torch": (lambda *_: [], partial(_padded, _sdpa)),
     "products": (_products_reasons, partial(_padded, _products)),
 }

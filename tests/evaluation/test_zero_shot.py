@@ -18,7 +18,7 @@ from mixreorg_fast.evaluation.zero_shot import evaluate, segmenter_for
 from mixreorg_fast.inference.model import Model
 from mixreorg_fast.inference.segmenter import Segmenter, text_classifier
 from mixreorg_fast.inference.windows import Box, decode, decode_groupvit_reference, window_boxes
-from mixreorg_fast.models.class_scores import class_scores, image_threshold
+from mixreorg_fast.models.groupvit import class_scores, image_threshold
 
 from .fakes import FakeTokenizer
 

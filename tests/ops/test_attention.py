@@ -245,7 +245,7 @@ def test_what_cannot_run_says_why(monkeypatch):
 def test_auto_follows_the_measured_table(monkeypatch):
     q, k, v = make(6)
     taken = []
-    fake = {name: (module._no_reasons, lambda *_, name=name: taken.append(name)) for name in module._IMPLEMENTATIONS}
+    fake = {name: (lambda *_: [], lambda *_, name=name: taken.append(name)) for name in module._IMPLEMENTATIONS}
     monkeypatch.setattr(module, "_IMPLEMENTATIONS", fake)
     monkeypatch.setitem(module.MEASURED, ("cpu", "packed", torch.float32), ("xformers", "torch"))
     monkeypatch.setitem(module.MEASURED, ("cpu", "dense", torch.float32), ("torch", "xformers"))
