@@ -203,16 +203,20 @@ def _sample_plan(seed: Tensor, first_group: int, batch: int, patches: int, group
     return source, seed.new_empty(source.shape, dtype=torch.int32)
 
 
-@kernel(
-    "patch_mixing.gather_forward",
-    gradient=lambda grad, source, inverse: _patch_gather(grad, inverse, source),
-    first_kept=1,
-)
+def _gather_gradient(grad: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
+    return _patch_gather(grad, inverse, source)
+
+
+@kernel("patch_mixing.gather_forward", gradient=_gather_gradient, first_kept=1)
 def _patch_gather(x: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@kernel("patch_mixing.blend_forward", gradient=lambda *arguments: _patch_blend_backward(*arguments), first_kept=2)
+def _blend_gradient(grad: Tensor, source: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    return _patch_blend_backward(grad, source, alpha)
+
+
+@kernel("patch_mixing.blend_forward", gradient=_blend_gradient, first_kept=2)
 def _patch_blend(mixed: Tensor, original: Tensor, source: Tensor, alpha: float) -> Tensor:
     return mixed.new_empty(mixed.shape)
 
