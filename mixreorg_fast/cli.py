@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": ("mixreorg_fast.evaluation.evaluate", "score weights zero-shot on a data set"),
     "shards": ("mixreorg_fast.data.commands", "build or verify training shards"),
     "convert": ("mixreorg_fast.convert", "weights from and to other formats"),
+    "export": ("mixreorg_fast.export", "weights as ONNX or PyTorch programs"),
     "study": ("mixreorg_fast.study.command", "train variants on equal budgets and compare them"),
     "demo": ("mixreorg_fast.demo", "a web page that segments photos"),
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .errors import UserError
-from .files import saving
+from .files import new_folder, saving
 from .inference.formats import read, read_tokenizer, save_huggingface
 from .inference.model import Model
 
@@ -21,8 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.target.exists() and not (args.target.is_dir() and not any(args.target.iterdir())):
-        raise UserError(f"{args.target} exists and is not an empty folder; name another one")
+    new_folder(args.target)
     found = read(args.source)
     if args.tokenizer is not None:
         found = found._replace(tokenizer=read_tokenizer(args.tokenizer))

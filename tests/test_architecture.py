@@ -31,7 +31,7 @@ ROOMS = [
     {"evaluation"},
     {"training"},
     {"study"},
-    {"cli", "convert", "demo", "info", "resources"},
+    {"cli", "convert", "demo", "export", "info", "resources"},
 ]
 # Neither of these two imports the other.
 APART = {("data", "models"), ("models", "data")}
