@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,18 @@ from torch.export import Dim, ExportedProgram
 
 from .errors import UserError, extra
 from .files import atomic_path, new_folder, saving
+from .inference.formats import save_tokenizer_with_ends
 from .inference.model import load
 from .models import GroupViT
 from .models.groupvit import class_scores, image_threshold
-from .models.weights import DESCRIPTION, TOKENIZER, find_weights
+from .models.weights import write_description
 from .ops import decode_segments
 
 MOST_PATCHES = 1024  # along a side of a photo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("weights", type=Path, help="a folder of weights, or a run")
+    parser.add_argument("weights", type=Path, help="weights of any format that `mixreorg convert` reads, or a run")
     parser.add_argument("--to", choices=("onnx", "torch"), default="onnx", help="format to write (default: onnx)")
     parser.add_argument("--out", type=Path, help="the folder to write (default: WEIGHTS-onnx or WEIGHTS-torch)")
 
@@ -36,8 +36,7 @@ def main(args: argparse.Namespace) -> None:
     new_folder(target)
     if args.to == "onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise UserError(f"--to onnx needs onnx and onnxscript: {extra('onnx')}")
-    source = find_weights(args.weights)
-    model = load(source).float()
+    model = load(args.weights).float()
     with saving(target), atomic_path(target.resolve()) as folder:
         folder.mkdir()
         for name, program in programs(model).items():
@@ -45,9 +44,9 @@ def main(args: argparse.Namespace) -> None:
                 write_onnx(program, NAMES[name], folder / f"{name}.onnx")
             else:
                 torch.export.save(program, folder / f"{name}.pt2")
-        for name in (DESCRIPTION, TOKENIZER):
-            if (source / name).exists():
-                shutil.copy2(source / name, folder / name)
+        write_description(model, folder, model.inference)
+        if model.tokenizer is not None:
+            save_tokenizer_with_ends(model.tokenizer, folder, model.config.text.context)
         sizes = [f"{path.name} {path.stat().st_size / 1e6:.1f} MB" for path in sorted(folder.glob("*.[op]*"))]
     print(f"{target}: {', '.join(sizes)}")
 

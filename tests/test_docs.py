@@ -52,7 +52,8 @@ def test_evaluate(place):
 
 def test_weights(place):
     blocks, names = python_of("weights.md"), {}
-    assert len(blocks) == 3
+    assert len(blocks) == 4
+    blocks = [block for block in blocks if "onnxruntime" not in block]  # tests/models/test_export.py runs it
     exec(blocks[0], names)
     assert (place / "overlay.png").is_file()
     pytest.importorskip("transformers")

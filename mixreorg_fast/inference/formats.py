@@ -194,14 +194,20 @@ def save_huggingface(network: Any, folder: str | Path, state: Mapping[str, Tenso
             _save_huggingface_tokenizer(tokenizer, temporary, text.context)
 
 
-def _save_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
+def save_tokenizer_with_ends(tokenizer: Tokenizer, folder: Path, context: int | None = None) -> None:
+    """Write a tokenizer.json that adds start and end and truncates to `context` tokens; ours leave that to our code."""
     path = tokenizer.save(folder)
     backend = tokenizers.Tokenizer.from_file(str(path))
-    # Ours adds start and end itself; transformers leaves that to the file.
     backend.post_processor = processors.TemplateProcessing(
         single=f"{START} $A {END}", special_tokens=[(START, tokenizer.start_id), (END, tokenizer.end_id)]
     )
+    if context is not None:
+        backend.enable_truncation(context)
     backend.save(str(path))
+
+
+def _save_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
+    save_tokenizer_with_ends(tokenizer, folder)
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     # CLIPTokenizer would put CLIP's own splitting of words in the place of the file's.
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "CLIPProcessor"}

@@ -56,6 +56,11 @@ def write_files(network: Any, folder: Path, state: Mapping[str, Tensor], inferen
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     tensors["logit_scale"] = tensors["logit_scale"].reshape(())
     save_file(tensors, folder / WEIGHTS)
+    write_description(network, folder, inference)
+
+
+def write_description(network: Any, folder: Path, inference: InferenceConfig) -> None:
+    """Write model.json, as :func:`write_files`."""
     description = {
         "format": FORMAT,
         "model": network.config.model_dump(exclude={"method", "init"}),

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import mixreorg_fast
@@ -57,9 +60,10 @@ def runners(folder, kind: str):
 @pytest.mark.parametrize(
     "kind", ["torch", pytest.param("onnx", marks=pytest.mark.skipif(not ONNX, reason="needs the extra onnx"))]
 )
-def test_programs_compute_what_the_model_does(kind, weights, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert main(["export", str(weights), "--to", kind, "--out", str(out)]) == 0
+def test_programs_compute_what_the_model_does(kind, weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(weights.parent)
+    out = Path(f"weights-{kind}")
+    assert main(["export", "weights", "--to", kind]) == 0
     suffix = {"onnx": "onnx", "torch": "pt2"}[kind]
     assert sorted(path.name for path in out.iterdir()) == sorted(
         [f"image.{suffix}", f"text.{suffix}", "model.json", "tokenizer.json"]
@@ -85,6 +89,16 @@ def test_programs_compute_what_the_model_does(kind, weights, tmp_path, capsys):
         )
         embeddings = text_program(ids)
         assert (embeddings - model.text_embeddings(ids, normalise=False)).abs().max() < 1e-4
+    if kind == "onnx":
+        Image.new("RGB", (50, 40), "red").save("photo.jpg")
+        page = (Path(__file__).parents[2] / "docs" / "weights.md").read_text()
+        (example,) = [x for x in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE) if "onnx" in x]
+        names = {}
+        exec(example, names)
+        assert names["labels"].shape == (1, 448, 640)
+        found = torch.nn.functional.normalize(torch.from_numpy(names["texts"]), dim=1)
+        segmenter = model.segmenter(["cat", "dog", "sofa"], templates="a photo of a {}.")
+        assert torch.allclose(found, segmenter.texts, atol=1e-4)
 
 
 def test_refusals_are_one_line(weights, tmp_path, capsys, monkeypatch):
