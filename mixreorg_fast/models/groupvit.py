@@ -53,7 +53,7 @@ def class_scores(embeddings: Tensor, image: Tensor, texts: Tensor, logit_scale: 
     return restricted * logits.softmax(dim=-1)
 
 
-def image_threshold(scores: Tensor, threshold: float) -> Tensor:
+def image_threshold(scores: Tensor, threshold: float | Tensor) -> Tensor:
     """``min(threshold, the image's best score)``: ``[B]`` from scores ``[B, G, T]``.
 
     With this threshold the segment of the best score is never background.
