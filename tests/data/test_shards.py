@@ -17,9 +17,8 @@ import pytest
 from mixreorg_fast import cli
 from mixreorg_fast.data.shards import index
 from mixreorg_fast.data.shards.build import build
-from mixreorg_fast.data.shards.captions import LONGEST_CAPTION, NounFinder, captions_of
 from mixreorg_fast.data.shards.index import index_places, open_shard, report_places
-from mixreorg_fast.data.shards.pair import write_shard
+from mixreorg_fast.data.shards.pair import LONGEST_CAPTION, NounFinder, captions_of, write_shard
 from mixreorg_fast.data.shards.patterns import expand
 from mixreorg_fast.data.shards.scan import scan
 from mixreorg_fast.data.shards.shard_set import open_shards

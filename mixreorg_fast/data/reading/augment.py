@@ -24,7 +24,7 @@ MAGNITUDE_NOISE = 1.5  # standard deviation on that scale: timm's mstd0.5 of 10
 ATTEMPTS = 10  # at a crop or an erased rectangle that fits, as in torchvision and timm
 ERASED_AREA = (0.02, 1 / 3)  # timm's
 ERASED_RATIO = (0.3, 1 / 0.3)
-CONTRAST_CENTER = 128.0
+JITTER = ("brightness", "contrast", "saturation", "hue")
 
 
 def draw(config: AugmentConfig, seed: int, position: int, sizes: np.ndarray) -> dict[str, np.ndarray]:
@@ -42,9 +42,9 @@ def draw(config: AugmentConfig, seed: int, position: int, sizes: np.ndarray) -> 
     elif config.color_jitter:
         numbers = 2 * uniforms(seed, Purpose.JITTER, position, count, 4) - 1  # -1 … 1
         factors = np.maximum(0.0, 1 + config.color_jitter * numbers).astype(np.float32)
-        drawn |= dict(zip(("brightness", "contrast", "saturation"), factors[:, :3].T.copy(), strict=True))
         # torchvision's usual hue range is a quarter of the other strengths, in turns.
-        drawn["hue"] = (360 * min(0.5, config.color_jitter / 4) * numbers[:, 3]).astype(np.float32)
+        hue = (360 * min(0.5, config.color_jitter / 4) * numbers[:, 3]).astype(np.float32)
+        drawn |= dict(zip(JITTER, (*factors[:, :3].T.copy(), hue), strict=True))
     if config.random_erasing:
         numbers = uniforms(seed, Purpose.ERASE, position, count, 2 * ATTEMPTS + 3)
         drawn |= dict(zip(("erase_start", "erase_extent"), _erased(numbers, config.random_erasing), strict=True))
@@ -159,13 +159,7 @@ def training_graph(
                     fill_value=128,
                 )
         elif config.color_jitter:
-            images = fn.color_twist(
-                images,
-                brightness=source("brightness", types.FLOAT, 0),
-                contrast=source("contrast", types.FLOAT, 0),
-                saturation=source("saturation", types.FLOAT, 0),
-                hue=source("hue", types.FLOAT, 0),
-            )
+            images = fn.color_twist(images, **{name: source(name, types.FLOAT, 0) for name in JITTER})
         images = _normalised(images)
         if config.random_erasing:
             images = fn.erase(
@@ -205,10 +199,9 @@ def _types() -> Any:
 
 def _decoder(device: torch.device, hw_decoder_load: float | None) -> dict[str, Any]:
     """Arguments of DALI's decoders. By default a GPU's interpolates colours more coarsely than a CPU's."""
-    arguments: dict[str, Any] = {"output_type": _types().RGB, "jpeg_fancy_upsampling": True}
-    if hw_decoder_load is not None:
-        arguments["hw_decoder_load"] = hw_decoder_load
-    return {"device": "mixed" if device.type == "cuda" else "cpu", **arguments}
+    arguments = {"device": "mixed" if device.type == "cuda" else "cpu", "output_type": _types().RGB}
+    load = {} if hw_decoder_load is None else {"hw_decoder_load": hw_decoder_load}
+    return {**arguments, "jpeg_fancy_upsampling": True, **load}
 
 
 def _normalised(images: Any, **crop: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,9 +32,8 @@ class Decoder:
             import nvidia.dali  # noqa: F401
             from nvidia import nvimgcodec
         except ImportError:
-            raise UserError(
-                f"NVIDIA DALI is not installed; training reads its data with it: {extra('train')}"
-            ) from None
+            message = "NVIDIA DALI is not installed; training reads its data with it"
+            raise UserError(f"{message}: {extra('train')}") from None
         self._stream: Any = getattr(nvimgcodec, "CodeStream")  # noqa: B009 (of an extension module)
         self._device, self._threads = device, threads
         self._pipeline: Any = None
@@ -59,35 +59,31 @@ class Decoder:
 
     def failing(self, photos: Sequence[np.ndarray]) -> dict[int, str]:
         """Places and reasons of the encoded photos (uint8 ``[bytes]``, their headers sound) that cannot be decoded."""
-        bad: dict[int, str] = {}
-        batch: list[int] = []
-        pixels = 0
-        for place, photo in enumerate(photos):
-            height, width = self.size(photo.tobytes())
-            if batch and (len(batch) == BATCH or pixels + height * width > PIXELS):
-                self._search(photos, batch, bad)
-                batch, pixels = [], 0
-            batch.append(place)
-            pixels += height * width
-        if batch:
-            self._search(photos, batch, bad)
-        return bad
+        pixels = [math.prod(self.size(photo.tobytes())) for photo in photos]
 
-    def _search(self, photos: Sequence[np.ndarray], places: list[int], bad: dict[int, str]) -> None:
-        """Decode a batch; if it fails, search its halves."""
+        def search(first: int, last: int) -> dict[int, str]:
+            """Decode a batch; one that is too large or fails is halved."""
+            count = last - first
+            if count == 1 or (count <= BATCH and sum(pixels[first:last]) <= PIXELS):
+                if self._decodes(photos[first:last]):
+                    return {}
+                if count == 1:
+                    return {first: "cannot be decoded (cut short or damaged)"}
+            middle = (first + last) // 2
+            return search(first, middle) | search(middle, last)
+
+        return search(0, len(photos)) if len(photos) else {}
+
+    def _decodes(self, photos: Sequence[np.ndarray]) -> bool:
         if self._pipeline is None:
             self._pipeline = validation_graph(32, device=self._device, batch=BATCH, threads=self._threads)
         try:
-            feed(self._pipeline, {"encoded": [photos[place] for place in places]})
+            feed(self._pipeline, {"encoded": list(photos)})
             self._pipeline.schedule_run()
             take(self._pipeline, self._device)
         except RuntimeError:
-            if len(places) == 1:
-                bad[places[0]] = "cannot be decoded (cut short or damaged)"
-                return
-            middle = len(places) // 2
-            self._search(photos, places[:middle], bad)
-            self._search(photos, places[middle:], bad)
+            return False
+        return True
 
 
 def feed(pipeline: Any, inputs: dict[str, Any]) -> None:

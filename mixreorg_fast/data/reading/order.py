@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Purpose(enum.IntEnum):
-    """What random numbers are drawn for; each purpose has its own stream, so that one does not shift another."""
+    """What random numbers are drawn for. Each purpose has a stream of its own."""
 
     SHARDS = 0
     WINDOW = 1
@@ -65,7 +65,7 @@ class Order:
 
     def at(self, position: int, count: int) -> np.ndarray:
         """Sample numbers, int64 ``[count]``, at positions position … position + count - 1 of the run."""
-        parts = []
+        parts = [np.zeros(0, np.int64)]
         while count:
             epoch, place = divmod(position, self.samples)
             _, ends = self._epoch(epoch)
@@ -74,7 +74,7 @@ class Order:
             offset = place - (int(ends[window]) - len(samples))
             parts.append(samples[offset : offset + count])
             position, count = position + len(parts[-1]), count - len(parts[-1])
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        return np.concatenate(parts)
 
     def _shuffle_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's order of shards, and where its windows end."""

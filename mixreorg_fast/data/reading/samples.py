@@ -58,20 +58,16 @@ class SampleReader:
         stay exact.
 
         Returns:
-            numbers: of the samples that were read.
-            samples: as many.
-            encoded: their photos' bytes, uint8 each.
-            sizes: heights and widths of the photos, int64 ``[B, 2]``.
+            numbers, samples: those that were read.
+            encoded: their photos' bytes, uint8 each; sizes: the photos' heights and widths, int64 ``[B, 2]``.
         """
         self._shards.open_for(numbers)
         parts = np.array_split(numbers, self._threads)  # one task per thread: a task costs more than a cached read
         read = [pair for part in self._pool.map(self._read_part, parts) for pair in part]
-        kept = []
-        for number, pair in zip(numbers.tolist(), read, strict=True):
-            if pair is None and substitute:
-                number, pair = self._replacement(number)
-            if pair is not None:
-                kept.append((number, *pair))
+        pairs = list(zip(numbers.tolist(), read, strict=True))
+        if substitute:
+            pairs = [(number, pair) if pair else self._replacement(number) for number, pair in pairs]
+        kept = [(number, *pair) for number, pair in pairs if pair]
         encoded = [np.frombuffer(sample.image, np.uint8) for _, sample, _ in kept]
         sizes = np.array([size for *_, size in kept], dtype=np.int64).reshape(-1, 2)
         return [number for number, *_ in kept], [sample for _, sample, _ in kept], encoded, sizes

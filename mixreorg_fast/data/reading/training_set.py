@@ -39,13 +39,10 @@ class TrainingSet:
 
     @classmethod
     def open(cls, config: Config, *, warn: bool = False) -> TrainingSet:
-        """Open the shards of ``data.shards``.
-
-        Args:
-            warn: as for :func:`~mixreorg_fast.data.shards.shard_set.open_shards`.
+        """Open the shards of ``data.shards``; errors and `warn` as of :func:`~..shards.shard_set.open_shards`.
 
         Raises:
-            UserError: as :func:`~mixreorg_fast.data.shards.shard_set.open_shards`; the weight of a set is too small.
+            UserError: the weight of a set is too small.
         """
         patterns, weights = zip(*shard_sets(config.data), strict=True)
         sets = [open_shards(pattern, warn=warn) for pattern in patterns]
@@ -54,15 +51,13 @@ class TrainingSet:
             order = Order(sizes[0], config.seed) if len(sets) == 1 else Mixture(sizes, weights, config.seed)
         except ValueError as error:
             raise UserError(f"data.shards: {error}; leave that set out") from None
-        digest = hashlib.sha256()
-        for weight, of_shards in zip(weights, sizes, strict=True):
-            digest.update(f"{weight} {of_shards.tolist()}\n".encode())
+        lines = [f"{weight} {of_shards.tolist()}\n" for weight, of_shards in zip(weights, sizes, strict=True)]
         return cls(
-            ShardSet([shard for part in sets for shard in part.shards]),
-            np.cumsum([len(part) for part in sets]),
-            order,
-            sum(part.lost for part in sets),
-            digest.hexdigest(),
+            shards=ShardSet([shard for part in sets for shard in part.shards]),
+            ends=np.cumsum([len(part) for part in sets]),
+            order=order,
+            lost=sum(part.lost for part in sets),
+            digest=hashlib.sha256("".join(lines).encode()).hexdigest(),
         )
 
     def __len__(self) -> int:
@@ -74,11 +69,7 @@ class TrainingSet:
         return self.shards.bad
 
     def train_tokenizer(self, vocab_size: int) -> Tokenizer:
-        """A tokenizer of the captions; the same captions give the same one.
-
-        Raises:
-            UserError: as :meth:`Tokenizer.train`.
-        """
+        """A tokenizer of the captions, as :meth:`Tokenizer.train`."""
         return Tokenizer.train(self.shards.captions(TOKENIZER_SAMPLES), vocab_size)
 
 

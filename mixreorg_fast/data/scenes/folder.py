@@ -17,23 +17,22 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from ...config import Config, EvalDatasetConfig, ScenesConfig
 from ...errors import UserError
-from ...files import write_json
+from ...files import atomic_path, write_json
 from ...palette import voc_palette
 from ..shards.pair import Pair, write_shard
 from ..shards.processes import advance, pool
 from .painting import Painter
 from .planning import held_out_combinations, plan_scene
-from .scene import KINDS, Scene
+from .scene import KINDS
 
 FORMAT = 3  # raised when the same settings would draw other scenes
 PER_SHARD = 1000
@@ -99,18 +98,6 @@ def ensure_scenes(config: ScenesConfig, *, workers: int | None = None, progress:
     return ScenePaths(shards["train"], shards["val"], folder / "val", folder / "unseen", folder / "small")
 
 
-def pair_of(scene: Scene, split: str, number: int, picture: np.ndarray) -> Pair:
-    """The sample of a scene, as it goes into a shard."""
-    encoded = io.BytesIO()
-    Image.fromarray(picture).save(encoded, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    fields = {
-        "nouns": list(scene.nouns),
-        "ground": scene.ground,
-        "objects": [{name: asdict(thing)[name] for name in ("kind", "pattern", "colour")} for thing in scene.things],
-    }
-    return Pair(f"{split}{number:06d}", encoded.getvalue(), "jpg", scene.captions, fields)
-
-
 def _settings_of(folder: Path) -> dict | None:
     try:
         return json.loads((folder / "settings.json").read_text())
@@ -119,14 +106,24 @@ def _settings_of(folder: Path) -> dict | None:
 
 
 def _replace(folder: Path, config: ScenesConfig, settings: dict, workers: int, progress: bool) -> None:
-    """Draw everything beside `folder`, then let it take the folder's place."""
+    """Draw everything beside `folder`, by several processes, then let it take the folder's place."""
     if folder.exists() and _settings_of(folder) is None and any(folder.iterdir()):
         raise UserError(
             f"{folder} exists and does not hold embedded scenes; move it, or set data.scenes.folder to another"
         )
-    fresh = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed; this process holds the lock
-    try:
+    for left in folder.parent.glob(f".{folder.name}.*.partial"):
+        shutil.rmtree(left, ignore_errors=True)  # of a run that was killed; this process holds the lock
+    totals = {split: config.train if split == "train" else config.val for split in SPLITS}
+    pieces = [
+        (split, first, min(PER_SHARD, total - first))
+        for split, total in totals.items()
+        for first in range(0, total, PER_SHARD)
+    ]
+    with (
+        tqdm(total=sum(totals.values()), unit="scene", desc="draw scenes", disable=not progress) as bar,
+        pool(min(workers, len(pieces)), bar) as run,
+        atomic_path(folder) as fresh,
+    ):
         fresh.mkdir()
         for split in SPLITS[1:]:
             for name in ("images", "masks", "splits"):
@@ -134,46 +131,28 @@ def _replace(folder: Path, config: ScenesConfig, settings: dict, workers: int, p
             (fresh / split / "classes.txt").write_text("\n".join(("background", *KINDS)) + "\n")
             stems = [f"{split}{number:06d}" for number in range(config.val)]
             (fresh / split / "splits" / "val.txt").write_text("\n".join(stems) + "\n")
-        _draw_all(fresh, config, workers, progress)
-        write_json(fresh / "settings.json", settings)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(fresh, folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _draw_all(folder: Path, config: ScenesConfig, workers: int, progress: bool) -> None:
-    """Share the pieces (one shard each) among processes."""
-    totals = {split: config.train if split == "train" else config.val for split in SPLITS}
-    pieces = [
-        (split, first, min(PER_SHARD, total - first))
-        for split, total in totals.items()
-        for first in range(0, total, PER_SHARD)
-    ]
-    drawn = config.model_copy(update={"folder": str(folder)})
-    with (
-        tqdm(total=sum(totals.values()), unit="scene", desc="draw scenes", disable=not progress) as bar,
-        pool(min(workers, len(pieces)), bar) as run,
-    ):
-        for _ in run(partial(_draw_piece, drawn), pieces):
+        for _ in run(partial(_draw_piece, fresh, config), pieces):
             pass
+        write_json(fresh / "settings.json", settings)
 
 
 _painter = lru_cache(maxsize=1)(Painter)  # its textures take longer than a small piece
 
 
-def _draw_piece(config: ScenesConfig, piece: tuple[str, int, int]) -> None:
+def _draw_piece(folder: Path, config: ScenesConfig, piece: tuple[str, int, int]) -> None:
     """Draw scenes first … first + count - 1 of a split: a shard, and for evaluation their pictures and masks."""
     split, first, count = piece
-    folder, painter = Path(config.folder), _painter(config.size, config.seed)
-    held_out = held_out_combinations(config.seed)
+    painter, held_out = _painter(config.size, config.seed), held_out_combinations(config.seed)
 
     def pairs() -> Iterator[Pair]:
         for number in range(first, first + count):
             scene = plan_scene(config, split, number, held_out)
             picture, mask = painter.paint(scene)
-            pair = pair_of(scene, split, number, picture)
+            encoded = io.BytesIO()
+            Image.fromarray(picture).save(encoded, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+            objects = [{"kind": thing.kind, "pattern": thing.pattern, "colour": thing.colour} for thing in scene.things]
+            fields = {"nouns": list(scene.nouns), "ground": scene.ground, "objects": objects}
+            pair = Pair(f"{split}{number:06d}", encoded.getvalue(), "jpg", scene.captions, fields)
             if split != "train":
                 (folder / split / "images" / f"{pair.key}.jpg").write_bytes(pair.image)
                 image = Image.fromarray(mask)

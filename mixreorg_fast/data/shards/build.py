@@ -21,9 +21,8 @@ from tqdm import tqdm
 from ...errors import UserError, nearest
 from ...files import write_json
 from . import photos
-from .captions import NounFinder
 from .img2dataset import finished_tars
-from .pair import Pair, write_shard
+from .pair import NounFinder, Pair, write_shard
 from .parquet import rows_of_parquet
 from .processes import advance, pool
 from .scan import Bad
@@ -129,7 +128,7 @@ def _kind(path: Path) -> tuple[str, Callable[..., Source]]:
         # img2dataset writes a table beside each of its tars, so tars come first.
         if any(path.glob("*.tar")):
             return "a folder of tars (img2dataset's)", finished_tars
-        if photos.has_pair(path):
+        if photos.beside_texts(path).places:
             return "a folder of photos and text files", photos.beside_texts
         if any(path.rglob("*.parquet")):
             return parquet

@@ -33,15 +33,6 @@ def table_of(path: Path) -> Path | None:
     return path if path.suffix.lower() in (".csv", ".tsv", ".txt") else None
 
 
-def has_pair(root: Path) -> bool:
-    """Whether some photo of a folder or its subfolders has a text file of the same name."""
-    for _, _, names in os.walk(root):
-        there = set(names)
-        if any(is_photo(name) and f"{os.path.splitext(name)[0]}.txt" in there for name in names):
-            return True
-    return False
-
-
 def beside_texts(root: Path) -> Source:
     """The photos of a folder and its subfolders that have a text file of the same name, in alphabetical order."""
     walk = ((folder, name) for folder, _, names in os.walk(root) for name in names)

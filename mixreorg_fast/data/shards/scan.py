@@ -104,7 +104,5 @@ def _group(key: bytes, members: dict[str, tuple[int, int]]) -> dict | str | None
     span = max(offset + size for offset, size in places.values()) - start
     if span > LARGEST_MEMBER:
         return f"{span} bytes, more than {LARGEST_MEMBER}"
-    fields = {"key": key, "start": start, "span": span}
-    for name, (offset, size) in places.items():
-        fields |= {f"{name}_at": offset - start, f"{name}_size": size}
-    return fields
+    at = {f"{name}_at": offset - start for name, (offset, _) in places.items()}
+    return {"key": key, "start": start, "span": span, **at, **{f"{name}_size": places[name][1] for name in places}}

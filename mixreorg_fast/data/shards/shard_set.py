@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
-from .captions import captions_of, nouns_of
 from .index import Shard, open_shard
+from .pair import captions_of, nouns_of
 from .patterns import expand
 from .scan import Bad, read_member
 

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from ... import devices
 from ..reading.decoder import BATCH, Decoder
-from .captions import captions_of
 from .index import Shard, indexed, open_shard, write_index
+from .pair import captions_of
 from .patterns import expand
 from .processes import advance, pool
 from .scan import LeftOut, read_member, scan

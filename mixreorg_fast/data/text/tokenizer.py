@@ -97,9 +97,7 @@ class Tokenizer:
         """
         if context < 3:
             raise UserError(f"context {context} has no room for a start token, a word and an end token (nearest: 3)")
-        rows = []
-        for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False):
-            rows.append([self.start_id, *encoding.ids[: context - 2], self.end_id])
-        lengths = [len(row) for row in rows]
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        rows = [[self.start_id, *encoding.ids[: context - 2], self.end_id] for encoding in encodings]
         padded = [row + [0] * (context - len(row)) for row in rows]
-        return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), context), lengths
+        return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), context), [len(row) for row in rows]
