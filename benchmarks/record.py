@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixreorg_fast.errors import run_command
-from mixreorg_fast.study.rows import results_file, rows_of, write_study_rows
+from mixreorg_fast.study.report import results_file, rows_of, write_study_rows
 
 from . import harness
 

@@ -25,9 +25,8 @@ from ..config import load_config
 from ..errors import UserError
 from ..files import write_json
 from ..training.reports import read_metrics
+from . import report
 from .plan import Run, Study
-from .report import PICTURES, curves_figure, picture_name, pictures_figure, write_page
-from .rows import results_file, rows_of, training_seconds, write_study_rows
 
 FINISHED = "finished"
 
@@ -97,7 +96,7 @@ def _state(run: Run) -> str:
 
 
 def _seconds(run: Run) -> float:
-    return training_seconds([line for line in read_metrics(run.folder) if "loss" in line])
+    return report.training_seconds([line for line in read_metrics(run.folder) if "loss" in line])
 
 
 class Runner:
@@ -174,7 +173,7 @@ class Runner:
             self._processes.discard(process)
         well = code == 0 and _state(run) == FINISHED
         if well:
-            scores = ", ".join(f"{row['world']} {row['miou']:.2f}" for row in rows_of(run.folder))
+            scores = ", ".join(f"{row['world']} {row['miou']:.2f}" for row in report.rows_of(run.folder))
             print(f"finished  {run.folder} in {time.monotonic() - start:.0f} s: {scores}", flush=True)
         elif not self._stopped.is_set():
             print(f"failed    {run.folder} (exit code {code}): {_last_line(log)}", file=sys.stderr, flush=True)
@@ -207,19 +206,19 @@ def _report(study: Study, args: argparse.Namespace) -> None:
     rows = []
     for run in runs:
         about = {"study": run.study, "trained_on": run.dataset, "variant": run.variant, "budget": run.budget}
-        rows += rows_of(run.folder, **about, about=config.variants[run.variant].about)
-    path = results_file(args.results)
-    write_study_rows(rows, path, f"mixreorg study {args.study}", {config.name: study.names()})
+        rows += report.rows_of(run.folder, **about, about=config.variants[run.variant].about)
+    path = report.results_file(args.results)
+    report.write_study_rows(rows, path, f"mixreorg study {args.study}", {config.name: study.names()})
     labels = {name: variant.about for name, variant in config.variants.items()}
     for dataset in dict.fromkeys(run.dataset for run in runs) if config.pictures else ():
         of_dataset = [run for run in runs if run.dataset == dataset]
         curves, pictures = (
-            args.docs / PICTURES / picture_name(ledger.device_name(), config.name, dataset, kind)
+            args.docs / report.PICTURES / report.picture_name(ledger.device_name(), config.name, dataset, kind)
             for kind in ("curves", "pictures")
         )
-        curves_figure(of_dataset, labels, curves)
+        report.curves_figure(of_dataset, labels, curves)
         first = {(run.variant, run.budget): run for run in reversed(of_dataset)}  # the first seed of each
         columns = [run for run in of_dataset if first[run.variant, run.budget] is run and run.budget == "steps"]
-        pictures_figure(columns, labels, pictures, config.pictures)
-    write_page(args.results, args.docs)
+        report.pictures_figure(columns, labels, pictures, config.pictures)
+    report.write_page(args.results, args.docs)
     print(f"results: {path}, {args.docs / 'results.md'}", flush=True)

@@ -31,8 +31,7 @@ from ..ranks import Ranks, on_main, wait_patiently
 from . import checkpoint, run_folder, validation
 from .data import BadSamples, open_training_set
 from .distributed import full_disk_in_one_line, import_deepspeed, initialise, out_of_memory_in_one_line
-from .guard import StepGuard
-from .optimisation import deepspeed_config, learning_rate, optimizer, schedule_length
+from .optimisation import StepGuard, deepspeed_config, learning_rate, optimizer, schedule_length
 from .plots import draw_losses
 from .preparation import check_inputs, prepare
 from .reports import Reports

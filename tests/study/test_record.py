@@ -6,8 +6,7 @@ import pytest
 
 from benchmarks import record, report
 from mixreorg_fast.errors import UserError
-from mixreorg_fast.study.report import tables
-from mixreorg_fast.study.rows import rows_of
+from mixreorg_fast.study.report import rows_of, tables
 from tests import markdown
 
 

@@ -12,8 +12,7 @@ from mixreorg_fast.config import load_config
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.study.command import _shares
 from mixreorg_fast.study.plan import Study
-from mixreorg_fast.study.report import study_table, write_page
-from mixreorg_fast.study.rows import training_seconds, write_study_rows
+from mixreorg_fast.study.report import study_table, training_seconds, write_page, write_study_rows
 from tests import markdown
 from tests.training.test_train import ROOT, settings
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from mixreorg_fast.config import ScenesConfig, merged
 from mixreorg_fast.data.scenes.folder import ensure_scenes
 from mixreorg_fast.training import checkpoint
-from mixreorg_fast.training.guard import SETTLED, StepGuard
+from mixreorg_fast.training.optimisation import SETTLED, StepGuard
 from tests.tiny import tiny_config
 
 pytest.importorskip("deepspeed")

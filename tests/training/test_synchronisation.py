@@ -28,7 +28,7 @@ NORM = {
     "deepspeed/runtime/utils.py:is_invalid_grad_norm": 3,
 }
 # Ours: the guard's norm, and whether a rank was asked to stop.
-OUTCOME = {"mixreorg_fast/training/guard.py:outcome": 2}
+OUTCOME = {"mixreorg_fast/training/optimisation.py:outcome": 2}
 OPTIMIZER_STEP = {
     "zero0": {"deepspeed/runtime/utils.py:clip_grad_norm_": 2} | OUTCOME,
     "zero1": NORM | OUTCOME,
