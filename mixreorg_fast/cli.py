@@ -47,11 +47,7 @@ def _dispatch(argv: list[str]) -> int | None:
 
 
 def command(name: str) -> tuple[Callable[[argparse.Namespace], int | None], Parser]:
-    """What a command runs, and the parser of its arguments.
-
-    Raises:
-        UserError: there is no such command.
-    """
+    """What a command runs, and the parser of its arguments; a UserError where there is no such command."""
     if name not in COMMANDS:
         raise UserError(f"mixreorg: unknown command '{name}'{nearest(name, COMMANDS)}")
     module = importlib.import_module(COMMANDS[name][0])

@@ -83,11 +83,7 @@ def results_files(folder: Path, suites: Collection[str]) -> list[Row]:
 
 
 def write_rows(path: Path, header: Row, rows: Iterable[Row], keep: Callable[[Row], bool]) -> None:
-    """Write a results file atomically, one row per line.
-
-    Args:
-        rows: go below the rows already in the file that `keep` accepts.
-    """
+    """Write a results file atomically, one row per line: those of the file that `keep` accepts, then `rows`."""
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     lines = ",\n".join(f"  {json.dumps(row)}" for row in (*filter(keep, old), *rows))
     text = json.dumps({**header, "rows": []}, indent=1).replace('"rows": []', f'"rows": [\n{lines}\n ]') + "\n"

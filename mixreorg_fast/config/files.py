@@ -20,11 +20,7 @@ def packaged_configs() -> dict[str, Path]:
 
 
 def find_config(name: str) -> Path:
-    """The configuration file with this path, or the packaged one with this name.
-
-    Raises:
-        UserError: neither exists.
-    """
+    """The configuration file with this path, or the packaged one with this name; a UserError without either."""
     path, packaged = Path(name), packaged_configs()
     if not path.is_file() and name not in packaged:
         raise _missing(path, "configuration", packaged)
@@ -46,20 +42,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_config(values: dict[str, Any], *, source: str = "configuration") -> Config:
-    """Validate a dictionary of values; `source` names it in errors.
-
-    Raises:
-        UserError: as :func:`load_config`.
-    """
+    """Validate a dictionary of values; `source` names it in errors, which are those of :func:`load_config`."""
     return validated(Config, values, source)
 
 
 def read_object(path: Path, kind: str = "configuration") -> dict[str, Any]:
-    """The object in a JSON file; `kind` says what the file is.
-
-    Raises:
-        UserError: the file is missing or no JSON object.
-    """
+    """The object in a JSON file, or a UserError, in which `kind` says what the file is."""
     try:
         return read_json(path)
     except OSError:

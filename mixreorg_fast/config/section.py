@@ -35,11 +35,7 @@ def key(default: Any, meaning: str) -> Any:
 
 
 def validated(schema: type[Schema], values: Mapping[str, Any], source: str) -> Schema:
-    """The section that `values`, as read from JSON, describe; `source` names them in errors.
-
-    Raises:
-        UserError: in one line, as :func:`describe`.
-    """
+    """The section that `values`, as read from JSON, describe; or a UserError, in which `source` names them."""
     try:
         # JSON has no tuples, so lists are read as tuples; every other conversion ("8" for 8, 1 for true) is refused.
         return schema.model_validate_json(json.dumps(values), strict=True)

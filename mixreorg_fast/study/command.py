@@ -121,10 +121,9 @@ class Runner:
             signal.signal(number, handler)
 
     def train(self, study: Study) -> list[Run]:
-        """Train the unfinished runs; returns the runs that failed. Runs that depend on these are left out.
+        """Train the unfinished runs; returns those that failed. Runs that depend on these are left out.
 
-        Raises:
-            UserError: a signal ended the study.
+        A signal ends the study with a UserError.
         """
         failed, begun = [], set()
         free, busy = list(range(self.jobs)), {}

@@ -43,11 +43,7 @@ def training_seconds(reports: Sequence[Mapping[str, Any]]) -> float:
 
 
 def rows_of(run: Path, **about: Any) -> list[Row]:
-    """One row per data set of a run folder; `about` overrides or adds columns.
-
-    Raises:
-        UserError: the run did not finish.
-    """
+    """One row per data set of a finished run folder (else a UserError); `about` overrides or adds columns."""
     try:
         config = json.loads((run / "config.json").read_text())
         scores = json.loads((run / "eval.json").read_text())
@@ -209,10 +205,9 @@ def _difference(rows: Sequence[Row], base: Sequence[Row]) -> str:
 
 
 def curves_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path) -> None:
-    """Losses and scores against the steps, the mean over seeds of each variant: a PNG at `path`.
+    """Losses and scores against the steps as a PNG: the mean over seeds of each variant.
 
-    Args:
-        runs: finished runs on one data set. labels: variant -> its name in the legend.
+    `runs` are finished runs on one data set; `labels` names variants in the legend.
     """
     panels = {
         "contrastive loss of the original images": "loss_original",
@@ -249,8 +244,7 @@ def _mean_curve(logs: Sequence[Sequence[Row]], name: str) -> Curve:
 def pictures_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path, count: int) -> None:
     """A PNG at `path`: photos with the labels of every variant, below them the segments.
 
-    Args:
-        runs: one finished run per column, all on one data set. count: photos of the first data set that scores them.
+    `runs`: a finished one per column, on one data set. `count`: photos of the first data set that scores them.
     """
     if not runs:
         return

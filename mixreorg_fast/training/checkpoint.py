@@ -73,8 +73,7 @@ def optimizer_state(engine: Any) -> dict[str, Tensor]:
 def restore_weights(module: Any, checkpoint: Path) -> None:
     """Load the weights of a checkpoint into the training module, before the engine takes its parameters.
 
-    Raises:
-        UserError: the checkpoint belongs to another model.
+    Those of another model end in a UserError.
     """
     weights.fill(module.backbone, weights.read_tensors(checkpoint / weights.WEIGHTS), checkpoint)
     others = {

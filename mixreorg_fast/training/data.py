@@ -65,8 +65,7 @@ def check_bad(training_set: TrainingSet, config: Config) -> None:
 class BadSamples:
     """Account of the bad samples over all ranks, in ``bad_samples.tsv`` of the run folder: shard, key, reason.
 
-    Args:
-        samples: consumed by the run so far.
+    `samples` is the number consumed by the run so far.
     """
 
     def __init__(self, config: Config, ranks: Ranks, training_set: TrainingSet, samples: int) -> None:
@@ -83,10 +82,7 @@ class BadSamples:
     def count(self, own: list[Bad]) -> int:
         """How many there are, including those that the shards' indexes leave out. Call on every rank.
 
-        Args:
-            own: those that this rank has found so far while reading.
-        Raises:
-            UserError: they are more than ``data.max_bad`` of all.
+        `own` are those that this rank has found so far. More than ``data.max_bad`` of all end in a UserError.
         """
         found = sum_over_ranks(torch.tensor(len(own), device=self._ranks.device)).item()
         if found == self._before:
@@ -150,10 +146,7 @@ def _index(paths: Sequence[Path], config: Config, ranks: Ranks) -> Iterator[int]
 def _work_together(work: Iterator[int], paths: Sequence[Path], ranks: Ranks) -> bool:
     """Go through this rank's `work` until every rank has finished its own, and show the progress of all.
 
-    Returns:
-        whether any rank had something to do.
-    Raises:
-        UserError: of any rank, on all of them.
+    Returns whether any rank had something to do. A UserError of any rank is raised on all of them.
     """
     total = sum_over_ranks(torch.tensor(sum(path.stat().st_size for path in paths), device=ranks.device)).item()
     if not total:
@@ -179,8 +172,7 @@ def _work_together(work: Iterator[int], paths: Sequence[Path], ranks: Ranks) -> 
 def _open_alike(config: Config, ranks: Ranks) -> TrainingSet:
     """Open the training set on every rank.
 
-    Raises:
-        UserError: on every rank, where a rank cannot open it, or has other samples or another order than rank 0.
+    A rank that cannot, or that has other samples or another order than rank 0, ends all of them in a UserError.
     """
     training_set, error, digest = None, None, hashlib.sha256()
     try:

@@ -115,8 +115,7 @@ class StepGuard:
     def take(self, engine: Any, stop: StopRequest, ranks: Ranks) -> tuple[float, int]:
         """Let DeepSpeed's engine step, unless the guard refuses.
 
-        Returns:
-            the gradient norm before clipping, and the signal that asked a rank to stop (0: none); both over all ranks.
+        Returns the gradient norm before clipping, and the signal that asked a rank to stop (0: none), over all ranks.
         """
         norm, asked = None, stop.shared(ranks)
         if engine.zero_optimization_stage() == 0:  # from stage 1 on DeepSpeed keeps the norm before clipping
@@ -141,10 +140,7 @@ class StepGuard:
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that skips the steps that a guard refuses.
-
-    DeepSpeed, which wraps the optimizer, then treats the step like any other.
-    """
+    """AdamW that skips the steps that a guard refuses; to DeepSpeed, which wraps it, they are steps like any other."""
 
     def __init__(self, parameters: Iterable[dict[str, Any]], guard: StepGuard | None, **options: Any):
         super().__init__(parameters, **options)

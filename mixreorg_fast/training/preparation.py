@@ -24,8 +24,7 @@ from .reports import import_wandb
 def check_inputs(config: Config, resuming: bool, world_size: int = 1) -> None:
     """Check everything that `config` names before shards are verified, which may take hours; on one rank.
 
-    Raises:
-        UserError: all problems in one line.
+    All problems are in the one line of a UserError.
     """
     data = config.data
     patterns = [pattern for pattern, _ in shard_sets(data)] if data.shards is not None else []
@@ -53,8 +52,7 @@ def check_inputs(config: Config, resuming: bool, world_size: int = 1) -> None:
 def prepare(config: Config, training_set: TrainingSet, resuming: bool) -> Config:
     """Train the tokenizer if necessary, resolve `config` with its size, write both into the run folder; on one rank.
 
-    Raises:
-        UserError: too many samples of the training set are bad.
+    Too many bad samples end in a UserError.
     """
     check_bad(training_set, config)
     _refuse_few(len(training_set), config)

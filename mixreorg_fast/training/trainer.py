@@ -84,11 +84,7 @@ def micro_step_seed(seed: int, position: int) -> int:
 
 
 class Trainer:
-    """One run on one rank.
-
-    Args:
-        state: of the checkpoint to resume from, whose path is its "source"; {}: a new run.
-    """
+    """One run on one rank. `state`: of the checkpoint to resume from, whose path is its "source"; {}: a new run."""
 
     def __init__(self, config: Config, training_set: TrainingSet, ranks: Ranks, watch: Watch, state: dict[str, Any]):
         self.config, self.training_set, self.ranks, self.watch = config, training_set, ranks, watch
@@ -134,8 +130,7 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the last step, evaluate, draw; returns the final scores, {} after SIGTERM.
 
-        Raises:
-            KeyboardInterrupt: SIGINT ended the run, with a checkpoint.
+        SIGINT ends the run with a checkpoint and a KeyboardInterrupt.
         """
         with full_disk_in_one_line(self.run_folder):
             with (

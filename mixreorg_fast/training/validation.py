@@ -36,8 +36,7 @@ def evaluation_model(config: Config, tokenizer: Tokenizer, state: dict[str, Tens
 def score(model: Model, config: Config, ranks: Ranks, *, limit: int | None) -> dict[str, Any]:
     """Zero-shot mIoU per data set and, with validation shards, retrieval R@1; call on every rank.
 
-    Args:
-        limit: images per data set; None: each data set's own limit.
+    `limit`: images per data set; None: each data set's own limit.
     """
     scores: dict[str, Any] = {}
     for entry in config.eval.datasets:
