@@ -1,8 +1,8 @@
-"""Segment a photo by class names, with a folder of weights.
+"""Segment a photo by class names.
 
-    python examples/segment_photo.py photo.jpg --weights weights/ --classes "cat, dog, sofa" --out overlay.png
+    python examples/segment_photo.py photo.jpg --weights nvidia/groupvit-gcc-yfcc --classes "cat, dog" --out overlay.png
 
-Weights: a run folder of your own training, or public GroupViT weights through ``mixreorg convert`` (docs/weights.md).
+Weights: a folder, a run of your own training, or a name on the Hugging Face hub (docs/weights.md).
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ COMMANDS = {
     "shards": ("mixreorg_fast.data.commands", "build or verify training shards"),
     "convert": ("mixreorg_fast.convert", "weights from and to other formats"),
     "export": ("mixreorg_fast.export", "weights as ONNX or PyTorch programs"),
+    "push": ("mixreorg_fast.inference.hub", "publish weights on the Hugging Face hub"),
     "study": ("mixreorg_fast.study.command", "train variants on equal budgets and compare them"),
     "demo": ("mixreorg_fast.demo", "a web page that segments photos"),
 }

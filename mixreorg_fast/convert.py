@@ -11,10 +11,11 @@ from .errors import UserError
 from .files import new_folder, saving
 from .inference.formats import read, read_tokenizer, save_huggingface
 from .inference.model import Model
+from .inference.options import WEIGHTS_HELP
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, help="a Hugging Face folder, an NVlabs .pth, a run or weights of ours")
+    parser.add_argument("source", help=WEIGHTS_HELP)
     parser.add_argument("target", type=Path, help="the folder to write; must not exist, or be empty")
     parser.add_argument("--to", choices=("ours", "hf"), default="ours", help="format to write (default: ours)")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json, or a folder with one, for weights without")

@@ -20,7 +20,7 @@ from .config import ScenesConfig, find_config, load_config
 from .devices import choose
 from .errors import UserError, extra
 from .images import load_image
-from .inference.options import add_options, load_on_device
+from .inference.options import WEIGHTS_HELP, add_options, load_on_device
 from .inference.overlay import segments_picture
 from .inference.windows import segment_of_pixels
 from .models.weights import find_weights
@@ -49,9 +49,7 @@ CONTENT_POLICY = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--weights", metavar="DIR", help="folder with model.safetensors (default: what `make train` leaves here)"
-    )
+    parser.add_argument("--weights", metavar="DIR", help=f"{WEIGHTS_HELP} (default: what `make train` leaves here)")
     parser.add_argument("--train", action="store_true", help="train on embedded scenes where there are no weights")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
@@ -79,7 +77,8 @@ def main(args: argparse.Namespace) -> int:
         except ImportError as error:
             raise UserError(f"the page needs Gradio ({error}): {extra('demo')}") from None
         weights = args.weights or embedded_run(args.train, device)
-        model, scenes = load_on_device(str(weights), args.device), scenes_of(weights)
+        model = load_on_device(str(weights), args.device)
+        scenes = scenes_of(model.source or weights)
         samples = [] if scenes is None else sample_scenes(scenes, Path(folder.name))
         model.inference = model.inference.with_options(short_side=args.short_side)
         page = build(model, samples)
@@ -87,7 +86,7 @@ def main(args: argparse.Namespace) -> int:
         # So that being told to end leaves no uploads behind, either.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _end)
-        print(f"{url} shows {find_weights(weights)}; Ctrl-C ends it", flush=True)
+        print(f"{url} shows {model.source}; Ctrl-C ends it", flush=True)
         page.block_thread()  # until Ctrl-C
     return 0
 
@@ -122,7 +121,7 @@ def embedded_run(train: bool = False, device: str = "cpu") -> Path:
 
 def scenes_of(weights: str | Path) -> ScenesConfig | None:
     """The embedded scenes that the weights were trained on; None: the weights were trained on other data."""
-    folder = find_weights(weights).resolve()
+    folder = Path(weights).resolve()
     for place in (folder, folder.parent, folder.parent.parent):  # beside them, or of a run: RUN/checkpoints/step_*
         try:
             data = load_config(place / "config.json").data

@@ -50,6 +50,7 @@ COMMANDS: list[tuple[str, str, str]] = [
     (r"mixreorg (info|config)\b", RUN, ""),
     (r"mixreorg shards (build|scenes|verify)\b", RUN, ""),
     (r"mixreorg convert SOURCE TARGET \[", PARSE, "a synopsis"),
+    (r"mixreorg push DIR owner/name \[", PARSE, "a synopsis"),
     (r"mixreorg convert group_vit_gcc_yfcc_30e\.pth", PARSE, "a download of 200 MB; tests/models/test_convert.py"),
     (r"mixreorg convert", RUN, ""),
     (r"mixreorg export", PARSE, "compiles for half a minute; tests/models/test_export.py"),
@@ -217,9 +218,10 @@ def train(command: str, folder: Path) -> None:
 
 
 @pytest.mark.launch
-def test_commands_run_in_order(place, monkeypatch, capsys):
+def test_commands_run_in_order(place, hub, monkeypatch, capsys):
     pytest.importorskip("deepspeed")
     monkeypatch.chdir(place)
+    hub.add("nvidia/groupvit-gcc-yfcc", place / "DIR")
     for page, command in every_command():
         how, _ = plan(command)
         if how == SHELL:
@@ -233,14 +235,15 @@ def test_commands_run_in_order(place, monkeypatch, capsys):
             )
 
 
-def test_python_of_the_readme(place, monkeypatch):
+def test_python_of_the_readme(place, hub, monkeypatch):
     """The second block's ops on a CPU, with tensors of the shapes that its comments give."""
     import torch
 
     monkeypatch.chdir(place)
     first, second = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     names: dict = {}
-    exec(first.replace('"weights"', '"DIR"'), names)
+    hub.add("nvidia/groupvit-gcc-yfcc", place / "DIR")
+    exec(first, names)
     assert names["labels"].shape == (48, 64)
     x, q, k = torch.randn(64, 196, 32), torch.randn(64, 8, 32), torch.randn(64, 196, 32)
     names = {"x": x, "q": q, "k": k, "v": k}

@@ -37,7 +37,7 @@ class ModelConfig(Section):
     tau: PositiveFloat = key(1.0, "temperature of the assignment's softmax, in evaluation too")
     init_std: PositiveFloat = key(0.02, "standard deviation of the image encoder's initial weights")
     text: TextConfig = Field(default_factory=TextConfig)
-    init: str | None = key(None, "folder of weights to start from")
+    init: str | None = key(None, "weights to start from: a folder, a .pth file, or owner/name on the hub")
 
     @property
     def patches(self) -> int:

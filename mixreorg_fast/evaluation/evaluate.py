@@ -13,7 +13,7 @@ import torch.distributed as dist
 from .. import devices, ranks
 from ..errors import UserError
 from ..files import saving, write_json
-from ..inference.options import add_options, load_on_device, options_of
+from ..inference.options import WEIGHTS_HELP, add_options, load_on_device, options_of
 from .datasets import KINDS, open_dataset
 from .metrics import FREQUENT
 from .pictures import dataset_figure
@@ -21,7 +21,7 @@ from .zero_shot import evaluate, segmenter_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", required=True, metavar="DIR", help="folder with model.safetensors")
+    parser.add_argument("--weights", required=True, metavar="DIR", help=WEIGHTS_HELP)
     parser.add_argument("--dataset", default="plain", metavar="KIND", help=f"folder layout: {', '.join(KINDS)}")
     parser.add_argument("--root", required=True, metavar="FOLDER", help="the data set's folder")
     parser.add_argument("--split", default="val", help="default: val")

@@ -20,32 +20,36 @@ from ..images import IMAGENET_MEAN, IMAGENET_STD
 from ..models import pth
 from ..models.interop import from_foreign, to_foreign
 from ..models.weights import POSITIONS, TOKENIZER, WEIGHTS, Weights, find_weights, read_tensors, read_weights
+from .hub import locate
 
 # What Hugging Face's configuration can vary and ours cannot: the defaults, which its files leave out.
 _FIXED = {
     "vision_config": {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "assign_eps": 1.0, "num_channels": 3},
     "text_config": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
 }
+# NVIDIA's weights, in a folder of their name or in the hub's cache. Their preprocessor_config.json has CLIP's values.
+_OFFICIAL = {f"{owner}groupvit-gcc-{data}" for owner in ("", "models--nvidia--") for data in ("yfcc", "redcaps")}
 # How CLIP's tokenizer splits a text, to the letter.
 _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 # ---------------------------------------------------------------------- reading
 
 
-def read(source: Path) -> Weights:
+def read(source: str | Path) -> Weights:
     """Weights of any format, with their tokenizer where they have one.
 
+    Args:
+        source: a file or folder, or a repository on the hub (see :func:`~mixreorg_fast.inference.hub.locate`).
     Raises:
         UserError: a missing or damaged file, an unknown format, tensors missing, unknown or of wrong sizes.
     """
-    if source.is_file():
-        return _read_nvlabs(source)
-    if not source.is_dir():
-        raise UserError(f"no file or folder {source}")
-    description = source / "config.json"
+    place = locate(source)
+    if place.is_file():
+        return _read_nvlabs(place)
+    description = place / "config.json"
     if description.is_file() and "model_type" in (values := read_json(description)):
-        return _read_huggingface(source, values)
-    folder = find_weights(source)
+        return _read_huggingface(place, values)
+    folder = find_weights(place)
     tokenizer = Tokenizer.load(folder) if (folder / TOKENIZER).exists() else None
     return read_weights(folder)._replace(tokenizer=tokenizer)
 
@@ -59,7 +63,7 @@ def _read_nvlabs(source: Path) -> Weights:
     config, state, ignored = from_foreign(content, "nvlabs", str(source))
     notes = [f"{name} left out: no embedding depends on it" for name in ignored]
     notes += [f"heads are not in the file: {config.heads} and {config.text.heads}, of 64 channels, as in GroupViT"]
-    return Weights(config, IMAGENET_MEAN, IMAGENET_STD, state, notes=tuple(notes))
+    return Weights(config, IMAGENET_MEAN, IMAGENET_STD, source, state, notes=tuple(notes))
 
 
 def _read_huggingface(source: Path, values: dict[str, Any]) -> Weights:
@@ -86,7 +90,11 @@ def _read_huggingface(source: Path, values: dict[str, Any]) -> Weights:
     preprocessor = source / "preprocessor_config.json"
     pixels = read_json(preprocessor) if preprocessor.is_file() else {}
     mean, std = pixels.get("image_mean", IMAGENET_MEAN), pixels.get("image_std", IMAGENET_STD)
-    return Weights(config, tuple(mean), tuple(std), state, tokenizer)
+    notes: tuple[str, ...] = ()
+    if {source.name, source.absolute().parents[1].name} & _OFFICIAL and tuple(mean) != IMAGENET_MEAN:
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+        notes = (f"{source}: ImageNet's normalisation, with which NVIDIA trained, in place of the folder's (CLIP's)",)
+    return Weights(config, tuple(mean), tuple(std), source, state, tokenizer, notes=notes)
 
 
 def _huggingface_tensors(source: Path) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ from ..images import IMAGENET_MEAN, IMAGENET_STD
 from ..models import weights
 from ..models.groupvit import GroupViT
 from ..names import parse_classes
+from . import hub
 from .formats import read
 from .segmenter import Segmentation, Segmenter
 
@@ -44,6 +45,7 @@ class Model(GroupViT):
         super().__init__(config, mean, std)
         self.tokenizer = tokenizer
         self.inference = inference or InferenceConfig(short_side=2 * config.image_size)
+        self.source: Path | None = None  # the file or folder that :func:`load` read
 
     def save(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write a folder of weights, atomically; `state`: the tensors, where the parameters live elsewhere."""
@@ -53,6 +55,12 @@ class Model(GroupViT):
             weights.write_files(self, temporary, state, self.inference)
             if self.tokenizer is not None:
                 self.tokenizer.save(temporary)
+
+    def push_to_hub(
+        self, name: str, format: hub.Format = "ours", *, private: bool = False, license: str | None = None
+    ) -> str:
+        """Publish as ``owner/name`` on the Hugging Face hub: see :func:`mixreorg_fast.inference.hub.push`."""
+        return hub.push(self, name, format, private=private, license=license)
 
     @overload
     def segment(
@@ -115,12 +123,13 @@ def load(source: str | Path, device: torch.device | str = "cpu") -> Model:
 
     Args:
         source: a folder of weights, ours or of Hugging Face's GroupViT; a run's folder, of which the newest weights are
-            taken; an NVlabs .pth file.
+            taken; an NVlabs .pth file; or ``owner/name[@revision]`` on the Hugging Face hub, which is fetched once.
     Raises:
-        UserError: a file is missing, damaged, or does not fit the others.
+        UserError: a file is missing, damaged, or does not fit the others; the hub's reasons.
     """
-    found = read(Path(source))
+    found = read(source)
     print("".join(f"{note}\n" for note in found.notes), end="", file=sys.stderr, flush=True)
     model = Model(found.config, found.mean, found.std, found.tokenizer, found.inference)
     weights.fill(model, found.state, source)
+    model.source = found.source
     return model.to(device).eval()

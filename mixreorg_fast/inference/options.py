@@ -11,6 +11,8 @@ from ..errors import UserError
 from ..names import TEMPLATES
 from .model import Model, load
 
+WEIGHTS_HELP = "a folder of weights, a run's folder, a .pth file, or owner/name[@revision] on the Hugging Face hub"
+
 
 def add_options(parser: argparse.ArgumentParser, *names: str, decoding: str | None = None) -> None:
     """Options for the settings `names` (default: all, and the batch size) and for the device.
@@ -54,5 +56,5 @@ def load_on_device(weights: str, device: str | None) -> Model:
     """
     model = load(weights, devices.choose(device))
     if model.tokenizer is None:
-        raise UserError(f"{weights}: no tokenizer.json, so class names cannot be read")
+        raise UserError(f"{weights} has no tokenizer, so class names cannot be read; `mixreorg convert` adds one")
     return model

@@ -18,7 +18,7 @@ from ..files import saving, write_json
 from ..images import find_images
 from ..names import MASK_CLASSES, parse_classes, read_classes
 from .fonts import drawable
-from .options import add_options, load_on_device, options_of
+from .options import WEIGHTS_HELP, add_options, load_on_device, options_of
 from .overlay import save_labels, save_picture
 
 AREAS = "areas.json"
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = parser.add_mutually_exclusive_group(required=True)
     names.add_argument("--classes", metavar="NAMES", help='such as "cat, dog, sofa"')
     names.add_argument("--classes-file", metavar="FILE", help="a name per line; lines that begin with # are comments")
-    parser.add_argument("--weights", required=True, metavar="DIR", help="folder with model.safetensors")
+    parser.add_argument("--weights", required=True, metavar="DIR", help=WEIGHTS_HELP)
     parser.add_argument("--out", required=True, metavar="FOLDER", help=f"gets NAME.png per photo, and {AREAS}")
     parser.add_argument("--recursive", action="store_true", help="take the sub-folders of folders too")
     parser.add_argument("--mask", action="store_true", help="also NAME_mask.png, whose values are class numbers")

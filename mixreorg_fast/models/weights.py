@@ -39,6 +39,7 @@ class Weights(NamedTuple):
     config: ModelConfig
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    source: Path  # the file, or the folder that holds the files
     state: Mapping[str, Tensor]  # tensors under our names, in the dtypes of the file; the logit scale is 0-d
     tokenizer: Any = None  # a data.text.tokenizer.Tokenizer
     inference: InferenceConfig | None = None
@@ -103,7 +104,7 @@ def read_weights(folder: Path) -> Weights:
     except OSError:
         raise UserError(f"{folder} holds {WEIGHTS} but no {DESCRIPTION} that says the model's sizes") from None
     state = fitted(read_tensors(folder / WEIGHTS), shapes_of(found.model), str(folder / WEIGHTS))
-    return Weights(found.model, found.mean, found.std, state, inference=found.inference)
+    return Weights(found.model, found.mean, found.std, folder, state, inference=found.inference)
 
 
 def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from ..config import Config
 from ..data.reading.training_set import TrainingSet, shard_sets
@@ -91,7 +90,7 @@ def _tokenizer(config: Config, resuming: bool) -> Tokenizer | None:
     if config.data.tokenizer is not None:
         return Tokenizer.load(config.data.tokenizer)
     if config.model.init is not None:
-        tokenizer = read(Path(config.model.init)).tokenizer
+        tokenizer = read(config.model.init).tokenizer
         if tokenizer is None:
             raise UserError(f"model.init: {config.model.init} has no tokenizer; name one by data.tokenizer")
         return tokenizer

@@ -108,7 +108,7 @@ class Trainer:
         if source is not None:
             checkpoint.restore_weights(module, source)
         elif config.model.init is not None:
-            weights.fill(module.backbone, read(Path(config.model.init)).state, config.model.init)
+            weights.fill(module.backbone, read(config.model.init).state, config.model.init)
         if ranks.is_main:
             print(opening(config, len(self.training_set), module, self.steps), flush=True)
         module.to(ranks.device)

@@ -169,6 +169,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     sibling["lfs"] = {"sha256": found["lfs"]["oid"], **found["lfs"]}
         gated = "manual" if repo.gated else False
         common = {"id": name, "sha": oid, "private": repo.private, "gated": gated, "disabled": False, "tags": []}
+        with contextlib.suppress(KeyError, ValueError):
+            common["config"] = {"model_type": json.loads(files["config.json"])["model_type"]}
         return self.json({**common, "siblings": siblings, "lastModified": DATE, "createdAt": DATE})
 
     def tree(self, kind: str, name: str, revision: str, path: str | None = None):
@@ -203,6 +205,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         last = {"id": oid, "title": repo.titles[oid], "date": DATE}
         found = [{**each, "lastCommit": last} for each in [*found, *(entry(*item) for item in files.items())]]
         return sorted(found, key=lambda each: each["path"])
+
+    def refs(self, kind: str, name: str):
+        found = [{"name": n, "ref": n, "targetCommit": oid} for n, oid in self.repo(kind, name).refs.items()]
+        return self.json({"branches": found[:1], "tags": found[1:], "converts": []})
 
     # ---------------------------------------------------------------------- downloading
 
@@ -297,6 +303,7 @@ def _routes() -> list[tuple[str, re.Pattern, Any]]:
         ("GET", api + r"(?:/revision/(?P<revision>[^/]+))?", Handler.info),
         ("GET", api + r"/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", Handler.tree),
         ("POST", api + r"/paths-info/(?P<revision>[^/]+)", Handler.paths_info),
+        ("GET", api + r"/refs", Handler.refs),
         ("POST", api + r"/preupload/(?P<revision>[^/]+)", Handler.preupload),
         ("POST", api + r"/commit/(?P<revision>[^/]+)", Handler.commit),
         ("POST", repo + r"\.git/info/lfs/objects/batch", Handler.lfs_batch),

@@ -1,0 +1,285 @@
+"""Publish weights on the Hugging Face hub; fetch weights from there by name."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from ..errors import UserError, nearest
+from ..files import read_json, sha256
+from ..models.weights import DESCRIPTION, TOKENIZER, WEIGHTS
+
+if TYPE_CHECKING:
+    from .model import Model
+
+Format = Literal["ours", "hf"]
+
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>.+))?", re.ASCII)
+# Every file of either format: what a push does not write, it deletes, so that a repository has one format.
+_FILES = {WEIGHTS, DESCRIPTION, TOKENIZER, "config.json", "pytorch_model.bin", "preprocessor_config.json", "vocab.json"}
+_FILES |= {"merges.txt", "tokenizer_config.json", "special_tokens_map.json"}
+
+
+# ---------------------------------------------------------------------- fetching
+
+
+def locate(source: str | Path) -> Path:
+    """The file or folder `source`, or the folder of the cache with the repository ``owner/name[@revision]``.
+
+    A local folder of that name comes before the hub.
+
+    Raises:
+        UserError: there is neither; the hub cannot be reached, or refuses the repository; a file is damaged.
+    """
+    if Path(source).exists():
+        return Path(source)
+    found = _NAME.fullmatch(str(source))
+    if found is None:
+        raise UserError(
+            f"no file or folder {source}; expected weights: a folder, a run's folder, a .pth file, or "
+            "owner/name[@revision] on the Hugging Face hub"
+        )
+    return fetch(found["name"], found["revision"] or "main")
+
+
+def fetch(name: str, revision: str = "main") -> Path:
+    """The folder of the hub's cache with the weights of a repository, fetched where they are missing or outdated.
+
+    Raises:
+        UserError: as :func:`locate`, and the cache has no copy.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    try:
+        with _in_one_line(name, revision):
+            return _download(name, revision)
+    except UserError as error:
+        for description in (DESCRIPTION, "config.json"):
+            found = try_to_load_from_cache(name, description, revision=revision)
+            folder = Path(found).parent if isinstance(found, str) else None
+            if folder and any((folder / tensors).exists() for tensors in (WEIGHTS, "pytorch_model.bin")):
+                if not constants.HF_HUB_OFFLINE:
+                    print(f"{error}; the copy in the cache is used", file=sys.stderr, flush=True)
+                return folder
+        raise
+
+
+def _download(name: str, revision: str) -> Path:
+    import huggingface_hub as hub
+
+    timeout = hub.constants.HF_HUB_ETAG_TIMEOUT
+    about = hub.HfApi().model_info(name, revision=revision, files_metadata=True, timeout=timeout)
+    there = {each.rfilename: each for each in about.siblings or ()}
+    tensors = WEIGHTS if WEIGHTS in there else "pytorch_model.bin"
+    texts = (TOKENIZER,) if TOKENIZER in there else ("vocab.json", "merges.txt")
+    description = DESCRIPTION if DESCRIPTION in there else "config.json"
+    kind = (about.config or {}).get("model_type", "groupvit")
+    if tensors not in there or description not in there or (description != DESCRIPTION and kind != "groupvit"):
+        raise UserError(f"{name} holds no weights of a GroupViT: expected {WEIGHTS} with {DESCRIPTION}, or config.json")
+    path = Path()
+    # The description comes last: where the cache has it, it has the others. It is fetched by the revision's name, which
+    # the cache then knows when the hub cannot be reached.
+    for file in (tensors, *texts, "preprocessor_config.json", description):
+        if file in there:
+            known = isinstance(hub.try_to_load_from_cache(name, file, revision=about.sha), str)
+            path = Path(hub.hf_hub_download(name, file, revision=revision if file == description else about.sha))
+            if not known:
+                _check(path, there[file], name)
+    moved = path.parent.name != about.sha  # to another commit, since the first request
+    return _download(name, path.parent.name) if moved else path.parent
+
+
+def _check(path: Path, about: Any, name: str) -> None:
+    """Compare a file's checksum with the hub's; the client compares sizes only."""
+    if about.lfs is not None:
+        wanted, found = about.lfs.sha256, sha256(path)
+    else:
+        content = path.read_bytes()
+        wanted, found = about.blob_id, hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    if found != wanted:
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+        raise UserError(f"{name}: {path.name} arrived damaged (its checksum is {found}, expected {wanted}); try again")
+
+
+@contextlib.contextmanager
+def _in_one_line(name: str, revision: str = "main") -> Iterator[None]:
+    """Errors of the hub's client as a :class:`UserError`."""
+    from huggingface_hub import HfApi, constants, errors
+
+    place = constants.ENDPOINT
+    try:
+        yield
+        return
+    except errors.GatedRepoError:
+        message = f"{name} is gated: accept its conditions on {place}/{name}, then {LOG_IN}"
+    except errors.RevisionNotFoundError:
+        known: list[str] = []
+        with contextlib.suppress(Exception):
+            refs = HfApi().list_repo_refs(name)
+            known = [each.name for each in (*refs.branches, *refs.tags)]
+        message = f"{name} has no revision '{revision}' on {place}{nearest(revision, known)}"
+    except errors.RepositoryNotFoundError:
+        message = f"no folder {name}, and no such repository on {place}; if it is private, {LOG_IN}"
+    except errors.OfflineModeIsEnabled:
+        message = f"no folder {name}, and the hub's cache has no such weights; HF_HUB_OFFLINE forbids fetching them"
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        reason = error.server_message or error.response.reason_phrase
+        message = f"{place} answers {status} for {name} ({reason}){f'; {LOG_IN}' if status in (401, 403) else ''}"
+    except OSError as error:
+        if error.strerror is not None:
+            message = f"{error.filename or constants.HF_HUB_CACHE}: cannot be written ({error.strerror})"
+        else:  # the client's own, such as a body that ends early
+            message = f"{name} cannot be fetched from {place}: {str(error.__cause__ or error).splitlines()[0]}"
+    except Exception as error:
+        if not type(error).__module__.startswith("httpx"):
+            raise
+        message = f"no folder {name}, and {place} cannot be reached ({error or type(error).__name__})"
+    raise UserError(message)
+
+
+# ---------------------------------------------------------------------- publishing
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("weights", metavar="DIR", help="weights of any format, or a run's folder")
+    parser.add_argument("name", metavar="OWNER/NAME", help="the repository; it is created where it does not exist")
+    parser.add_argument("--format", choices=get_args(Format), default="ours", help="files to write (default: ours)")
+    parser.add_argument("--private", action="store_true", help="only you may see the repository, if it is created")
+    parser.add_argument("--license", metavar="ID", help="of the weights, as the hub names it, such as apache-2.0")
+
+
+def main(args: argparse.Namespace) -> None:
+    from .model import load
+
+    print(push(load(args.weights), args.name, args.format, private=args.private, license=args.license))
+
+
+def push(model: Model, name: str, format: Format = "ours", *, private: bool = False, license: str | None = None) -> str:
+    """Publish a model as the repository ``owner/name``, in one commit, with a model card; returns the commit's address.
+
+    Args:
+        format: files of this project, or those of Hugging Face's GroupViT. private: of a repository that is created.
+        license: the weights' licence as the hub names it, such as "apache-2.0".
+    Raises:
+        UserError: not logged in, no right to write there, no connection; with "hf", soft assignment.
+    """
+    import huggingface_hub as hub
+
+    from .formats import save_huggingface
+
+    if not (found := _NAME.fullmatch(name)) or found["revision"]:
+        raise UserError(f"'{name}' is no name of a repository; expected owner/name")
+    if hub.get_token() is None:
+        raise UserError(f"publishing needs an account on {hub.constants.ENDPOINT}: {LOG_IN}")
+    with _in_one_line(name), tempfile.TemporaryDirectory(prefix="mixreorg-push-") as temporary:
+        folder = Path(temporary) / "weights"
+        if format == "hf":
+            state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+            save_huggingface(model, folder, state | {"logit_scale": state["logit_scale"].reshape(())})
+        else:
+            model.save(folder)
+        (folder / "README.md").write_text(str(card(model, name, format, license)), encoding="utf-8")
+        api = hub.HfApi()
+        api.create_repo(name, private=private, exist_ok=True)
+        others = sorted(_FILES - {path.name for path in folder.iterdir()})
+        commit = api.upload_folder(
+            repo_id=name, folder_path=folder, commit_message="Upload weights", delete_patterns=others
+        )
+    return str(commit.commit_url)
+
+
+def card(model: Model, name: str, format: Format, license: str | None) -> Any:
+    """The model card: use, data, steps, scores and configuration, as far as the model's folder tells them."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    title, config = name.split("/")[1], model.config
+    about, scores, step = _run_of(model.source)
+    method = "MixReorg" if about and about["model"]["method"] == "mixreorg" else "GroupViT"
+    data = ModelCardData(
+        license=license,
+        library_name="transformers" if format == "hf" else "mixreorg_fast",
+        pipeline_tag="image-segmentation",
+        tags=["open-vocabulary-segmentation", "zero-shot", "groupvit", *({method.lower()} - {"groupvit"})],
+        model_name=title if scores else None,
+        eval_results=[
+            EvalResult("image-segmentation", each, each, "mIoU", values["mIoU"], metric_name="zero-shot mIoU (%)")
+            for each, values in scores.items()
+        ]
+        or None,
+    )
+    size = sum(value.numel() for value in model.parameters()) / 1e6
+    trained = table = "Not recorded."
+    if about:
+        shards = about["data"]["shards"]
+        shown = "The drawn scenes of mixreorg_fast" if shards is None else f"`{json.dumps(_public(shards))}`"
+        trained = f"{shown}; {step} steps."
+    if scores:
+        rows = [f"| {each} | {values['mIoU']:.2f} | {values.get('images', '')} |" for each, values in scores.items()]
+        table = "\n".join(["| data set | zero-shot mIoU (%) | photos |", "|---|---|---|", *rows])
+    settings = json.dumps(_public(about or config.model_dump(mode="json")), indent=2)
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+
+# {title}
+{method}: open-vocabulary segmentation learned from image-text pairs, without masks.
+{size:.1f} million parameters, images of {config.image_size} px, {config.groups[1]} segments.
+
+## Use
+```python
+import mixreorg_fast
+
+model = mixreorg_fast.load("{name}")
+result = model.segment("photo.jpg", "cat, dog, sofa")
+```
+
+## Data and training
+{trained}
+
+## Scores
+{table}
+
+## Configuration
+```json
+{settings}
+```
+
+## Licence
+{license or "Not stated."}
+""")
+
+
+def _run_of(source: Path | None) -> tuple[dict[str, Any], dict[str, Any], int | str]:
+    """Configuration, scores by data set, and step of the run that weights are of, as far as they are there."""
+
+    def content(path: Path) -> dict[str, Any]:
+        with contextlib.suppress(UserError, OSError):
+            return read_json(path)
+        return {}
+
+    if source is not None:
+        for run in (source, *source.absolute().parents[:2]):  # RUN/checkpoints/step_*, or RUN/best
+            if "train" in (about := content(run / "config.json")):
+                scores = {key: each for key, each in content(run / "eval.json").items() if "mIoU" in each}
+                return about, scores, content(source / "state.json").get("step", "an unknown number of")
+    return {}, {}, ""
+
+
+def _public(value: Any) -> Any:
+    """A configuration's value without the folders of this machine."""
+    if isinstance(value, Mapping):
+        return {key: _public(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_public(each) for each in value]
+    return value.rsplit("/", 1)[-1] if isinstance(value, str) and value.startswith(("/", "~")) else value
