@@ -1,4 +1,4 @@
-"""Build training shards from photos and captions, verify them, or draw the embedded scenes."""
+"""Build training shards from photos and captions, verify them, join captions to them, or draw the embedded scenes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ..config import ScenesConfig
 from ..errors import UserError
 from .scenes.folder import ensure_scenes
 from .shards.build import build
+from .shards.join import join
 from .shards.verify import verify
 
 # Options of `build` that take a text.
@@ -55,6 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action.add_argument("--workers", **workers)
     action.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPUs, or the CPU of a machine without")
 
+    action = actions.add_parser(
+        "join",
+        help="add further captions to shards, from tables with the keys of samples",
+        description="Store the captions of tables beside the shards. Training draws from all captions of a sample.",
+    )
+    action.add_argument("shards", metavar="SHARDS", help="brace or glob patterns")
+    action.add_argument("tables", nargs="+", metavar="TABLE", help="Parquet, JSONL, CSV, TSV; or folders with some")
+    action.add_argument("--key", required=True, metavar="COLUMN", help="the samples' keys, or the names of photos")
+    action.add_argument(
+        "--text", nargs="+", default=[], metavar="COLUMN", help="captions; default: caption, text, title, …"
+    )
+
     defaults = ScenesConfig()
     action = actions.add_parser(
         "scenes",
@@ -71,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
     for name in ("samples_per_shard", "workers", "train", "val", "size"):
         if (value := getattr(args, name, 1)) < 1:
             raise UserError(f"{_flag(name)} {value}: expected at least 1")
-    return {"build": _build, "verify": _verify, "scenes": _scenes}[args.action](args)
+    return {"build": _build, "verify": _verify, "join": _join, "scenes": _scenes}[args.action](args)
 
 
 def _flag(name: str) -> str:
@@ -99,6 +112,11 @@ def _verify(args: argparse.Namespace) -> int:
             print(f"{entry}".replace("\t\t", ": ").replace("\t", ": "))
     print(f"{good} samples are sound" + (f", {bad} broken (left out of the index)" if bad else ""))
     return 2 if not good else 1 if bad else 0
+
+
+def _join(args: argparse.Namespace) -> int:
+    print("\n".join(join(args.shards, args.tables, key=args.key, texts=args.text)))
+    return 0
 
 
 def _scenes(args: argparse.Namespace) -> int:

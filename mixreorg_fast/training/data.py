@@ -178,7 +178,8 @@ def _open_alike(config: Config, ranks: Ranks) -> TrainingSet:
     try:
         training_set = TrainingSet.open(config, warn=ranks.is_main)
         for shard in training_set.shards.shards:
-            digest.update(f"{shard.path.name} {len(shard.samples)} {shard.broken}\n".encode())
+            joined = 0 if shard.joined is None else len(shard.joined.texts)
+            digest.update(f"{shard.path.name} {len(shard.samples)} {shard.broken} {joined}\n".encode())
     except UserError as failure:
         error = str(failure)
     answers = gather_objects((error, digest.hexdigest(), len(training_set or ()), socket.gethostname()))
@@ -189,7 +190,7 @@ def _open_alike(config: Config, ranks: Ranks) -> TrainingSet:
         if other != first:
             raise UserError(
                 f"rank {rank} on {name} sees other shards than rank 0 on {host} ({count} and {samples} samples); "
-                f"copy the shards and their .index files to all nodes alike"
+                f"copy the shards and their .index and .captions files to all nodes alike"
             )
     assert training_set is not None, "a rank that cannot open the set has raised above"
     return training_set

@@ -18,6 +18,7 @@ import numpy as np
 
 from ...errors import UserError
 from ...files import atomic_path, write_text
+from .joined import JoinedCaptions
 from .scan import Bad, LeftOut, scan
 
 INDEX_FORMAT = 3
@@ -33,6 +34,7 @@ class Shard:
     broken: int = 0  # samples that the index leaves out, estimated by their bytes where parts of the tar are missing
     problem: str | None = None  # why parts of the tar, or all of it, are missing
     gone: bool = False  # the tar has vanished since it was indexed
+    joined: JoinedCaptions | None = None  # further captions, where the shards of a run are opened
 
     @property
     def bad(self) -> list[Bad]:
@@ -109,6 +111,11 @@ def index_places(path: Path) -> list[Path]:
 def report_places(path: Path) -> list[Path]:
     """Where the list of a shard's broken samples may lie, as :func:`index_places`."""
     return [place.with_suffix(".broken.tsv") for place in index_places(path)]
+
+
+def joined_places(path: Path) -> list[Path]:
+    """Where the captions that were joined to a shard may lie, as :func:`index_places`."""
+    return [place.with_suffix(".captions") for place in index_places(path)]
 
 
 def _load_index(path: Path, place: Path, status: os.stat_result | None) -> Shard | None:

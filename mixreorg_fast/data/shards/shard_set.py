@@ -6,13 +6,15 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...errors import UserError
-from .index import Shard, open_shard
+from .index import Shard, joined_places, open_shard
+from .joined import read_joined
 from .pair import captions_of, nouns_of
 from .patterns import expand
 from .scan import Bad, read_member
@@ -34,9 +36,9 @@ def open_shards(patterns: str | Sequence[str], *, warn: bool = True) -> ShardSet
     """The shards of `patterns`, indexed; damaged, empty and vanished ones are named in a warning and listed as bad.
 
     Raises:
-        UserError: as :func:`~.patterns.expand`; no shard holds a sample.
+        UserError: as :func:`~.patterns.expand` and :func:`with_captions`; no shard holds a sample.
     """
-    shards = [open_shard(path) for path in expand(patterns)]
+    shards = [with_captions(open_shard(path)) for path in expand(patterns)]
     if not any(len(shard.samples) for shard in shards):
         reason = "no sample can be used" if shards[0].verified else "no image with a .txt of the same name"
         reason = shards[0].problem or f"no samples ({reason}); expected pairs such as 0001.jpg + 0001.txt"
@@ -52,6 +54,19 @@ def open_shards(patterns: str | Sequence[str], *, warn: bool = True) -> ShardSet
         elif not len(shard.samples):
             log.warning("%s holds no sample that can be used", shard.path)
     return ShardSet(shards)
+
+
+def with_captions(shard: Shard) -> Shard:
+    """A shard with the captions that were joined to it, if there are some.
+
+    Raises:
+        UserError: as :func:`~.joined.read_joined`.
+    """
+    place = next(filter(Path.is_file, joined_places(shard.path)), None)
+    if place is None:
+        return shard
+    size = None if shard.gone else os.path.getsize(shard.path)
+    return replace(shard, joined=read_joined(place, size, shard.samples))
 
 
 class ShardSet:
@@ -109,7 +124,8 @@ class ShardSet:
             data[record[f"{name}_at"] : record[f"{name}_at"] + record[f"{name}_size"]]
             for name in ("image", "text", "json")
         )
-        return Sample(record["key"].decode(errors="replace"), image, captions_of(text), nouns_of(json))
+        captions = captions_of(text) + self._joined(self.shards[shard], record)
+        return Sample(record["key"].decode(errors="replace"), image, captions, nouns_of(json))
 
     def bad_sample(self, number: int, reason: str) -> Bad:
         shard, record = self._record(number)
@@ -123,10 +139,15 @@ class ShardSet:
                 for record in shard.samples[::step]:
                     with contextlib.suppress(ValueError):
                         yield from captions_of(read_member(file.fileno(), record, "text"))
+                        yield from self._joined(shard, record)
 
     def close(self) -> None:
         while self._files:
             os.close(self._files.popitem()[1])
+
+    @staticmethod
+    def _joined(shard: Shard, record: np.void) -> list[str]:
+        return [] if shard.joined is None else shard.joined.of(int(record["start"]))
 
     def _record(self, number: int) -> tuple[int, Any]:
         shard = int(np.searchsorted(self._ends, number, side="right"))

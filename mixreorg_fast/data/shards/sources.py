@@ -52,11 +52,13 @@ class Stretches:
         return Stretches(kept)
 
 
-def find_column(file: Path, what: str, asked: str | None, usual: Sequence[str], there: Sequence[str]) -> str:
+def find_column(
+    file: Path, what: str, asked: str | None, usual: Sequence[str], there: Sequence[str], option: str | None = None
+) -> str:
     """The column of a table that is `asked` for, else the first of the `usual` names, in any case.
 
     Raises:
-        UserError: no column of `there` fits; `what` names the column and its option.
+        UserError: no column of `there` fits; `option` names it, by default --`what`-column.
     """
     if asked is not None:
         if asked not in there:
@@ -67,6 +69,7 @@ def find_column(file: Path, what: str, asked: str | None, usual: Sequence[str], 
             if column.lower() == name:
                 return column
     raise UserError(
-        f"{file}: which column is the {what}? name it with --{what}-column (there are: {', '.join(there)}); "
+        f"{file}: which column is the {what}? name it with {option or f'--{what}-column'} "
+        f"(there are: {', '.join(there)}); "
         f"usual names are {', '.join(usual)}"
     )

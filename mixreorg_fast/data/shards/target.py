@@ -14,7 +14,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...files import write_json, write_text
-from .index import index_places, report_places
+from .index import index_places, joined_places, report_places
 from .scan import Bad
 
 PATTERN = re.compile(r"([^{}]*)\{(\d+)\.\.\}([^{}/]*\.tar)")
@@ -141,7 +141,7 @@ class Target:
 
 
 def _forget(shard: Path) -> None:
-    """Remove the index of a shard that is to be replaced."""
-    for place in (*index_places(shard), *report_places(shard)):
+    """Remove the index and the joined captions of a shard that is to be replaced."""
+    for place in (*index_places(shard), *report_places(shard), *joined_places(shard)):
         with contextlib.suppress(OSError):
             place.unlink()
