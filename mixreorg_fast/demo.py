@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -192,17 +193,16 @@ def build(model: Model, samples: list[list[str]]) -> gradio.Blocks:
 
     nothing = [None] * (2 + len(model.config.groups))
 
-    def asked(path: str | None, names: str, threshold: float) -> tuple:
-        """What a click or Enter gives: they need a photo."""
-        return ("**Choose a photo first.**", *nothing) if path is None else show(path, names, threshold)
-
-    def show(path: str | None, names: str, threshold: float) -> tuple:
+    def show(missing: str, path: str | None, names: str, threshold: float) -> tuple:
+        """The outputs; `missing`: the message where there is no photo."""
         if path is None:
-            return "", *nothing
+            return missing, *nothing
         try:
             seen = view(model, path, names, threshold)
         except UserError as error:
-            return f"**{_for_people(error, path)}**", *nothing
+            # Without the place of the upload on this machine.
+            message = " ".join(str(error).replace(path, Path(path).name).split())
+            return f"**{message}**", *nothing
         return "", seen.overlay, *seen.stages, seen.areas
 
     # Passes on the uploaded file: load_image reads more formats than Gradio and names the fault of a damaged file.
@@ -237,21 +237,17 @@ def build(model: Model, samples: list[list[str]]) -> gradio.Blocks:
             ]
         if samples:
             gr.Examples(samples, [photo, names], label="Scenes", cache_examples=False)
-        for function, triggers in ((show, [photo.change, threshold.release]), (asked, [names.submit, button.click])):
+        asked = "**Choose a photo first.**"  # a click or Enter needs a photo
+        for missing, triggers in (("", [photo.change, threshold.release]), (asked, [names.submit, button.click])):
             gr.on(
                 triggers,
-                function,
+                partial(show, missing),
                 [photo, names, threshold],
                 [message, result, *stages, areas],
                 trigger_mode="always_last",
                 api_visibility="private",
             )
     return page.queue(max_size=20)
-
-
-def _for_people(error: UserError, path: str) -> str:
-    """The message without the place of the upload on this machine."""
-    return " ".join(str(error).replace(path, Path(path).name).split())
 
 
 def serve(page: gradio.Blocks, host: str, port: int | None) -> str:
