@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,11 +13,14 @@ from PIL import Image
 from ..errors import UserError, nearest
 from ..images import SUFFIXES, load_image
 from .layouts import LAYOUTS, Layout
-from .metrics import IGNORE
+from .metrics import IGNORE, IGNORE_16
 
 
 class Sample(NamedTuple):
-    """A photo (RGB), its mask (uint8 ``[H, W]``, class ids and `IGNORE`) and its name."""
+    """A photo (RGB), its mask ``[H, W]`` and its name.
+
+    The mask holds class ids and `IGNORE` in uint8; of more than 255 classes, class ids and `IGNORE_16` in int32.
+    """
 
     image: Image.Image
     mask: np.ndarray
@@ -81,7 +85,7 @@ class SegmentationDataset:
         name = self.names[index]
         photo, mask_path, remap = self._paths(name)
         image = load_image(photo)
-        mask = _read_mask(mask_path)
+        mask, ignore = _read_mask(mask_path), IGNORE if len(self.classes) <= IGNORE else IGNORE_16
         if image.size == mask.shape != image.size[::-1]:
             # Some masks were drawn on the photo as stored, without regard to its EXIF orientation.
             image = load_image(photo, upright=False)
@@ -90,15 +94,15 @@ class SegmentationDataset:
                 f"{mask_path}: mask of {mask.shape[1]} x {mask.shape[0]} for a photo of {image.width} x {image.height} "
                 f"({photo})"
             )
-        if remap is not None:
+        if remap is not None and mask.min() >= 0 and mask.max() < len(remap):
             mask = remap[mask]
-        unknown = sorted(set(np.unique(mask).tolist()) - set(range(len(self.classes))) - {IGNORE})
+        unknown = sorted(set(np.unique(mask).tolist()) - set(range(len(self.classes))) - {ignore})
         if unknown:
             raise UserError(
                 f"{mask_path}: id {unknown[0]} has no class; expected 0 to {len(self.classes) - 1} "
-                f"('{self.classes[-1]}') or {IGNORE} for ignore"
+                f"('{self.classes[-1]}') or {ignore} for ignore"
             )
-        return Sample(image, mask, name)
+        return Sample(image, mask.astype(np.uint8 if ignore == IGNORE else np.int32), name)
 
     def _paths(self, name: str) -> tuple[Path, Path, np.ndarray | None]:
         """The photo, its mask, and what turns the mask's values into class ids."""
@@ -119,8 +123,10 @@ def open_dataset(kind: str, root: str | Path, split: str = "val") -> Segmentatio
     Layouts:
         plain: ``images/NAME.jpg`` (or .png, .webp), ``masks/NAME.png``, ``classes.txt`` (line t names mask id t, from
             0; a first line "background" takes no prompt), ``splits/SPLIT.txt`` (names, one per line).
-        voc2012, context (60 classes), context59, coco_object, coco_stuff, ade20k, cityscapes: as downloaded, or as
-            mmsegmentation's and GroupViT's converters leave them. `root` is the data set's folder or its parent.
+        voc2012, voc20, context (60 classes), context59, coco_object, coco_stuff, ade20k, cityscapes: as downloaded, or
+            as mmsegmentation's and GroupViT's converters leave them. `root` is the data set's folder or its parent.
+        context459, ade847: as the converters for detectron2 leave them, and the class names in a file: ``labels.txt``
+            of Pascal Context; ``classes.txt``, line t for mask id t.
 
     Raises:
         UserError: unknown kind or split, missing folder or file list, an empty split, doubled class names.
@@ -136,6 +142,10 @@ def open_dataset(kind: str, root: str | Path, split: str = "val") -> Segmentatio
     home = next((root / home for home in layout.homes if (root / home / Path(layout.images).parts[0]).is_dir()), None)
     if home is None:
         raise UserError(f"no folder {root / layout.images.format(split=folder)}, where {kind} keeps its photos")
+    if layout.class_file:
+        expected = f"the names of its {layout.class_count} classes in the order of their ids"
+        classes = _class_names(home / layout.class_file, expected, layout.class_count)
+        layout = replace(layout, classes=classes)
     images, masks = (home / part.format(split=folder) for part in (layout.images, layout.masks))
     if layout.split_file:
         listed = _split_names(home / layout.split_file.format(split=split), split)
@@ -159,17 +169,28 @@ def _plain(root: Path) -> Layout:
     for folder in ("images", "masks"):
         if not (root / folder).is_dir():
             raise UserError(f"no folder {root / folder}: the plain layout has images/, masks/, classes.txt, splits/")
-    classes = tuple(_lines(root / "classes.txt", "one class name per line, the first of mask id 0"))
+    classes = _class_names(root / "classes.txt", "one class name per line, the first of mask id 0")
     if len(classes) > IGNORE:
         raise UserError(f"{root / 'classes.txt'}: {len(classes)} classes; masks of 8 bits hold at most {IGNORE}")
-    if doubled := next((name for i, name in enumerate(classes) if name in classes[:i]), None):
-        raise UserError(f"{root / 'classes.txt'}: class '{doubled}' is named twice")
     # There is no usual threshold for own data: VOC's.
     return Layout(classes, "images", "masks", "splits/{split}.txt", image_suffixes=SUFFIXES, threshold=0.95)
 
 
+def _class_names(path: Path, expected: str, count: int | None = None) -> tuple[str, ...]:
+    """One name per line; where a `count` is expected, also lines ``NUMBER: NAME``, as Pascal Context numbers them."""
+    lines = _lines(path, expected)
+    if count is not None:
+        numbered = [match for match in map(re.compile(r"(\d+)\s*:\s*(.+)").fullmatch, lines) if match]
+        lines = [match[2] for match in sorted(numbered, key=lambda match: int(match[1]))] or lines
+        if len(lines) != count:
+            raise UserError(f"{path}: {len(lines)} names ({expected})")
+    if doubled := next((name for i, name in enumerate(lines) if name in lines[:i]), None):
+        raise UserError(f"{path}: class '{doubled}' is named twice")
+    return tuple(lines)
+
+
 def _read_mask(path: Path) -> np.ndarray:
-    """Class ids ``[H, W]`` of a grey or palette PNG.
+    """The values of a grey or palette picture: integers ``[H, W]``.
 
     Raises:
         UserError: damaged, or a picture with colours instead of ids.
@@ -181,9 +202,7 @@ def _read_mask(path: Path) -> np.ndarray:
             ids = np.asarray(mask)
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path}: damaged mask ({error})") from None
-    if ids.dtype != np.uint8 and ids.size and not (ids.min() >= 0 and ids.max() <= 255):
-        raise UserError(f"{path}: id {ids.max()} is out of range (0 to 255)")
-    return ids.astype(np.uint8)
+    return ids.astype(np.uint8) if ids.dtype == bool else ids
 
 
 def _split_names(path: Path, split: str) -> list[str]:

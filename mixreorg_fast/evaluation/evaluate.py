@@ -1,4 +1,9 @@
-"""Score weights zero-shot on a segmentation data set: mIoU, a table per class, pictures."""
+"""Score a model zero-shot on a segmentation data set: mIoU, a table per class, pictures.
+
+mixreorg evaluate --model DIR --dataset voc2012 --root VOCdevkit     weights of ours
+mixreorg evaluate --model CIDAS/clipseg-rd64-refined …               Hugging Face's CLIPSeg or GroupViT
+mixreorg evaluate --model module:function …                          a function of photo and class names
+"""
 
 from __future__ import annotations
 
@@ -13,15 +18,26 @@ import torch.distributed as dist
 from .. import devices, ranks
 from ..errors import UserError
 from ..files import saving, write_json
-from ..inference.options import WEIGHTS_HELP, add_options, load_on_device, options_of
+from ..inference.options import WEIGHTS_HELP, add_options, options_of
 from .datasets import KINDS, open_dataset
 from .metrics import FREQUENT
 from .pictures import dataset_figure
-from .zero_shot import evaluate, segmenter_for
+from .predictors import open_model
+from .zero_shot import THRESHOLDS, evaluate
+
+FIGURES = {  # in words -> in eval.json
+    "all background": "all_background_mIoU",
+    "segments with their best class": "oracle_mIoU",
+    "pixel accuracy": "pixel_accuracy",
+    "mean accuracy": "mean_accuracy",
+    "boundary mIoU": "boundary_mIoU",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", required=True, metavar="DIR", help=WEIGHTS_HELP)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    about = f"{WEIGHTS_HELP}; CLIPSeg of Hugging Face's, by folder or name; or module:function"
+    parser.add_argument("--model", "--weights", required=True, metavar="MODEL", help=about)
     parser.add_argument("--dataset", default="plain", metavar="KIND", help=f"folder layout: {', '.join(KINDS)}")
     parser.add_argument("--root", required=True, metavar="FOLDER", help="the data set's folder")
     parser.add_argument("--split", default="val", help="default: val")
@@ -30,7 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--predictions", metavar="FOLDER", help="the labels of every photo, as palette PNGs")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run of the same command")
     parser.add_argument("--limit", type=int, metavar="N", help="score only N photos, spread over the split")
-    add_options(parser, decoding="groupvit")
+    add_options(parser, decoding="groupvit", threshold=threshold)
+
+
+def threshold(text: str) -> float | str:
+    """A background threshold, or "sweep"."""
+    return text if text == "sweep" else float(text)
 
 
 @contextlib.contextmanager
@@ -53,14 +74,6 @@ def joined_ranks(device: str | None) -> Iterator[str | None]:
     dist.destroy_process_group()
 
 
-def class_table(per_class: dict[str, float | None]) -> str:
-    """Lines of name and IoU in percent; a dash for a class that never occurs."""
-    width = max(map(len, per_class))
-    return "\n".join(
-        f"  {name:<{width}}  {'-' if iou is None else format(iou, '.2f'):>6}" for name, iou in per_class.items()
-    )
-
-
 def main(args: argparse.Namespace) -> int:
     if args.resume and not args.out:
         raise UserError("--resume needs --out FILE: the counts are kept beside it while it runs")
@@ -69,23 +82,32 @@ def main(args: argparse.Namespace) -> int:
     # The data set comes first: its errors should not wait for the weights.
     dataset = open_dataset(args.dataset, args.root, args.split)
     keep = f"{args.out}.partial" if args.out else None
+    sweep, options = args.background_threshold == "sweep", options_of(args)
+    if sweep:
+        options["background_threshold"] = None
+        if not dataset.has_background:
+            raise UserError(f"--background-threshold sweep has no use: {dataset.kind} at {args.root} has no background")
     with joined_ranks(args.device) as device:
-        model = load_on_device(args.weights, device)
-        settings = model.inference.with_options(**options_of(args))
-        segmenter = segmenter_for(model, dataset, settings, args.background_threshold, args.batch)
-        result = evaluate(segmenter, dataset, args.limit, True, args.predictions, keep, args.resume)
+        segmenter = open_model(args.model, dataset, options, device, args.batch)
+        result = evaluate(segmenter, dataset, args.limit, True, args.predictions, keep, args.resume, sweep)
         rank = ranks.rank()
     if rank > 0:
         return 0
-    result["settings"]["weights"] = args.weights
-    print(class_table(result["per_class"]))
+    result["settings"]["weights"] = args.model
+    width = max(map(len, result["per_class"]))
+    for name, iou in result["per_class"].items():
+        print(f"  {name:<{width}}  {'-' if iou is None else format(iou, '.2f'):>6}")
     print(f"mIoU {result['mIoU']:.2f} % over {result['images']} photos")
     if "frequent_mIoU" in result:
         frequent = sum(photos >= FREQUENT for photos in result["per_class_images"].values())
         print(f"  the {frequent} classes in at least {FREQUENT} photos: {result['frequent_mIoU']:.2f} %")
-    if "all_background_mIoU" in result:
-        print(f"  all background: {result['all_background_mIoU']:.2f} %")
-    print(f"  segments with their best class: {result['oracle_mIoU']:.2f} %")
+    for name, figure in FIGURES.items():
+        if figure in result:
+            print(f"  {name}: {result[figure]:.2f} %")
+    if sweep:
+        best, used = result["best_threshold"], result["settings"]["background_threshold"]
+        at_best = result["threshold_sweep"][f"{best:.2f}"]
+        print(f"  best of {len(THRESHOLDS)} background thresholds: {best:.2f} with {at_best:.2f} % (used: {used})")
     if args.out:
         with saving(args.out):
             write_json(args.out, result)

@@ -29,6 +29,8 @@ class Layout:
     threshold: float | None = None
     split_folders: dict[str, str] = field(default_factory=dict)
     setup: str = ""  # for errors: how to get masks that need a conversion
+    class_file: str | None = None  # names the classes, where no list here does
+    class_count: int = 0  # in the class file
 
 
 def _remap(raw: Sequence[int]) -> np.ndarray:
@@ -64,8 +66,18 @@ _NO_BACKGROUND = {".png": _remap(range(1, 255))}  # 0 is ignored
 
 LAYOUTS: dict[str, Layout] = {
     "voc2012": _VOC,
+    "voc20": replace(_VOC, classes=names.VOC[1:], mask_suffixes=_NO_BACKGROUND),
     "context": _CONTEXT,
     "context59": replace(_CONTEXT, classes=names.CONTEXT[1:], mask_suffixes=_NO_BACKGROUND),
+    "context459": replace(
+        _CONTEXT,
+        classes=(),
+        masks="annotations_detectron2/pc459_{split}",
+        mask_suffixes={".tif": None},
+        setup=" (docs/evaluate.md makes them from the data set's .mat files)",
+        class_file="labels.txt",
+        class_count=459,
+    ),
     "coco_object": Layout(
         names.COCO_OBJECT,
         images="images/{split}",
@@ -91,6 +103,17 @@ LAYOUTS: dict[str, Layout] = {
         mask_suffixes=_NO_BACKGROUND,
         split_folders={"val": "validation", "train": "training"},
         homes=("", "ADEChallengeData2016", "ade/ADEChallengeData2016"),
+    ),
+    "ade847": Layout(
+        (),
+        images="images_detectron2/{split}",
+        masks="annotations_detectron2/{split}",
+        mask_suffixes={".tif": None},
+        split_folders={"val": "validation", "train": "training"},
+        homes=("", "ADE20K_2021_17_01"),
+        setup=" (MaskFormer's datasets/prepare_ade20k_full_sem_seg.py makes them)",
+        class_file="classes.txt",
+        class_count=847,
     ),
     "cityscapes": Layout(
         names.CITYSCAPES,

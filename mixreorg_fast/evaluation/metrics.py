@@ -1,26 +1,30 @@
-"""Intersection over union from exact integer counts, over any number of ranks."""
+"""Scores from exact integer counts, over any number of ranks."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..files import write_json
 from ..ranks import sum_over_ranks
 
-IGNORE = 255
+IGNORE, IGNORE_16 = 255, 65535  # pixels that are not scored, in masks of 8 bits and of 16
+BOUNDARY = 0.02  # of the photo's diagonal: how far a boundary region reaches into an object
 RARE, FREQUENT = 10, 30  # photos that show a class; IoU of rare classes is mostly noise
 
 
 def confusion_matrix(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
-    """Pixel counts by (true class, predicted class); pixels whose truth is `IGNORE` do not count.
+    """Pixel counts by (true class, predicted class); pixels whose truth is no class (`IGNORE`) do not count.
 
     Args:
-        truth: integer, any shape, 0..classes-1 or `IGNORE`.
+        truth: integer, any shape, 0..classes-1 or above.
         prediction: integer, the same shape, 0..classes-1.
     Returns:
         int64 ``[classes, classes]`` on the CPU.
@@ -30,7 +34,7 @@ def confusion_matrix(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
 
 def overlaps(truth: Tensor, segments: Tensor, classes: int, count: int) -> Tensor:
     """Pixel counts by (segment, true class): int64 ``[count, classes]`` on the CPU, `IGNORE` left out."""
-    known = truth != IGNORE
+    known = truth < classes
     index = segments[known].long() * classes + truth[known].long()
     return torch.bincount(index, minlength=count * classes).view(count, classes).cpu()
 
@@ -48,19 +52,70 @@ def all_background_matrix(matrix: Tensor) -> Tensor:
     return background
 
 
+def boundary_counts(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
+    """Pixel counts for Boundary IoU (Cheng et al., CVPR 2021) of one photo.
+
+    The boundary region of a mask holds its pixels within d = `BOUNDARY` · diagonal (rounded, at least 1) of its
+    contour, by the chessboard distance; the photo's edge is part of the contour. Pixels whose truth is no class belong
+    to no mask of either map, so a prediction that equals the truth elsewhere scores 100.
+
+    Args:
+        truth, prediction: integer ``[H, W]``, as of :func:`confusion_matrix`.
+    Returns:
+        int64 ``[3, classes]`` on the CPU: pixels per class in the boundary regions of both maps, of the truth, and of
+        the prediction. Boundary IoU is ``both / (truth + prediction - both)``, of the sums over the photos.
+    """
+    distance = max(1, round(BOUNDARY * math.hypot(*truth.shape)))
+    known = truth < classes
+    maps = torch.stack([truth.int(), prediction.int()]).where(known, -1)
+    padded = F.pad(maps, [distance] * 4, value=-2)
+    inner = _windows(padded, 2 * distance + 1, torch.maximum) == _windows(padded, 2 * distance + 1, torch.minimum)
+    true, predicted = (~inner & known).unbind()
+    both = true & predicted & (maps[0] == maps[1])
+    regions = (maps[0][both], maps[0][true], maps[1][predicted])
+    return torch.stack([torch.bincount(region, minlength=classes) for region in regions]).cpu()
+
+
+def _windows(maps: Tensor, side: int, best: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Maximum or minimum (`best`) of every `side` x `side` window of `maps`, in logarithmically many steps."""
+    for dimension in (-2, -1):
+        covered = 1
+        while covered < side:
+            step = min(covered, side - covered)
+            length = maps.shape[dimension] - step
+            maps = best(maps.narrow(dimension, 0, length), maps.narrow(dimension, step, length))
+            covered += step
+    return maps
+
+
 def per_class_iou(matrix: Tensor) -> Tensor:
     """``true positives / (truth + prediction - true positives)`` in percent, fp64 ``[C]``.
 
     NaN for a class that occurs neither in the truth nor in the prediction: it says nothing and counts nowhere.
     """
-    matrix = matrix.double()
-    hit = matrix.diagonal()
-    return 100 * hit / (matrix.sum(dim=0) + matrix.sum(dim=1) - hit)
+    hit, truth, prediction = matrix.diagonal(), matrix.sum(dim=1), matrix.sum(dim=0)
+    return 100 * hit.double() / (truth + prediction - hit)
 
 
 def mean_iou(matrix: Tensor) -> float:
     """Mean of :func:`per_class_iou` over the classes that occur in the truth or the prediction, in percent."""
     return per_class_iou(matrix).nanmean().item()
+
+
+def pixel_accuracy(matrix: Tensor) -> float:
+    """Share of the scored pixels with the right label, in percent."""
+    return (100 * matrix.diagonal().sum().double() / matrix.sum()).item()
+
+
+def mean_accuracy(matrix: Tensor) -> float:
+    """Mean, over the classes of the truth, of the share of a class's pixels with the right label, in percent."""
+    return (100 * matrix.diagonal().double() / matrix.sum(dim=1)).nanmean().item()
+
+
+def mean_boundary_iou(counts: Tensor) -> float:
+    """Mean Boundary IoU in percent of summed :func:`boundary_counts`, over the classes that occur in either map."""
+    both, truth, prediction = counts
+    return (100 * both.double() / (truth + prediction - both)).nanmean().item()
 
 
 def frequent_mean_iou(matrix: Tensor, photos: Tensor) -> float | None:
@@ -77,28 +132,45 @@ def frequent_mean_iou(matrix: Tensor, photos: Tensor) -> float | None:
 class Tally:
     """The counts of an evaluation: integers only, so that sums over photos, ranks and interruptions are exact.
 
+    Args:
+        classes: how many there are. thresholds: how many other background thresholds are tried.
     Attributes:
         matrix, oracle: int64 ``[C, C]`` confusion matrices of the labels, and with every segment's best class.
+        sweep: int64 ``[thresholds, C, C]``, the confusion matrices at the other thresholds.
+        boundary: int64 ``[3, C]``, the sum of :func:`boundary_counts`.
         photos: int64 ``[C]``, how many photos show each class.
         used: int64 ``[3]``, distinct segments, windows, photos.
         done: indices of the photos counted.
     """
 
-    def __init__(self, classes: int) -> None:
-        sizes = [classes * classes, classes * classes, classes, 3]
-        self._counts = torch.zeros(sum(sizes), dtype=torch.int64)
-        matrix, oracle, self.photos, self.used = self._counts.split(sizes)
-        self.matrix, self.oracle = (part.view(classes, classes) for part in (matrix, oracle))
+    def __init__(self, classes: int, thresholds: int = 0) -> None:
+        square = (classes, classes)
+        shapes = [square, square, (thresholds, *square), (3, classes), (classes,), (3,)]
+        self._counts = torch.zeros(sum(map(math.prod, shapes)), dtype=torch.int64)
+        parts = self._counts.split([math.prod(shape) for shape in shapes])
+        self.matrix, self.oracle, self.sweep, self.boundary, self.photos, self.used = (
+            part.view(shape) for part, shape in zip(parts, shapes, strict=True)
+        )
         self.done: set[int] = set()
 
-    def add(self, index: int, truth: Tensor, labels: Tensor, segments: Tensor, count: int, windows: int) -> None:
-        """Count photo `index`, of `count` possible segments in `windows` windows; all maps integer ``[H, W]``."""
+    def add(
+        self, index: int, truth: Tensor, labels: Tensor, segments: Tensor | None, count: int = 0, windows: int = 1
+    ) -> None:
+        """Count photo `index`, of `count` possible segments in `windows` windows; all maps integer ``[H, W]``.
+
+        Args:
+            segments: None: of a model without segments.
+        """
         classes = len(self.matrix)
         matrix = confusion_matrix(truth, labels, classes)
         self.matrix += matrix
+        self.boundary += boundary_counts(truth, labels, classes)
         self.photos += matrix.any(dim=1)
-        self.oracle += oracle_matrix(overlaps(truth, segments, classes, count))
-        self.used += torch.tensor([len(segments.unique()), windows, 1])
+        used = 0
+        if segments is not None:
+            self.oracle += oracle_matrix(overlaps(truth, segments, classes, count))
+            used = len(segments.unique())
+        self.used += torch.tensor([used, windows, 1])
         self.done.add(index)
 
     @property
@@ -112,7 +184,7 @@ class Tally:
 
     def over_ranks(self, device: torch.device) -> Tally:
         """The sum over all ranks; `device` is the model's (NCCL sums only there)."""
-        total = Tally(len(self.matrix))
+        total = Tally(len(self.matrix), len(self.sweep))
         total._counts.copy_(sum_over_ranks(self._counts.to(device, copy=True)))
         return total
 

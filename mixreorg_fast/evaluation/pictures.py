@@ -15,36 +15,32 @@ from torch import Tensor
 from ..images import to_pixels
 from ..inference.fonts import draw_text, length, wrap
 from ..inference.overlay import INK, PAPER, class_palette, colourise, legend, save_picture, segments_picture
-from .metrics import IGNORE
 
 CELL, GAP, TITLE = 224, 8, 17
 
 
 class Row(NamedTuple):
-    """One line of :func:`segmentation_figure`; the maps are integer arrays ``[H, W]``."""
+    """One line of :func:`segmentation_figure`; the maps are integer arrays ``[H, W]``, segments in all or none."""
 
     image: Image.Image
     truth: Any
     prediction: Any
-    segments: Any
+    segments: Any = None
 
 
 def segmentation_figure(rows: Sequence[Row], path: str | Path, classes: Sequence[str]) -> None:
     """A PNG at `path`: per row the image, its truth, the prediction, the segments; below, the classes that occur."""
     palette = class_palette(classes[0] == "background")
-    cells = [
-        [
-            row.image,
-            colourise(row.truth, palette),
-            colourise(row.prediction, palette),
-            segments_picture(row.image, row.segments),
-        ]
-        for row in rows
-    ]
+    titles, cells = ["image", "truth", "prediction"], []
+    for row in rows:
+        cells.append([row.image, colourise(row.truth, palette), colourise(row.prediction, palette)])
+        if row.segments is not None:
+            titles[3:] = ["segments"]
+            cells[-1].append(segments_picture(row.image, row.segments))
     occurring = [np.unique(labels) for row in rows for labels in (row.truth, row.prediction)]
     seen: list[int] = np.unique(np.concatenate(occurring)).tolist()
-    entries = [("not scored" if t == IGNORE else classes[t], palette[t]) for t in seen]
-    save_grid(["image", "truth", "prediction", "segments"], cells, path, entries)
+    names = dict(enumerate(classes))
+    save_grid(titles, cells, path, [(names.get(t, "not scored"), palette[t % len(palette)]) for t in seen])
 
 
 def mixing_figure(
@@ -80,11 +76,12 @@ def segments_figure(
 
 def dataset_figure(segmenter: Any, dataset: Any, path: str | Path, count: int = 6) -> None:
     """:func:`segmentation_figure` of `count` photos spread over `dataset`, seen by a
-    :class:`~mixreorg_fast.inference.segmenter.Segmenter`."""
+    :class:`~mixreorg_fast.inference.segmenter.Segmenter` or another model."""
     rows = []
     for sample in map(dataset.__getitem__, dataset.spread(count)):
         decoded = segmenter.segment(sample.image)
-        rows.append(Row(sample.image, sample.mask, decoded.labels.cpu().numpy(), decoded.segments.cpu().numpy()))
+        segments = None if decoded.segments is None else decoded.segments.cpu().numpy()
+        rows.append(Row(sample.image, sample.mask, decoded.labels.cpu().numpy(), segments))
     segmentation_figure(rows, path, dataset.classes)
 
 

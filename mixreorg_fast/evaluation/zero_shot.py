@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import ranks
@@ -27,6 +28,7 @@ from . import metrics
 from .datasets import Sample, SegmentationDataset
 
 READERS = 4  # threads that read photos and masks ahead
+THRESHOLDS = tuple(step / 20 for step in range(21))  # of the background, that a sweep tries
 SAVE_EVERY = 30.0  # seconds between saved counts, from which an interrupted evaluation resumes
 
 
@@ -36,6 +38,29 @@ class Read(NamedTuple):
     index: int
     sample: Sample
     tensor: Tensor
+
+
+class Predictor(Protocol):
+    """What :func:`evaluate` scores: :class:`~mixreorg_fast.inference.segmenter.Segmenter`, or another model."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Settings, as JSON values."""
+        ...
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The weights, by which interrupted evaluations are told apart."""
+        ...
+
+    batch: int
+
+    def tensor(self, image: Image.Image) -> Tensor: ...
+
+    def __call__(self, inputs: Tensor, sizes: Sequence[tuple[int, int]]) -> Iterator[Any]: ...
 
 
 def segmenter_for(
@@ -56,57 +81,71 @@ def segmenter_for(
             :class:`~mixreorg_fast.inference.segmenter.Segmenter`.
     """
     settings = model.inference if settings is None else settings
-    if dataset.has_background:
-        given = [threshold, settings.background_threshold, dataset.background_threshold]
-        threshold = next((value for value in given if value is not None), None)
-    elif threshold is not None:
-        raise UserError(
-            f"background_threshold {threshold} has no use: {dataset.kind} at {dataset.root} has no class "
-            f"'background' (its first is '{dataset.classes[0]}')"
-        )
+    threshold = threshold_for(dataset, threshold, settings.background_threshold, dataset.background_threshold)
     settings = settings.model_copy(update={"background_threshold": None}).with_options(background_threshold=threshold)
     return Segmenter(model, dataset.prompts, settings, batch)
 
 
+def threshold_for(dataset: SegmentationDataset, given: float | None, *usual: float | None) -> float | None:
+    """The background threshold: `given`, or the first of the `usual` ones that is not None; without background None.
+
+    Raises:
+        UserError: one is given for a data set without background.
+    """
+    if dataset.has_background:
+        return next((value for value in (given, *usual) if value is not None), None)
+    if given is not None:
+        raise UserError(
+            f"background_threshold {given} has no use: {dataset.kind} at {dataset.root} has no class "
+            f"'background' (its first is '{dataset.classes[0]}')"
+        )
+    return None
+
+
 def evaluate(
-    segmenter: Segmenter,
+    segmenter: Predictor,
     dataset: SegmentationDataset,
     limit: int | None = None,
     progress: bool = True,
     predictions: str | Path | None = None,
     keep: str | Path | None = None,
     resume: bool = False,
+    sweep: bool = False,
 ) -> dict[str, Any]:
     """Score a model zero-shot on `dataset`.
 
     Under a process group every rank scores its share of the photos, each photo once, and all return the sum.
 
     Args:
-        segmenter: of :func:`segmenter_for`.
+        segmenter: of :func:`segmenter_for`, or of :func:`~mixreorg_fast.evaluation.predictors.open_model`.
         limit: score only so many photos, evenly spread over the split.
         progress: show a bar (on rank 0).
-        predictions: folder that gets the labels of each photo as a palette PNG of its name.
+        predictions: folder that gets the labels of each photo as a palette PNG of its name (16-bit grey for more than
+            255 classes).
         keep: file (one per rank, its number appended) that holds the counts while this runs; removed at the end.
         resume: continue from the counts in `keep` if they belong to this model, data set and settings.
+        sweep: try every background threshold of `THRESHOLDS` beside the settings' one.
     Returns:
         ``mIoU`` in percent; ``per_class`` IoU in percent by name (None: in neither truth nor prediction, not counted);
         ``per_class_images``, how many photos show each; ``frequent_mIoU`` over the classes that
-        at least 30 photos show, where fewer than 10 show another;
-        ``all_background_mIoU`` where there is a background; ``oracle_mIoU`` if each segment took its commonest true
-        class; ``groups_used``: distinct final segments per photo (where windows slide, per window) on average;
-        ``images``; ``settings``.
+        at least 30 photos show, where fewer than 10 show another; ``pixel_accuracy``, ``mean_accuracy``,
+        ``boundary_mIoU`` (see :func:`.metrics.boundary_counts`); ``all_background_mIoU`` where there is a background;
+        of models with segments ``oracle_mIoU`` if each segment took its commonest true class, and ``groups_used``:
+        distinct final segments per photo (where windows slide, per window) on average; of a sweep ``threshold_sweep``,
+        the mIoU by threshold, and ``best_threshold``; ``images``; ``settings``.
     Raises:
-        UserError: as the data set.
+        UserError: as the data set and the model.
     """
-    device = segmenter.model.device
-    described = {"dataset": dataset.kind, "root": str(dataset.root), "split": dataset.split}
-    described |= {**segmenter.settings.model_dump(mode="json"), "batch": segmenter.batch}
+    device, classes = segmenter.device, dataset.classes
+    described = {"dataset": dataset.kind, "root": str(dataset.root), "split": dataset.split, **segmenter.about}
     rank, world = ranks.rank(), ranks.world_size()
-    tally = metrics.Tally(len(dataset.classes))
+    thresholds = THRESHOLDS if sweep else ()
+    tally = metrics.Tally(len(classes), len(thresholds))
     kept = None if keep is None else Path(f"{keep}.{rank}")
     about = {**described, "limit": limit, "world": world}
     if kept is not None:
-        about["model"] = sum(parameter.double().sum().item() for parameter in segmenter.model.parameters())
+        weights = [] if segmenter.model is None else segmenter.model.parameters()
+        about["model_sum"] = sum(parameter.double().sum().item() for parameter in weights)
         if resume:
             tally.restore(kept, about)
             if rank == 0:
@@ -126,6 +165,11 @@ def evaluate(
                 for (index, sample, _), decoded in zip(photos, segmenter(inputs, sizes), strict=True):
                     truth = torch.from_numpy(sample.mask).to(device)
                     tally.add(index, truth, decoded.labels, decoded.segments, decoded.count, decoded.windows)
+                    if sweep and decoded.relabelled is None:
+                        raise UserError("a threshold sweep needs a model that gives scores without the background")
+                    for number, threshold in enumerate(thresholds):
+                        labels = decoded.relabelled(threshold)
+                        tally.sweep[number] += metrics.confusion_matrix(truth, labels, len(classes))
                     if predictions is not None:
                         save_labels(Path(predictions) / f"{sample.name}.png", decoded.labels, dataset.has_background)
                 bar.update(min(len(photos) * world, bar.total - bar.n))
@@ -134,29 +178,39 @@ def evaluate(
                         tally.keep(kept, about)
                     started = time.monotonic()
     except UserError as error:
-        raise RankError(str(error)) from None  # a photo or file of this rank's share, which other ranks do not read
+        # A photo, file or answer of this rank's share, which other ranks do not see.
+        raise RankError(str(error)) from error
     total = tally.over_ranks(device)
     if kept is not None:
         kept.unlink(missing_ok=True)
-    iou = [None if math.isnan(value) else value for value in metrics.per_class_iou(total.matrix).tolist()]
-    result: dict[str, Any] = {
-        "mIoU": metrics.mean_iou(total.matrix),
+    return _scores(total, dataset, thresholds) | {"images": total.images, "settings": described}
+
+
+def _scores(total: metrics.Tally, dataset: SegmentationDataset, thresholds: Sequence[float]) -> dict[str, Any]:
+    matrix = total.matrix
+    iou = [None if math.isnan(value) else value for value in metrics.per_class_iou(matrix).tolist()]
+    scores: dict[str, Any] = {
+        "mIoU": metrics.mean_iou(matrix),
         "per_class": dict(zip(dataset.classes, iou, strict=True)),
         "per_class_images": dict(zip(dataset.classes, total.photos.tolist(), strict=True)),
+        "pixel_accuracy": metrics.pixel_accuracy(matrix),
+        "mean_accuracy": metrics.mean_accuracy(matrix),
+        "boundary_mIoU": metrics.mean_boundary_iou(total.boundary),
     }
-    if (frequent := metrics.frequent_mean_iou(total.matrix, total.photos)) is not None:
-        result["frequent_mIoU"] = frequent
+    if (frequent := metrics.frequent_mean_iou(matrix, total.photos)) is not None:
+        scores["frequent_mIoU"] = frequent
     if dataset.has_background:
-        result["all_background_mIoU"] = metrics.mean_iou(metrics.all_background_matrix(total.matrix))
-    return result | {
-        "oracle_mIoU": metrics.mean_iou(total.oracle),
-        "groups_used": total.groups_used,
-        "images": total.images,
-        "settings": described,
-    }
+        scores["all_background_mIoU"] = metrics.mean_iou(metrics.all_background_matrix(matrix))
+    if total.groups_used:
+        scores |= {"oracle_mIoU": metrics.mean_iou(total.oracle), "groups_used": total.groups_used}
+    if thresholds:
+        matrices = zip(thresholds, total.sweep, strict=True)
+        tried = {f"{threshold:.2f}": metrics.mean_iou(matrix) for threshold, matrix in matrices}
+        scores |= {"threshold_sweep": tried, "best_threshold": float(max(tried, key=tried.__getitem__))}
+    return scores
 
 
-def _batches(segmenter: Segmenter, dataset: SegmentationDataset, indices: Sequence[int]) -> Iterator[list[Read]]:
+def _batches(segmenter: Predictor, dataset: SegmentationDataset, indices: Sequence[int]) -> Iterator[list[Read]]:
     """Photos of equal network size together, read ahead by threads."""
     batch = segmenter.batch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin
 
 from .. import devices
@@ -14,14 +15,17 @@ from .model import Model, load
 WEIGHTS_HELP = "a folder of weights, a run's folder, a .pth file, or owner/name[@revision] on the Hugging Face hub"
 
 
-def add_options(parser: argparse.ArgumentParser, *names: str, decoding: str | None = None) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, *names: str, decoding: str | None = None, threshold: Callable[[str], Any] = float
+) -> None:
     """Options for the settings `names` (default: all, and the batch size) and for the device.
 
     Args:
         decoding: the command's default; every other default is the weights' setting.
+        threshold: reads the background threshold.
     """
     kinds: dict[str, dict[str, Any]] = {
-        "background_threshold": {"type": float, "metavar": "X"},
+        "background_threshold": {"type": threshold, "metavar": "X"},
         "templates": {"metavar": f"{'|'.join(TEMPLATES)}|TEXT"},
     }
     for name in names or InferenceConfig.model_fields:

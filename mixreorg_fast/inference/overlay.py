@@ -153,7 +153,9 @@ def kind_of(path: str | Path) -> str:
 
 
 def save_labels(path: str | Path, labels: Tensor, has_background: bool, about: dict[str, str] | None = None) -> None:
-    """Labels ``[H, W]`` (uint8) as a palette PNG: its values are the labels, its colours :func:`mask_palette`'s."""
-    picture = Image.fromarray(labels.cpu().numpy())
-    picture.putpalette(mask_palette(has_background).tobytes())
+    """Labels ``[H, W]`` as a PNG of these values: uint8 with :func:`mask_palette`'s colours, others as 16-bit grey."""
+    values = labels.cpu().numpy()
+    picture = Image.fromarray(values if values.dtype == np.uint8 else values.astype(np.uint16))
+    if picture.mode == "L":
+        picture.putpalette(mask_palette(has_background).tobytes())
     save_picture(path, picture, about=about)

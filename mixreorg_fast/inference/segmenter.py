@@ -18,7 +18,7 @@ from ..images import load_image, to_tensor
 from ..models.groupvit import class_scores
 from ..names import parse_templates
 from .overlay import class_palette, kind_of, label_counts, overlay, save_labels, save_picture
-from .windows import Box, Decoded, decode, window_boxes
+from .windows import Box, Decoded, decode, is_background, window_boxes
 
 if TYPE_CHECKING:
     from .model import Model
@@ -127,6 +127,15 @@ class Segmenter:
         self.model, self.prompts, self.settings, self.batch = model, list(prompts), settings, batch
         self.texts = text_classifier(model, prompts, settings.templates)
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Settings for a results file."""
+        return {**self.settings.model_dump(mode="json"), "batch": self.batch}
+
     def tensor(self, image: Image.Image) -> Tensor:
         """The network's input ``[3, height, width]`` for `image`, on the CPU."""
         model = self.model
@@ -155,10 +164,26 @@ class Segmenter:
         maps, scores = torch.cat(maps), torch.cat(scores)
         for number, size in enumerate(sizes):
             own = slice(number * len(boxes), (number + 1) * len(boxes))
-            decoded = decode(
-                maps[own], scores[own], boxes, network, size, settings.background_threshold, settings.decoding
-            )
+            decoded = self._decoded(maps[own], scores[own], boxes, network, size)
             yield decoded._replace(stages=stages[number]) if stages and len(boxes) == 1 else decoded
+
+    def _decoded(
+        self, maps: Tensor, scores: Tensor, boxes: Sequence[Box], network: tuple[int, int], size: tuple[int, int]
+    ) -> Decoded:
+        settings = self.settings
+        decoded = decode(maps, scores, boxes, network, size, settings.background_threshold, settings.decoding)
+        if settings.background_threshold is None:
+            return decoded
+        known: dict[int, Tensor] = {}
+
+        def relabelled(threshold: float) -> Tensor:
+            # A higher threshold adds segments to the background, so their number tells which ones they are.
+            count = int(is_background(scores, threshold).sum())
+            if count not in known:
+                known[count] = decode(maps, scores, boxes, network, size, threshold, settings.decoding).labels
+            return known[count]
+
+        return decoded._replace(relabelled=relabelled)
 
     def segment(self, image: Image.Image) -> Decoded:
         """Decode one RGB photo at its own size."""

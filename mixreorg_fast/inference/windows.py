@@ -12,7 +12,7 @@ interpolated only where the four neighbours differ, and only for the classes tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,6 +50,7 @@ class Decoded(NamedTuple):
         windows: how many windows the photo was seen through.
         scores: fp32 ``[count, T]``, every segment's class scores, the background apart.
         stages: fp32 ``[G, h, w]`` per grouping stage, its segments' maps, where the photo was seen whole.
+        relabelled: the labels at another background threshold, where there is one.
     """
 
     labels: Tensor
@@ -58,6 +59,7 @@ class Decoded(NamedTuple):
     windows: int
     scores: Tensor
     stages: tuple[Tensor, ...] = ()
+    relabelled: Callable[[float], Tensor] | None = None
 
 
 def window_boxes(height: int, width: int, window: int, stride: int) -> list[Box]:
@@ -142,8 +144,12 @@ def score_channels(scores: Tensor, threshold: float | None) -> Tensor:
     """
     if threshold is None:
         return scores
-    background = scores.amax(dim=2) < image_threshold(scores, threshold)[:, None]
-    return torch.cat([background[:, :, None].to(scores.dtype), scores], dim=2)
+    return torch.cat([is_background(scores, threshold)[:, :, None].to(scores.dtype), scores], dim=2)
+
+
+def is_background(scores: Tensor, threshold: float) -> Tensor:
+    """Which segments are background: bool ``[W, G]`` from scores ``[W, G, T]``."""
+    return scores.amax(dim=2) < image_threshold(scores, threshold)[:, None]
 
 
 def decode_groupvit_reference(
@@ -203,7 +209,7 @@ def decode(
             area.copy_(segments[top - box.top :, left - box.left :] + number * groups)
         labels = score_map.labels(size if decoding == "groupvit" else canvas)
     count = groups * len(boxes)
-    labels, final = _compact(labels, scores.shape[2] + 1), _compact(final, count)
+    labels, final = compact(labels, scores.shape[2] + 1), compact(final, count)
     return Decoded(_nearest(labels, size), _nearest(final, size), count, len(boxes), scores.flatten(0, 1))
 
 
@@ -243,7 +249,8 @@ def _nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
     return labels[y][:, x]
 
 
-def _compact(labels: Tensor, values: int) -> Tensor:
+def compact(labels: Tensor, values: int) -> Tensor:
+    """Integers 0..values-1 in uint8, or int32 where those are too many."""
     return labels.to(torch.uint8 if values <= 256 else torch.int32)
 
 

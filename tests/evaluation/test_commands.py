@@ -43,8 +43,8 @@ def test_evaluate(weights, plain, tmp_path, capsys):
     assert code == 0
     result = json.loads(out.read_text())
     assert set(result) == {
-        "mIoU", "per_class", "per_class_images", "all_background_mIoU", "oracle_mIoU", "groups_used", "images",
-        "settings",
+        "mIoU", "per_class", "per_class_images", "pixel_accuracy", "mean_accuracy", "boundary_mIoU",
+        "all_background_mIoU", "oracle_mIoU", "groups_used", "images", "settings",
     }  # fmt: skip
     assert list(result["per_class"]) == ["background", "cat", "dog", "red car"]
     assert result["images"] == 7 and 0 <= result["mIoU"] <= 100

@@ -68,6 +68,59 @@ def test_context_with_and_without_background(tmp_path):
     assert (without[0].mask == expected).all()
 
 
+def test_voc_without_background(tmp_path):
+    files = ("JPEGImages/a.jpg", "SegmentationClass/a.png")
+    mask = build(tmp_path, *files, [0, 1, 20, 255], "ImageSets/Segmentation/val.txt")
+    dataset = open_dataset("voc20", tmp_path)
+    assert len(dataset.classes) == 20 and dataset.classes[0] == "aeroplane" and dataset.background_threshold is None
+    assert (dataset[0].mask == np.where((mask == 0) | (mask == 255), 255, mask.astype(int) - 1)).all()
+
+
+def build_16_bit(root: Path, photo: str, mask: str) -> np.ndarray:
+    """As :func:`build`, with ids above 255."""
+    ids = draw_mask(root / "m.png", SIZE, [0, 1, 2, 255], seed=2).astype(int)
+    ids = np.select([ids == 2, ids == 255], [458, 65535], ids).astype(np.uint16)
+    draw_photo(root / photo, SIZE, seed=1)
+    (root / mask).parent.mkdir(parents=True)
+    Image.fromarray(ids).save(root / mask)
+    return ids
+
+
+def test_context459_reads_its_names_from_the_data_sets_file(model, tmp_path):
+    mask = build_16_bit(tmp_path, "JPEGImages/a.jpg", "annotations_detectron2/pc459_val/a.tif")
+    (tmp_path / "ImageSets" / "SegmentationContext").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "SegmentationContext" / "val.txt").write_text("a\n")
+    with pytest.raises(UserError, match="no file .*labels.txt .the names of its 459 classes in the order of their ids"):
+        open_dataset("context459", tmp_path)
+    lines = [f"{number}: thing {number}" for number in range(1, 460)]
+    (tmp_path / "labels.txt").write_text("\n".join(lines[1:]))
+    with pytest.raises(UserError, match="labels.txt: 458 names .the names of its 459"):
+        open_dataset("context459", tmp_path)
+    (tmp_path / "labels.txt").write_text("\n".join(lines))
+    dataset = open_dataset("context459", tmp_path)
+    assert (dataset.classes[0], dataset.classes[458]) == ("thing 1", "thing 459") and not dataset.has_background
+    assert dataset[0].mask.dtype == np.int32 and (dataset[0].mask == mask).all()
+    segmenter = segmenter_for(model, dataset, InferenceConfig(short_side=64))
+    scores = evaluate(segmenter, dataset, progress=False, predictions=tmp_path / "p")
+    assert sum(scores["per_class_images"].values()) == len(np.unique(mask)) - 1 and scores["images"] == 1
+    labels = np.asarray(Image.open(tmp_path / "p" / "a.png"))
+    assert (labels == segmenter.segment(dataset[0].image).labels.numpy()).all()
+    # A value that is neither a class nor ignored.
+    Image.fromarray(np.full(SIZE[::-1], 459, np.uint16)).save(tmp_path / "annotations_detectron2/pc459_val/a.tif")
+    assert "id 459 has no class; expected 0 to 458 ('thing 459') or 65535" in fail("context459", tmp_path)
+
+
+def test_ade847(tmp_path):
+    home = tmp_path / "ADE20K_2021_17_01"
+    mask = build_16_bit(home, "images_detectron2/validation/a.jpg", "annotations_detectron2/validation/a.tif")
+    (home / "classes.txt").write_text("\n".join(f"thing {number}, object" for number in range(847)))
+    dataset = open_dataset("ade847", tmp_path)
+    assert len(dataset.classes) == 847 and (dataset[0].mask == mask).all()
+    (home / "classes.txt").write_text("\n".join(["wall"] * 847))
+    with pytest.raises(UserError, match="classes.txt: class 'wall' is named twice"):
+        open_dataset("ade847", tmp_path)
+
+
 def test_coco_object(tmp_path):
     mask = build(tmp_path, "images/val2017/01.jpg", "annotations/val2017/01_instanceTrainIds.png", [0, 1, 80, 255])
     dataset = open_dataset("coco_object", tmp_path)
@@ -108,7 +161,7 @@ def test_cityscapes_from_train_ids_and_from_label_ids(tmp_path):
 
 def test_class_lists_are_of_the_right_length_and_name_nothing_twice():
     counts = {"voc2012": 21, "context": 60, "context59": 59, "coco_object": 81, "coco_stuff": 171, "ade20k": 150}
-    counts["cityscapes"] = 19
+    counts |= {"cityscapes": 19, "voc20": 20, "context459": 0, "ade847": 0}  # 0: the data set's file names them
     for kind, layout in LAYOUTS.items():
         assert len(layout.classes) == len(set(layout.classes)) == counts[kind]
 
@@ -134,7 +187,7 @@ def fail(kind: str, root: Path, split: str = "val", index: int = 0) -> str:
 
 def test_errors_of_the_plain_layout(plain):
     assert "unknown data set layout 'voc'" in fail("voc", plain)
-    assert "did you mean 'ade20k'" in fail("ade", plain) or "choose from" in fail("ade", plain)
+    assert "did you mean 'ade20k'" in fail("ade20", plain)
     assert "(did you mean 'shapes'?); docs/evaluate.md lists" in fail("plain", plain.parent / "shape")
     assert fail("plain", plain / "data" / "camvid").endswith("data/camvid; docs/evaluate.md lists the layouts")
     message = fail("plain", plain, "vall")

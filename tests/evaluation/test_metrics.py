@@ -81,3 +81,50 @@ def test_frequent_classes_are_those_that_many_photos_show():
     assert tally.photos.tolist() == [metrics.FREQUENT + 1, metrics.FREQUENT, 0]
     assert metrics.frequent_mean_iou(tally.matrix, tally.photos - 1) is None  # one frequent class
     assert metrics.frequent_mean_iou(tally.matrix, tally.photos + metrics.RARE) is None  # no rare class
+
+
+def naive_boundary_counts(truth: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
+    """The definition pixel by pixel: a mask's pixels whose neighbourhood leaves the mask or the photo."""
+    distance = max(1, round(0.02 * math.hypot(*truth.shape)))
+    prediction = np.where(truth < classes, prediction, 255)
+
+    def region(mask: np.ndarray) -> np.ndarray:
+        framed = np.pad(mask, distance)
+        inner = [
+            framed[y : y + 2 * distance + 1, x : x + 2 * distance + 1].all()
+            for y in range(mask.shape[0])
+            for x in range(mask.shape[1])
+        ]
+        return mask & ~np.array(inner).reshape(mask.shape)
+
+    regions = [[region(labels == c) for c in range(classes)] for labels in (truth, prediction)]
+    both = [(true & found).sum() for true, found in zip(*regions, strict=True)]
+    return np.array([both, *([mask.sum() for mask in masks] for masks in regions)])
+
+
+@pytest.mark.parametrize("size", [(37, 53), (60, 130), (1, 9)])
+def test_boundary_counts_are_those_of_the_definition(size):
+    rng = np.random.default_rng(4)
+    blocks = rng.choice(np.array([0, 1, 2, 255]), size=(2, 6, 6))
+    truth, prediction = (np.kron(each, np.ones((20, 24), int))[: size[0], : size[1]] for each in blocks)
+    prediction[prediction == 255] = 1
+    prediction[: size[0] // 2, 3:30] = 2
+    counts = metrics.boundary_counts(torch.from_numpy(truth), torch.from_numpy(prediction), 3)
+    assert (counts.numpy() == naive_boundary_counts(truth, prediction, 3)).all()
+    right = metrics.boundary_counts(torch.from_numpy(truth), torch.from_numpy(np.where(truth < 255, truth, 1)), 3)
+    assert metrics.mean_boundary_iou(right) == 100
+
+
+def test_a_shifted_outline_costs_more_at_the_boundary():
+    truth, prediction = torch.zeros(2, 100, 100, dtype=torch.uint8)
+    truth[20:80, 20:80], prediction[20:80, 22:82] = 1, 1
+    matrix = metrics.confusion_matrix(truth, prediction, 2)
+    counts = metrics.boundary_counts(truth, prediction, 2)
+    assert 0 < metrics.mean_boundary_iou(counts) < 0.8 * metrics.mean_iou(matrix)
+
+
+def test_accuracies():
+    truth, prediction = torch.tensor([0, 0, 0, 1, 255, 0]), torch.tensor([0, 0, 2, 1, 1, 0])
+    matrix = metrics.confusion_matrix(truth, prediction, 3)
+    assert metrics.pixel_accuracy(matrix) == 80.0
+    assert metrics.mean_accuracy(matrix) == 100 * (3 / 4 + 1) / 2  # class 2 is not in the truth
