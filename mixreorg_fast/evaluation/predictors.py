@@ -29,6 +29,7 @@ from .zero_shot import segmenter_for, threshold_for
 
 CLASSES_AT_ONCE = 32  # classes whose score maps are held at the photo's size
 FUNCTION = re.compile(r"[^\W\d]\w*(\.\w+)*:[^\W\d]\w*(\.\w+)*")  # package.module:object.method
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@.+)?")  # owner/name@revision
 # Settings of windows and sizes, which a model with its own preprocessing does not have.
 OWN_SIZES = ("short_side", "mode", "window", "stride")
 
@@ -64,7 +65,7 @@ def open_model(
 
 def _type_of(name: str) -> str | None:
     """The model type in the config.json of a Hugging Face folder or repository; None: it is none of those."""
-    if Path(name).is_dir():
+    if Path(name).exists() or not REPOSITORY.fullmatch(name):
         try:
             return json.loads((Path(name) / "config.json").read_text()).get("model_type")
         except (OSError, ValueError):

@@ -54,6 +54,17 @@ def test_evaluate(weights, plain, tmp_path, capsys):
     assert Image.open(figure).width > 500
 
 
+def test_huggingfaces_groupvit_scores_as_ours(weights, plain, tmp_path):
+    assert main(["convert", weights, str(tmp_path / "hf"), "--to", "hf"]) == 0
+    scores = []
+    for model in (weights, str(tmp_path / "hf")):
+        options = ["--root", str(plain), "--short-side", "48", "--device", "cpu", "--out", str(tmp_path / "eval.json")]
+        assert main(["evaluate", "--model", model, *options]) == 0
+        scores.append(json.loads((tmp_path / "eval.json").read_text()))
+        assert scores[-1].pop("settings")["weights"] == model
+    assert scores[0] == scores[1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
