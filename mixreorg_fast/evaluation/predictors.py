@@ -29,7 +29,7 @@ from .zero_shot import segmenter_for, threshold_for
 
 CLASSES_AT_ONCE = 32  # classes whose score maps are held at the photo's size
 FUNCTION = re.compile(r"[^\W\d]\w*(\.\w+)*:[^\W\d]\w*(\.\w+)*")  # package.module:object.method
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@.+)?")  # owner/name@revision
+REPOSITORY = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>.+))?")  # on the Hugging Face hub
 # Settings of windows and sizes, which a model with its own preprocessing does not have.
 OWN_SIZES = ("short_side", "mode", "window", "stride")
 
@@ -65,17 +65,17 @@ def open_model(
 
 def _type_of(name: str) -> str | None:
     """The model type in the config.json of a Hugging Face folder or repository; None: it is none of those."""
-    if Path(name).exists() or not REPOSITORY.fullmatch(name):
-        try:
-            return json.loads((Path(name) / "config.json").read_text()).get("model_type")
-        except (OSError, ValueError):
-            return None
-    repository, revision = _revision(name)
-    try:
-        from transformers import PretrainedConfig
+    path = Path(name) / "config.json"
+    if not Path(name).exists() and (found := REPOSITORY.fullmatch(name)):
+        from huggingface_hub import hf_hub_download
 
-        return PretrainedConfig.get_config_dict(repository, **revision)[0].get("model_type")
-    except (ImportError, OSError):
+        try:
+            path = Path(hf_hub_download(found["name"], path.name, revision=found["revision"]))
+        except Exception:  # it meets whoever reads the weights as well, who says what it means
+            return None
+    try:
+        return json.loads(path.read_text()).get("model_type")
+    except (OSError, ValueError):
         return None
 
 
@@ -192,10 +192,10 @@ class CLIPSeg(PixelScores):
             raise UserError(f"{source}: CLIPSeg needs transformers ({error}): {extra('hf')}") from None
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        repository, revision = _revision(source)
+        name, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
         try:
-            processor = transformers.AutoProcessor.from_pretrained(repository, **revision)
-            model: Any = transformers.CLIPSegForImageSegmentation.from_pretrained(repository, **revision)
+            processor = transformers.AutoProcessor.from_pretrained(name, revision=revision or "main")
+            model: Any = transformers.CLIPSegForImageSegmentation.from_pretrained(name, revision=revision or "main")
         except (OSError, ValueError) as error:
             raise UserError(f"{source}: not readable as CLIPSeg: {str(error).splitlines()[0]}") from None
         self.model, self.templates = model.eval().to(device), parse_templates(templates)
@@ -298,9 +298,3 @@ class Function(PixelScores):
             if scores and output.isnan().any():
                 raise UserError(f"{self.name} gave scores that are not numbers (NaN)")
             yield output
-
-
-def _revision(name: str) -> tuple[str, dict[str, Any]]:
-    """Folder or repository, and the revision as an argument, of ``owner/name@revision``."""
-    repository, _, revision = name.partition("@")
-    return (repository, {"revision": revision}) if revision and not Path(name).exists() else (name, {})
