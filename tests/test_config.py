@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from mixreorg_fast.config import Config, load_config, parse_config
+from mixreorg_fast.config.keys import tables
+from mixreorg_fast.config.section import keys
 from mixreorg_fast.errors import UserError
+from mixreorg_fast.ledger import between_markers
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -135,7 +138,6 @@ def test_resolved_configuration_reads_back(tmp_path):
 
 def test_every_key_is_listed_with_its_meaning(capsys):
     from mixreorg_fast.cli import main
-    from mixreorg_fast.config.section import keys
 
     listed = {key.name: key for key in keys(Config)}
 
@@ -157,3 +159,12 @@ def test_every_key_is_listed_with_its_meaning(capsys):
     assert "did you mean 'train.lr'" in capsys.readouterr().err
     assert main(["config"]) == 0
     assert capsys.readouterr().out.count(": ") >= len(listed)
+
+
+def test_the_page_of_keys_is_that_of_the_model():
+    page = (CONFIGS.parent / "docs" / "configuration.md").read_text()
+    assert page == between_markers(page, tables(list(keys(Config)))), "mixreorg config --markdown docs/configuration.md"
+
+
+def test_a_wrong_value_is_told_what_its_key_means():
+    assert problem({"train": {"warmup_steps": -1}}).endswith("got -1 (steps of warm-up; overrides warmup_epochs)")

@@ -1,5 +1,7 @@
 """Each file of examples/ runs as its first lines say."""
 
+import ast
+import json
 import runpy
 from pathlib import Path
 
@@ -24,15 +26,42 @@ def test_the_toy_learns(device):
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
-def test_segmenting_a_photo(tmp_path, capsys):
+@pytest.fixture
+def place(tmp_path) -> Path:
+    """A folder with `weights/` and photo.jpg."""
     tokenizer = Tokenizer.train(["a photo of a cat and a dog"] * 3, 300)
     config = tiny_config(model={"text": {"vocab_size": tokenizer.vocab_size, "context": 24}}).model
     model = Model(config, tokenizer=tokenizer)
     fill(model)
     model.save(tmp_path / "weights")
     draw_photo(tmp_path / "photo.jpg", (64, 48), seed=0)
-    options = ["--weights", str(tmp_path / "weights"), "--classes", "cat, dog", "--out", str(tmp_path / "overlay.png")]
-    areas = main_of("segment_photo.py")([str(tmp_path / "photo.jpg"), *options])
+    return tmp_path
+
+
+def test_segmenting_a_photo(place, capsys):
+    options = ["--weights", str(place / "weights"), "--classes", "cat, dog", "--out", str(place / "overlay.png")]
+    areas = main_of("segment_photo.py")([str(place / "photo.jpg"), *options])
     assert list(areas) == ["cat", "dog"] and sum(areas.values()) == pytest.approx(1)
-    assert Image.open(tmp_path / "overlay.png").width >= 64
+    assert Image.open(place / "overlay.png").width >= 64
     assert capsys.readouterr().out.startswith("cat: ")
+
+
+def test_the_notebook(place, capsys):
+    """Cell by cell, with a folder of weights in place of the id on the hub."""
+    cells = json.loads((EXAMPLES / "segment_by_names.ipynb").read_text())["cells"]
+    names, shown = {}, []
+    for cell in cells:
+        if cell["cell_type"] != "code":
+            continue
+        lines = ast.parse("".join(cell["source"])).body
+        last = lines.pop() if isinstance(lines[-1], ast.Expr) else None
+        exec(compile(ast.Module(lines, []), "cell", "exec"), names)
+        if "parameters" in cell["metadata"].get("tags", ()):
+            assert names["WEIGHTS"] == "nvidia/groupvit-gcc-yfcc"
+            names |= {"WEIGHTS": str(place / "weights"), "PHOTO": str(place / "photo.jpg")}
+        if last is not None:
+            shown.append(eval(compile(ast.Expression(last.value), "cell", "eval"), names))
+    assert "of the photo" in capsys.readouterr().out
+    first, with_background, (shape, found) = shown
+    assert first.width >= 64 and with_background.width >= 64
+    assert shape == (48, 64) and set(found) <= {"background", "cat", "sofa", "remote control"}

@@ -3,13 +3,14 @@
 mixreorg config                all keys
 mixreorg config train          the keys of a section
 mixreorg config train.lr       one key
-mixreorg config --markdown     the same as tables, as docs/configuration.md holds them
+mixreorg config --markdown docs/configuration.md     write them into the page as tables
 """
 
 from __future__ import annotations
 
 import argparse
 import textwrap
+from pathlib import Path
 
 from ..errors import UserError, nearest
 from .run import Config
@@ -21,7 +22,7 @@ WIDTH = 112
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("key", nargs="?", default="", metavar="SECTION|KEY", help="default: every key")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown tables, one per section")
+    parser.add_argument("--markdown", metavar="PAGE", type=Path, help="write tables into a page, between its markers")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -31,7 +32,9 @@ def main(args: argparse.Namespace) -> None:
         sections = {_section(key) for key in known} - {""}
         raise UserError(f"config: unknown key '{args.key}'{nearest(args.key, [*sections, *(k.name for k in known)])}")
     if args.markdown:
-        print(tables(chosen))
+        from ..ledger import write_page
+
+        write_page(args.markdown, tables(chosen))
         return
     for key in chosen:
         print(f"{key.name}: {key.type} = {key.default}" if key.default else f"{key.name}: {key.type}")
