@@ -18,8 +18,7 @@ from PIL import Image
 from mixreorg_fast.config import ScenesConfig
 from mixreorg_fast.data.scenes.captions import KIND_WORDS
 from mixreorg_fast.data.scenes.folder import ensure_scenes
-from mixreorg_fast.data.scenes.grounds import GROUNDS
-from mixreorg_fast.data.scenes.painting import PATTERNS, Painter
+from mixreorg_fast.data.scenes.painting import GROUNDS, PATTERNS, Painter
 from mixreorg_fast.data.scenes.planning import held_out_combinations, plan_scene
 from mixreorg_fast.data.scenes.scene import COLOURS, KINDS, SHAPES, Scene, Thing
 from mixreorg_fast.data.shards.shard_set import open_shards

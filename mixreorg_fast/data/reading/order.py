@@ -16,17 +16,7 @@ import numpy as np
 class Purpose(enum.IntEnum):
     """What random numbers are drawn for. Each purpose has a stream of its own."""
 
-    SHARDS = 0
-    WINDOW = 1
-    CROP = 2
-    FLIP = 3
-    JITTER = 4
-    RAND_AUGMENT = 5
-    ERASE = 6
-    CAPTION = 7
-    NOUNS = 8
-    SETS = 9
-    STAND_IN = 10
+    SHARDS, WINDOW, CROP, FLIP, JITTER, RAND_AUGMENT, ERASE, CAPTION, NOUNS, SETS, STAND_IN = range(11)
 
 
 def uniforms(seed: int, purpose: Purpose, position: int, count: int, columns: int) -> np.ndarray:

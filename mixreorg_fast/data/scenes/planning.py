@@ -12,8 +12,7 @@ import numpy as np
 
 from ...config import ScenesConfig
 from .captions import caption
-from .grounds import GROUNDS
-from .painting import PATTERNS
+from .painting import GROUNDS, PATTERNS
 from .scene import COLOURS, KINDS, SHAPES, Scene, Thing
 
 HELD_OUT = 0.1  # share of the (kind, pattern, colour) combinations kept from training

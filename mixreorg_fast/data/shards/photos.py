@@ -22,9 +22,6 @@ PLAIN = TABLES[0]
 # Names of columns, in any case.
 FILE_COLUMNS = ("image", "file_name", "filename", "filepath", "image_path", "image_name", "path", "file", "photo")
 
-# A photo's name in its folder, and its captions; None: they are the lines of the text file beside it.
-Item = tuple[str, Sequence[str] | None]
-
 
 def table_of(path: Path) -> Path | None:
     """The table that `path` is, or that lies in the folder `path`."""
@@ -35,10 +32,8 @@ def table_of(path: Path) -> Path | None:
 
 def beside_texts(root: Path) -> Source:
     """The photos of a folder and its subfolders that have a text file of the same name, in alphabetical order."""
-    walk = ((folder, name) for folder, _, names in os.walk(root) for name in names)
-    stems = {
-        name: os.path.splitext(name)[0] for name in sorted(os.path.relpath(os.path.join(*at), root) for at in walk)
-    }
+    paths = (os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
+    stems = {name: os.path.splitext(name)[0] for name in sorted(os.path.relpath(path, root) for path in paths)}
     photos, texts = {name for name in stems if is_photo(name)}, {name for name in stems if name.endswith(".txt")}
     alone = {name: "file name is not UTF-8" for name in stems if not _is_text([name])}
     for files, others, lack in ((photos, texts, "no .txt"), (texts, photos, "no photo")):
@@ -101,7 +96,8 @@ def is_photo(name: str) -> bool:
     return os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
 
 
-def _read(root: Path, source: Path, items: Sequence[Item]) -> Iterator[Pair | Bad]:
+def _read(root: Path, source: Path, items: Sequence[tuple[str, Sequence[str] | None]]) -> Iterator[Pair | Bad]:
+    """The photos by their names in `root`, with captions; None: they are the lines of the text file beside it."""
     for name, captions in items:
         photo = root / name
         try:
@@ -139,9 +135,8 @@ def _read_table(
             if places is not None:
                 continue
         if places is None:
-            name, caption = cells[0], delimiter.join(cells[1:])
-        else:
-            name, caption = (cells[place] if place < len(cells) else "" for place in places)
+            cells = [cells[0], delimiter.join(cells[1:])]
+        name, caption = (cells[place] if place < len(cells) else "" for place in places or (0, 1))
         name, caption = name.strip(), " ".join(caption.split())
         if not problem and not (name and caption):
             problem = f"no {'caption' if name else 'photo'} in this line"
