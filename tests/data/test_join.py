@@ -88,19 +88,20 @@ def test_what_cannot_be_joined_is_counted(shards, table, tmp_path):
         {"file": "0001", "caption": "x" * 9000},
         {"file": "0001"},
         {"file": "0002", "caption": ["sketch 2", "new", "new"]},
+        {"file": "0003", "caption": "half \ud800"},
     ]
     (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     everything = f"{shards},{Path(shards).parent}/more.tar"
     assert join(everything, [tmp_path / "rows.jsonl"], key="file", progress=False) == [
-        "joined 2 captions to 2 of 32 samples",
-        "30 samples have no new caption",
+        "joined 3 captions to 3 of 32 samples",
+        "29 samples have no new caption",
         "1 rows have the key of no sample, such as 'absent'",
         "1 rows have the key of several samples, and were left out",
         "3 rows have no caption of 1 to 8192 bytes",
         "2 captions repeat one that their sample has",
     ]
     found = captions(everything)
-    assert found["0002"] == [*expected()["0002"], "new"] and found["0003"] == expected()["0003"]
+    assert found["0002"] == [*expected()["0002"], "new"] and found["0003"] == [*expected()["0003"], "half ?"]
     assert found["0040"] == [*pairs(1, 40)[0].captions, "by the name of its photo"]
 
 
@@ -148,6 +149,9 @@ def test_nothing_is_left_by_a_join_that_fails(shards, table, tmp_path, monkeypat
         patch.setattr("mixreorg_fast.data.shards.join.os.path.getsize", lambda path: 1 / ("000000" in str(path)))
         with pytest.raises(ZeroDivisionError):  # at the second shard, after the first was written
             join(shards, [table], key="uid", texts=["short"], progress=False)
+    monkeypatch.setattr("mixreorg_fast.data.shards.join.write_joined", lambda *_: os.open("/nowhere/x", os.O_WRONLY))
+    with pytest.raises(UserError, match=r"captions cannot be stored beside it: .*No such file"):
+        join(shards, [table], key="uid", texts=["short"], progress=False)
     assert sorted(files(shards)) == before
     table.write_bytes(table.read_bytes()[:-100])
     for path, key, message in (

@@ -60,19 +60,22 @@ def join(
     counts: Counter[str] = Counter()
     beside = shards[0].path.parent
     beside = beside if os.access(beside, os.W_OK) else None
-    with (
-        tempfile.TemporaryDirectory(prefix=".joining-", dir=beside) as temporary,
-        contextlib.closing(sqlite3.connect(f"{temporary}/captions.db", isolation_level=None)) as database,
-    ):
-        # Nothing in the database is to survive this process.
-        database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN")
-        _store_keys(shards, database)
-        example = _store_captions(files, key, texts, database, counts, progress)
-        if not counts["captions"]:
-            known = ", ".join(f"'{found}'" for (found,) in database.execute("SELECT key FROM samples LIMIT 2"))
-            hint = f"; column '{key}' holds '{example}' and the like, the samples have {known}" if example else ""
-            raise UserError(f"{files[0]}: no row has a caption and the key of a sample{hint}")
-        _write_all(shards, database, counts)
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix=".joining-", dir=beside) as temporary,
+            contextlib.closing(sqlite3.connect(f"{temporary}/captions.db", isolation_level=None)) as database,
+        ):
+            # Nothing in the database is to survive this process.
+            database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN")
+            _store_keys(shards, database)
+            example = _store_captions(files, key, texts, database, counts, progress)
+            if not counts["captions"]:
+                known = ", ".join(f"'{found}'" for (found,) in database.execute("SELECT key FROM samples LIMIT 2"))
+                hint = f"; column '{key}' holds '{example}' and the like, the samples have {known}" if example else ""
+                raise UserError(f"{files[0]}: no row has a caption and the key of a sample{hint}")
+            _write_all(shards, database, counts)
+    except (OSError, sqlite3.Error) as error:
+        raise UserError(f"{shards[0].path}: captions cannot be stored beside it: {error}") from None
     lines = [
         f"joined {counts['captions']} captions to {counts['samples']} of {total} samples",
         f"{total - counts['samples']} samples have no new caption",
@@ -114,11 +117,12 @@ def _store_captions(
     example = ""
     for file in files:
         for found, *values in tqdm(_rows(file, key, texts), unit="row", desc=file.name, disable=not progress):
-            name = key_of(found) if is_photo(str(found)) else str(found)
+            name = _line(str(found))
+            name = key_of(name) if is_photo(name) else name
             (number,) = database.execute("SELECT number FROM samples WHERE key = ?", (name,)).fetchone() or (None,)
             lists = (value if isinstance(value, list) else [value] for value in values)
-            captions = [" ".join(text.split()) for many in lists for text in many if isinstance(text, str)]
-            captions = [text for text in captions if 0 < len(text.encode(errors="replace")) <= LONGEST_CAPTION]
+            captions = [_line(text) for many in lists for text in many if isinstance(text, str)]
+            captions = [text for text in captions if 0 < len(text.encode()) <= LONGEST_CAPTION]
             if number is None:
                 counts["unknown"] += 1
                 example = example or name
@@ -130,6 +134,11 @@ def _store_captions(
                 counts["captions"] += len(captions)
                 database.executemany("INSERT INTO captions VALUES (?, ?)", ((number, text) for text in captions))
     return example
+
+
+def _line(text: str) -> str:
+    """A text on one line; JSON can hold half characters, which no file can."""
+    return " ".join(text.encode(errors="replace").decode().split())
 
 
 def _write_all(shards: Sequence[Shard], database: sqlite3.Connection, counts: Counter) -> None:
