@@ -30,7 +30,7 @@ def place(tmp_path, monkeypatch) -> Path:
     for number, name in enumerate(("photo.jpg", "other.jpg", "data/camvid/images/a.jpg")):
         draw_photo(tmp_path / name, (64, 48), seed=number)
     draw_mask(tmp_path / "data/camvid/masks/a.png", (64, 48), [0, 1, 255], seed=0)
-    (tmp_path / "data/camvid/classes.txt").write_text("road\ncar\n")
+    (tmp_path / "data/camvid/classes.txt").write_text("road\ncar\nsky\nbuilding\n")
     (tmp_path / "data/camvid/splits").mkdir()
     (tmp_path / "data/camvid/splits/val.txt").write_text("a\n")
     return tmp_path
@@ -42,10 +42,15 @@ def python_of(page: str) -> list[str]:
 
 def test_evaluate(place):
     blocks, names = python_of("evaluate.md"), {}
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(block, names)
+    assert len(blocks) == 4
+    exec(blocks[0], names)
     assert 0 <= names["scores"]["mIoU"] <= 100
+    Path("baseline.py").write_text(blocks[1])
+    exec(blocks[2], names)
+    assert names["scores"]["settings"]["model"] == "baseline:bands" and names["scores"]["per_class"]["car"] == 0
+    exec(blocks[1], names)
+    assert names["centre"](names["np"].zeros((9, 9)), ["background", "cat", "person"])[1].max() > 0.9
+    exec(blocks[3], names)
     assert (place / "overlay.png").is_file() and (place / "mask.png").is_file()
     assert list(names["result"].areas) == list(names["result"].scores) == ["cat", "dog", "sofa"]
 

@@ -55,6 +55,7 @@ COMMANDS: list[tuple[str, str, str]] = [
     (r"mixreorg convert", RUN, ""),
     (r"mixreorg export", PARSE, "compiles for half a minute; tests/models/test_export.py"),
     (r"mixreorg evaluate .*--dataset (context|coco_object|ade20k)", PARSE, "these sets have tests/evaluation"),
+    (r"mixreorg evaluate --model baseline:", PARSE, "tests/test_docs.py runs the page's functions"),
     (r"mixreorg evaluate .*--mode sliding", PARSE, "slow; tests/evaluation"),
     (r"mixreorg (evaluate|segment)", RUN, ""),
     (r"pytest benchmarks/", PARSE, "measures for an hour"),

@@ -93,7 +93,8 @@ def main(args: argparse.Namespace) -> int:
         rank = ranks.rank()
     if rank > 0:
         return 0
-    result["settings"]["weights"] = args.model
+    if "model" not in result["settings"]:
+        result["settings"]["weights"] = args.model
     width = max(map(len, result["per_class"]))
     for name, iou in result["per_class"].items():
         print(f"  {name:<{width}}  {'-' if iou is None else format(iou, '.2f'):>6}")

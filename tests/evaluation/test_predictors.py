@@ -231,6 +231,25 @@ def test_clipseg_scores_are_those_of_transformers(clipseg, plain, tmp_path, caps
     assert "--mode has no use" in capsys.readouterr().err
 
 
+def test_clipseg_by_name(clipseg, plain, tmp_path, hub, capsys):
+    """From the hub, then from its cache; a type that is not supported, and a name that the hub does not know."""
+    hub.add("owner/clipseg", clipseg).tag("v1")
+    hub.add("owner/bert", {"config.json": b'{"model_type": "bert"}'})
+    out = tmp_path / "eval.json"
+    arguments = ["--root", str(plain), "--device", "cpu", "--limit", "2", "--out", str(out)]
+    scores = []
+    for name in (str(clipseg), "owner/clipseg", "owner/clipseg@v1"):
+        assert main(["evaluate", "--model", name, *arguments]) == 0
+        scores.append(json.loads(out.read_text()))
+        assert scores[-1].pop("settings")["model"] == name
+    assert scores[0] == scores[1] == scores[2]
+    capsys.readouterr()
+    for name, message in (("owner/bert", "'bert' is not supported"), ("owner/none", "no such repository")):
+        assert main(["evaluate", "--model", name, *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
 def test_clipseg_takes_more_classes_than_are_held_at_once(clipseg, plain):
     names = [f"thing {number}" for number in range(CLASSES_AT_ONCE + 9)]
     (plain / "classes.txt").write_text("\n".join(names))
