@@ -41,7 +41,10 @@ COMMANDS: list[tuple[str, str, str]] = [
     (r"make train\b", TRAIN, ""),
     (r"make ", PARSE, "sets up an environment from a package index; tests/test_makefile.py"),
     (r"pip ", PARSE, "installs from a package index"),
-    (r"mixreorg train own$", PARSE, "tests/test_own_data.py trains it"),
+    (r"mixreorg train own( |$)", PARSE, "tests/test_own_data.py trains it"),
+    (r"mixreorg train cc", PARSE, "needs GPUs and sets on the hub"),
+    (r"docker ", PARSE, "needs its daemon; tests/test_docker.py"),
+    (r"(mkdir -p data && )?curl ", PARSE, "a download"),
     (r"(deepspeed|torchrun|python) .*configs/cc12m\w*\.json", PARSE, "needs GPUs and CC12M"),
     (r"deepspeed .*configs/own\.json", PARSE, "tests/test_own_data.py trains it"),
     (r"(deepspeed|python) .*configs/zero2\.json", PARSE, "`make train` on other devices"),
@@ -139,6 +142,11 @@ def parse(command: str) -> None:
                 assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras), word
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2]) is not None
+    elif words[0] == "docker":
+        if "mixreorg" in words:
+            parse(shlex.join(words[words.index("mixreorg") :]))
+    elif "curl" in words:
+        assert any(re.match("https?://", word) for word in words)
     elif words[0] == "pytest":
         assert all((ROOT / word).exists() for word in words[1:] if not word.startswith("-"))
     else:
