@@ -57,10 +57,7 @@ SMALLEST_TOTAL = tl.constexpr(2.0**-64)  # of exponentials, none of which has lo
 def _tile(
     rows_ptr,
     columns_ptr,
-    rows,
-    columns,
-    row_stride,
-    column_stride,
+    sizes,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -70,7 +67,9 @@ def _tile(
     """This program's rows [BLOCK_M], columns [BLOCK_N] and their products [BLOCK_M, BLOCK_N] in fp32.
 
     Rows vary fastest over the programs: concurrent programs share a block of columns and a strip of rows in L2.
+    `sizes`: as of :func:`_tiles`.
     """
+    rows, columns, row_stride, column_stride = sizes
     blocks = tl.cdiv(rows, BLOCK_M)
     program = tl.program_id(0)
     row = program % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -106,10 +105,7 @@ def _log_sum_exp_kernel(
     scale_ptr,
     row_parts_ptr,
     column_parts_ptr,
-    rows,
-    columns,
-    row_stride,
-    column_stride,
+    sizes,
     D: tl.constexpr,
     BOTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -118,9 +114,8 @@ def _log_sum_exp_kernel(
     PRECISION: tl.constexpr,
 ):
     """row_parts[column block, row], column_parts[row block, column]: the tile's log-sum-exps, to base 2."""
-    row, column, products = _tile(
-        rows_ptr, columns_ptr, rows, columns, row_stride, column_stride, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION
-    )
+    rows, columns = sizes[0], sizes[1]
+    row, column, products = _tile(rows_ptr, columns_ptr, sizes, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
     scale = tl.load(scale_ptr).to(tl.float32) * LOG2_E
     logits = products * scale
     row_exists, column_exists = row < rows, column < columns
@@ -135,9 +130,7 @@ def _log_sum_exp_kernel(
             row_lse, column_lse = largest + tl.log2(row_total), largest + tl.log2(column_total)
         else:
             # The products are computed again: holding them takes registers.
-            _, _, products = _tile(
-                rows_ptr, columns_ptr, rows, columns, row_stride, column_stride, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION
-            )
+            _, _, products = _tile(rows_ptr, columns_ptr, sizes, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
             logits = products * scale
             row_lse = _log_sum_exp(tl.where(column_exists[None, :], logits, float("-inf")), 1)
             column_lse = _log_sum_exp(tl.where(row_exists[:, None], logits, float("-inf")), 0)
@@ -152,13 +145,7 @@ def _log_sum_exp_kernel(
 
 @triton.jit
 def _merge_kernel(
-    parts_ptr,
-    lse_ptr,
-    parts,
-    columns,
-    CONTINUE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
+    parts_ptr, lse_ptr, parts, columns, CONTINUE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_PARTS: tl.constexpr
 ):
     """lse[column] = ln Σ_part 2^parts[part, column], together with what lse already holds if CONTINUE."""
     column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -189,17 +176,8 @@ def _weights_kernel(
     row_lse_ptr,
     column_lse_ptr,
     weights_ptr,
-    rows,
-    columns,
-    row_stride,
-    column_stride,
-    weights_stride,
-    first_row,
-    row_prompts,
-    column_prompts,
-    row_shift,
-    column_shift,
-    positive,
+    sizes,
+    numbers,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -207,9 +185,9 @@ def _weights_kernel(
     PRECISION: tl.constexpr,
 ):
     """2^-row_shift · softmax over the row + 2^-column_shift · softmax over the column - positive, at own columns."""
-    row, column, products = _tile(
-        rows_ptr, columns_ptr, rows, columns, row_stride, column_stride, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION
-    )
+    rows, columns = sizes[0], sizes[1]
+    weights_stride, first_row, row_prompts, column_prompts, row_shift, column_shift, positive = numbers
+    row, column, products = _tile(rows_ptr, columns_ptr, sizes, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
     logits = products * (tl.load(scale_ptr).to(tl.float32) * LOG2_E)
     row_exists, column_exists = row < rows, column < columns
     row_shift += tl.load(row_lse_ptr + row, mask=row_exists, other=float("inf")) * LOG2_E
@@ -274,7 +252,7 @@ def log_sum_exp_forward(
             row_parts = row_lse.new_empty(column_blocks, part.shape[0])
             column_parts = row_lse.new_empty(row_blocks, columns.shape[0])
             grid, sizes, constexprs = _tiles(part, columns, config)
-            arguments = (part, columns, scale, row_parts, column_parts, *sizes)
+            arguments = (part, columns, scale, row_parts, column_parts, sizes)
             _log_sum_exp_kernel[grid](*arguments, BOTH=both, **constexprs)
             _merge(row_parts, _cut(row_lse, strip), False)
             if both:
@@ -306,9 +284,9 @@ def gradient_backward(
         for strip in strips:
             part, first = _cut(rows, strip), first_row + strip.start
             grid, sizes, constexprs = _tiles(part, columns, config)
-            arguments = (part, columns, scale, _cut(row_lse, strip), column_lse, buffer, *sizes)
+            arguments = (part, columns, scale, _cut(row_lse, strip), column_lse, buffer, sizes)
             numbers = (width, first, row_prompts, column_prompts, *shifts, positive)
-            _weights_kernel[grid](*arguments, *numbers, **constexprs)
+            _weights_kernel[grid](*arguments, numbers, **constexprs)
             weights = buffer[: part.shape[0], : columns.shape[0]]
             _multiply(weights, columns, _cut(grad_rows, strip), add=False)
             if both:

@@ -74,23 +74,10 @@ def _row_of_map(row_ptr, left, right, left_weight, right_weight, stride_x, exist
 
 @triton.jit
 def _decode_kernel(
-    maps_ptr,
-    labels_ptr,
-    out_ptr,
-    map_height,
-    map_width,
-    height,
-    width,
-    scale_y,
-    scale_x,
-    stride_image,
-    stride_group,
-    stride_y,
-    stride_x,
-    GROUPS: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
-    BLOCK_X: tl.constexpr,
+    maps_ptr, labels_ptr, out_ptr, sizes, strides, GROUPS: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr
 ):
+    map_height, map_width, height, width, scale_y, scale_x = sizes
+    stride_image, stride_group, stride_y, stride_x = strides
     blocks_x, blocks_y = tl.cdiv(width, BLOCK_X), tl.cdiv(height, BLOCK_Y)
     block = tl.program_id(0)
     image = (block // (blocks_x * blocks_y)).to(tl.int64)
@@ -159,7 +146,7 @@ def decode_forward(
     def launch(config: Config) -> None:
         blocks = cdiv(width, config.blocks["BLOCK_X"]) * cdiv(height, block_y)
         _decode_kernel[(batch * blocks,)](
-            assignment, labels, out, *sizes, *assignment.stride(), GROUPS=groups, BLOCK_Y=block_y, **config.kwargs
+            assignment, labels, out, sizes, assignment.stride(), GROUPS=groups, BLOCK_Y=block_y, **config.kwargs
         )
 
     tuned("decode_forward", launch, assignment, CONFIGS, CANDIDATES, (assignment.shape, height, width))

@@ -3,9 +3,6 @@
 docs/kernels.md has the maths of forward and backward and the bytes that each kernel moves. A program owns a tile of
 patches by all groups of one image. Logits, noise and softmax stay in registers; backward computes them again. Forward
 keeps the winning group of each patch (one byte) and each group's total.
-
-Columns of a tile are groups in the order of :func:`group_of_column`, in which noise is drawn; memory is in natural
-order.
 """
 
 from __future__ import annotations
@@ -53,16 +50,8 @@ def _grouping_forward_kernel(
     soft_ptr,
     used_ptr,
     first_image: tl.int64,
-    patches,
-    scale,
-    inverse_tau,
-    eps,
-    q_stride_image,
-    q_stride_group,
-    k_stride_image,
-    k_stride_patch,
-    v_stride_image,
-    v_stride_patch,
+    numbers,
+    strides,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_PATCHES: tl.constexpr,
@@ -76,6 +65,8 @@ def _grouping_forward_kernel(
     Pointers may be None: seed_ptr (no noise), winner_ptr (soft assignment), soft_ptr and used_ptr (maps not wanted).
     PREFETCH is the size in bytes of the rows of v that L2 fetches while the noise is drawn, or 0.
     """
+    patches, scale, inverse_tau, eps = numbers
+    q_stride_image, q_stride_group, k_stride_image, k_stride_patch, v_stride_image, v_stride_patch = strides
     image = tl.program_id(0).to(tl.int64)
     patch = tl.program_id(1) * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
     patch_exists = patch < patches
@@ -188,18 +179,8 @@ def _grouping_backward_kernel(
     grad_v_ptr,
     grad_logits_ptr,
     first_image: tl.int64,
-    patches,
-    scale,
-    inverse_tau,
-    eps,
-    q_stride_image,
-    q_stride_group,
-    k_stride_image,
-    k_stride_patch,
-    v_stride_image,
-    v_stride_patch,
-    grad_stride_image,
-    grad_stride_group,
+    numbers,
+    strides,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_PATCHES: tl.constexpr,
@@ -214,6 +195,9 @@ def _grouping_backward_kernel(
     with one tile grad_logits_ptr, with several grad_q_ptr; out_ptr if there is one tile and no grad_used.
     PREFETCH is the size in bytes of the rows of v and grad_out that L2 fetches while the noise is drawn, or 0.
     """
+    patches, scale, inverse_tau, eps = numbers
+    q_stride_image, q_stride_group, k_stride_image, k_stride_patch = strides[:4]
+    v_stride_image, v_stride_patch, grad_stride_image, grad_stride_group = strides[4:]
     image = tl.program_id(0).to(tl.int64)
     patch = tl.program_id(1) * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
     patch_exists = patch < patches
@@ -336,7 +320,7 @@ def grouping_forward(*arguments: Any) -> None:
     if used is None and not hard and not one_tile:
         used = torch.empty((batch, groups, patches), dtype=torch.float32, device=q.device)
     winner_or_none = winner if hard else None
-    arguments = (q, k, v, seed, out, total, winner_or_none, soft, used, *problem.numbers(settings), *strides(q, k, v))
+    arguments = (q, k, v, seed, out, total, winner_or_none, soft, used, *problem.numbers(settings), strides(q, k, v))
     constexprs = {**problem.constexprs, "ONE_TILE": one_tile, "PREFETCH": prefetch_bytes(v) * one_tile}
 
     def launch(config: Config) -> None:
@@ -367,7 +351,7 @@ def grouping_backward(*arguments: Any) -> None:
     out_or_none = None if one_tile and grad_used is None else out
     arguments = (q, k, v, seed, out_or_none, total, winner if hard else None, grad_out, grad_soft, grad_used)
     arguments += (grad_q if one_tile else None, grad_k, grad_v, grad_logits)
-    arguments += (*problem.numbers(settings), *strides(q, k, v, grad_out))
+    arguments += (*problem.numbers(settings), strides(q, k, v, grad_out))
     constexprs = {**problem.constexprs, "ONE_TILE": one_tile, "PREFETCH": prefetch_bytes(v, grad_out)}
 
     def launch(config: Config) -> None:

@@ -80,9 +80,9 @@ class Problem:
         (batch, groups, channels), patches = q.shape, k.shape[1]
         return cls(batch, groups, patches, channels, q.element_size(), architecture(q.device), with_soft)
 
-    def numbers(self, settings: Grouping) -> tuple[int | float, ...]:
-        """The scalar arguments of the forward and of the backward kernel."""
-        return settings.first_image, self.patches, settings.scale, 1.0 / settings.tau, settings.eps
+    def numbers(self, settings: Grouping) -> tuple[int, tuple[int | float, ...]]:
+        """The first image, and the other numbers, of the forward and of the backward kernel."""
+        return settings.first_image, (self.patches, settings.scale, 1.0 / settings.tau, settings.eps)
 
     @property
     def block_groups(self) -> int:

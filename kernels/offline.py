@@ -103,8 +103,8 @@ def offline(architecture: int) -> Iterator[list[Launch]]:
 def _describe(function: JITFunction, kernel: Any) -> dict[str, Any]:
     """Fields of :class:`Launch` from a compiled kernel's metadata and from the tools in Triton's package."""
     names = [parameter.name for parameter in function.params]
-    constants = [f"{names[path[0]]}={value}" for path, value in kernel.src.constants.items()]
-    types = dict.fromkeys(kind for kind in kernel.src.signature.values() if kind.startswith("*"))
+    constants = [f"{names[path[0]]}{[*path[1:]] or ''}={value}" for path, value in kernel.src.constants.items()]
+    types = dict.fromkeys(kind for kind in kernel.src.signature.values() if str(kind).startswith("*"))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

@@ -29,17 +29,9 @@ def _rows(rows, patches, BLOCK_ROWS: tl.constexpr):
 
 @triton.jit
 def _gather_forward_kernel(
-    x_ptr,
-    source_ptr,
-    out_ptr,
-    rows,
-    patches,
-    stride_image,
-    stride_patch,
-    CHANNELS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    x_ptr, source_ptr, out_ptr, sizes, CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
 ):
+    rows, patches, stride_image, stride_patch = sizes
     row, _, patch, exists = _rows(rows, patches, BLOCK_ROWS)
     source = tl.load(source_ptr + row, mask=exists, other=0).to(tl.int64)
     x_row = x_ptr + source * stride_image + patch * stride_patch
@@ -58,16 +50,14 @@ def _blend_forward_kernel(
     source_ptr,
     out_ptr,
     alpha,
-    rows,
-    patches,
-    mixed_stride_image,
-    mixed_stride_patch,
-    original_stride_image,
-    original_stride_patch,
+    sizes,
+    strides,
     CHANNELS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
+    rows, patches = sizes
+    mixed_stride_image, mixed_stride_patch, original_stride_image, original_stride_patch = strides
     row, image, patch, exists = _rows(rows, patches, BLOCK_ROWS)
     source = tl.load(source_ptr + row, mask=exists, other=0).to(tl.int64)
     mixed_row = mixed_ptr + image * mixed_stride_image + patch * mixed_stride_patch
@@ -89,14 +79,12 @@ def _blend_backward_kernel(
     grad_mixed_ptr,
     grad_original_ptr,
     alpha,
-    rows,
-    patches,
-    stride_image,
-    stride_patch,
+    sizes,
     CHANNELS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
+    rows, patches, stride_image, stride_patch = sizes
     row, image, patch, exists = _rows(rows, patches, BLOCK_ROWS)
     source = tl.load(source_ptr + row, mask=exists, other=0).to(tl.int64)
     grad_row = grad_ptr + image * stride_image + patch * stride_patch
@@ -191,7 +179,7 @@ def gather_forward(x: Tensor, source: Tensor, inverse: Tensor, out: Tensor) -> N
     """``out[b, n] = x[source[b, n], n]`` for ``x [B, N, C]``, int32 ``source [B, N]``; backward takes `inverse`."""
     x = with_unit_channel_stride(x)
     rows = source.numel()
-    arguments = (x, source.contiguous(), out, rows, x.shape[1], x.stride(0), x.stride(1))
+    arguments = (x, source.contiguous(), out, (rows, x.shape[1], *x.stride()[:2]))
     launch("gather_forward", _gather_forward_kernel, arguments, out, rows)
 
 
@@ -199,8 +187,8 @@ def blend_forward(mixed: Tensor, original: Tensor, source: Tensor, alpha: float,
     """``(1 - alpha) * mixed + alpha * original[source, n]``: each tensor read once, one written."""
     mixed, original = with_unit_channel_stride(mixed), with_unit_channel_stride(original)
     rows = source.numel()
-    strides = (mixed.stride(0), mixed.stride(1), original.stride(0), original.stride(1))
-    arguments = (mixed, original, source.contiguous(), out, alpha, rows, mixed.shape[1], *strides)
+    strides = (*mixed.stride()[:2], *original.stride()[:2])
+    arguments = (mixed, original, source.contiguous(), out, alpha, (rows, mixed.shape[1]), strides)
     launch("blend_forward", _blend_forward_kernel, arguments, out, rows)
 
 
@@ -208,8 +196,8 @@ def blend_backward(grad: Tensor, source: Tensor, alpha: float, grad_mixed: Tenso
     """Gradients of `mixed` and of `original`: `grad` read once, both written. `source` must be a bijection."""
     grad = with_unit_channel_stride(grad)
     rows = source.numel()
-    sizes = (rows, grad.shape[1], grad.stride(0), grad.stride(1))
-    arguments = (grad, source.contiguous(), grad_mixed, grad_original, alpha, *sizes)
+    sizes = (rows, grad.shape[1], *grad.stride()[:2])
+    arguments = (grad, source.contiguous(), grad_mixed, grad_original, alpha, sizes)
     launch("blend_backward", _blend_backward_kernel, arguments, grad_mixed, rows)
 
 

@@ -120,21 +120,16 @@ def tuned(
         return launch(_nearest(table, capability))
     key = (name, capability, like.dtype, shape)
     if key not in _winners:
-        _winners[key] = _fastest(candidates, launch, f"{name} sm_{capability} {like.dtype} {shape}")
+        times = [_milliseconds(lambda config=config: launch(config)) for config in candidates]
+        _winners[key] = best = candidates[times.index(min(times))]
+        print(f"{name} sm_{capability} {like.dtype} {shape}: {best} {min(times):.4f} ms", file=sys.stderr)
     return launch(_winners[key])
 
 
-def _fastest(candidates: Sequence[Config], launch: Callable[[Config], Any], what: str) -> Config:
+def _milliseconds(call: Callable[[], Any]) -> Any:
     import triton
 
-    def milliseconds(config: Config) -> Any:
-        try:
-            median: Any = triton.testing.do_bench(lambda: launch(config), return_mode="median")
-            return median
-        except triton.runtime.errors.OutOfResources:
-            return float("inf")
-
-    times = [milliseconds(config) for config in candidates]
-    best = candidates[times.index(min(times))]
-    print(f"{what}: {best} {min(times):.4f} ms", file=sys.stderr)
-    return best
+    try:
+        return triton.testing.do_bench(call, return_mode="median")
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")

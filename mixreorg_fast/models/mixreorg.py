@@ -137,7 +137,8 @@ class MixReorg(nn.Module):
         """Losses and measures of a whole batch, as :meth:`forward` returns them; `progress`: of config.schedule."""
         loss, tensors = self.config.loss, features.tensors
         images = len(tensors["images"])
-        texts, nouns = self._text_embeddings(tensors)
+        named = self._text_embeddings(tensors)
+        texts, nouns = named["texts"], named.get("nouns")
         multiplier, exchange = self.backbone.logit_multiplier(), loss.exchange
         # One call of the projection: its batch statistics come from the pooled original features, the first rows.
         rows = {name: tensors[name].flatten(0, -2) for name in ("images", "restored", "segments") if name in tensors}
@@ -153,12 +154,12 @@ class MixReorg(nn.Module):
             total = total + loss.restored * out["loss_restored"]
         if "segments" in embeddings:
             negatives = loss.mixed_negatives
-            named, first_text = gather_rows(texts) if negatives == "batch" else (texts, 0)
+            all_texts, first_text = gather_rows(texts) if negatives == "batch" else (texts, 0)
             out["loss_mixed"], out["mixed_accuracy"] = ops.mixed_segmentation_loss(
                 tensors["first"],
                 tensors["second"],
                 embeddings["segments"].unflatten(0, (images, -1)),
-                named,
+                all_texts,
                 features.plan,
                 multiplier,
                 negatives=negatives,
@@ -301,20 +302,21 @@ class MixReorg(nn.Module):
             rows = torch.cat([rows, batch.noun_ids.flatten(0, 1)])
             lengths += batch.noun_lengths
         features = self.backbone.text_encoder(rows, self.dtype, lengths, partial(self._run, dynamic=True))
-        if batch.noun_ids is None:
-            return {"texts": features}
-        texts, nouns = features.split([len(batch.ids), len(features) - len(batch.ids)])
-        return {"texts": texts, "nouns": nouns.unflatten(0, (len(batch.ids), -1))}
+        return _captions_and_nouns(features, len(batch.ids))
 
-    def _text_embeddings(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _text_embeddings(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Embeddings of the captions ``[B, D]`` and of the noun prompts ``[B, P, D]``, L2-normalised."""
         texts, nouns = tensors["texts"], tensors.get("nouns")
         rows = texts if nouns is None else torch.cat([texts, nouns.flatten(0, 1)])
-        embeddings = self.backbone.text_projection(rows, len(texts), run=self._runner())
-        if nouns is None:
-            return embeddings, None
-        captions, nouns = embeddings.split([len(texts), len(embeddings) - len(texts)])
-        return captions, nouns.unflatten(0, (len(texts), -1))
+        return _captions_and_nouns(self.backbone.text_projection(rows, len(texts), run=self._runner()), len(texts))
+
+
+def _captions_and_nouns(rows: Tensor, captions: int) -> dict[str, Tensor]:
+    """``texts [B, C]``, and ``nouns [B, P, C]`` where there are more rows than `captions`."""
+    if len(rows) == captions:
+        return {"texts": rows}
+    texts, nouns = rows.split([captions, len(rows) - captions])
+    return {"texts": texts, "nouns": nouns.unflatten(0, (captions, -1))}
 
 
 @torch.no_grad()

@@ -250,23 +250,15 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, causal: bool, packing: Packing) -> 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, packing: Packing | None) -> Tensor:
     from xformers.ops import fmha  # pyright: ignore[reportMissingImports]
 
+    masks = fmha.attn_bias
     if packing is None:
-        bias = fmha.attn_bias.LowerTriangularMask() if causal else None
-    else:
-        bias = _block_diagonal(packing, causal)
-    return fmha.memory_efficient_attention(q, k, v, attn_bias=bias)
-
-
-def _block_diagonal(packing: Packing, causal: bool):
-    """xformers' mask of a packing, made once and kept in the packing for all layers."""
-    from xformers.ops.fmha import attn_bias  # pyright: ignore[reportMissingImports]
-
+        return fmha.memory_efficient_attention(q, k, v, attn_bias=masks.LowerTriangularMask() if causal else None)
     name = f"_xformers_{'causal' if causal else 'full'}"
-    if name not in packing.__dict__:
-        mask = attn_bias.BlockDiagonalCausalMask if causal else attn_bias.BlockDiagonalMask
+    if name not in packing.__dict__:  # made once, and kept in the packing for all layers
+        mask = masks.BlockDiagonalCausalMask if causal else masks.BlockDiagonalMask
         made = mask.from_seqlens([n for n in packing.sequences if n], device=packing.cu_seqlens.device)
         object.__setattr__(packing, name, made)
-    return packing.__dict__[name]
+    return fmha.memory_efficient_attention(q, k, v, attn_bias=packing.__dict__[name])
 
 
 def flash_reasons(q: Tensor) -> list[str]:
