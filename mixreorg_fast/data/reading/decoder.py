@@ -21,11 +21,7 @@ BATCH, PIXELS = 64, 1 << 26
 
 
 class Decoder:
-    """NVIDIA DALI's decoder, the one that training uses on `device`, and its parser of headers.
-
-    Raises:
-        UserError: DALI is not installed.
-    """
+    """NVIDIA DALI's decoder, the one that training uses on `device`, and its parser of headers."""
 
     def __init__(self, device: torch.device, threads: int) -> None:
         try:

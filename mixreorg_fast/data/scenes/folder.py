@@ -56,11 +56,7 @@ class ScenePaths:
 
 def with_scenes(config: Config) -> Config:
     """`config` with ``data.shards`` set: where they are null, the embedded scenes become its training, retrieval and,
-    unless it names others, evaluation data. They are drawn first where absent.
-
-    Raises:
-        UserError: as :func:`ensure_scenes`.
-    """
+    unless it names others, evaluation data. They are drawn first where absent (:func:`ensure_scenes`)."""
     if config.data.shards is not None:
         return config
     scenes = ensure_scenes(config.data.scenes)

@@ -108,11 +108,7 @@ def build(
 
 
 def _open(path: Path, options: dict[str, Any]) -> Source:
-    """The source at `path` with those of the `options` that its kind has.
-
-    Raises:
-        UserError: no source lies there, it lacks something, or it has no such option.
-    """
+    """The source at `path`, opened with `options`; a :class:`UserError` for an option that its kind does not have."""
     kind, opener = _kind(path)
     known = inspect.signature(opener).parameters
     for name, value in options.items():
@@ -125,8 +121,7 @@ def _kind(path: Path) -> tuple[str, Callable[..., Source]]:
     """What the source at `path` is, told by the files there (see docs/data.md), and the function that opens it."""
     parquet = "Parquet", rows_of_parquet
     if not path.exists():
-        siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"no {path}{nearest(str(path), siblings)}")
+        raise UserError(f"no {path}{nearest(str(path), map(str, path.parent.glob('*')))}")
     if photos.table_of(path) is not None:
         return "a table of photos", photos.listed
     if path.suffix == ".parquet" and path.is_file():
@@ -200,9 +195,6 @@ class Target:
     Attributes:
         hidden: the folder.
         skipped_list: the file that lists what was skipped.
-
-    Raises:
-        UserError: the pattern is malformed.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -253,11 +245,7 @@ class Target:
             raise UserError(f"{self.hidden}: damaged; delete it to start the build again") from None
 
     def begin(self, arguments: dict[str, Any]) -> None:
-        """Note the arguments of a build, or continue the unfinished build that had the same.
-
-        Raises:
-            UserError: the unfinished build had other arguments.
-        """
+        """Note the arguments of a build, or refuse those that an unfinished build did not have."""
         unfinished = self.record()
         if unfinished is None:
             for path in self.hidden.iterdir():  # remains of a build that was killed while it was cleaning up

@@ -19,9 +19,6 @@ def finished_tars(root: Path, workers: int = 1) -> Source:
 
     Args:
         workers: processes that look through the tars.
-
-    Raises:
-        UserError: img2dataset has finished none of the tars.
     """
     tars = sorted(root.glob("*.tar"))
     # img2dataset writes a shard's statistics last.

@@ -173,11 +173,7 @@ def _write_all(shards: Sequence[Shard], database: sqlite3.Connection, counts: Co
 
 
 def _rows(path: Path, key: str, texts: Sequence[str]) -> Iterator[list[Any]]:
-    """Key and captions of each row of a table.
-
-    Raises:
-        UserError: the table cannot be read, or has no such column.
-    """
+    """Key and captions of each row of a table."""
 
     def columns(there: Sequence[str]) -> list[str]:
         return [

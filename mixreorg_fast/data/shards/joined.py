@@ -36,14 +36,11 @@ class JoinedCaptions:
 
 
 def read_joined(place: Path, size: int | None, samples: np.ndarray) -> JoinedCaptions:
-    """The captions in a file.
+    """The captions in a file; a :class:`UserError` where it is damaged, or of another state of the tar.
 
     Args:
         size: of the tar, in bytes; None: the tar has vanished.
         samples: the tar's index.
-
-    Raises:
-        UserError: the file is damaged, or of another state of the tar.
     """
     try:
         with open(place, "rb") as file:

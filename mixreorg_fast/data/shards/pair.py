@@ -42,11 +42,7 @@ def checked(source: str | Path, key: str, image: bytes, text: bytes) -> Pair | B
 
 
 def image_extension(image: bytes) -> str:
-    """``jpg``, ``png`` or ``webp`` by a photo's first bytes.
-
-    Raises:
-        ValueError: it is none of them.
-    """
+    """``jpg``, ``png`` or ``webp`` by a photo's first bytes; a ValueError for anything else."""
     if image[:3] == b"\xff\xd8\xff":
         return "jpg"
     if image[:8] == b"\x89PNG\r\n\x1a\n":
@@ -76,11 +72,7 @@ def write_shard(path: Path, pairs: Iterable[Pair]) -> None:
 
 
 def captions_of(text: bytes) -> list[str]:
-    """The captions of a ``.txt``, one per line, without the lines that cannot be used.
-
-    Raises:
-        ValueError: no line can be used; the message says why.
-    """
+    """The captions of a ``.txt``, one per line, without lines that cannot be used; a ValueError where none is left."""
     usable, reason = [], "empty caption"
     for line in text.splitlines():
         try:
@@ -117,11 +109,7 @@ class NounFinder:
 
     @classmethod
     def of(cls, path: str | Path) -> NounFinder:
-        """A finder of the lines of a file, lower-cased.
-
-        Raises:
-            UserError: the file is missing or empty.
-        """
+        """A finder of the lines of a file, lower-cased."""
         try:
             nouns = [line.strip().lower() for line in Path(path).read_text(encoding="utf-8").splitlines()]
         except (OSError, UnicodeDecodeError):

@@ -25,9 +25,6 @@ def rows_of_parquet(
         path: a file, or a folder with some.
         split: only the files that are called ``<split>-*.parquet`` or lie in a folder of that name.
         image_column, caption_column: None: the usual names are tried.
-
-    Raises:
-        UserError: pyarrow is not installed; a file cannot be read; there is no such split or column.
     """
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     if split is not None:
@@ -49,11 +46,7 @@ def rows_of_parquet(
 
 
 def open_parquet(path: Path) -> Any:
-    """A ``pyarrow.parquet.ParquetFile``.
-
-    Raises:
-        UserError: pyarrow is not installed; the file cannot be read.
-    """
+    """A ``pyarrow.parquet.ParquetFile``; a :class:`UserError` where it cannot be read or pyarrow is missing."""
     try:
         import pyarrow.parquet
     except ImportError:

@@ -31,10 +31,8 @@ def advance(number: int) -> None:
 def pool(workers: int, bar: tqdm | None = None) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
     """A ``map`` over `workers` processes, results in order; with one worker it runs in this process.
 
-    The processes are started afresh rather than forked: the caller may have threads.
-
-    Raises:
-        UserError: a process was killed.
+    The processes are started afresh rather than forked: the caller may have threads. Where one of them is killed, a
+    :class:`UserError` says so.
     """
     global _advance
     bar = bar if bar is not None else tqdm(disable=True)

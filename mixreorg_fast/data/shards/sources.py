@@ -57,8 +57,7 @@ def find_column(
 ) -> str:
     """The column of a table that is `asked` for, else the first of the `usual` names, in any case.
 
-    Raises:
-        UserError: no column of `there` fits; `option` names it, by default --`what`-column.
+    Where no column of `there` fits, a :class:`UserError` asks for the `option`, by default --`what`-column.
     """
     if asked is not None:
         if asked not in there:

@@ -34,9 +34,6 @@ def verify(
 
     Yields:
         the shards in order, as they are indexed now.
-
-    Raises:
-        UserError: as :func:`~.patterns.expand` and :func:`~mixreorg_fast.devices.choose`; DALI is not installed.
     """
     kind = devices.choose(device).type
     paths = [path for path in expand(patterns) if path.is_file()]
