@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from tqdm import tqdm
@@ -16,6 +17,7 @@ from ..config import Config
 from ..data.reading.decoder import Decoder
 from ..data.reading.samples import reading_threads
 from ..data.reading.training_set import TrainingSet, shard_sets
+from ..data.remote.sets import listed, remote_shards
 from ..data.shards.index import open_shard
 from ..data.shards.patterns import expand
 from ..data.shards.scan import Bad
@@ -29,20 +31,24 @@ SLICE = 5.0
 NETWORK_DISK = 65.0
 
 
-def open_training_set(config: Config, ranks: Ranks) -> TrainingSet:
+def open_training_set(config: Config, ranks: Ranks, state: Mapping = MappingProxyType({})) -> TrainingSet:
     """Index every shard of the run that has no index, having decoded its photos (unless ``data.verify`` is off), and
     open the training set. The embedded scenes are not decoded: this program wrote them.
 
     The ranks share the work; call on every rank. The work may take hours, but no exchange between ranks waits longer
-    than a slice of it. After an interruption, finished shards are not indexed again.
+    than a slice of it. After an interruption, finished shards are not indexed again. Of remote shards the first window
+    is fetched; the others follow as the run comes to them.
 
     Args:
         config: with ``data.shards`` set (:func:`~mixreorg_fast.data.scenes.folder.with_scenes`).
+        state: of the checkpoint from which the run resumes.
     Raises:
         UserError: no shards; the ranks see different shards.
     """
     if not config.data.is_scenes:
         patterns = [pattern for pattern, _ in shard_sets(config.data)]
+        _list_alike(patterns, config)
+        patterns = [pattern for pattern in patterns if remote_shards(pattern, config.data.cache) is None]
         paths = on_main(lambda: list(dict.fromkeys(path for pattern in patterns for path in expand(pattern))))
         local = local_rank(), local_size()
         # First all ranks together. What a node does not see then lies on another node's disks: that node's ranks do it.
@@ -52,12 +58,23 @@ def open_training_set(config: Config, ranks: Ranks) -> TrainingSet:
                 break
             if ranks.size > local[1]:
                 _wait_for_files(paths, config)
-    return _open_alike(config, ranks)
+    return _open_alike(config, ranks, state)
+
+
+def _list_alike(patterns: Sequence, config: Config) -> None:
+    """Let rank 0 list remote shards, and all ranks take its list."""
+
+    def lists() -> dict:
+        for pattern in (*patterns, config.data.val_shards or ()):
+            remote_shards(pattern, config.data.cache)
+        return listed
+
+    listed.update(on_main(lists))
 
 
 def check_bad(training_set: TrainingSet, config: Config) -> None:
     """Raise a UserError if the indexes leave out more than ``data.max_bad`` of the samples."""
-    lost, total = training_set.lost, training_set.lost + len(training_set)
+    lost, total = training_set.lost, training_set.lost + training_set.indexed
     example = ": ".join(filter(None, training_set.bad[0])) if lost else ""
     _refuse_many(lost, total, config, f"SHARD.broken.tsv lists them where it can be written: {example}")
 
@@ -72,32 +89,33 @@ class BadSamples:
         self._config, self._ranks, self._training_set = config, ranks, training_set
         self._path = config.run_folder / "bad_samples.tsv"
         self._found: dict[tuple[str, str], Bad] = {}
-        self._sent, self._before, self._count = 0, -1, 0
+        self._sent, self._before, self._count = 0, [-1, -1], 0
         self._consumed = samples
 
     @property
     def _total(self) -> int:
-        return len(self._training_set) + self._training_set.lost
+        return self._training_set.indexed + self._training_set.lost
 
     def count(self, own: list[Bad]) -> int:
         """How many there are, including those that the shards' indexes leave out. Call on every rank.
 
         `own` are those that this rank has found so far. More than ``data.max_bad`` of all end in a UserError.
         """
-        found = sum_over_ranks(torch.tensor(len(own), device=self._ranks.device)).item()
+        lost, total = (self._training_set.lost, self._total) if self._ranks.is_main else (0, 0)
+        *found, total = sum_over_ranks(torch.tensor([len(own), lost, total], device=self._ranks.device)).tolist()
         if found == self._before:
             return self._count
         self._before = found
         parts = gather_objects(own[self._sent :])
         self._sent = len(own)
         self._found.update({(bad.shard, bad.key): bad for part in parts for bad in part})
-        self._count = self._training_set.lost + len(self._found)
+        self._count = found[1] + len(self._found)
         if self._ranks.is_main and self._count:
             lines = {str(bad): None for bad in (*self._training_set.bad, *self._found.values())}
             if self._path.is_file():  # of the run before it was resumed
                 lines = dict.fromkeys(self._path.read_text(encoding="utf-8").splitlines()) | lines
             write_text(self._path, "".join(f"{line}\n" for line in lines))
-        _refuse_many(self._count, self._total, self._config, f"{self._path} lists them")
+        _refuse_many(self._count, total, self._config, f"{self._path} lists them")
         return self._count
 
     def remark(self, samples: int) -> str | None:
@@ -169,7 +187,7 @@ def _work_together(work: Iterator[int], paths: Sequence[Path], ranks: Ranks) -> 
     return True
 
 
-def _open_alike(config: Config, ranks: Ranks) -> TrainingSet:
+def _open_alike(config: Config, ranks: Ranks, state: Mapping) -> TrainingSet:
     """Open the training set on every rank.
 
     A rank that cannot, or that has other samples or another order than rank 0, ends all of them in a UserError.
@@ -177,9 +195,10 @@ def _open_alike(config: Config, ranks: Ranks) -> TrainingSet:
     training_set, error, digest = None, None, hashlib.sha256()
     try:
         training_set = TrainingSet.open(config, warn=ranks.is_main)
-        for shard in training_set.shards.shards:
-            joined = 0 if shard.joined is None else len(shard.joined.texts)
-            digest.update(f"{shard.path.name} {len(shard.samples)} {shard.broken} {joined}\n".encode())
+        for part in training_set.sets:
+            digest.update(part.fingerprint.encode())
+        known = state.get("remote", ()) if state.get("order") == training_set.digest else ()
+        training_set.begin(known, progress=local_rank() == 0)
     except UserError as failure:
         error = str(failure)
     answers = gather_objects((error, digest.hexdigest(), len(training_set or ()), socket.gethostname()))

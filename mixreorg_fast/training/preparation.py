@@ -6,10 +6,10 @@ from collections.abc import Callable
 from functools import partial
 
 from ..config import Config
-from ..data.reading.training_set import TrainingSet, shard_sets
+from ..data.reading.training_set import TrainingSet, check_patterns, open_validation_shards, shard_sets
+from ..data.remote.sets import remote_shards
 from ..data.shards.index import open_shard
 from ..data.shards.patterns import expand
-from ..data.shards.shard_set import open_shards
 from ..data.text.tokenizer import Tokenizer
 from ..errors import UserError
 from ..evaluation.datasets import open_dataset
@@ -29,7 +29,7 @@ def check_inputs(config: Config, resuming: bool, world_size: int = 1) -> None:
     patterns = [pattern for pattern, _ in shard_sets(data)] if data.shards is not None else []
     checks: list[Callable[[], object]] = [
         partial(config.micro_batch, world_size),
-        *(partial(expand, pattern) for pattern in (*patterns, data.val_shards) if pattern is not None),
+        *(partial(check_patterns, pattern, data) for pattern in (*patterns, data.val_shards) if pattern is not None),
         partial(_check_batch, config, patterns, world_size),
         *(partial(open_dataset, entry.dataset, entry.root, entry.split) for entry in config.eval.datasets),
     ]
@@ -56,7 +56,7 @@ def prepare(config: Config, training_set: TrainingSet, resuming: bool) -> Config
     check_bad(training_set, config)
     _refuse_few(len(training_set), config)
     if config.data.val_shards is not None:
-        open_shards(config.data.val_shards)
+        open_validation_shards(config.data)
     tokenizer = _tokenizer(config, resuming) or training_set.train_tokenizer(config.data.vocab_size)
     text = config.model.text.model_copy(update={"vocab_size": tokenizer.vocab_size})
     config = config.model_copy(update={"model": config.model.model_copy(update={"text": text})})
@@ -67,7 +67,9 @@ def prepare(config: Config, training_set: TrainingSet, resuming: bool) -> Config
 
 
 def _check_batch(config: Config, patterns: list, world_size: int) -> None:
-    """Raise a UserError if there are no shards, or fewer samples than a batch."""
+    """Raise a UserError if there are no shards, or fewer samples than a batch. Remote ones are counted later."""
+    if any(remote_shards(pattern, config.data.cache) for pattern in patterns):
+        return
     samples = config.data.scenes.train if config.data.shards is None else 0
     for path in (path for pattern in patterns for path in expand(pattern)):
         samples += len(open_shard(path).samples)

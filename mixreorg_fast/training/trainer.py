@@ -69,7 +69,7 @@ def train(config: Config, resume: str = "auto", device: str | None = None) -> di
     on_main(lambda: check_inputs(config, bool(checkpoint.find(config.run_folder, resume)), ranks.size))
     state = on_main(lambda: run_folder.state_to_resume(config, resume))
     config = on_main(lambda: with_scenes(config))
-    training_set = open_training_set(config, ranks)
+    training_set = open_training_set(config, ranks, state)
     config = on_main(lambda: prepare(config, training_set, resuming=bool(state)))
     if ranks.is_main and state.get("order", training_set.digest) != training_set.digest:
         print("warning: data.shards have changed: the samples' order changes from here on", flush=True)
@@ -211,7 +211,8 @@ class Trainer:
         """Micro-batches as the network takes them."""
         batches = iter(loader)
         while True:
-            self.watch.at(self.step + 1, "waiting for data")
+            # How long a shard may take to come is not for the watch to say: data.cache.patience is.
+            self.watch.at(self.step + 1, "waiting for data", timed=not self.training_set.is_remote)
             with self.reports.waiting_for_data():
                 pairs = next(batches)
             self._images = pairs.images
@@ -351,6 +352,7 @@ class Trainer:
             "seed": self.config.seed,
             "batch": self.config.train.batch,
             "order": self.training_set.digest,
+            "remote": self.training_set.counts,
             "best": self.best,
         }
         return checkpoint.save(self.run_folder, self.engine, state, self.config.checkpoint.keep, self.tokenizer)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import ops
 from ..config import Config, EvalDatasetConfig
 from ..data.reading.loaders import ValidationLoader
-from ..data.shards.shard_set import open_shards
+from ..data.reading.training_set import open_validation_shards
 from ..data.text.tokenizer import Tokenizer
 from ..evaluation.datasets import SegmentationDataset, open_dataset
 from ..evaluation.pictures import dataset_figure, mixing_figure, segments_figure
@@ -56,7 +56,7 @@ def _segmenter(model: Model, config: Config, entry: EvalDatasetConfig) -> tuple[
 def _pairs(model: Model, config: Config, ranks: Ranks, limit: int | None) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's images and token ids of ``data.val_shards``; `limit`: approximate number of pairs over all ranks."""
     assert model.tokenizer is not None and config.data.val_shards is not None
-    shards, seen = open_shards(config.data.val_shards), 0
+    shards, seen = open_validation_shards(config.data), 0
     loader = ValidationLoader(
         config, model.tokenizer, shards, micro_batch=64, rank=ranks.rank, world_size=ranks.size, device=ranks.device
     )

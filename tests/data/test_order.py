@@ -83,7 +83,8 @@ class TestMixture:
     WEIGHTS = (3.0, 1.0, 4.0)
 
     def mixture(self, seed: int = 1) -> Mixture:
-        return Mixture(self.SIZES, self.WEIGHTS, seed, window=2)
+        orders = [Order(part, seed, window=2, stream=number) for number, part in enumerate(self.SIZES)]
+        return Mixture(orders, self.WEIGHTS, seed)
 
     def test_shares_are_the_weights(self):
         mixture = self.mixture()
@@ -120,7 +121,7 @@ class TestMixture:
 
     def test_a_weight_too_small(self):
         with pytest.raises(ValueError, match="1/65536"):
-            Mixture(self.SIZES[:2], (1.0, 1e-6), 0)
+            Mixture([Order(part, 0) for part in self.SIZES[:2]], (1.0, 1e-6), 0)
 
 
 def test_stand_ins_are_spread_and_reach_every_sample():

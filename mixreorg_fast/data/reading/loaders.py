@@ -100,7 +100,9 @@ class TrainLoader:
         self._next = start + rank * micro_batch
         self._device = device or devices.choose()
         self._threads = reading_threads(config.data)
-        self._reader = SampleReader(training_set.shards, self._threads, self._device, training_set.ends)
+        self._reader = SampleReader(training_set.shards, self._threads, self._device, training_set.alternatives)
+        # The ranks meet in each micro-step, so another rank may be behind by the batches that are prepared here.
+        self._fetching = training_set.fetch_ahead((config.data.prefetch + DEPTH + 2) * self._step)
         self._closed = False
         self._batches = self._prepared()
         self._thread = ThreadPoolExecutor(1, "mixreorg-loader", self._begin_thread)
@@ -135,11 +137,15 @@ class TrainLoader:
         if self._closed:
             return
         self._closed = True
+        if self._fetching is not None:  # the thread may be waiting for a shard
+            self._fetching.close()
         for batch in self._ahead:
             batch.cancel()
         self._thread.submit(self._batches.close)  # frees DALI's pipeline in the thread that built it
         self._thread.shutdown()
         self._reader.close()
+        if self._fetching is not None:
+            self._fetching.release()
 
     def _begin_thread(self) -> None:
         if self._device.type == "cuda":  # its copies do not queue behind the training step

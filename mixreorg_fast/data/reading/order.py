@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -48,7 +49,7 @@ class Order:
         self._seed = seed
         self._window = window
         self._stream = stream
-        self.samples = int(self._sizes.sum())
+        self.samples = self.span = int(self._sizes.sum())
         # Neighbouring batches fall into the same window; two of each are in use where one ends.
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffle_shards)
         self._shuffled = functools.lru_cache(maxsize=2)(self._shuffle_window)
@@ -78,6 +79,16 @@ class Order:
         return samples[permutation(len(samples), self._seed, Purpose.WINDOW, epoch, window, self._stream)]
 
 
+class SetOrder(Protocol):
+    """The order of one set: :class:`Order`, or that of remote shards."""
+
+    span: int  # sample numbers are below it
+
+    @property
+    def samples(self) -> int: ...
+    def at(self, position: int, count: int) -> np.ndarray: ...
+
+
 class Mixture:
     """Samples of several sets, drawn by weight: each set in an :class:`Order` of its own.
 
@@ -86,7 +97,7 @@ class Mixture:
     positions, follow from (seed, position) directly.
 
     Args:
-        sizes: for each set, the samples of its shards; the sets' samples are numbered one set after the other.
+        orders: of the sets, with their number as `stream`; the sets' samples are numbered one set after the other.
         weights: of the sets, positive; their sum does not matter.
         seed: of the run.
 
@@ -96,17 +107,20 @@ class Mixture:
 
     BLOCK = 65_536
 
-    def __init__(self, sizes: Sequence[np.ndarray], weights: Sequence[float], seed: int, *, window: int = 16) -> None:
-        self._orders = [Order(part, seed, window=window, stream=number) for number, part in enumerate(sizes)]
-        self._offsets = np.cumsum([0, *(order.samples for order in self._orders)])
+    def __init__(self, orders: Sequence[SetOrder], weights: Sequence[float], seed: int) -> None:
+        self._orders = orders
+        self._offsets = np.cumsum([0, *(order.span for order in orders)])
         self._seed = seed
-        self.samples = int(self._offsets[-1])
         bounds = np.cumsum(np.asarray(weights, dtype=np.float64)) / np.sum(weights, dtype=np.float64)
         ends = np.rint(bounds * self.BLOCK).astype(np.int64)
         self._per_block = np.diff(ends, prepend=0)  # positions of each set
         if (self._per_block < 1).any():
             raise ValueError(f"a weight is less than 1/{self.BLOCK} of their sum")
         self._block = functools.lru_cache(maxsize=2)(self._shuffle_block)
+
+    @property
+    def samples(self) -> int:
+        return sum(order.samples for order in self._orders)
 
     def at(self, position: int, count: int) -> np.ndarray:
         """Sample numbers, int64 ``[count]``, at positions position … position + count - 1 of the run."""

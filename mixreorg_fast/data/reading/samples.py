@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,6 +21,7 @@ from .order import stand_in
 
 log = logging.getLogger("mixreorg_fast")
 
+Alternatives = Callable[[int], tuple[int, int]]
 MOST_THREADS = 16  # more threads than this find no work beside a GPU's decoder
 
 
@@ -35,17 +37,19 @@ class SampleReader:
 
     Args:
         shards: shared with other readers; each reader opens files of its own.
-        ends: where the sets end whose samples may replace one another; None: all of `shards` are one set.
+        alternatives: for a sample's number, first and count of those that may replace it; default: as `shards` say.
 
     Attributes:
         bad: the bad samples found so far, by number.
     """
 
-    def __init__(self, shards: ShardSet, threads: int, device: torch.device, ends: np.ndarray | None = None) -> None:
+    def __init__(
+        self, shards: ShardSet, threads: int, device: torch.device, alternatives: Alternatives | None = None
+    ) -> None:
         self.bad: dict[int, Bad] = {}
-        self._shards = ShardSet(shards.shards)
+        self._shards = ShardSet(shards.shards, shards.sizes)
         self._threads = threads
-        self._ends = np.array([len(shards)]) if ends is None else ends
+        self._alternatives = alternatives or shards.alternatives
         self._decoder = Decoder(device, 1)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mixreorg-read")
         self._warned: set[str] = set()
@@ -91,10 +95,9 @@ class SampleReader:
         self._shards.close()
 
     def _replacement(self, number: int) -> tuple[int, tuple[Sample, tuple[int, int]]]:
-        part = np.searchsorted(self._ends, number, side="right")
-        first, end = (int(bound) for bound in (0, *self._ends)[part : part + 2])
-        for attempt in range(64 + end - first):
-            other = stand_in(number, attempt, first, end - first)
+        first, count = self._alternatives(number)
+        for attempt in range(64 + count):
+            other = stand_in(number, attempt, first, count)
             if other not in self.bad:
                 self._shards.open_for(np.array([other]))
                 (pair,) = self._read_part(np.array([other]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,17 @@ import numpy as np
 
 from ...config import Config, DataConfig
 from ...errors import UserError
+from ...ranks import local_rank
+from ..remote.ahead import ShardAhead
+from ..remote.cache import Cache
+from ..remote.order import RemoteOrder
+from ..remote.sets import RemoteSet, open_remote_shards, remote_shards
+from ..shards.patterns import expand
 from ..shards.scan import Bad
 from ..shards.shard_set import ShardSet, open_shards
 from ..text.tokenizer import Tokenizer
 from .order import Mixture, Order
+from .samples import reading_threads
 
 # Half a million samples settle a tokenizer's merges. More samples only take time.
 TOKENIZER_SAMPLES = 500_000
@@ -24,53 +32,145 @@ class TrainingSet:
     """The samples that a run trains on, from one set of shards or several, opened once.
 
     Attributes:
-        shards: of all sets, one set after the other.
-        ends: the number of samples up to the end of each set, int64 ``[sets]``.
+        sets: local and remote ones.
+        orders: of each set.
         order: which sample stands at which position of a run.
-        lost: samples that the shards' indexes leave out, summed over the sets.
+        shards: of all sets, one set after the other.
         digest: of all that the order depends on besides the seed. When it changes, positions mean other samples.
     """
 
+    config: Config
+    sets: Sequence[ShardSet]
+    orders: Sequence[Order | RemoteOrder]
+    order: Order | RemoteOrder | Mixture
     shards: ShardSet
-    ends: np.ndarray
-    order: Order | Mixture
-    lost: int
     digest: str
 
     @classmethod
     def open(cls, config: Config, *, warn: bool = False) -> TrainingSet:
-        """Open the shards of ``data.shards``; errors and `warn` as of :func:`~..shards.shard_set.open_shards`.
+        """Open the shards of ``data.shards``; errors and `warn` as of :func:`~..shards.shard_set.open_shards`. Remote
+        shards are listed, and not fetched yet.
 
         Raises:
-            UserError: the weight of a set is too small.
+            UserError: the weight of a set is too small; remote shards cannot be listed.
         """
         patterns, weights = zip(*shard_sets(config.data), strict=True)
-        sets = [open_shards(pattern, warn=warn) for pattern in patterns]
-        sizes = [part.sizes for part in sets]
+        sets: list[ShardSet] = []
+        orders: list[Order | RemoteOrder] = []
+        lines, cache = [], None
+        for number, (pattern, weight) in enumerate(zip(patterns, weights, strict=True)):
+            remote = remote_shards(pattern, config.data.cache)
+            if remote is None:
+                sets.append(open_shards(pattern, warn=warn))
+                orders.append(Order(sets[-1].sizes, config.seed, stream=number))
+                lines.append(f"{weight} {sets[-1].sizes.tolist()}\n")
+            else:
+                cache, window = cache or open_cache(config.data), config.data.cache.window
+                part = RemoteSet(remote, cache)
+                sets.append(part)
+                orders.append(RemoteOrder(part.shards, config.seed, window=window, stream=number))
+                lines.append(f"{weight} {window} {[(str(shard.place), shard.size) for shard in remote]}\n")
         try:
-            order = Order(sizes[0], config.seed) if len(sets) == 1 else Mixture(sizes, weights, config.seed)
+            order = orders[0] if len(orders) == 1 else Mixture(orders, weights, config.seed)
         except ValueError as error:
             raise UserError(f"data.shards: {error}; leave that set out") from None
-        lines = [f"{weight} {of_shards.tolist()}\n" for weight, of_shards in zip(weights, sizes, strict=True)]
-        return cls(
-            shards=ShardSet([shard for part in sets for shard in part.shards]),
-            ends=np.cumsum([len(part) for part in sets]),
-            order=order,
-            lost=sum(part.lost for part in sets),
-            digest=hashlib.sha256("".join(lines).encode()).hexdigest(),
-        )
+        shards = ShardSet([s for part in sets for s in part.shards], np.concatenate([part.sizes for part in sets]))
+        return cls(config, sets, orders, order, shards, hashlib.sha256("".join(lines).encode()).hexdigest())
 
     def __len__(self) -> int:
-        return len(self.shards)
+        """Samples of an epoch; those of remote shards by the mean of their first window, which is fetched for it."""
+        return self.order.samples
+
+    @property
+    def indexed(self) -> int:
+        """Samples of the shards that are indexed: of all local ones, and of the remote ones reached so far."""
+        return sum(part.samples for part in self.sets)
+
+    @property
+    def lost(self) -> int:
+        """Samples that the shards' indexes leave out, summed over the sets."""
+        return sum(part.lost for part in self.sets)
 
     @property
     def bad(self) -> list[Bad]:
         """What the shards' indexes leave out: broken samples, lost ends of tars, files that are not tars."""
-        return self.shards.bad
+        return [bad for part in self.sets for bad in part.bad]
+
+    def alternatives(self, number: int) -> tuple[int, int]:
+        """First and count of the samples of which one may replace sample `number`: of its set, or its remote shard."""
+        ends = np.cumsum([order.span for order in self.orders])
+        part = int(np.searchsorted(ends, number, side="right"))
+        start = int(ends[part]) - self.orders[part].span
+        first, count = self.sets[part].alternatives(number - start)
+        return start + first, count
 
     def train_tokenizer(self, vocab_size: int) -> Tokenizer:
-        """A tokenizer of the captions, as :meth:`Tokenizer.train`."""
-        return Tokenizer.train(self.shards.captions(TOKENIZER_SAMPLES), vocab_size)
+        """A tokenizer of the captions, as :meth:`Tokenizer.train`; of remote shards those of the first window."""
+        first = [part.shards if numbers is None else [part.shards[n] for n in numbers] for part, numbers in self._first]
+        return Tokenizer.train(ShardSet([s for part in first for s in part]).captions(TOKENIZER_SAMPLES), vocab_size)
+
+    # ------------------------------------------------------------------ remote shards
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether some shards are fetched as the run comes to them."""
+        return self._cache is not None
+
+    @property
+    def counts(self) -> list[list[tuple[int, int] | None] | None]:
+        """What is known of the remote shards; a run that resumes with it fetches nothing to find its place."""
+        return [part.counts if isinstance(part, RemoteSet) else None for part in self.sets]
+
+    def begin(self, counts: Sequence[Sequence | None] = (), *, progress: bool = False) -> None:
+        """Fetch the first windows of remote shards, unless `counts` of an earlier process or the cache know them.
+
+        Raises:
+            UserError: the cache holds less than two windows; a shard cannot be fetched.
+        """
+        for part, known in zip(self.sets, counts, strict=False):
+            if isinstance(part, RemoteSet) and known is not None:
+                part.counts = known
+        for part, numbers in self._first:
+            if isinstance(part, RemoteSet) and numbers is not None:
+                part.fetch(numbers, self.config.data.cache.workers, progress=progress)
+        if (cache := self._cache) is not None:
+            self._check_room(cache)
+
+    def fetch_ahead(self, behind: int) -> ShardAhead | None:
+        """Fetch remote shards ahead of the run, in one process of a node; None without remote shards.
+
+        Args:
+            behind: samples by which another rank may be behind this one.
+        """
+        if (cache := self._cache) is None:
+            return None
+        remote = [(p.shards, o) for p, o in zip(self.sets, self.orders, strict=True) if isinstance(o, RemoteOrder)]
+        return ShardAhead(cache, remote, 0 if local_rank() else self.config.data.cache.workers, behind)  # pyright: ignore
+
+    @property
+    def _cache(self) -> Cache | None:
+        return next((part.cache for part in self.sets if isinstance(part, RemoteSet)), None)
+
+    @property
+    def _first(self) -> list[tuple[ShardSet, list[int] | None]]:
+        """The sets, each remote one with the shards of its first window."""
+        orders = zip(self.sets, self.orders, strict=True)
+        return [(part, order.shards_of(0) if isinstance(order, RemoteOrder) else None) for part, order in orders]
+
+    def _check_room(self, cache: Cache) -> None:
+        settings, need, least = self.config.data.cache, 0, 0
+        for part, order in zip(self.sets, self.orders, strict=True):
+            if isinstance(order, RemoteOrder) and isinstance(part, RemoteSet):
+                shards = {n: part.shards[n].remote for window in (0, 1) for n in order.shards_of(window)}
+                sizes = [cache.size_of(shard) for shard in shards.values()]
+                need, least = need + sum(sizes), least + 2 * max(sizes)
+        if need > cache.size:
+            window = max(1, settings.window * cache.size // need)
+            fits = f"data.cache.window {window} or " if least <= cache.size and window < settings.window else ""
+            raise UserError(
+                f"data.cache.size {settings.size} is less than two windows of {settings.window} shards "
+                f"({need / 1e9:.3g} GB); nearest: {fits}data.cache.size '{-(-need // 10**6)} MB'"
+            )
 
 
 def shard_sets(data: DataConfig) -> list[tuple[str | list[str], float]]:
@@ -79,3 +179,23 @@ def shard_sets(data: DataConfig) -> list[tuple[str | list[str], float]]:
     if isinstance(shards, str) or not shards or isinstance(shards[0], str):
         return [(shards, 1.0)]
     return [(part.pattern, part.weight) for part in shards]
+
+
+def open_cache(data: DataConfig) -> Cache:
+    """The cache of remote shards that ``data.cache`` describes."""
+    return Cache(data.cache, verify=data.verify, threads=reading_threads(data))
+
+
+def check_patterns(patterns: str | list[str], data: DataConfig) -> None:
+    """Raise a UserError if patterns stand for no shards; remote ones are listed."""
+    if remote_shards(patterns, data.cache) is None:
+        expand(patterns)
+
+
+def open_validation_shards(data: DataConfig) -> ShardSet:
+    """The shards of ``data.val_shards``; remote ones are fetched."""
+    assert data.val_shards is not None
+    remote = remote_shards(data.val_shards, data.cache)
+    if remote is None:
+        return open_shards(data.val_shards)
+    return open_remote_shards(remote, open_cache(data), data.cache.workers)

@@ -28,6 +28,8 @@ class ShardAhead:
         self, cache: Cache, sets: Sequence[tuple[Sequence[CachedShard], RemoteOrder]], workers: int, behind: int
     ) -> None:
         self._cache, self._sets, self._behind = cache, sets, behind
+        self._listed = all(shard.remote.size is not None for shards, _ in sets for shard in shards)
+        cache.needed = lambda: [shard.path for shard in self._needed()]
         self._planned: object = None
         self._plan: Iterator[CachedShard] = iter(())
         self._lock = threading.Lock()
@@ -40,11 +42,15 @@ class ShardAhead:
         atexit.register(self.close)  # before the interpreter takes down what the threads use
 
     def close(self) -> None:
-        """Stop fetching; what is on its way is kept as far as it has come."""
+        """Stop fetching, also what waits for a shard; what is on its way is kept as far as it has come."""
         self._cache.stop.set()
         for thread in self._threads:
             thread.join()
         atexit.unregister(self.close)
+
+    def release(self) -> None:
+        """Let others fetch again, after :meth:`close`."""
+        self._cache.stop.clear()
 
     def _run(self) -> None:
         while not self._cache.stop.is_set():
@@ -61,13 +67,11 @@ class ShardAhead:
                 pass  # the loader meets the same error when it comes to this shard
 
     def _next(self) -> CachedShard | None:
-        """The next shard of the plan, which changes when an order comes to another window."""
+        """The next shard of the plan, which changes when an order comes to another window or sizes become known."""
         places = [(order.current, order.just_begun(self._behind)) for _, order in self._sets]
-        if self._planned != (situation := (places, self._cache.knows_sizes)):
+        if self._planned != (situation := (places, self._cache.learned)):
             self._planned = situation
-            needed = self._needed()
-            self._cache.needed = {shard.path: place for place, shard in enumerate(needed)}
-            self._plan = iter(needed)
+            self._plan = iter(self._needed())
         return next(self._plan, None)
 
     def _needed(self) -> list[CachedShard]:
@@ -87,7 +91,7 @@ class ShardAhead:
         """Window by window of each set, for an epoch; while no shard's size is known, this window only."""
         asked = [(shards, order, order.current) for shards, order in self._sets if order.current is not None]
         epoch = max((order.windows for _, order, _ in asked), default=0)
-        for step in range(-1, epoch + 1 if self._cache.knows_sizes else 1):
+        for step in range(-1, epoch + 1 if self._listed or self._cache.learned else 1):
             for shards, order, current in asked:
                 if step >= 0 or order.just_begun(self._behind):
                     yield from (shards[number] for number in order.shards_of(current + step))

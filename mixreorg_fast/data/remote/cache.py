@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,7 +42,7 @@ class Cache:
 
     def __init__(self, settings: CacheConfig, *, verify: bool = True, threads: int = 1) -> None:
         self.folder, self.size = settings.path, settings.capacity
-        self.needed: Mapping[Path, int] = {}  # soon, and how soon: these are the last to give way
+        self.needed: Callable[[], list[Path]] = list  # soon, soonest first: these are the last to give way
         self.stop = threading.Event()
         self._patience = settings.patience
         self._verify = verify
@@ -62,9 +62,9 @@ class Cache:
         return self.folder / shard.place
 
     @property
-    def knows_sizes(self) -> bool:
-        """Whether :meth:`size_of` can tell the size of shards."""
-        return bool(self._sizes)
+    def learned(self) -> int:
+        """How many sizes it has learned that no source had listed."""
+        return len(self._sizes)
 
     def size_of(self, shard: RemoteShard) -> int:
         """Its bytes; of a shard whose source lists no sizes, the mean of those that were fetched."""
@@ -99,7 +99,8 @@ class Cache:
         while True:
             if path.is_file() and (found := self.known(shard)) is not None:
                 with contextlib.suppress(OSError):
-                    self._sizes[path] = path.stat().st_size
+                    if shard.size is None:
+                        self._sizes[path] = path.stat().st_size
                     os.utime(f"{path}.index")  # its last use
                 return found
             with _locked(path.with_name(f".{path.name}.lock"), self.stop):
@@ -124,7 +125,7 @@ class Cache:
                 for future in waiting:
                     yield future.result()
             finally:
-                if not waiting[-1].done():
+                if not all(future.done() for future in waiting):
                     self.stop.set()
                     pool.shutdown(wait=True, cancel_futures=True)
                     self.stop.clear()
@@ -179,36 +180,37 @@ class Cache:
         used = {path: _used(path) for path, _ in self._tars() if path != asking}
         if not used:
             return False
-        needed = self.needed
+        needed = {path: place for place, path in enumerate(self.needed())}
         least = min(used, key=lambda path: (path in needed, -needed.get(path, 0), used[path]))
         least.unlink(missing_ok=True)
         return True
 
 
 class CachedShard:
-    """A remote shard in the place of a :class:`~mixreorg_fast.data.shards.index.Shard`: fetched when it is needed."""
+    """A remote shard in the place of a local one: fetched when it is needed.
 
-    def __init__(self, remote: RemoteShard, cache: Cache, count: int | None = None) -> None:
-        self.remote, self._cache, self._count = remote, cache, count
-        self.path = cache.path(remote)
+    Attributes:
+        counts: its samples, and the broken ones that it leaves out; None: nobody asked yet.
+    """
+
+    def __init__(self, remote: RemoteShard, cache: Cache) -> None:
+        self.remote, self.path, self._cache = remote, cache.path(remote), cache
+        self.counts: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         """Its number of samples; it is fetched if that was never known."""
-        if self._count is None:
-            self._count = len(self._shard.samples)
-        return self._count
+        if self.counts is None:
+            shard = self._cache.known(self.remote) or self._cache.get(self.remote)
+            self.counts = len(shard.samples), shard.broken
+        return self.counts[0]
 
     @property
     def known(self) -> bool:
-        return self._count is not None or self._cache.known(self.remote) is not None
-
-    @property
-    def _shard(self) -> Shard:
-        return self._cache.known(self.remote) or self._cache.get(self.remote)
+        return self.counts is not None or self._cache.known(self.remote) is not None
 
     @property
     def samples(self) -> np.ndarray:
-        return self._shard.samples
+        return (self._cache.known(self.remote) or self._cache.get(self.remote)).samples
 
     def open(self) -> int:
         return self._cache.open(self.remote)

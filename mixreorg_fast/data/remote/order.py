@@ -18,7 +18,8 @@ STRIDE = 1 << 32  # sample numbers that a shard may use: its first does not depe
 class Counted(Protocol):
     """A shard that tells its number of samples, and whether it can without being fetched."""
 
-    known: bool
+    @property
+    def known(self) -> bool: ...
 
     def __len__(self) -> int: ...
 
@@ -49,7 +50,7 @@ class RemoteOrder:
         self._epoch = functools.lru_cache(maxsize=4)(self._shuffle_shards)
         self._shuffled = functools.lru_cache(maxsize=2)(self._shuffle_window)
 
-    @functools.cached_property
+    @property
     def samples(self) -> int:
         """Of an epoch, by the mean of its first window: the other shards may not have been fetched yet."""
         first = self.shards_of(0)

@@ -36,6 +36,10 @@ class Shard:
     gone: bool = False  # the tar has vanished since it was indexed
     joined: JoinedCaptions | None = None  # further captions, where the shards of a run are opened
 
+    def open(self) -> int:
+        """A descriptor of the tar's file."""
+        return os.open(self.path, os.O_RDONLY)
+
     @property
     def bad(self) -> list[Bad]:
         """What the index leaves out; one entry for all of it where the list is missing."""

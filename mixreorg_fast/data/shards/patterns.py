@@ -27,7 +27,12 @@ def expand(patterns: str | Sequence[str]) -> list[Path]:
     patterns = [patterns] if isinstance(patterns, str) else patterns
     paths: dict[Path, None] = {}
     missing: list[str] = []
-    for name in (name for whole in patterns for pattern in _split(whole) for name in braces(pattern)):
+    for name in (name for whole in patterns for pattern in split(whole) for name in braces(pattern)):
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:", name):
+            raise UserError(
+                f"{name}: neither a local path nor hf://, s3:// or https://; copy the shards first (such as "
+                f"`gsutil rsync`) or mount the bucket (such as `rclone mount`) and name that path"
+            )
         name = os.path.expanduser(name)
         if glob.has_magic(name):
             left = (match.removesuffix(".index") for match in glob.glob(f"{name}.index", recursive=True))
@@ -49,7 +54,7 @@ def expand(patterns: str | Sequence[str]) -> list[Path]:
     return list(paths)
 
 
-def _split(pattern: str) -> list[str]:
+def split(pattern: str) -> list[str]:
     """Parts of a pattern between the commas that are outside of braces."""
     parts, depth = [""], 0
     for character in pattern:
@@ -62,14 +67,7 @@ def _split(pattern: str) -> list[str]:
             parts[-1] += character
     if depth:
         raise UserError(f"pattern {pattern}: braces do not match; {EXAMPLE}")
-    parts = [part.strip() for part in parts if part.strip()]
-    for part in parts:
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:", part):
-            raise UserError(
-                f"{part}: shards are read in place from local paths; copy them first (such as `aws s3 sync`, "
-                f"`gsutil rsync`, `wget`) or mount the bucket (such as `mount-s3`, `rclone mount`) and name that path"
-            )
-    return parts
+    return [part.strip() for part in parts if part.strip()]
 
 
 def braces(pattern: str) -> list[str]:

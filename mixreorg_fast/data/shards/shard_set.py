@@ -70,16 +70,29 @@ def with_captions(shard: Shard) -> Shard:
 
 
 class ShardSet:
-    """Samples of several shards under one number, 0 … ``len(self) - 1``; thread-safe for reading."""
+    """Samples of several shards under one number, 0 … ``len(self) - 1``; thread-safe for reading.
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
+    Args:
+        sizes: numbers that the samples of each shard take, int64 ``[shards]``; default: as many as they are.
+    """
+
+    def __init__(self, shards: Sequence[Shard], sizes: np.ndarray | None = None) -> None:
         self.shards = list(shards)
-        self.sizes = np.array([len(shard.samples) for shard in self.shards], dtype=np.int64)
+        self.sizes = np.array([len(shard.samples) for shard in self.shards], np.int64) if sizes is None else sizes
         self._ends = np.cumsum(self.sizes)
         self._files: dict[int, int] = {}  # shard -> descriptor, oldest first
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    @property
+    def samples(self) -> int:
+        return len(self)
+
+    @property
+    def fingerprint(self) -> str:
+        """What must be alike on all ranks."""
+        return "".join(f"{shard.path.name} {len(shard.samples)} {shard.broken}\n" for shard in self.shards)
 
     @property
     def lost(self) -> int:
@@ -103,7 +116,7 @@ class ShardSet:
         for shard in needed:
             descriptor = self._files.pop(shard, None)
             with contextlib.suppress(OSError):  # read raises for a shard that has vanished
-                self._files[shard] = os.open(self.shards[shard].path, os.O_RDONLY) if descriptor is None else descriptor
+                self._files[shard] = self.shards[shard].open() if descriptor is None else descriptor
         while len(self._files) > max(64, len(needed)):
             os.close(self._files.pop(next(iter(self._files))))
 
@@ -127,15 +140,19 @@ class ShardSet:
         captions = captions_of(text) + self._joined(self.shards[shard], record)
         return Sample(record["key"].decode(errors="replace"), image, captions, nouns_of(json))
 
+    def alternatives(self, number: int) -> tuple[int, int]:
+        """First and count of the samples of which one may replace sample `number`: all of the set."""
+        return 0, len(self)
+
     def bad_sample(self, number: int, reason: str) -> Bad:
         shard, record = self._record(number)
         return Bad(str(self.shards[shard].path), record["key"].decode(errors="replace"), reason)
 
     def captions(self, limit: int | None = None) -> Iterator[str]:
         """All captions in order, or those of about `limit` samples spread evenly over the shards."""
-        step = 1 if limit is None else max(1, -(-len(self) // limit))
+        step = 1 if limit is None else max(1, -(-sum(len(shard.samples) for shard in self.shards) // limit))
         for shard in self.shards:
-            with contextlib.suppress(OSError), open(shard.path, "rb") as file:
+            with contextlib.suppress(OSError), os.fdopen(shard.open(), "rb") as file:
                 for record in shard.samples[::step]:
                     with contextlib.suppress(ValueError):
                         yield from captions_of(read_member(file.fileno(), record, "text"))

@@ -1,0 +1,110 @@
+"""Sets of remote shards, which are read as local ones are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ...config import CacheConfig
+from ...errors import UserError
+from ..shards.index import Shard
+from ..shards.patterns import split
+from ..shards.scan import Bad
+from ..shards.shard_set import ShardSet
+from .cache import Cache, CachedShard
+from .order import STRIDE
+from .sources import RemoteShard, is_remote, list_shards
+
+listed: dict[str, list[RemoteShard]] = {}  # the shards of each pattern that this process has asked for
+
+
+def remote_shards(patterns: str | Sequence[str], settings: CacheConfig) -> list[RemoteShard] | None:
+    """The shards of remote patterns; None: the patterns are local. A pattern is listed once in a process.
+
+    Raises:
+        UserError: as :func:`~.sources.list_shards`; the patterns are of both kinds.
+    """
+    whole = [patterns] if isinstance(patterns, str) else patterns
+    parts = [part for pattern in whole for part in split(pattern)]
+    remote = [part for part in parts if is_remote(part)]
+    if not remote:
+        return None
+    if len(remote) < len(parts):
+        local = next(part for part in parts if not is_remote(part))
+        raise UserError(f"{local} and {remote[0]}: name local and remote shards as two sets of data.shards")
+    for part in remote:
+        if part not in listed:
+            listed[part] = list_shards(part, settings.path / "listings")
+    return list(dict.fromkeys(shard for part in remote for shard in listed[part]))
+
+
+class RemoteSet(ShardSet):
+    """Remote shards as a set. Shard i's samples are numbered from i * STRIDE on; it is fetched when it is read."""
+
+    shards: list[CachedShard]  # pyright: ignore[reportIncompatibleVariableOverride] - it has what reading takes
+
+    def __init__(self, remote: Sequence[RemoteShard], cache: Cache) -> None:
+        shards: Any = [CachedShard(shard, cache) for shard in remote]
+        super().__init__(shards, np.full(len(shards), STRIDE))
+        self.cache = cache
+
+    @property
+    def samples(self) -> int:
+        """Of the shards that were asked for theirs so far."""
+        return sum(count for count, _ in filter(None, self.counts))
+
+    @property
+    def fingerprint(self) -> str:
+        return "".join(f"{shard.remote.place} {shard.remote.size}\n" for shard in self.shards)
+
+    @property
+    def lost(self) -> int:
+        return sum(broken for _, broken in filter(None, self.counts))
+
+    @property
+    def bad(self) -> list[Bad]:
+        known = (self.cache.known(shard.remote) for shard, count in zip(self.shards, self.counts, strict=True) if count)
+        return [bad for shard in known if shard is not None and shard.broken for bad in shard.bad]
+
+    @property
+    def counts(self) -> list[tuple[int, int] | None]:
+        """For each shard that was asked: its samples, and the broken ones that it leaves out."""
+        return [shard.counts for shard in self.shards]
+
+    @counts.setter
+    def counts(self, counts: Sequence[Sequence[int] | None]) -> None:
+        """Take over what an earlier process knew, so that nothing is fetched to be counted."""
+        for shard, known in zip(self.shards, counts, strict=True):
+            if known is not None:
+                shard.counts = known[0], known[1]
+
+    def alternatives(self, number: int) -> tuple[int, int]:
+        shard = number // STRIDE
+        return shard * STRIDE, len(self.shards[shard])
+
+    def fetch(self, shards: Sequence[int], workers: int, *, progress: bool = True) -> None:
+        """Fetch those of these shards that were never counted."""
+        wanted = [self.shards[number].remote for number in shards if not self.shards[number].known]
+        for _ in fetched(self.cache, wanted, workers, progress=progress):
+            pass
+
+
+def fetched(cache: Cache, shards: Sequence[RemoteShard], workers: int, *, progress: bool = True) -> Iterator[Shard]:
+    """Get all shards into the cache, `workers` at a time; yields them in order. They need not stay there."""
+    total = sum(shard.size or 0 for shard in shards) or None
+    with tqdm(total=total, unit="B", unit_scale=True, desc="fetch", disable=not progress or not shards) as bar:
+        for shard, got in zip(shards, cache.stream(shards, workers), strict=True):
+            bar.update(cache.size_of(shard))
+            yield got
+
+
+def open_remote_shards(remote: Sequence[RemoteShard], cache: Cache, workers: int) -> ShardSet:
+    """Remote shards as a set of local ones: all are fetched and counted, those that gave way since are fetched again
+    when they are read."""
+    shards: Any = [CachedShard(shard, cache) for shard in remote]
+    for _ in fetched(cache, remote, workers):
+        pass
+    return ShardSet(shards, np.array([len(shard) for shard in shards], dtype=np.int64))
