@@ -8,6 +8,8 @@ from collections import Counter
 
 from ..config import ScenesConfig
 from ..errors import UserError
+from .remote.command import add_cache_arguments, cache_of, get, told
+from .remote.sets import remote_shards
 from .scenes.folder import ensure_scenes
 from .shards.build import build
 from .shards.join import join
@@ -52,8 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="Decode every photo with training's decoder. Training leaves out what is found broken. "
         "Exit code 0: all sound; 1: something is broken; 2: nothing could be read.",
     )
-    action.add_argument("pattern", nargs="+", help="shards: brace or glob patterns")
+    action.add_argument("pattern", nargs="+", help="shards: brace or glob patterns; hf://, s3:// or https:// too")
     action.add_argument("--workers", **workers)
+    add_cache_arguments(action)
     action.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPUs, or the CPU of a machine without")
 
     action = actions.add_parser(
@@ -105,13 +108,10 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    good = bad = 0
-    for shard in verify(args.pattern, workers=args.workers, device=args.device):
-        good, bad = good + len(shard.samples), bad + shard.broken
-        for entry in shard.bad:
-            print(f"{entry}".replace("\t\t", ": ").replace("\t", ": "))
-    print(f"{good} samples are sound" + (f", {bad} broken (left out of the index)" if bad else ""))
-    return 2 if not good else 1 if bad else 0
+    settings = cache_of(args)
+    if remote_shards(args.pattern, settings):
+        return told(get(args.pattern, settings, workers=args.workers))
+    return told(verify(args.pattern, workers=args.workers, device=args.device))
 
 
 def _join(args: argparse.Namespace) -> int:

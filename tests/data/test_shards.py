@@ -59,10 +59,8 @@ class TestPatterns:
             ("", "pattern is empty"),
             ("data/flickr8k/train-{000000..000001}.tar", r"no shard data/flickr8k.*docs/data\.md"),
             ("data/scenes/train-*.tar", r"no shard matches data/scenes.*docs/data\.md"),
-            ("s3://bucket/{00..99}.tar", r"s3://bucket.*local paths.*aws s3 sync"),
-            ("https://host/00.tar", r"local paths"),
             ("t-08.tar,gs://bucket/00.tar", r"gs://bucket/00.tar: .*gsutil"),
-            ("pipe:cat t-08.tar", r"local paths"),
+            ("pipe:cat t-08.tar", r"local path"),
         ],
     )
     def test_errors(self, pattern, message):

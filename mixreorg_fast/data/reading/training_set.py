@@ -165,8 +165,8 @@ class TrainingSet:
                 sizes = [cache.size_of(shard) for shard in shards.values()]
                 need, least = need + sum(sizes), least + 2 * max(sizes)
         if need > cache.size:
-            window = max(1, settings.window * cache.size // need)
-            fits = f"data.cache.window {window} or " if least <= cache.size and window < settings.window else ""
+            window = cache.size // least
+            fits = f"data.cache.window {window} or " if window else ""
             raise UserError(
                 f"data.cache.size {settings.size} is less than two windows of {settings.window} shards "
                 f"({need / 1e9:.3g} GB); nearest: {fits}data.cache.size '{-(-need // 10**6)} MB'"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import threading
@@ -17,6 +18,7 @@ import torch
 
 from ...config import CacheConfig
 from ...errors import UserError
+from ...files import saving
 from ..reading.decoder import Decoder
 from ..shards.index import Shard, indexed, open_shard
 from ..shards.verify import verifying
@@ -103,12 +105,14 @@ class Cache:
                         self._sizes[path] = path.stat().st_size
                     os.utime(f"{path}.index")  # its last use
                 return found
-            with _locked(path.with_name(f".{path.name}.lock"), self.stop):
+            with _locked(path.with_name(f".{path.name}.lock"), self.stop), self._keeping(path):
                 if not path.is_file():
                     self._fetch(shard, path)
                     self._opened.pop(path, None)  # of a file that has changed at a source without versions
                 if not self.ready(shard):
                     self._index(path)
+                    if path.is_file() and not self.ready(shard):
+                        raise UserError(f"{path}.index: cannot be written")
 
     def open(self, shard: RemoteShard) -> int:
         """A file descriptor of the shard, fetched if it is not there; it stays readable when the shard gives way."""
@@ -131,20 +135,28 @@ class Cache:
                     self.stop.clear()
 
     def _fetch(self, shard: RemoteShard, path: Path) -> None:
+        while True:
+            try:
+                room = functools.partial(self._make_room, path)
+                return fetch(shard, path, patience=self._patience, stop=self.stop, room=room)
+            except DiskFull:
+                if not self._give_way():
+                    path.with_name(f".{path.name}.partial").unlink(missing_ok=True)
+                    raise UserError(
+                        f"{self.folder}: the disk is full, and data.cache.size {self.size:,} bytes is not reached; "
+                        f"free some, or name a smaller data.cache.size or another data.cache.folder"
+                    ) from None
+
+    @contextlib.contextmanager
+    def _keeping(self, path: Path) -> Iterator[None]:
+        """A shard that is fetched and indexed does not give way to another meanwhile."""
+        self._coming[path] = 0
         try:
-            while True:
-                try:
-                    room = lambda size: self._make_room(path, size)  # noqa: E731
-                    return fetch(shard, path, patience=self._patience, stop=self.stop, room=room)
-                except DiskFull:
-                    if not self._give_way(path):
-                        path.with_name(f".{path.name}.partial").unlink(missing_ok=True)
-                        raise UserError(
-                            f"{self.folder}: the disk is full, and data.cache.size {self.size:,} bytes is not reached; "
-                            f"free some, or name a smaller data.cache.size or another data.cache.folder"
-                        ) from None
+            yield
+        except FileNotFoundError:  # but to another process's it may: the caller tries again
+            pass
         finally:
-            self._coming.pop(path, None)
+            del self._coming[path]
 
     def _index(self, path: Path) -> None:
         if self._decoder is None:
@@ -161,23 +173,25 @@ class Cache:
             raise UserError(f"data.cache.size {self.size:,} bytes is less than {path.name} has, {size:,} bytes")
         with self._making_room:
             self._coming[path] = size
-            while sum(self._coming.values()) + sum(status.st_size for _, status in self._tars()) > self.size:
-                if not self._give_way(path):
+            while True:
+                here = self._tars()
+                coming = sum(size for path, size in self._coming.items() if path not in here)
+                if coming + sum(here.values()) <= self.size or not self._give_way():
                     return
 
-    def _tars(self) -> list[tuple[Path, os.stat_result]]:
-        """The shards on the disk."""
-        tars = []
+    def _tars(self) -> dict[Path, int]:
+        """The shards on the disk, with their bytes."""
+        tars = {}
         for folder, _, names in os.walk(self.folder):
             for name in names:
                 if name.endswith(".tar"):
                     with contextlib.suppress(OSError):
-                        tars.append((Path(folder, name), os.stat(os.path.join(folder, name))))
+                        tars[Path(folder, name)] = os.stat(os.path.join(folder, name)).st_size
         return tars
 
-    def _give_way(self, asking: Path) -> bool:
+    def _give_way(self) -> bool:
         """Remove the shard that is needed least from the disk; False: there is none."""
-        used = {path: _used(path) for path, _ in self._tars() if path != asking}
+        used = {path: _used(path) for path in self._tars() if path not in self._coming}
         if not used:
             return False
         needed = {path: place for place, path in enumerate(self.needed())}
@@ -226,7 +240,9 @@ def _used(path: Path) -> float:
 @contextlib.contextmanager
 def _locked(lock: Path, stop: threading.Event) -> Iterator[None]:
     """Hold a lock file, of which each thread and process waits for the others; it vanishes with its process."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    with saving(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
     with open(lock, "ab") as file:
         while True:
             try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
+import requests
 
 from mixreorg_fast.config import CacheConfig
 from mixreorg_fast.data.remote.cache import Cache
@@ -38,6 +40,43 @@ def web(tars: dict[str, bytes]):
 @pytest.fixture
 def pattern(web: WebServer) -> str:
     return f"{web.url}/train-{{0000..0003}}.tar"
+
+
+class Bucket:
+    """A bucket of a local S3 server."""
+
+    name = "bucket"
+
+    def __init__(self, server, client) -> None:
+        self._client, self.stop = client, server.stop
+        client.create_bucket(Bucket=self.name)
+
+    def put(self, key: str, content: bytes) -> None:
+        self._client.put_object(Bucket=self.name, Key=key, Body=content)
+
+    def delete(self, key: str) -> None:
+        self._client.delete_object(Bucket=self.name, Key=key)
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch):
+    """An empty bucket, to whose server AWS's clients of this process and of those it starts are sent."""
+    servers, boto3 = pytest.importorskip("moto.server"), pytest.importorskip("boto3")
+    pytest.importorskip("s3fs")
+    server = servers.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    requests.post(f"http://{host}:{port}/moto-api/reset", timeout=10)
+    yield Bucket(server, boto3.client("s3"))
+    with contextlib.suppress(Exception):  # the test has stopped it
+        server.stop()
 
 
 @pytest.fixture

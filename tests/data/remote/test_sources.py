@@ -78,28 +78,9 @@ def test_refusals_of_the_hub(hub, repository, tars, cache, monkeypatch):
     assert len(cache.get(gated).samples) == COUNTS[0]
 
 
-@pytest.fixture(scope="module")
-def s3_server():
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
-
-
-def test_s3_lists_and_sends(s3_server, tars, cache, settings, monkeypatch):
-    pytest.importorskip("s3fs")
-    boto3 = pytest.importorskip("boto3")
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3_server,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="bucket")
+def test_s3_lists_and_sends(bucket, tars, cache, settings):
     for name, content in tars.items():
-        client.put_object(Bucket="bucket", Key=f"set/{name}", Body=content)
+        bucket.put(f"set/{name}", content)
     shards = list_shards("s3://bucket/set/train-*.tar", cache.listings)
     assert names(shards) == list(tars) and all((shard.checksum or "").startswith("md5:") for shard in shards)
     assert len(cache.get(shards[2]).samples) == COUNTS[2]
@@ -109,7 +90,7 @@ def test_s3_lists_and_sends(s3_server, tars, cache, settings, monkeypatch):
     ):
         with pytest.raises(UserError, match=said):
             list_shards(pattern, cache.listings)
-    client.delete_object(Bucket="bucket", Key="set/train-0000.tar")
+    bucket.delete("set/train-0000.tar")
     with pytest.raises(UserError, match=r"s3://bucket/set/train-0000.tar: 404") as refusal:
         cache.get(shards[0])
     assert "secret" not in str(refusal.value) and "Signature" not in str(refusal.value)
