@@ -207,6 +207,8 @@ class CachedShard:
         counts: its samples, and the broken ones that it leaves out; None: nobody asked yet.
     """
 
+    joined = None  # captions are joined to local shards
+
     def __init__(self, remote: RemoteShard, cache: Cache) -> None:
         self.remote, self.path, self._cache = remote, cache.path(remote), cache
         self.counts: tuple[int, int] | None = None

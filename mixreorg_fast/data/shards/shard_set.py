@@ -92,7 +92,9 @@ class ShardSet:
     @property
     def fingerprint(self) -> str:
         """What must be alike on all ranks."""
-        return "".join(f"{shard.path.name} {len(shard.samples)} {shard.broken}\n" for shard in self.shards)
+        joined = (0 if shard.joined is None else len(shard.joined.texts) for shard in self.shards)
+        shards = zip(self.shards, joined, strict=True)
+        return "".join(f"{s.path.name} {len(s.samples)} {s.broken} {texts}\n" for s, texts in shards)
 
     @property
     def lost(self) -> int:
