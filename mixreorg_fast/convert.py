@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 
+from .data.text.tokenizer import Tokenizer
 from .errors import UserError
 from .files import new_folder, saving
-from .inference.formats import read, read_tokenizer, save_huggingface
+from .inference.formats import read, save_huggingface
 from .inference.model import Model
 from .inference.options import WEIGHTS_HELP
+from .models.weights import Empty
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +27,7 @@ def main(args: argparse.Namespace) -> None:
     new_folder(args.target)
     found = read(args.source)
     if args.tokenizer is not None:
-        found = found._replace(tokenizer=read_tokenizer(args.tokenizer))
+        found = found._replace(tokenizer=Tokenizer.load(args.tokenizer))
     print("\n".join(found.notes), end="\n" * bool(found.notes))
     config = found.config
     if found.tokenizer is None:
@@ -39,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
         if args.to == "hf":
             save_huggingface(found, args.target.resolve(), found.state)
         else:
-            with torch.device("meta"):  # sizes without memory
+            with Empty(), torch.device("meta"):  # sizes without memory
                 model = Model(config, found.mean, found.std, found.tokenizer, found.inference)
             model.save(args.target.resolve(), found.state)
     size = sum(value.numel() for value in found.state.values()) / 1e6

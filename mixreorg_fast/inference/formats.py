@@ -10,16 +10,16 @@ from typing import Any
 import tokenizers
 import torch
 from safetensors.torch import save_file
-from tokenizers import models, normalizers, pre_tokenizers, processors
+from tokenizers import processors
 from torch import Tensor
 
-from ..data.text.tokenizer import END, START, Tokenizer
+from ..data.text.tokenizer import END, FILES, START, Tokenizer
 from ..errors import UserError
 from ..files import atomic_path, read_json, write_json
 from ..images import IMAGENET_MEAN, IMAGENET_STD
 from ..models import pth
 from ..models.interop import from_foreign, to_foreign
-from ..models.weights import POSITIONS, TOKENIZER, WEIGHTS, Weights, find_weights, read_tensors, read_weights
+from ..models.weights import POSITIONS, WEIGHTS, Weights, find_weights, read_tensors, read_weights
 from .hub import locate
 
 # What Hugging Face's configuration can vary and ours cannot: the defaults, which its files leave out.
@@ -29,8 +29,6 @@ _FIXED = {
 }
 # NVIDIA's weights, in a folder of their name or in the hub's cache. Their preprocessor_config.json has CLIP's values.
 _OFFICIAL = {f"{owner}groupvit-gcc-{data}" for owner in ("", "models--nvidia--") for data in ("yfcc", "redcaps")}
-# How CLIP's tokenizer splits a text, to the letter.
-_CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 # ---------------------------------------------------------------------- reading
 
@@ -50,8 +48,11 @@ def read(source: str | Path) -> Weights:
     if description.is_file() and "model_type" in (values := read_json(description)):
         return _read_huggingface(place, values)
     folder = find_weights(place)
-    tokenizer = Tokenizer.load(folder) if (folder / TOKENIZER).exists() else None
-    return read_weights(folder)._replace(tokenizer=tokenizer)
+    return read_weights(folder)._replace(tokenizer=_tokenizer(folder))
+
+
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    return Tokenizer.load(folder) if any((folder / name).is_file() for name in FILES) else None
 
 
 def _read_nvlabs(source: Path) -> Weights:
@@ -63,7 +64,10 @@ def _read_nvlabs(source: Path) -> Weights:
     config, state, ignored = from_foreign(content, "nvlabs", str(source))
     notes = [f"{name} left out: no embedding depends on it" for name in ignored]
     notes += [f"heads are not in the file: {config.heads} and {config.text.heads}, of 64 channels, as in GroupViT"]
-    return Weights(config, IMAGENET_MEAN, IMAGENET_STD, source, state, notes=tuple(notes))
+    tokenizer = _tokenizer(source.parent)  # such a file holds none
+    if tokenizer is not None and tokenizer.vocab_size != config.text.vocab_size:
+        tokenizer = None
+    return Weights(config, IMAGENET_MEAN, IMAGENET_STD, source, state, tokenizer, notes=tuple(notes))
 
 
 def _read_huggingface(source: Path, values: dict[str, Any]) -> Weights:
@@ -79,8 +83,7 @@ def _read_huggingface(source: Path, values: dict[str, Any]) -> Weights:
         raise UserError(f"{source}: vision_config.image_size is {size}; a square one was expected")
     heads = (vision.get("num_attention_heads", 6), text.get("num_attention_heads", 4))
     config, state, _ = from_foreign(_huggingface_tensors(source), "huggingface", str(source), heads)
-    has_tokenizer = any((source / name).is_file() for name in (TOKENIZER, "vocab.json"))
-    tokenizer = read_tokenizer(source) if has_tokenizer else None
+    tokenizer = _tokenizer(source)
     # Text features are taken at the highest id; eos_token_id 2 is Hugging Face's older way to say the same.
     end, highest = text.get("eos_token_id", 49407), tokenizer.end_id if tokenizer else config.text.vocab_size - 1
     if end not in (2, highest):
@@ -108,29 +111,6 @@ def _huggingface_tensors(source: Path) -> Mapping[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage may show as any exception
         raise UserError(f"{path}: not a readable file of tensors: {str(error).splitlines()[0]}") from None
-
-
-def read_tokenizer(source: Path) -> Tokenizer:
-    """The tokenizer of a ``tokenizer.json``, of a folder with one, or of one with ``vocab.json`` and ``merges.txt``.
-
-    Raises:
-        UserError: no tokenizer, or one of another kind than CLIP's.
-    """
-    vocabulary, merges = source / "vocab.json", source / "merges.txt"
-    if (source / TOKENIZER).is_file() or not vocabulary.is_file():
-        return Tokenizer.load(source)
-    try:
-        bpe = models.BPE.from_file(str(vocabulary), str(merges), unk_token=END, end_of_word_suffix="</w>")
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{source}: vocab.json and merges.txt are no tokenizer: {error}") from None
-    backend = tokenizers.Tokenizer(bpe)
-    # CLIP's: lower case, single spaces, words before bytes.
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    words = pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), behavior="removed", invert=True)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    return Tokenizer(backend, source=str(vocabulary))
 
 
 # ---------------------------------------------------------------------- writing Hugging Face's

@@ -129,7 +129,8 @@ def load(source: str | Path, device: torch.device | str = "cpu") -> Model:
     """
     found = read(source)
     print("".join(f"{note}\n" for note in found.notes), end="", file=sys.stderr, flush=True)
-    model = Model(found.config, found.mean, found.std, found.tokenizer, found.inference)
+    with weights.Empty():
+        model = Model(found.config, found.mean, found.std, found.tokenizer, found.inference)
     weights.fill(model, found.state, source)
     model.source = found.source
     return model.to(device).eval()

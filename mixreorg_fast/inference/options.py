@@ -60,5 +60,8 @@ def load_on_device(weights: str, device: str | None) -> Model:
     """
     model = load(weights, devices.choose(device))
     if model.tokenizer is None:
-        raise UserError(f"{weights} has no tokenizer, so class names cannot be read; `mixreorg convert` adds one")
+        raise UserError(
+            f"{weights} has no tokenizer, so class names cannot be read: put CLIP's tokenizer.json beside the file, or "
+            "add one by `mixreorg convert --tokenizer`"
+        )
     return model

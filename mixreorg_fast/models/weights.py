@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..config import InferenceConfig, ModelConfig, Section, validated
 from ..errors import UserError
@@ -62,14 +63,10 @@ def write_files(network: Any, folder: Path, state: Mapping[str, Tensor], inferen
 
 def write_description(network: Any, folder: Path, inference: InferenceConfig) -> None:
     """Write model.json, as :func:`write_files`."""
-    description = {
-        "format": FORMAT,
-        "model": network.config.model_dump(exclude={"method", "init"}),
-        "mean": list(network.mean),
-        "std": list(network.std),
-        "inference": inference.model_dump(mode="json"),
-    }
-    write_json(folder / DESCRIPTION, description)
+    description = Description(
+        format=FORMAT, model=network.config, mean=tuple(network.mean), std=tuple(network.std), inference=inference
+    )
+    write_json(folder / DESCRIPTION, description.model_dump(mode="json", exclude={"model": {"method", "init"}}))
 
 
 def find_weights(folder: str | Path) -> Path:
@@ -107,9 +104,19 @@ def read_weights(folder: Path) -> Weights:
     return Weights(found.model, found.mean, found.std, folder, state, inference=found.inference)
 
 
+class Empty(TorchFunctionMode):
+    """Networks that are made in this context draw no initial values: a file's tensors will replace them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
     """Shape of every tensor in our files, for a model of these sizes; takes no memory."""
-    with torch.device("meta"):
+    with Empty(), torch.device("meta"):
         shapes = {name: value.shape for name, value in GroupViT(config).state_dict().items()}
     return {**shapes, "logit_scale": torch.Size(())}
 

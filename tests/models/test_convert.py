@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 import mixreorg_fast
 from mixreorg_fast.cli import main
 from mixreorg_fast.data.text.tokenizer import Tokenizer
-from mixreorg_fast.inference.formats import read_tokenizer
 from mixreorg_fast.models import pth
 
 from .huggingface import SMALL, VOCABULARY, random_ids, random_images, random_model, state_equal, transformers
@@ -151,7 +150,7 @@ def test_clip_tokenizer_of_two_files_gives_clips_ids(tmp_path):
     vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n")
-    ours = read_tokenizer(tmp_path)
+    ours = Tokenizer.load(tmp_path)
     theirs = transformers.CLIPTokenizer(vocab=vocabulary, merges=merges)
     for text in ("A Red  cat's can, no. 42!", "", "re-red"):
         ids, (length,) = ours.encode([text], 77)

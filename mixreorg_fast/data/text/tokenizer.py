@@ -15,6 +15,9 @@ from ...errors import UserError
 from ...files import atomic_path
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+FILES = ("tokenizer.json", "vocab.json")  # one or the other; the second, which is CLIP's, beside merges.txt
+# How CLIP's tokenizer splits a text, to the letter.
+_CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class Tokenizer:
@@ -67,18 +70,21 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Tokenizer:
-        """Read a ``tokenizer.json``, or the one in a folder.
+        """Read a ``tokenizer.json``, or a folder with one, or with CLIP's ``vocab.json`` and ``merges.txt``.
 
         Raises:
             UserError: the file is missing or not a tokenizer, or its special tokens are not the highest ids.
         """
-        file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        file = Path(path)
+        if file.is_dir():
+            files = [file / name for name in FILES if (file / name).is_file()]
+            file = files[0] if files else file / FILES[0]
         if not file.is_file():
             raise UserError(f"no tokenizer {file}; expected a tokenizer.json, or a folder with one")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
+            backend = _clip(file) if file.name == FILES[1] else tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{file}: not a tokenizer.json of Hugging Face tokenizers: {error}") from None
+            raise UserError(f"{file}: not a tokenizer.json of Hugging Face tokenizers, nor CLIP's: {error}") from None
         return cls(backend, source=str(file))
 
     def save(self, folder: str | os.PathLike) -> Path:
@@ -101,3 +107,16 @@ class Tokenizer:
         rows = [[self.start_id, *encoding.ids[: context - 2], self.end_id] for encoding in encodings]
         padded = [row + [0] * (context - len(row)) for row in rows]
         return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), context), [len(row) for row in rows]
+
+
+def _clip(vocabulary: Path) -> tokenizers.Tokenizer:
+    """CLIP's tokenizer from its two files: lower case, single spaces, words before bytes."""
+    merges = str(vocabulary.with_name("merges.txt"))
+    bpe = models.BPE.from_file(str(vocabulary), merges, unk_token=END, end_of_word_suffix="</w>")
+    backend = tokenizers.Tokenizer(bpe)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), behavior="removed", invert=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return backend
