@@ -26,13 +26,13 @@ MOST_PATCHES = 1024  # along a side of a photo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("weights", type=Path, help="weights of any format that `mixreorg convert` reads, or a run")
+    parser.add_argument("weights", help="weights as of `mixreorg segment`: a folder, a run, a .pth file, a hub name")
     parser.add_argument("--to", choices=("onnx", "torch"), default="onnx", help="format to write (default: onnx)")
-    parser.add_argument("--out", type=Path, help="the folder to write (default: WEIGHTS-onnx or WEIGHTS-torch)")
+    parser.add_argument("--out", type=Path, help="the folder to write (default: NAME-onnx or NAME-torch here)")
 
 
 def main(args: argparse.Namespace) -> None:
-    target = args.out or args.weights.with_name(f"{args.weights.resolve().name}-{args.to}")
+    target = args.out or Path(f"{Path(args.weights).resolve().name.partition('@')[0]}-{args.to}")
     new_folder(target)
     if args.to == "onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise UserError(f"--to onnx needs onnx and onnxscript: {extra('onnx')}")
