@@ -1,0 +1,29 @@
+"""docs/recipes.md: its configurations, its table, and the hours in it, from the parts that the results file holds."""
+
+import json
+
+import pytest
+
+from benchmarks import counted, recipes
+from mixreorg_fast.config import load_config
+from mixreorg_fast.ledger import between_markers
+
+
+def test_each_recipe_fits_one_gpu_and_eight():
+    for recipe in recipes.PAIRS:
+        one, eight = (load_config(recipes.CONFIGS / f"{recipe}{suffix}.json") for suffix in ("_1gpu", ""))
+        assert (one.name, eight.name) == (f"{recipe}_1gpu", recipe)
+        assert one.train.grad_cache and one.micro_batch(1) == 1024 and eight.micro_batch(8) == 512
+        assert one.data == eight.data and str(one.data.shards).count("hf://datasets/pixparse/") == recipe.count("cc")
+
+
+def test_the_page_has_the_hours_of_the_results_file():
+    page = recipes.PAGE.read_text()
+    assert page == between_markers(page, recipes.table()), "python -m benchmarks.recipes --table"
+    for row in json.loads(recipes.RESULTS.read_text())["rows"]:
+        flop = (row["step_gflop"] + row["forward_again"] * row["forward_gflop"]) * 1e9
+        seconds = flop / recipes.MATMUL_FLOP_PER_S
+        seconds += (recipes.PASSES + row["forward_again"]) * row["kept_mb"] * 1e6 / counted.BYTES_PER_S
+        hours = row["pairs"] * row["epochs"] * seconds / row["gpus"] / 3600
+        assert row["predicted_hours"] == pytest.approx(hours, rel=1e-3)
+        assert row["kept_mb"] == pytest.approx(recipes.kept_bytes() * 1e-6, rel=1e-3)
