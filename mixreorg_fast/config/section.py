@@ -62,10 +62,9 @@ def describe(error: ValidationError, schema: type[BaseModel]) -> str:
         return f"{key}: '{first['input']}' is no valid choice{nearest(first['input'], choices)}"
     if first["type"] == "value_error":
         return f"{prefix}{first['ctx']['error']}"
-    meaning = f" ({known[listed]})" if known.get(listed) else ""
-    return (
-        f"{prefix}{first['msg'][0].lower()}{first['msg'][1:]}, got {json.dumps(first['input'], default=str)}{meaning}"
-    )
+    meaning = known.get(listed.removesuffix("[]"))
+    text = f"{prefix}{first['msg'][0].lower()}{first['msg'][1:]}, got {json.dumps(first['input'], default=str)}"
+    return f"{text} ({meaning})" if meaning else text
 
 
 class Key(NamedTuple):
