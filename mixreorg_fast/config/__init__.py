@@ -7,17 +7,8 @@ in a :class:`~mixreorg_fast.errors.UserError` of one line. The defaults are the 
 
 # ruff: noqa: F401
 
-from .data import AugmentConfig, CacheConfig, DataConfig, ScenesConfig, ShardSetConfig, are_scenes
+from .data import AugmentConfig, CacheConfig, DataConfig, ScenesConfig, are_scenes
 from .files import find_config, flattened, load_config, merged, packaged_configs, parse_config, read_object
-from .model import LossConfig, MixingConfig, ModelConfig, ScheduleConfig, TextConfig
-from .run import (
-    CheckpointConfig,
-    Config,
-    DeepSpeedConfig,
-    EvalConfig,
-    EvalDatasetConfig,
-    InferenceConfig,
-    LogConfig,
-    TrainConfig,
-)
-from .section import NonNegative, Positive, Section, describe, validated
+from .model import ModelConfig, TextConfig
+from .run import Config, EvalConfig, EvalDatasetConfig, InferenceConfig, TrainConfig
+from .section import NonNegative, Section, validated
