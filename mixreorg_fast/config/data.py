@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ByteSize, Discriminator, Field, Tag, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import ByteSize, Discriminator, Field, Tag, TypeAdapter, ValidationError, field_validator
 
 from .section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, key
 
@@ -23,13 +24,11 @@ class AugmentConfig(Section):
     rand_augment_probability: Fraction = key(0.5, "RandAugment: probability of an operation, as in timm")
     random_erasing: Fraction = key(0.25, "probability of erasing a rectangle")
 
-    @model_validator(mode="after")
-    def _ordered(self) -> AugmentConfig:
+    def problems(self) -> Iterator[str]:
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
             if low > high or low <= 0:
-                raise ValueError(f"{name} must be two rising numbers above 0, got [{low}, {high}]")
-        return self
+                yield f"{name} must be two rising numbers above 0, got [{low}, {high}]"
 
 
 class ScenesConfig(Section):
@@ -48,11 +47,9 @@ class ScenesConfig(Section):
     typical: Fraction = key(0.0, "share of objects in the typical colour (or pattern) of their kind")
     detail: Fraction = key(1.0, "factor of how often captions mention colours, patterns and grounds")
 
-    @model_validator(mode="after")
-    def _some_objects(self) -> ScenesConfig:
+    def problems(self) -> Iterator[str]:
         if not any(self.objects):
-            raise ValueError("objects: one of the three frequencies must be above 0")
-        return self
+            yield "objects: one of the three frequencies must be above 0"
 
 
 class ShardSetConfig(Section):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from .section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, key
 
@@ -43,11 +44,10 @@ class ModelConfig(Section):
     def patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
-    @model_validator(mode="after")
-    def _shapes_fit(self) -> ModelConfig:
+    def problems(self) -> Iterator[str]:
         if self.image_size % self.patch_size:
             low = self.image_size // self.patch_size * self.patch_size
-            raise ValueError(
+            yield (
                 f"image_size {self.image_size} is no multiple of patch_size {self.patch_size} "
                 f"(nearest: {max(low, self.patch_size)} or {low + self.patch_size})"
             )
@@ -55,8 +55,7 @@ class ModelConfig(Section):
             if width % heads:
                 divisors = [n for n in range(1, width + 1) if width % n == 0]
                 best = min(divisors, key=lambda n: abs(n - heads))
-                raise ValueError(f"{name}width {width} is no multiple of {name}heads {heads} (nearest: {best} heads)")
-        return self
+                yield f"{name}width {width} is no multiple of {name}heads {heads} (nearest: {best} heads)"
 
 
 class MixingConfig(Section):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator
 
 from ..errors import UserError
 from ..names import TEMPLATES, parse_templates
@@ -43,16 +44,14 @@ class TrainConfig(Section):
         600.0, "seconds without progress that end the run; compiling is not counted"
     )
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> TrainConfig:
+    def problems(self) -> Iterator[str]:
         if self.tf32 and self.precision != "fp32":
-            raise ValueError(f"tf32 needs precision fp32, got {self.precision}")
+            yield f"tf32 needs precision fp32, got {self.precision}"
         if self.cuda_graphs and self.compile is False:
-            raise ValueError("cuda_graphs needs compile null or true")
+            yield "cuda_graphs needs compile null or true"
         if self.cuda_graphs and self.checkpoint_activations:
             # A forward within backward replays graphs, whose memory holds gradients that backward still needs.
-            raise ValueError("cuda_graphs and checkpoint_activations exclude each other")
-        return self
+            yield "cuda_graphs and checkpoint_activations exclude each other"
 
 
 class LogConfig(Section):
@@ -81,13 +80,9 @@ class InferenceConfig(Section):
         except UserError as error:
             raise ValueError(str(error)) from None
 
-    @model_validator(mode="after")
-    def _windows_touch(self) -> InferenceConfig:
+    def problems(self) -> Iterator[str]:
         if self.stride > self.window:
-            raise ValueError(
-                f"stride {self.stride} leaves gaps between windows of {self.window} (at most {self.window})"
-            )
-        return self
+            yield (f"stride {self.stride} leaves gaps between windows of {self.window} (at most {self.window})")
 
     def with_options(self, **options: Any) -> InferenceConfig:
         """These settings, overridden by those of `options` that are not None.
@@ -131,12 +126,11 @@ class DeepSpeedConfig(Section):
     offload_parameters: bool = key(False, "keep parameters in the CPU's memory, with stage 3")
     options: dict[str, Any] = key({}, "further DeepSpeed keys, passed on unchanged")
 
-    @model_validator(mode="after")
-    def _offload_needs_its_stage(self) -> DeepSpeedConfig:
+    def problems(self) -> Iterator[str]:
         if self.offload_optimizer and self.zero_stage == 0:
-            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+            yield "offload_optimizer needs zero_stage 1, 2 or 3"
         if self.offload_parameters and self.zero_stage != 3:
-            raise ValueError(f"offload_parameters needs zero_stage 3, got {self.zero_stage}")
+            yield f"offload_parameters needs zero_stage 3, got {self.zero_stage}"
         owned = {
             "train_batch_size": "train.batch",
             "train_micro_batch_size_per_gpu": "train.batch",
@@ -149,8 +143,7 @@ class DeepSpeedConfig(Section):
         }
         for option in self.options:
             if option in owned:
-                raise ValueError(f"options.{option} is set by {owned[option]}")
-        return self
+                yield f"options.{option} is set by {owned[option]}"
 
 
 class Config(Section):
@@ -174,18 +167,16 @@ class Config(Section):
     def run_folder(self) -> Path:
         return Path(self.output) / self.name
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Config:
+    def problems(self) -> Iterator[str]:
         if self.model.method == "mixreorg" and self.mixing.context_blocks >= self.model.depths[0]:
-            raise ValueError(
+            yield (
                 f"mixing.context_blocks {self.mixing.context_blocks} leaves no stage-1 block to mix in "
                 f"(nearest: {self.model.depths[0] - 1} of model.depths[0] {self.model.depths[0]})"
             )
         if self.model.method == "mixreorg" and not self.loss.mixed and not self.loss.restored:
-            raise ValueError("loss.mixed and loss.restored are both 0, which is model.method 'groupvit'")
+            yield "loss.mixed and loss.restored are both 0, which is model.method 'groupvit'"
         if self.train.cuda_graphs and self.deepspeed.zero_stage == 3:
-            raise ValueError("train.cuda_graphs needs weights that stay: deepspeed.zero_stage 0, 1 or 2, not 3")
-        return self
+            yield "train.cuda_graphs needs weights that stay: deepspeed.zero_stage 0, 1 or 2, not 3"
 
     @property
     def inference(self) -> InferenceConfig:

@@ -9,12 +9,12 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticUndefined
 
 from ..errors import UserError, nearest
 
-Schema = TypeVar("Schema", bound=BaseModel)
+Schema = TypeVar("Schema", bound="Section")
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -27,6 +27,16 @@ class Section(BaseModel):
     """Base of all sections: unknown keys and silently converted types are refused."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+    def problems(self) -> Iterator[str]:
+        """What does not fit together in this section, each in one sentence."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _fits_together(self: Schema) -> Schema:
+        if found := list(self.problems()):
+            raise ValueError("; ".join(found))
+        return self
 
 
 def key(default: Any, meaning: str) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ..config import Config, NonNegative, Section, load_config, read_object, validated
 from ..errors import UserError, nearest
@@ -62,19 +62,17 @@ class StudyConfig(Section):
     def folder(self) -> Path:
         return Path(self.output) / self.name
 
-    @model_validator(mode="after")
-    def _names_exist(self) -> StudyConfig:
+    def problems(self) -> Iterator[str]:
         for name, block in self.blocks.items():
             of_time = block.equal_time
             named = [*block.variants, *((*of_time.variants, of_time.like) if of_time else ())]
             for variant in named:
                 if variant not in self.variants:
-                    raise ValueError(f"block '{name}': no variant '{variant}'{nearest(variant, self.variants)}")
+                    yield f"block '{name}': no variant '{variant}'{nearest(variant, self.variants)}"
                 if variant not in block.variants:
-                    raise ValueError(f"block '{name}': equal_time needs '{variant}' among the block's variants")
+                    yield f"block '{name}': equal_time needs '{variant}' among the block's variants"
             if block.world not in self.worlds:
-                raise ValueError(f"block '{name}': no world '{block.world}'{nearest(block.world, self.worlds)}")
-        return self
+                yield f"block '{name}': no world '{block.world}'{nearest(block.world, self.worlds)}"
 
 
 @dataclass(frozen=True)
