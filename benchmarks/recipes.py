@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixreorg_fast import ledger, ops
 from mixreorg_fast.config import load_config
+from mixreorg_fast.data.remote.command import KNOWN
 from mixreorg_fast.ops import dispatch
 
 from . import counted, harness
@@ -29,8 +30,7 @@ from .test_train_step import CAPTIONS, DEVICE, configuration, our_model, random_
 RESULTS = harness.RESULTS / "recipes.json"
 PAGE = harness.RESULTS.parents[1] / "docs" / "recipes.md"
 CONFIGS = PAGE.parents[1] / "configs"
-# Pairs of the training splits, as the pages of the sets on the hub give them.
-PAIRS = {"cc3m": 2_905_954, "cc12m": 10_968_539, "cc3m_cc12m": 2_905_954 + 10_968_539}
+PAIRS = {name: sum(KNOWN[part].samples for part in name.split("_")) for name in ("cc3m", "cc12m", "cc3m_cc12m")}
 MATMUL_FLOP_PER_S = 400e12  # of a GPU in bf16, at the sizes of this model: an assumption, 40 % of the data sheet
 PASSES = 4  # over a kept activation: written, read in backward; its gradient written and read
 IMAGES = 8
