@@ -11,4 +11,4 @@ from .data import AugmentConfig, CacheConfig, DataConfig, ScenesConfig, are_scen
 from .files import find_config, flattened, load_config, merged, packaged_configs, parse_config, read_object
 from .model import ModelConfig, TextConfig
 from .run import Config, EvalConfig, EvalDatasetConfig, InferenceConfig, TrainConfig
-from .section import NonNegative, Section, validated
+from .section import NonNegative, Section, describe, validated
