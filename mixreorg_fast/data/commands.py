@@ -10,6 +10,7 @@ from ..config import ScenesConfig
 from ..errors import UserError
 from .remote.command import add_cache_arguments, cache_of, get, told
 from .remote.sets import remote_shards
+from .remote.sources import is_remote
 from .scenes.folder import ensure_scenes
 from .shards.build import build
 from .shards.join import join
@@ -115,6 +116,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _join(args: argparse.Namespace) -> int:
+    if is_remote(args.shards):
+        raise UserError(f"{args.shards}: captions are joined to local shards; copy these first")
     print("\n".join(join(args.shards, args.tables, key=args.key, texts=args.text)))
     return 0
 

@@ -59,6 +59,8 @@ def files(shards: str) -> dict[str, bytes]:
 
 def test_a_parquet_file_by_key(shards, table, capsys):
     before = files(shards)
+    assert cli.main(["shards", "join", "hf://datasets/a/b/{0..9}.tar", str(table), "--key", "uid"]) == 2
+    assert "joined to local shards" in capsys.readouterr().err
     command = ["shards", "join", shards, str(table), "--key", "uid", "--text", "short", "long"]
     assert cli.main(command) == 0
     assert capsys.readouterr().out.splitlines() == [

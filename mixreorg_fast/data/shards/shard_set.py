@@ -166,8 +166,7 @@ class ShardSet:
 
     @staticmethod
     def _joined(shard: Shard, record: np.void) -> list[str]:
-        joined = getattr(shard, "joined", None)  # a shard in the cache has none
-        return [] if joined is None else joined.of(int(record["start"]))
+        return [] if shard.joined is None else shard.joined.of(int(record["start"]))
 
     def _record(self, number: int) -> tuple[int, Any]:
         shard = int(np.searchsorted(self._ends, number, side="right"))
