@@ -62,7 +62,13 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--short-side must be at least 1, got {args.short_side}")
     if args.port is not None and not 0 < args.port < 65536:
         raise UserError(f"--port must lie in 1..65535, got {args.port}")
-    check_address(args.host, args.port)  # now, rather than after a training
+    # Now, rather than after a training.
+    try:
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        socket.create_server((args.host, args.port or 0), family=family).close()
+    except (OSError, UnicodeError) as error:
+        where = f"--host {args.host}" + (f" --port {args.port}" if args.port else "")
+        raise UserError(f"{where}: cannot listen there ({error})") from None
     device = choose(args.device).type
     # Gradio reads these when it is imported. Its folders are ours alone: it serves what lies in them.
     folder = tempfile.TemporaryDirectory(prefix="mixreorg-demo-")
@@ -130,20 +136,6 @@ def scenes_of(weights: str | Path) -> ScenesConfig | None:
             continue
         return data.scenes if data.is_scenes else None
     return None
-
-
-def check_address(host: str, port: int | None) -> None:
-    """Try to listen at `host`.
-
-    Raises:
-        UserError: the address or the port cannot be had.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host, port or 0), family=family).close()
-    except (OSError, UnicodeError) as error:
-        where = f"--host {host}" + (f" --port {port}" if port else "")
-        raise UserError(f"{where}: cannot listen there ({error})") from None
 
 
 class View(NamedTuple):

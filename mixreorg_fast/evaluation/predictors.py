@@ -49,7 +49,7 @@ def open_model(
     threshold = options.get("background_threshold")
     if FUNCTION.fullmatch(name) and not Path(name).exists():
         _refuse(options, *OWN_SIZES, "templates")
-        return Function(name, dataset, threshold)
+        return Function(name, dataset, threshold, devices.choose(device))
     kind = _type_of(name)
     if kind == "clipseg":
         _refuse(options, *OWN_SIZES)
@@ -279,7 +279,7 @@ class Function(PixelScores):
             except Exception as error:
                 raise UserError(f"{self.name} failed with {type(error).__name__}: {error} (see --debug)") from error
             try:
-                output = given.detach().cpu() if isinstance(given, Tensor) else torch.from_numpy(np.array(given))
+                output = given.detach() if isinstance(given, Tensor) else torch.from_numpy(np.array(given))
             except (TypeError, ValueError, RuntimeError):
                 raise UserError(f"{self.name} gave {type(given).__name__}; an array or tensor was expected") from None
             most, least = len(classes), len(self.dataset.prompts)
@@ -297,4 +297,4 @@ class Function(PixelScores):
                 raise UserError(f"{self.name} gave label {wrong}; the {most} classes are 0 to {most - 1}")
             if scores and output.isnan().any():
                 raise UserError(f"{self.name} gave scores that are not numbers (NaN)")
-            yield output
+            yield output.to(self.device)

@@ -10,11 +10,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from .. import ranks
@@ -27,6 +26,9 @@ from ..inference.segmenter import Segmenter
 from . import metrics
 from .datasets import Sample, SegmentationDataset
 
+if TYPE_CHECKING:
+    from .predictors import PixelScores
+
 READERS = 4  # threads that read photos and masks ahead
 THRESHOLDS = tuple(step / 20 for step in range(21))  # of the background, that a sweep tries
 SAVE_EVERY = 30.0  # seconds between saved counts, from which an interrupted evaluation resumes
@@ -38,29 +40,6 @@ class Read(NamedTuple):
     index: int
     sample: Sample
     tensor: Tensor
-
-
-class Predictor(Protocol):
-    """What :func:`evaluate` scores: :class:`~mixreorg_fast.inference.segmenter.Segmenter`, or another model."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """Settings, as JSON values."""
-        ...
-
-    @property
-    def model(self) -> nn.Module | None:
-        """The weights, by which interrupted evaluations are told apart."""
-        ...
-
-    batch: int
-
-    def tensor(self, image: Image.Image) -> Tensor: ...
-
-    def __call__(self, inputs: Tensor, sizes: Sequence[tuple[int, int]]) -> Iterator[Any]: ...
 
 
 def segmenter_for(
@@ -103,7 +82,7 @@ def threshold_for(dataset: SegmentationDataset, given: float | None, *usual: flo
 
 
 def evaluate(
-    segmenter: Predictor,
+    segmenter: Segmenter | PixelScores,
     dataset: SegmentationDataset,
     limit: int | None = None,
     progress: bool = True,
@@ -165,9 +144,9 @@ def evaluate(
                 for (index, sample, _), decoded in zip(photos, segmenter(inputs, sizes), strict=True):
                     truth = torch.from_numpy(sample.mask).to(device)
                     tally.add(index, truth, decoded.labels, decoded.segments, decoded.count, decoded.windows)
-                    if sweep and decoded.relabelled is None:
-                        raise UserError("a threshold sweep needs a model that gives scores without the background")
                     for number, threshold in enumerate(thresholds):
+                        if decoded.relabelled is None:
+                            raise UserError("a threshold sweep needs a model that gives scores without the background")
                         labels = decoded.relabelled(threshold)
                         tally.sweep[number] += metrics.confusion_matrix(truth, labels, len(classes))
                     if predictions is not None:
@@ -210,7 +189,9 @@ def _scores(total: metrics.Tally, dataset: SegmentationDataset, thresholds: Sequ
     return scores
 
 
-def _batches(segmenter: Predictor, dataset: SegmentationDataset, indices: Sequence[int]) -> Iterator[list[Read]]:
+def _batches(
+    segmenter: Segmenter | PixelScores, dataset: SegmentationDataset, indices: Sequence[int]
+) -> Iterator[list[Read]]:
     """Photos of equal network size together, read ahead by threads."""
     batch = segmenter.batch
 

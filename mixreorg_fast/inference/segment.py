@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import json
 import sys
 from collections.abc import Iterable
 from os.path import lexists
@@ -14,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import UserError
-from ..files import saving, write_json
+from ..files import read_json, saving, write_json
 from ..images import find_images
 from ..names import MASK_CLASSES, parse_classes, read_classes
 from .fonts import drawable
@@ -138,14 +137,13 @@ class Outputs:
             UserError: ``areas.json`` is damaged or not of this command.
         """
         path = self.folder / AREAS
-        try:
-            noted = json.loads(path.read_text())
-        except FileNotFoundError:
+        if not path.exists():
             return {}
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "not JSON"
-            raise UserError(f"{path}: cannot be read ({reason}); move it away, or name another --out") from None
-        if not isinstance(noted, dict) or not all(isinstance(shares, dict) for shares in noted.values()):
+        try:
+            noted = read_json(path)
+        except (UserError, OSError) as error:
+            raise UserError(f"{error}; move it away, or name another --out") from None
+        if not all(isinstance(shares, dict) for shares in noted.values()):
             raise UserError(f"{path}: not the areas of photos; move it away, or name another --out")
         return noted
 
