@@ -250,10 +250,8 @@ class Function(PixelScores):
         UserError: no such module or function.
     """
 
-    def __init__(self, name: str, dataset: SegmentationDataset, threshold: float | None) -> None:
-        super().__init__(
-            name, dataset, threshold_for(dataset, threshold, dataset.background_threshold), torch.device("cpu")
-        )
+    def __init__(self, name: str, dataset: SegmentationDataset, threshold: float | None, device: torch.device) -> None:
+        super().__init__(name, dataset, threshold_for(dataset, threshold, dataset.background_threshold), device)
         module_name, _, path = name.partition(":")
         if "" not in sys.path:
             sys.path.insert(0, "")
