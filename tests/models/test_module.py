@@ -45,7 +45,9 @@ def saved_and_loaded(model: Model) -> Model:
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded], ids=str
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded],
+    ids=["deepcopy", "pickle", "torch.save"],
 )
 def test_copies_are_whole_and_apart(copied, model):
     expected = labels(model)
