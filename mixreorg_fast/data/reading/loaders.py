@@ -28,6 +28,8 @@ from torch import Tensor
 
 from ... import devices
 from ...config import Config
+from ...errors import RankError, UserError
+from ...ranks import local_rank
 from ..shards.scan import Bad
 from ..shards.shard_set import Sample, ShardSet
 from ..text.tokenizer import Tokenizer
@@ -119,7 +121,10 @@ class TrainLoader:
     def __next__(self) -> Pairs:
         if self._closed:
             raise RuntimeError("the loader is closed")
-        pairs, done = self._ahead[0].result()  # an error stays at the head, and is raised again
+        try:
+            pairs, done = self._ahead[0].result()  # an error stays at the head, and is raised again
+        except UserError as error:  # such as of a shard that cannot be fetched: another node may have it
+            raise (UserError if local_rank() else RankError)(str(error)) from None
         self._ahead.popleft()
         self._ahead.append(self._thread.submit(next, self._batches))
         if done is not None:

@@ -18,13 +18,14 @@ from ..remote.order import RemoteOrder
 from ..remote.sets import RemoteSet, open_remote_shards, remote_shards
 from ..shards.patterns import expand
 from ..shards.scan import Bad
-from ..shards.shard_set import ShardSet, open_shards
+from ..shards.shard_set import Counts, ShardSet, open_shards
 from ..text.tokenizer import Tokenizer
 from .order import Mixture, Order
 from .samples import reading_threads
 
 # Half a million samples settle a tokenizer's merges. More samples only take time.
 TOKENIZER_SAMPLES = 500_000
+_caches: dict[str, Cache] = {}
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class TrainingSet:
         return self._cache is not None
 
     @property
-    def counts(self) -> list[list[tuple[int, int] | None] | None]:
+    def counts(self) -> list[list[Counts | None] | None]:
         """What is known of the remote shards; a run that resumes with it fetches nothing to find its place."""
         return [part.counts if isinstance(part, RemoteSet) else None for part in self.sets]
 
@@ -182,8 +183,11 @@ def shard_sets(data: DataConfig) -> list[tuple[str | list[str], float]]:
 
 
 def open_cache(data: DataConfig) -> Cache:
-    """The cache of remote shards that ``data.cache`` describes."""
-    return Cache(data.cache, verify=data.verify, threads=reading_threads(data))
+    """The cache of remote shards that ``data.cache`` describes, one in a process for all sets."""
+    key = f"{data.cache.path} {data.cache.model_dump_json()} {data.verify} {reading_threads(data)}"
+    if key not in _caches:
+        _caches[key] = Cache(data.cache, verify=data.verify, threads=reading_threads(data))
+    return _caches[key]
 
 
 def check_patterns(patterns: str | list[str], data: DataConfig) -> None:

@@ -50,6 +50,7 @@ class ShardAhead:
 
     def release(self) -> None:
         """Let others fetch again, after :meth:`close`."""
+        self._cache.needed = list
         self._cache.stop.clear()
 
     def _run(self) -> None:

@@ -21,6 +21,7 @@ from ...errors import UserError
 from ...files import saving
 from ..reading.decoder import Decoder
 from ..shards.index import Shard, indexed, open_shard
+from ..shards.shard_set import Counts, counts_of
 from ..shards.verify import verifying
 from .download import DiskFull, Stopped, fetch
 from .sources import RemoteShard
@@ -50,7 +51,7 @@ class Cache:
         self._verify = verify
         # On the CPU also in training on GPUs: DALI's GPU decoder would disturb the recording of CUDA graphs.
         self._decoder = Decoder(torch.device("cpu"), threads) if verify else None
-        self._decoding, self._making_room = threading.Lock(), threading.Lock()
+        self._decoding, self._making_room, self._opening = threading.Lock(), threading.Lock(), threading.Lock()
         self._coming: dict[Path, int] = {}  # bytes that are being fetched
         self._opened: OrderedDict[Path, Shard] = OrderedDict()
         self._sizes: dict[Path, int] = {}
@@ -71,7 +72,8 @@ class Cache:
     def size_of(self, shard: RemoteShard) -> int:
         """Its bytes; of a shard whose source lists no sizes, the mean of those that were fetched."""
         size = shard.size or self._sizes.get(self.path(shard))
-        return size or sum(self._sizes.values()) // max(1, len(self._sizes))
+        sizes = list(self._sizes.values())  # other threads add to them
+        return size or sum(sizes) // max(1, len(sizes))
 
     def known(self, shard: RemoteShard) -> Shard | None:
         """The shard by its index, fetched or given way; None: it was never fetched."""
@@ -79,10 +81,10 @@ class Cache:
         with contextlib.suppress(UserError):
             found = self._opened.get(path) or indexed(path)
             if found is not None and (found.verified or not self._verify):
-                self._opened[path] = found
-                self._opened.move_to_end(path)
-                while len(self._opened) > OPENED:
-                    with contextlib.suppress(KeyError):  # another thread was faster
+                with self._opening:
+                    self._opened[path] = found
+                    self._opened.move_to_end(path)
+                    if len(self._opened) > OPENED:
                         self._opened.popitem(last=False)
                 return found
         return None
@@ -140,6 +142,7 @@ class Cache:
                 room = functools.partial(self._make_room, path)
                 return fetch(shard, path, patience=self._patience, stop=self.stop, room=room)
             except DiskFull:
+                log.warning("%s: the disk is full; shards give way before data.cache.size is reached", self.folder)
                 if not self._give_way():
                     path.with_name(f".{path.name}.partial").unlink(missing_ok=True)
                     raise UserError(
@@ -159,13 +162,14 @@ class Cache:
             del self._coming[path]
 
     def _index(self, path: Path) -> None:
-        if self._decoder is None:
-            open_shard(path)
-            return
-        with self._decoding:
-            for _ in verifying(path, self._decoder):
-                if self.stop.is_set():
-                    raise Stopped
+        if self._decoder is not None:
+            with self._decoding:
+                for _ in verifying(path, self._decoder):
+                    if self.stop.is_set():
+                        raise Stopped
+        shard = open_shard(path)
+        if shard.problem:
+            log.warning("%s: %s; its %d whole samples are used", path, shard.problem, len(shard.samples))
 
     def _make_room(self, path: Path, size: int) -> None:
         """Let shards give way until `size` bytes more fit."""
@@ -175,18 +179,17 @@ class Cache:
             self._coming[path] = size
             while True:
                 here = self._tars()
-                coming = sum(size for path, size in self._coming.items() if path not in here)
+                coming = sum(size for path, size in list(self._coming.items()) if path not in here)
                 if coming + sum(here.values()) <= self.size or not self._give_way():
                     return
 
     def _tars(self) -> dict[Path, int]:
-        """The shards on the disk, with their bytes."""
+        """The shards on the disk, with their bytes. A tar without its lock is somebody else's, and never removed."""
         tars = {}
         for folder, _, names in os.walk(self.folder):
-            for name in names:
-                if name.endswith(".tar"):
-                    with contextlib.suppress(OSError):
-                        tars[Path(folder, name)] = os.stat(os.path.join(folder, name)).st_size
+            for name in {name[1:].removesuffix(".lock") for name in names if name.endswith(".tar.lock")} & set(names):
+                with contextlib.suppress(OSError):
+                    tars[Path(folder, name)] = os.stat(os.path.join(folder, name)).st_size
         return tars
 
     def _give_way(self) -> bool:
@@ -204,20 +207,21 @@ class CachedShard:
     """A remote shard in the place of a local one: fetched when it is needed.
 
     Attributes:
-        counts: its samples, and the broken ones that it leaves out; None: nobody asked yet.
+        counts: as of :attr:`~mixreorg_fast.data.shards.shard_set.ShardSet.counts`; None: nobody asked yet.
     """
 
     joined = None  # captions are joined to local shards
+    gives_way = True
 
     def __init__(self, remote: RemoteShard, cache: Cache) -> None:
         self.remote, self.path, self._cache = remote, cache.path(remote), cache
-        self.counts: tuple[int, int] | None = None
+        self.counts: Counts | None = None
 
     def __len__(self) -> int:
         """Its number of samples; it is fetched if that was never known."""
         if self.counts is None:
             shard = self._cache.known(self.remote) or self._cache.get(self.remote)
-            self.counts = len(shard.samples), shard.broken
+            self.counts = counts_of(shard)
         return self.counts[0]
 
     @property

@@ -13,7 +13,7 @@ from ...errors import UserError
 from ..shards.index import Shard
 from ..shards.patterns import split
 from ..shards.scan import Bad
-from ..shards.shard_set import ShardSet
+from ..shards.shard_set import Counts, ShardSet
 from .cache import Cache, CachedShard
 from .order import STRIDE
 from .sources import RemoteShard, is_remote, list_shards
@@ -52,34 +52,24 @@ class RemoteSet(ShardSet):
         self.cache = cache
 
     @property
-    def samples(self) -> int:
-        """Of the shards that were asked for theirs so far."""
-        return sum(count for count, _ in filter(None, self.counts))
-
-    @property
     def fingerprint(self) -> str:
         return "".join(f"{shard.remote.place} {shard.remote.size}\n" for shard in self.shards)
 
     @property
-    def lost(self) -> int:
-        return sum(broken for _, broken in filter(None, self.counts))
-
-    @property
     def bad(self) -> list[Bad]:
-        known = (self.cache.known(shard.remote) for shard, count in zip(self.shards, self.counts, strict=True) if count)
-        return [bad for shard in known if shard is not None and shard.broken for bad in shard.bad]
+        known = (self.cache.known(shard.remote) for shard in self.shards if shard.counts and shard.counts[1])
+        return [bad for shard in known if shard is not None for bad in shard.bad]
 
     @property
-    def counts(self) -> list[tuple[int, int] | None]:
-        """For each shard that was asked: its samples, and the broken ones that it leaves out."""
+    def counts(self) -> list[Counts | None]:
         return [shard.counts for shard in self.shards]
 
     @counts.setter
-    def counts(self, counts: Sequence[Sequence[int] | None]) -> None:
+    def counts(self, counts: Sequence[Sequence | None]) -> None:
         """Take over what an earlier process knew, so that nothing is fetched to be counted."""
         for shard, known in zip(self.shards, counts, strict=True):
             if known is not None:
-                shard.counts = known[0], known[1]
+                shard.counts = known[0], known[1], known[2]
 
     def alternatives(self, number: int) -> tuple[int, int]:
         shard = number // STRIDE

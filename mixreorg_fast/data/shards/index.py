@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -35,6 +36,8 @@ class Shard:
     problem: str | None = None  # why parts of the tar, or all of it, are missing
     gone: bool = False  # the tar has vanished since it was indexed
     joined: JoinedCaptions | None = None  # further captions, where the shards of a run are opened
+
+    gives_way: ClassVar[bool] = False  # the file may be removed, and comes back when it is opened
 
     def open(self) -> int:
         """A descriptor of the tar's file."""

@@ -21,6 +21,8 @@ from .scan import Bad, read_member
 
 log = logging.getLogger("mixreorg_fast")
 
+Counts = tuple[int, int, bool]
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -69,6 +71,11 @@ def with_captions(shard: Shard) -> Shard:
     return replace(shard, joined=read_joined(place, size, shard.samples))
 
 
+def counts_of(shard: Shard) -> Counts:
+    """As of :attr:`ShardSet.counts`."""
+    return len(shard.samples), shard.broken, bool(shard.problem)
+
+
 class ShardSet:
     """Samples of several shards under one number, 0 … ``len(self) - 1``; thread-safe for reading.
 
@@ -86,8 +93,15 @@ class ShardSet:
         return int(self._ends[-1])
 
     @property
+    def counts(self) -> Sequence[Counts | None]:
+        """Of each shard: its samples, the broken ones that its index leaves out, whether parts of it are missing; None:
+        it was not reached yet, and may be remote."""
+        return [counts_of(shard) for shard in self.shards]
+
+    @property
     def samples(self) -> int:
-        return len(self)
+        """Of the shards that are counted."""
+        return sum(samples for samples, _, _ in filter(None, self.counts))
 
     @property
     def fingerprint(self) -> str:
@@ -100,9 +114,10 @@ class ShardSet:
     def lost(self) -> int:
         """Samples that the indexes leave out. Of a tar with missing parts: the difference to the mean of the whole
         tars, or what its index says if that is more."""
-        whole = [len(shard.samples) for shard in self.shards if not shard.problem]
+        counts = list(filter(None, self.counts))
+        whole = [samples for samples, _, damaged in counts if not damaged]
         mean = round(sum(whole) / len(whole)) if whole else 0
-        return sum(max(shard.broken, mean - len(shard.samples) if shard.problem else 0) for shard in self.shards)
+        return sum(max(broken, mean - samples if damaged else 0) for samples, broken, damaged in counts)
 
     @property
     def bad(self) -> list[Bad]:
@@ -119,8 +134,10 @@ class ShardSet:
             descriptor = self._files.pop(shard, None)
             with contextlib.suppress(OSError):  # read raises for a shard that has vanished
                 self._files[shard] = self.shards[shard].open() if descriptor is None else descriptor
-        while len(self._files) > max(64, len(needed)):
-            os.close(self._files.pop(next(iter(self._files))))
+        idle = [shard for shard in self._files if shard not in needed]
+        away = [shard for shard in idle if self.shards[shard].gives_way and not os.fstat(self._files[shard]).st_nlink]
+        for shard in {*away, *idle[: max(0, len(self._files) - 64)]}:  # the disk keeps a removed file while it is open
+            os.close(self._files.pop(shard))
 
     def read(self, number: int) -> Sample:
         """Sample `number`, after :meth:`open_for` has been called with it.

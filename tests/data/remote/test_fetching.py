@@ -131,6 +131,11 @@ def test_damaged_samples_are_left_out(web, tars, cache):
     assert len(cache.get(from_web(web, tars)).samples) == COUNTS[0] - 1
 
 
+def test_what_is_no_tar_is_told(web, tars, cache, caplog):
+    web.fail(f"/{NAME}", content=b"<html>Please log in</html>" * 100)
+    assert len(cache.get(from_web(web, tars)).samples) == 0 and "not a tar file" in caplog.text
+
+
 def test_threads_fetch_a_shard_once_and_the_oldest_gives_way(web, tars, settings):
     cache = Cache(settings(size=f"{sum(map(len, tars.values())) - 1} B"))
     names = list(tars)
@@ -148,6 +153,10 @@ def test_threads_fetch_a_shard_once_and_the_oldest_gives_way(web, tars, settings
     assert len(cache.known(from_web(web, tars, names[2])).samples) == COUNTS[2], "its index stays"
     cache.get(from_web(web, tars, names[2]))
     assert len(web.requests) == 5
+    own = cache.folder / "mine.tar"
+    own.write_bytes(bytes(10 << 20))
+    cache.get(from_web(web, tars, names[0]))
+    assert own.exists(), "a tar that the cache has not fetched"
     with pytest.raises(UserError, match="data.cache.size 100 bytes is less than"):
         Cache(settings(size="100 B", folder=str(cache.folder / "other"))).get(from_web(web, tars))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import islice
 from pathlib import Path
 
@@ -106,6 +107,27 @@ def test_a_fresh_disk_needs_what_is_read_only(web, tars, config, tokenizer, tmp_
     moved = config(pattern, {"window": 2, "folder": str(tmp_path / "fresh"), "size": "200 kB", "workers": 1})
     assert same(batches(moved, tokenizer, 2, start=152, state=state), whole[38:])
     assert len(web.requests) <= 8
+
+
+def test_a_run_whose_server_is_gone_stops_and_goes_on(web, tars, config, tokenizer):
+    """What a small cache holds is read; then the run ends in one line, and goes on when the server is back."""
+    content = list(tars.values())
+    web.content = lambda path: content[int(path[6:10]) % len(content)]
+    small = config(f"{web.url}/train-{{0000..0019}}.tar", {"window": 2, "size": "200 kB"})
+    training_set = open_training_set(small, HERE)
+    read: list[Pairs] = []
+    with TrainLoader(small, training_set, tokenizer, micro_batch=4) as loader:
+        read.append(next(loader))
+        web.stop()
+        with pytest.raises(UserError, match="refused.*data.cache.patience") as refusal:
+            while len(read) < 50:
+                read.append(next(loader))
+        assert "\n" not in str(refusal.value) and 1 < len(read) < 50
+        files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+        deleted = [name for name in files if name.endswith(".tar (deleted)")]
+        assert len(deleted) <= 2, "removed shards take no space on the disk"
+    web.start()
+    assert len(batches(small, tokenizer, 2, start=4 * len(read))) == 2
 
 
 def test_damaged_remote_samples_count(web, tars, pattern, config, tokenizer, tmp_path):
