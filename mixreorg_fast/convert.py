@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from .data.text.tokenizer import Tokenizer
 from .errors import UserError
 from .files import new_folder, saving
 from .inference.formats import read, save_huggingface
 from .inference.model import Model
 from .inference.options import WEIGHTS_HELP
-from .models.weights import Empty
+from .models.weights import sizes_only
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +26,8 @@ def main(args: argparse.Namespace) -> None:
     found = read(args.source)
     if args.tokenizer is not None:
         found = found._replace(tokenizer=Tokenizer.load(args.tokenizer))
-    print("\n".join(found.notes), end="\n" * bool(found.notes))
+    for note in found.notes:
+        print(note)
     config = found.config
     if found.tokenizer is None:
         print(f"no tokenizer in {args.source}: texts need one, which --tokenizer takes (CLIP's for official weights)")
@@ -41,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
         if args.to == "hf":
             save_huggingface(found, args.target.resolve(), found.state)
         else:
-            with Empty(), torch.device("meta"):  # sizes without memory
+            with sizes_only():
                 model = Model(config, found.mean, found.std, found.tokenizer, found.inference)
             model.save(args.target.resolve(), found.state)
     size = sum(value.numel() for value in found.state.values()) / 1e6

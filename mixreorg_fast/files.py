@@ -85,6 +85,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def json_or_empty(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} where there is none."""
+    try:
+        return read_json(path)
+    except (OSError, UserError):
+        return {}
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import UserError, nearest
-from ..files import read_json, sha256
+from ..files import json_or_empty, sha256
 from ..models.weights import DESCRIPTION, TOKENIZER, WEIGHTS
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def fetch(name: str, revision: str = "main") -> Path:
     from huggingface_hub import constants, try_to_load_from_cache
 
     try:
-        with _in_one_line(name, revision):
+        with _in_one_line(name, revision, f"no folder {name}, and "):
             return _download(name, revision)
     except UserError as error:
         for description in (DESCRIPTION, "config.json"):
@@ -112,8 +112,8 @@ def _check(path: Path, about: Any, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _in_one_line(name: str, revision: str = "main") -> Iterator[None]:
-    """Errors of the hub's client as a :class:`UserError`."""
+def _in_one_line(name: str, revision: str = "main", before: str = "") -> Iterator[None]:
+    """Errors of the hub's client as a :class:`UserError`; `before` begins those of a repository that is not there."""
     from huggingface_hub import HfApi, constants, errors
 
     place = constants.ENDPOINT
@@ -129,9 +129,9 @@ def _in_one_line(name: str, revision: str = "main") -> Iterator[None]:
             known = [each.name for each in (*refs.branches, *refs.tags)]
         message = f"{name} has no revision '{revision}' on {place}{nearest(revision, known)}"
     except errors.RepositoryNotFoundError:
-        message = f"no folder {name}, and no such repository on {place}; if it is private, {LOG_IN}"
+        message = f"{before}no repository {name} on {place}; if it is private, {LOG_IN}"
     except errors.OfflineModeIsEnabled:
-        message = f"no folder {name}, and the hub's cache has no such weights; HF_HUB_OFFLINE forbids fetching them"
+        message = f"{before}HF_HUB_OFFLINE is set, so {place} is not asked for {name}"
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         reason = error.server_message or error.response.reason_phrase
@@ -144,7 +144,7 @@ def _in_one_line(name: str, revision: str = "main") -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith("httpx"):
             raise
-        message = f"no folder {name}, and {place} cannot be reached ({error or type(error).__name__})"
+        message = f"{before}{place} cannot be reached ({error or type(error).__name__})"
     raise UserError(message)
 
 
@@ -191,7 +191,7 @@ def push(model: Model, name: str, format: Format = "ours", *, private: bool = Fa
             model.save(folder)
         (folder / "README.md").write_text(str(card(model, name, format, license)), encoding="utf-8")
         api = hub.HfApi()
-        api.create_repo(name, private=private, exist_ok=True)
+        api.create_repo(name, private=private or None, exist_ok=True)  # None: as the owner's settings say
         others = sorted(_FILES - {path.name for path in folder.iterdir()})
         commit = api.upload_folder(
             repo_id=name, folder_path=folder, commit_message="Upload weights", delete_patterns=others
@@ -262,17 +262,12 @@ result = model.segment("photo.jpg", "cat, dog, sofa")
 
 def _run_of(source: Path | None) -> tuple[dict[str, Any], dict[str, Any], int | str]:
     """Configuration, scores by data set, and step of the run that weights are of, as far as they are there."""
-
-    def content(path: Path) -> dict[str, Any]:
-        with contextlib.suppress(UserError, OSError):
-            return read_json(path)
-        return {}
-
     if source is not None:
         for run in (source, *source.absolute().parents[:2]):  # RUN/checkpoints/step_*, or RUN/best
-            if "train" in (about := content(run / "config.json")):
-                scores = {key: each for key, each in content(run / "eval.json").items() if "mIoU" in each}
-                return about, scores, content(source / "state.json").get("step", "an unknown number of")
+            if "train" in (about := json_or_empty(run / "config.json")):
+                found = json_or_empty(run / "eval.json")
+                scores = {key: each for key, each in found.items() if isinstance(each, dict) and "mIoU" in each}
+                return about, scores, json_or_empty(source / "state.json").get("step", "an unknown number of")
     return {}, {}, ""
 
 

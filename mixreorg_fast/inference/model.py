@@ -20,6 +20,7 @@ from ..images import IMAGENET_MEAN, IMAGENET_STD
 from ..models import weights
 from ..models.groupvit import GroupViT
 from ..names import parse_classes
+from ..ranks import rank
 from . import hub
 from .formats import read
 from .segmenter import Segmentation, Segmenter
@@ -128,9 +129,11 @@ def load(source: str | Path, device: torch.device | str = "cpu") -> Model:
         UserError: a file is missing, damaged, or does not fit the others; the hub's reasons.
     """
     found = read(source)
-    print("".join(f"{note}\n" for note in found.notes), end="", file=sys.stderr, flush=True)
-    with weights.Empty():
+    for note in found.notes if rank() == 0 else ():
+        print(note, file=sys.stderr, flush=True)
+    with weights.sizes_only():  # initial values would take longer than those of the file
         model = Model(found.config, found.mean, found.std, found.tokenizer, found.inference)
+    model.to_empty(device="cpu")
     weights.fill(model, found.state, source)
     model.source = found.source
     return model.to(device).eval()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -104,19 +105,26 @@ def read_weights(folder: Path) -> Weights:
     return Weights(found.model, found.mean, found.std, folder, state, inference=found.inference)
 
 
-class Empty(TorchFunctionMode):
-    """Networks that are made in this context draw no initial values: a file's tensors will replace them."""
+class _NoDraws(TorchFunctionMode):
+    """On the meta device PyTorch draws normal values by its Python decompositions, whose import takes a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+        if getattr(func, "__name__", "") == "normal_":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
 
 
+@contextlib.contextmanager
+def sizes_only() -> Iterator[None]:
+    """Networks that are made in this block have shapes, but neither memory nor initial values."""
+    with _NoDraws(), torch.device("meta"):
+        yield
+
+
 def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
     """Shape of every tensor in our files, for a model of these sizes; takes no memory."""
-    with Empty(), torch.device("meta"):
+    with sizes_only():
         shapes = {name: value.shape for name, value in GroupViT(config).state_dict().items()}
     return {**shapes, "logit_scale": torch.Size(())}
 

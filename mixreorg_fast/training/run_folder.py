@@ -7,12 +7,12 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ..config import Config, are_scenes, flattened
 from ..data.reading.training_set import TrainingSet
 from ..errors import UserError
+from ..files import json_or_empty
 from ..models import weights
 from . import checkpoint
 
@@ -28,12 +28,12 @@ SCENES = "the embedded scenes"
 def refuse_another(config: Config, resume: str) -> None:
     """Raise a UserError if the folder holds checkpoints of a run with other identifying settings than `config`."""
     run = config.run_folder
-    was, kept = _json(run / "config.json"), checkpoint.complete(run)
+    was, kept = json_or_empty(run / "config.json"), checkpoint.complete(run)
     if resume == "never" or not kept or not was:
         return
     found = differences(was, config.model_dump(mode="json"))
     moved = set(found) == {"data.shards"} and SCENES not in found["data.shards"]
-    if moved and TrainingSet.open(config).digest == _json(kept[-1] / checkpoint.STATE).get("order"):
+    if moved and TrainingSet.open(config).digest == json_or_empty(kept[-1] / checkpoint.STATE).get("order"):
         return  # the same shards in another place
     if found:
         shown = ", ".join(f"{key}: {_short(old)} → {_short(new)}" for key, (old, new) in list(found.items())[:SHOWN])
@@ -62,14 +62,14 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tup
 def finished(config: Config, resume: str) -> dict[str, Any] | None:
     """The scores of a run that has taken all steps of `config`; None: the run is not finished."""
     run = config.run_folder
-    beat, was = _json(run / "heartbeat.json"), _json(run / "config.json").get("train", {})
+    beat, was = json_or_empty(run / "heartbeat.json"), json_or_empty(run / "config.json").get("train", {})
     if resume != "auto" or not beat.get("finished") or not checkpoint.complete(run):
         return None
     if config.train.steps is not None:
         whole = beat["step"] >= config.train.steps
     else:
         whole = was.get("steps") is None and was.get("epochs") == config.train.epochs
-    return _json(run / "eval.json") if whole else None
+    return json_or_empty(run / "eval.json") if whole else None
 
 
 def state_to_resume(config: Config, resume: str) -> dict[str, Any]:
@@ -104,15 +104,6 @@ def state_to_resume(config: Config, resume: str) -> dict[str, Any]:
             shutil.rmtree(aside, ignore_errors=True)
             print(f"a later checkpoint is renamed to {later.rename(aside)}", flush=True)
     return {**state, "source": source}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} without one."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _short(value: Any) -> str:

@@ -143,7 +143,7 @@ def test_what_fails_is_told_in_one_line(hub, theirs, photo, tmp_path, capsys, mo
     hub.add("owner/gated", theirs, gated=True)
     hub.add("owner/other", {"config.json": b'{"model_type": "bert"}', "model.safetensors": b"1234"})
     hub.add("owner/empty", {"README.md": b"# nothing"})
-    assert "no folder owner/none, and no such repository on http" in refusal(capsys, photo, "owner/none")
+    assert "no folder owner/none, and no repository owner/none on http" in refusal(capsys, photo, "owner/none")
     assert "no revision 'v1.1'" in (message := refusal(capsys, photo, "owner/good@v1.1")) and "'v1.0'" in message
     assert "is gated: accept its conditions on" in refusal(capsys, photo, "owner/gated")
     for name in ("owner/other", "owner/empty"):
@@ -169,7 +169,7 @@ def test_what_fails_is_told_in_one_line(hub, theirs, photo, tmp_path, capsys, mo
         assert "cannot be written (No space left on device)" in refusal(capsys, photo, "owner/good")
     with monkeypatch.context() as context:
         context.setattr(hf.constants, "HF_HUB_OFFLINE", True)
-        assert "HF_HUB_OFFLINE forbids" in refusal(capsys, photo, "owner/good")
+        assert "no folder owner/good, and HF_HUB_OFFLINE is set" in refusal(capsys, photo, "owner/good")
     with monkeypatch.context() as context:
         context.setattr(hf.constants, "ENDPOINT", "http://127.0.0.1:9")
         assert "no folder owner/good, and http://127.0.0.1:9 cannot be reached" in refusal(capsys, photo, "owner/good")

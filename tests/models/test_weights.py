@@ -56,6 +56,14 @@ def test_what_is_saved_is_loaded(model, tmp_path):
     assert torch.equal(again.grouping(images), model.grouping(images))
 
 
+def test_loading_draws_no_values(folder, monkeypatch):
+    """Neither initial values, which the file replaces, nor numbers of a user's random state."""
+    state = torch.get_rng_state()
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda *_, **__: pytest.fail("a draw"))
+    mixreorg_fast.load(folder)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_the_temperature_is_a_number_in_the_file(model, folder):
     assert load_file(folder / weights.WEIGHTS)["logit_scale"].shape == ()
     assert mixreorg_fast.load(folder).logit_scale.shape == (1,)
