@@ -11,7 +11,7 @@ import numpy as np
 
 from ...config import Config, DataConfig
 from ...errors import UserError
-from ...ranks import local_rank
+from ...ranks import local_rank, local_size
 from ..remote.ahead import ShardAhead
 from ..remote.cache import Cache
 from ..remote.order import RemoteOrder
@@ -131,14 +131,17 @@ class TrainingSet:
         for part, known in zip(self.sets, counts, strict=False):
             if isinstance(part, RemoteSet) and known is not None:
                 part.counts = known
+        if (cache := self._cache) is None:
+            return
+        self._check_room(cache)
         for part, numbers in self._first:
             if isinstance(part, RemoteSet) and numbers is not None:
-                part.fetch(numbers, self.config.data.cache.workers, progress=progress)
-        if (cache := self._cache) is not None:
-            self._check_room(cache)
+                own = numbers[local_rank() :: local_size()]  # then those of the node's other ranks, if they are slower
+                part.fetch([*own, *(n for n in numbers if n not in own)], max(1, self._workers), progress=progress)
+        self._check_room(cache)  # sizes that no source lists are known now
 
     def fetch_ahead(self, behind: int) -> ShardAhead | None:
-        """Fetch remote shards ahead of the run, in one process of a node; None without remote shards.
+        """Fetch remote shards ahead of the run, shared by the processes of a node; None without remote shards.
 
         Args:
             behind: samples by which another rank may be behind this one.
@@ -146,7 +149,12 @@ class TrainingSet:
         if (cache := self._cache) is None:
             return None
         remote = [(p.shards, o) for p, o in zip(self.sets, self.orders, strict=True) if isinstance(o, RemoteOrder)]
-        return ShardAhead(cache, remote, 0 if local_rank() else self.config.data.cache.workers, behind)  # pyright: ignore
+        return ShardAhead(cache, remote, self._workers, behind)  # pyright: ignore[reportArgumentType] - of remote sets
+
+    @property
+    def _workers(self) -> int:
+        """This rank's part of the node's workers: verifying takes as long as reading does, so it should be shared."""
+        return len(range(local_rank(), self.config.data.cache.workers, local_size()))
 
     @property
     def _cache(self) -> Cache | None:

@@ -16,7 +16,7 @@ from .order import RemoteOrder
 class ShardAhead:
     """Threads that fetch what the orders of a run come to next, as much as the cache holds.
 
-    One process of a node runs them; the others find the shards in the cache.
+    The processes of a node share the work: what one is fetching, the others leave to it.
 
     Args:
         sets: shards and order of each remote set of the run. Nothing is fetched for a set before its order is asked.
@@ -61,7 +61,7 @@ class ShardAhead:
                 if shard is None:
                     self._cache.stop.wait(0.1)
                 else:
-                    self._cache.get(shard.remote)
+                    self._cache.get_unless_coming(shard.remote)
             except Stopped:
                 return
             except (UserError, OSError):

@@ -99,6 +99,13 @@ class Cache:
         Raises:
             UserError: its source refuses or is lost, it is damaged there, or the disk is full.
         """
+        while (got := self.get_unless_coming(shard)) is None:
+            if self.stop.wait(0.05):
+                raise Stopped
+        return got
+
+    def get_unless_coming(self, shard: RemoteShard) -> Shard | None:
+        """As :meth:`get`, but None while another thread or process fetches the shard."""
         path = self.path(shard)
         while True:
             if path.is_file() and (found := self.known(shard)) is not None:
@@ -107,7 +114,9 @@ class Cache:
                         self._sizes[path] = path.stat().st_size
                     os.utime(f"{path}.index")  # its last use
                 return found
-            with _locked(path.with_name(f".{path.name}.lock"), self.stop), self._keeping(path):
+            with _locked(path.with_name(f".{path.name}.lock")) as mine, self._keeping(path, mine):
+                if not mine:
+                    return None
                 if not path.is_file():
                     self._fetch(shard, path)
                     self._opened.pop(path, None)  # of a file that has changed at a source without versions
@@ -151,15 +160,17 @@ class Cache:
                     ) from None
 
     @contextlib.contextmanager
-    def _keeping(self, path: Path) -> Iterator[None]:
-        """A shard that is fetched and indexed does not give way to another meanwhile."""
-        self._coming[path] = 0
+    def _keeping(self, path: Path, mine: bool) -> Iterator[None]:
+        """A shard that this thread fetches and indexes does not give way to another meanwhile."""
+        if mine:
+            self._coming[path] = 0
         try:
             yield
         except FileNotFoundError:  # but to another process's it may: the caller tries again
             pass
         finally:
-            del self._coming[path]
+            if mine:
+                del self._coming[path]
 
     def _index(self, path: Path) -> None:
         if self._decoder is not None:
@@ -244,17 +255,15 @@ def _used(path: Path) -> float:
 
 
 @contextlib.contextmanager
-def _locked(lock: Path, stop: threading.Event) -> Iterator[None]:
-    """Hold a lock file, of which each thread and process waits for the others; it vanishes with its process."""
+def _locked(lock: Path) -> Iterator[bool]:
+    """Hold a lock file, unless another thread or process does; its hold ends with its process."""
     with saving(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
     with open(lock, "ab") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if stop.wait(0.05):
-                    raise Stopped from None
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = True
+        except BlockingIOError:
+            mine = False
+        yield mine
