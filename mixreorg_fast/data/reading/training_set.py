@@ -173,12 +173,14 @@ class TrainingSet:
                 shards = {n: part.shards[n].remote for window in (0, 1) for n in order.shards_of(window)}
                 sizes = [cache.size_of(shard) for shard in shards.values()]
                 need, least = need + sum(sizes), least + 2 * max(sizes)
-        if need > cache.size:
-            window = cache.size // least
-            fits = f"data.cache.window {window} or " if window else ""
+        if need > (room := cache.room):
+            fits = f"data.cache.window {room // least} or " if room >= least else ""
+            limit = (
+                f"data.cache.size {settings.size}" if room == cache.size else f"{cache.folder}: the disk's free space"
+            )
             raise UserError(
-                f"data.cache.size {settings.size} is less than two windows of {settings.window} shards "
-                f"({need / 1e9:.3g} GB); nearest: {fits}data.cache.size '{-(-need // 10**6)} MB'"
+                f"{limit} is less than two windows of {settings.window} shards ({need / 1e9:.3g} GB); "
+                f"nearest: {fits}{-(-need // 10**6)} MB"
             )
 
 

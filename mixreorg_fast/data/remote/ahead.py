@@ -78,7 +78,7 @@ class ShardAhead:
     def _needed(self) -> list[CachedShard]:
         """The shards that the orders come to next, soonest first, as many as the cache holds."""
         needed: dict[Path, CachedShard] = {}
-        room = self._cache.size
+        room = self._cache.room
         for shard in self._coming():
             if shard.path in needed:
                 continue

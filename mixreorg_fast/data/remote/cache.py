@@ -7,6 +7,7 @@ import fcntl
 import functools
 import logging
 import os
+import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +24,12 @@ from ..reading.decoder import Decoder
 from ..shards.index import Shard, indexed, open_shard
 from ..shards.shard_set import Counts, counts_of
 from ..shards.verify import verifying
-from .download import DiskFull, Stopped, fetch
+from .download import DiskFull, Stopped, fetch, partial_path
 from .sources import RemoteShard
 
 log = logging.getLogger("mixreorg_fast")
 OPENED = 64  # indexes that stay mapped
+SPARE = 1 << 30  # bytes of the disk that stay free, for checkpoints
 
 
 class Cache:
@@ -74,6 +76,17 @@ class Cache:
         size = shard.size or self._sizes.get(self.path(shard))
         sizes = list(self._sizes.values())  # other threads add to them
         return size or sum(sizes) // max(1, len(sizes))
+
+    @property
+    def room(self) -> int:
+        """Bytes of shards that may lie here: ``data.cache.size``, or less where the disk is smaller."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        disk = shutil.disk_usage(self.folder)
+        held = sum(self._tars().values())
+        for path in list(self._coming):
+            with contextlib.suppress(OSError):
+                held += partial_path(path).stat().st_size
+        return min(self.size, held + disk.free - min(SPARE, disk.total // 20))
 
     def known(self, shard: RemoteShard) -> Shard | None:
         """The shard by its index, fetched or given way; None: it was never fetched."""
@@ -151,9 +164,8 @@ class Cache:
                 room = functools.partial(self._make_room, path)
                 return fetch(shard, path, patience=self._patience, stop=self.stop, room=room)
             except DiskFull:
-                log.warning("%s: the disk is full; shards give way before data.cache.size is reached", self.folder)
                 if not self._give_way():
-                    path.with_name(f".{path.name}.partial").unlink(missing_ok=True)
+                    partial_path(path).unlink(missing_ok=True)
                     raise UserError(
                         f"{self.folder}: the disk is full, and data.cache.size {self.size:,} bytes is not reached; "
                         f"free some, or name a smaller data.cache.size or another data.cache.folder"
@@ -191,7 +203,7 @@ class Cache:
             while True:
                 here = self._tars()
                 coming = sum(size for path, size in list(self._coming.items()) if path not in here)
-                if coming + sum(here.values()) <= self.size or not self._give_way():
+                if coming + sum(here.values()) <= self.room or not self._give_way():
                     return
 
     def _tars(self) -> dict[Path, int]:

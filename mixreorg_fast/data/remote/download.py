@@ -36,6 +36,11 @@ class DiskFull(Exception):
     """The file cannot be written for want of space."""
 
 
+def partial_path(path: Path) -> Path:
+    """Where the bytes of a file lie until it is complete."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def fetch(
     shard: RemoteShard,
     path: Path,
@@ -57,7 +62,7 @@ def fetch(
         UserError: the source refuses, is lost, or has a damaged file.
         DiskFull, Stopped
     """
-    partial, note = (path.with_name(f".{path.name}.{part}") for part in ("partial", "etag"))
+    partial, note = partial_path(path), path.with_name(f".{path.name}.etag")
     path.parent.mkdir(parents=True, exist_ok=True)
     waits = _Waits(shard, patience, stop)
     for _ in range(MISMATCHES):
