@@ -58,10 +58,6 @@ class StudyConfig(Section):
     blocks: dict[str, BlockConfig]
     pictures: NonNegative = Field(3, description="photos in a picture of all variants; 0: no pictures, no curves")
 
-    @property
-    def folder(self) -> Path:
-        return Path(self.output) / self.name
-
     def problems(self) -> Iterator[str]:
         for name, block in self.blocks.items():
             of_time = block.equal_time
@@ -149,7 +145,8 @@ class Study:
         settings = self.config.worlds[dataset]
         values = {**settings.set, **self.config.variants[variant].set, "seed": seed}
         values |= {} if steps is None else {"train.steps": steps}
-        values |= {"name": _run_name(variant, budget, seed), "output": str(self.config.folder / dataset)}
+        folder = Path(self.config.output) / self.config.name / dataset
+        values |= {"name": _run_name(variant, budget, seed), "output": str(folder)}
         overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
         try:
             config = load_config(self.path.parent / settings.config, overrides)

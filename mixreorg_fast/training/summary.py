@@ -11,8 +11,8 @@ from .. import devices
 from ..config import Config
 from ..ops.attention import Packing, chosen
 from ..ranks import Ranks
-from .run_folder import SCENES
 
+SCENES = "the embedded scenes"
 WAYS = ("image_to_text", "text_to_image")
 PICTURES = ("segmentation.png", "segments.png", "mixing.png", "losses.png")
 

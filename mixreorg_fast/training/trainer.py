@@ -28,12 +28,11 @@ from ..inference.model import Model
 from ..models import Batch, MixReorg, weights
 from ..models.features import Features
 from ..ranks import Ranks, on_main, wait_patiently
-from . import checkpoint, run_folder, validation
+from . import checkpoint, preparation, validation
 from .data import BadSamples, open_training_set
 from .distributed import full_disk_in_one_line, import_deepspeed, initialise, out_of_memory_in_one_line
 from .optimisation import StepGuard, deepspeed_config, learning_rate, optimizer, schedule_length
 from .plots import draw_losses
-from .preparation import check_inputs, prepare
 from .reports import Reports
 from .summary import closing, opening, summary
 from .watch import FINISHED, StopRequest, Watch
@@ -59,18 +58,18 @@ def train(config: Config, resume: str = "auto", device: str | None = None) -> di
         raise UserError("train.cuda_graphs needs a CUDA GPU")
     if ranks.is_main:
         print(summary(config, ranks), flush=True)
-    on_main(lambda: run_folder.refuse_another(config, resume))
-    scores = on_main(lambda: run_folder.finished(config, resume))
+    on_main(lambda: preparation.refuse_another(config, resume))
+    scores = on_main(lambda: preparation.finished(config, resume))
     if scores is not None:
         if ranks.is_main:
             print(f"{config.run_folder} is finished (--set train.steps=N for more, --resume never for a new run)")
             print(closing(scores, config), flush=True)
         return scores
-    on_main(lambda: check_inputs(config, bool(checkpoint.find(config.run_folder, resume)), ranks.size))
-    state = on_main(lambda: run_folder.state_to_resume(config, resume))
+    on_main(lambda: preparation.check_inputs(config, bool(checkpoint.find(config.run_folder, resume)), ranks.size))
+    state = on_main(lambda: preparation.state_to_resume(config, resume))
     config = on_main(lambda: with_scenes(config))
     training_set = open_training_set(config, ranks, state)
-    config = on_main(lambda: prepare(config, training_set, resuming=bool(state)))
+    config = on_main(lambda: preparation.prepare(config, training_set, resuming=bool(state)))
     if ranks.is_main and state.get("order", training_set.digest) != training_set.digest:
         print("warning: data.shards have changed: the samples' order changes from here on", flush=True)
     with Watch(ranks, config.train.timeout, config.run_folder) as watch:
@@ -318,8 +317,9 @@ class Trainer:
 
     def _score(self, limit: int | None) -> tuple[Model, dict[str, Any]]:
         """A copy of the network for evaluation, and its scores on `limit` images of each data set (None: all)."""
-        state = checkpoint.portable_state(self.engine)
-        model = validation.evaluation_model(self.config, self.tokenizer, state, self.ranks)
+        model = Model(self.config.model, tokenizer=self.tokenizer, inference=self.config.inference)
+        model.load_state_dict(checkpoint.portable_state(self.engine))
+        model.to(self.ranks.device).eval()
         return model, validation.score(model, self.config, self.ranks, limit=limit)
 
     def _validate(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from .. import ops
 from ..config import Config, EvalDatasetConfig
 from ..data.reading.loaders import ValidationLoader
 from ..data.reading.training_set import open_validation_shards
-from ..data.text.tokenizer import Tokenizer
 from ..evaluation.datasets import SegmentationDataset, open_dataset
 from ..evaluation.pictures import dataset_figure, mixing_figure, segments_figure
 from ..evaluation.retrieval import retrieval_at_1
@@ -24,13 +22,6 @@ from ..inference.model import Model
 from ..inference.segmenter import Segmenter
 from ..ranks import Ranks
 from .summary import WAYS
-
-
-def evaluation_model(config: Config, tokenizer: Tokenizer, state: dict[str, Tensor], ranks: Ranks) -> Model:
-    """A model with the tensors of `state`, apart from the engine that owns the parameters."""
-    model = Model(config.model, tokenizer=tokenizer, inference=config.inference)
-    model.load_state_dict(copy.copy(state))
-    return model.to(ranks.device).eval()
 
 
 def score(model: Model, config: Config, ranks: Ranks, *, limit: int | None) -> dict[str, Any]:

@@ -22,8 +22,7 @@ import torch.distributed as dist
 from mixreorg_fast.config import parse_config
 from mixreorg_fast.errors import UserError, run_command
 from mixreorg_fast.models import MixReorg
-from mixreorg_fast.training import checkpoint
-from mixreorg_fast.training import trainer as module
+from mixreorg_fast.training import checkpoint, preparation
 from mixreorg_fast.training.distributed import leave
 from mixreorg_fast.training.trainer import Trainer, train
 from mixreorg_fast.training.watch import launchers
@@ -32,7 +31,7 @@ prepared_batch, write_tensors, losses_of, prepare = (
     Trainer._batch,
     checkpoint.save_file,
     MixReorg.losses,
-    module.prepare,
+    preparation.prepare,
 )
 BALLAST = "ballast"
 
@@ -90,7 +89,12 @@ def inject(faults: dict) -> None:
     if "impatient" in faults:
         for group in dist.distributed_c10d._world.pg_map:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=faults["impatient"]), group)
-    Trainer._batch, checkpoint.save_file, MixReorg.losses, module.prepare = batch, save_file, losses, slowly_prepared
+    Trainer._batch, checkpoint.save_file, MixReorg.losses, preparation.prepare = (
+        batch,
+        save_file,
+        losses,
+        slowly_prepared,
+    )
 
 
 def main(path: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 from mixreorg_fast.config import merged, parse_config
 from mixreorg_fast.data.reading.training_set import TrainingSet
 from mixreorg_fast.errors import UserError
-from mixreorg_fast.training import checkpoint, run_folder
+from mixreorg_fast.training import checkpoint, preparation
 from mixreorg_fast.training.watch import StopRequest
 from tests.tiny import tiny_config
 
@@ -138,8 +138,8 @@ def resolved(folder: Path, **changes) -> dict:
 )
 def test_what_may_change(run, changes):
     folder, *_ = run
-    run_folder.refuse_another(parse_config(merged(settings(folder), changes)), "auto")
-    run_folder.refuse_another(parse_config(resolved(folder, **changes)), "auto")  # config.json itself
+    preparation.refuse_another(parse_config(merged(settings(folder), changes)), "auto")
+    preparation.refuse_another(parse_config(resolved(folder, **changes)), "auto")  # config.json itself
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_what_must_stay(run, changes, found):
     folder, *_ = run
     config = parse_config(merged(settings(folder), changes))
     with pytest.raises(UserError, match=found):
-        run_folder.refuse_another(config, "auto")
-    run_folder.refuse_another(config, "never")
+        preparation.refuse_another(config, "auto")
+    preparation.refuse_another(config, "never")
 
 
 def test_shards_may_move(run, monkeypatch):
@@ -166,14 +166,14 @@ def test_shards_may_move(run, monkeypatch):
     config = parse_config(resolved(folder, data={"shards": "moved/train-*.tar"}))
     was = json.loads((folder / "runs/run/config.json").read_text())
     was["data"]["shards"] = "here/train-*.tar"
-    real = run_folder._json
-    monkeypatch.setattr(run_folder, "_json", lambda path: was if path.name == "config.json" else real(path))
+    real = preparation.json_or_empty
+    monkeypatch.setattr(preparation, "json_or_empty", lambda path: was if path.name == "config.json" else real(path))
     order = real(checkpoint.complete(config.run_folder)[-1] / checkpoint.STATE)["order"]
     monkeypatch.setattr(TrainingSet, "open", lambda config: SimpleNamespace(digest=order))
-    run_folder.refuse_another(config, "auto")
+    preparation.refuse_another(config, "auto")
     monkeypatch.setattr(TrainingSet, "open", lambda config: SimpleNamespace(digest="another"))
     with pytest.raises(UserError, match="data.shards: here/train-.*.tar → moved/train"):
-        run_folder.refuse_another(config, "auto")
+        preparation.refuse_another(config, "auto")
 
 
 @pytest.mark.parametrize("command", [ALONE, TWO_RANKS], ids=["one process", "two ranks"])
