@@ -141,11 +141,11 @@ class Trainer:
                 stopped_by = self._loop(loader, stop)
                 if self._images is None:
                     self._images = next(loader).images
-            self._at("final scores", timed=False)
+            self.watch.at(self.step, "final scores", timed=False)
             if self.ranks.is_main and not draw_losses(self.run_folder):
                 print("no losses.png: it needs matplotlib", file=sys.stderr, flush=True)
             scores = {} if stopped_by else self._finish()
-            self._at("stopped" if stopped_by else FINISHED)
+            self.watch.at(self.step, "stopped" if stopped_by else FINISHED)
         if stopped_by == signal.SIGINT:
             raise KeyboardInterrupt
         return scores
@@ -172,11 +172,11 @@ class Trainer:
             if self.step % self.config.train.log_every == 0 or self.step == self.steps or stopped_by:
                 self._report(loader, norm)
             if self._due(self.config.eval.every) and not stopped_by:
-                self._at("validation", timed=False)
+                self.watch.at(self.step, "validation", timed=False)
                 self._validate()
                 self.reports.restart()
             if self._due(self.config.checkpoint.every) or self.step == self.steps or stopped_by:
-                self._at("writing a checkpoint")
+                self.watch.at(self.step, "writing a checkpoint")
                 path = self._save()
                 self.reports.restart()
             if stopped_by:
@@ -184,9 +184,6 @@ class Trainer:
                 self.reports.say(f"stopped by {name}; the same command resumes from {path}")
                 return stopped_by
         return 0
-
-    def _at(self, place: str, *, timed: bool = True) -> None:
-        self.watch.at(self.step, place, timed=timed)
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0 and self.step < self.steps
