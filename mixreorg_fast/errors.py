@@ -52,9 +52,8 @@ def run_command(main: Callable[[], int | None], *, debug: bool = False) -> int:
     except (UserError, KeyboardInterrupt) as error:
         if debug:
             raise
-        line, code = (
-            (f"error: {' '.join(str(error).split())}", 2) if isinstance(error, UserError) else ("interrupted", 130)
-        )
+        interrupted = isinstance(error, KeyboardInterrupt)
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
+            line = "interrupted" if interrupted else f"error: {' '.join(str(error).split())}"
             print(line, file=sys.stderr, flush=True)
-        return code
+        return 130 if interrupted else 2
