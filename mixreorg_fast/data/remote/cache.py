@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,7 @@ class Cache:
         self._coming: dict[Path, int] = {}  # bytes that are being fetched
         self._opened: OrderedDict[Path, Shard] = OrderedDict()
         self._sizes: dict[Path, int] = {}
+        self._failures: dict[Path, tuple[float, UserError]] = {}
 
     @property
     def listings(self) -> Path:
@@ -112,9 +114,13 @@ class Cache:
         Raises:
             UserError: its source refuses or is lost, it is damaged there, or the disk is full.
         """
+        path, start = self.path(shard), time.monotonic()
         while (got := self.get_unless_coming(shard)) is None:
             if self.stop.wait(0.05):
                 raise Stopped
+            when, error = self._failures.get(path, (0.0, None))
+            if error is not None and when > start:  # of the thread that was waited for: its patience was ours
+                raise error
         return got
 
     def get_unless_coming(self, shard: RemoteShard) -> Shard | None:
@@ -131,7 +137,11 @@ class Cache:
                 if not mine:
                     return None
                 if not path.is_file():
-                    self._fetch(shard, path)
+                    try:
+                        self._fetch(shard, path)
+                    except UserError as error:
+                        self._failures[path] = time.monotonic(), error
+                        raise
                     self._opened.pop(path, None)  # of a file that has changed at a source without versions
                 if not self.ready(shard):
                     self._index(path)

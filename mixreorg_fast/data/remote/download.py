@@ -52,7 +52,7 @@ def fetch(
     """Fetch a shard to `path`, which appears when it is complete and its size and checksum are right.
 
     What has been fetched lies in a hidden file beside `path`; another call goes on from there. The file's time is the
-    one that the server gives, or 0 where the shard has a checksum: so its index stays valid when it is fetched again.
+    one that the server gives, or 0 where the source has versions: so its index stays valid when it is fetched again.
 
     Args:
         patience: seconds without a byte after which the source counts as lost.
@@ -75,8 +75,8 @@ def fetch(
     else:
         raise UserError(f"{shard}: fetched {MISMATCHES} times with another checksum than its source says")
     sync(partial)
-    if shard.checksum is not None or modified is not None:
-        os.utime(partial, (0, 0 if shard.checksum is not None else modified or 0))
+    if shard.version or modified is not None:
+        os.utime(partial, (0, 0 if shard.version else modified or 0))
     os.replace(partial, path)
     note.unlink(missing_ok=True)
 

@@ -6,7 +6,6 @@ import contextlib
 from pathlib import Path
 
 import pytest
-import requests
 
 from mixreorg_fast.config import CacheConfig
 from mixreorg_fast.data.remote.cache import Cache
@@ -62,6 +61,7 @@ class Bucket:
 def bucket(monkeypatch: pytest.MonkeyPatch):
     """An empty bucket, to whose server AWS's clients of this process and of those it starts are sent."""
     servers, boto3 = pytest.importorskip("moto.server"), pytest.importorskip("boto3")
+    requests = pytest.importorskip("requests")
     pytest.importorskip("s3fs")
     server = servers.ThreadedMotoServer(port=0, verbose=False)
     server.start()
