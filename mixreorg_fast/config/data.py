@@ -85,7 +85,7 @@ class CacheConfig(Section):
     """The cache of shards that are fetched from the hub, S3 or a web server."""
 
     folder: str | None = key(None, "null: ~/.cache/mixreorg/remote")
-    size: str = key("100 GB", "bytes of shards on the disk; the ones unused for longest give way")
+    size: str = key("100 GB", "bytes of shards on the disk; the least recently used are evicted")
     window: Positive = key(16, "remote shards whose samples are shuffled together; two windows must fit")
     workers: Positive = key(4, "shards fetched at a time, per node")
     patience: PositiveFloat = key(300.0, "seconds without a byte until the run gives a source up")

@@ -37,7 +37,7 @@ class Cache:
     """Shards on this node's disk.
 
     A shard is fetched and indexed under a lock of its own, by whichever thread or process asks for it first. When the
-    cache is full, shards give way that are not needed soon, the ones unused for longest first. Their indexes stay: they
+    cache is full, shards that are not needed soon are evicted, the least recently used first. Their indexes stay: they
     are small, and tell how many samples a shard holds without fetching it again.
 
     Args:
@@ -48,7 +48,7 @@ class Cache:
 
     def __init__(self, settings: CacheConfig, *, verify: bool = True, threads: int = 1) -> None:
         self.folder, self.size = settings.path, settings.capacity
-        self.needed: Callable[[], list[Path]] = list  # soon, soonest first: these are the last to give way
+        self.needed: Callable[[], list[Path]] = list  # soon, soonest first: these are evicted last
         self.stop = threading.Event()
         self._patience = settings.patience
         self._verify = verify
@@ -91,7 +91,7 @@ class Cache:
         return min(self.size, held + disk.free - min(SPARE, disk.total // 20))
 
     def known(self, shard: RemoteShard) -> Shard | None:
-        """The shard by its index, fetched or given way; None: it was never fetched."""
+        """The shard by its index, which outlives eviction; None: it was never fetched."""
         path = self.path(shard)
         with contextlib.suppress(UserError):
             found = self._opened.get(path) or indexed(path)
@@ -149,10 +149,10 @@ class Cache:
                         raise UserError(f"{path}.index: cannot be written")
 
     def open(self, shard: RemoteShard) -> int:
-        """A file descriptor of the shard, fetched if it is not there; it stays readable when the shard gives way."""
+        """A file descriptor of the shard, fetched if it is not there; it stays readable after eviction."""
         while True:
             self.get(shard)
-            with contextlib.suppress(FileNotFoundError):  # it gave way in this moment
+            with contextlib.suppress(FileNotFoundError):  # evicted in this moment
                 return os.open(self.path(shard), os.O_RDONLY)
 
     def stream(self, shards: Sequence[RemoteShard], workers: int) -> Iterator[Shard]:
@@ -174,7 +174,7 @@ class Cache:
                 room = functools.partial(self._make_room, path)
                 return fetch(shard, path, patience=self._patience, stop=self.stop, room=room)
             except DiskFull:
-                if not self._give_way():
+                if not self._evict():
                     partial_path(path).unlink(missing_ok=True)
                     raise UserError(
                         f"{self.folder}: the disk is full, and data.cache.size {self.size:,} bytes is not reached; "
@@ -183,12 +183,12 @@ class Cache:
 
     @contextlib.contextmanager
     def _keeping(self, path: Path, mine: bool) -> Iterator[None]:
-        """A shard that this thread fetches and indexes does not give way to another meanwhile."""
+        """A shard that this thread fetches and indexes is not evicted meanwhile."""
         if mine:
             self._coming[path] = 0
         try:
             yield
-        except FileNotFoundError:  # but to another process's it may: the caller tries again
+        except FileNotFoundError:  # another process may evict it: the caller tries again
             pass
         finally:
             if mine:
@@ -205,7 +205,7 @@ class Cache:
             log.warning("%s: %s; its %d whole samples are used", path, shard.problem, len(shard.samples))
 
     def _make_room(self, path: Path, size: int) -> None:
-        """Let shards give way until `size` bytes more fit."""
+        """Evict shards until `size` bytes more fit."""
         if size > self.size:
             raise UserError(f"data.cache.size {self.size:,} bytes is less than {path.name} has, {size:,} bytes")
         with self._making_room:
@@ -213,7 +213,7 @@ class Cache:
             while True:
                 here = self._tars()
                 coming = sum(size for path, size in list(self._coming.items()) if path not in here)
-                if coming + sum(here.values()) <= self.room or not self._give_way():
+                if coming + sum(here.values()) <= self.room or not self._evict():
                     return
 
     def _tars(self) -> dict[Path, int]:
@@ -225,7 +225,7 @@ class Cache:
                     tars[Path(folder, name)] = os.stat(os.path.join(folder, name)).st_size
         return tars
 
-    def _give_way(self) -> bool:
+    def _evict(self) -> bool:
         """Remove the shard that is needed least from the disk; False: there is none."""
         used = {path: _used(path) for path in self._tars() if path not in self._coming}
         if not used:
@@ -244,7 +244,7 @@ class CachedShard:
     """
 
     joined = None  # captions are joined to local shards
-    gives_way = True
+    evictable = True
 
     def __init__(self, remote: RemoteShard, cache: Cache) -> None:
         self.remote, self.path, self._cache = remote, cache.path(remote), cache

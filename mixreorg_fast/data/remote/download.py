@@ -1,4 +1,4 @@
-"""Fetching one file over HTTP: in one piece where all goes well, else going on from where it was cut."""
+"""Fetching one file over HTTP: in one piece where all is well, else resumed where it was cut."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def fetch(
 ) -> None:
     """Fetch a shard to `path`, which appears when it is complete and its size and checksum are right.
 
-    What has been fetched lies in a hidden file beside `path`; another call goes on from there. The file's time is the
+    What has been fetched lies in a hidden file beside `path`; another call resumes there. The file's time is the
     one that the server gives, or 0 where the source has versions: so its index stays valid when it is fetched again.
 
     Args:

@@ -92,7 +92,7 @@ def fetched(cache: Cache, shards: Sequence[RemoteShard], workers: int, *, progre
 
 
 def open_remote_shards(remote: Sequence[RemoteShard], cache: Cache, workers: int) -> ShardSet:
-    """Remote shards as a set of local ones: all are fetched and counted, those that gave way since are fetched again
+    """Remote shards as a set of local ones: all are fetched and counted; evicted ones are fetched again
     when they are read."""
     shards: Any = [CachedShard(shard, cache) for shard in remote]
     for _ in fetched(cache, remote, workers):

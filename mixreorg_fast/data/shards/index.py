@@ -37,7 +37,7 @@ class Shard:
     gone: bool = False  # the tar has vanished since it was indexed
     joined: JoinedCaptions | None = None  # further captions, where the shards of a run are opened
 
-    gives_way: ClassVar[bool] = False  # the file may be removed, and comes back when it is opened
+    evictable: ClassVar[bool] = False  # the file may be removed, and comes back when it is opened
 
     def open(self) -> int:
         """A descriptor of the tar's file."""

@@ -135,7 +135,7 @@ class ShardSet:
             with contextlib.suppress(OSError):  # read raises for a shard that has vanished
                 self._files[shard] = self.shards[shard].open() if descriptor is None else descriptor
         idle = [shard for shard in self._files if shard not in needed]
-        away = [shard for shard in idle if self.shards[shard].gives_way and not os.fstat(self._files[shard]).st_nlink]
+        away = [shard for shard in idle if self.shards[shard].evictable and not os.fstat(self._files[shard]).st_nlink]
         for shard in {*away, *idle[: max(0, len(self._files) - 64)]}:  # the disk keeps a removed file while it is open
             os.close(self._files.pop(shard))
 

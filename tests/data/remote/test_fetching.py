@@ -136,7 +136,7 @@ def test_what_is_no_tar_is_told(web, tars, cache, caplog):
     assert len(cache.get(from_web(web, tars)).samples) == 0 and "not a tar file" in caplog.text
 
 
-def test_threads_fetch_a_shard_once_and_the_oldest_gives_way(web, tars, settings):
+def test_threads_fetch_a_shard_once_and_the_oldest_is_evicted(web, tars, settings):
     cache = Cache(settings(size=f"{sum(map(len, tars.values())) - 1} B"))
     names = list(tars)
     threads = [threading.Thread(target=cache.get, args=(from_web(web, tars, name),)) for name in names[:3] * 2]
@@ -174,7 +174,7 @@ def test_a_file_may_not_grow_that_large(web, tars, cache):
 
 @pytest.mark.root
 def test_a_full_disk(web, tars, settings, tmp_path):
-    """Shards give way first; then fetching ends in one line, and what was fetched is whole."""
+    """Shards are evicted first; then fetching ends in one line, and what was fetched is whole."""
     (tmp_path / "remote").mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(tmp_path / "remote")]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:

@@ -1,4 +1,4 @@
-"""Two ranks train from the hub and from S3, are killed, and go on to the same weights, at last without a server."""
+"""Two ranks train from the hub and from S3, are killed, and resume to the same weights, at last without a server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytest.importorskip("deepspeed")
 
 @pytest.mark.slow
 @pytest.mark.launch
-def test_runs_go_on_from_the_cache(hub, bucket, tmp_path):
+def test_runs_resume_from_the_cache(hub, bucket, tmp_path):
     first, tars = 0, {}
     for number, count in enumerate((11, 9, 12, 8, 10, 7)):
         path = tmp_path / f"train-{number:04d}.tar"

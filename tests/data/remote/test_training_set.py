@@ -109,8 +109,8 @@ def test_a_fresh_disk_needs_what_is_read_only(web, tars, config, tokenizer, tmp_
     assert len(web.requests) <= 8
 
 
-def test_a_run_whose_server_is_gone_stops_and_goes_on(web, tars, config, tokenizer):
-    """What a small cache holds is read; then the run ends in one line, and goes on when the server is back."""
+def test_a_run_whose_server_is_gone_stops_and_resumes(web, tars, config, tokenizer):
+    """What a small cache holds is read; then the run ends in one line, and continues when the server is back."""
     content = list(tars.values())
     web.content = lambda path: content[int(path[6:10]) % len(content)]
     small = config(f"{web.url}/train-{{0000..0019}}.tar", {"window": 2, "size": "200 kB"})
