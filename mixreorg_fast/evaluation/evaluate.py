@@ -46,12 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--predictions", metavar="FOLDER", help="the labels of every photo, as palette PNGs")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run of the same command")
     parser.add_argument("--limit", type=int, metavar="N", help="score only N photos, spread over the split")
-    add_options(parser, decoding="groupvit", threshold=threshold)
-
-
-def threshold(text: str) -> float | str:
-    """A background threshold, or "sweep"."""
-    return text if text == "sweep" else float(text)
+    add_options(parser, decoding="groupvit", sweep=True)
 
 
 @contextlib.contextmanager

@@ -67,12 +67,13 @@ def _type_of(name: str) -> str | None:
     """The model type in the config.json of a Hugging Face folder or repository; None: it is none of those."""
     path = Path(name) / "config.json"
     if not Path(name).exists() and (found := REPOSITORY.fullmatch(name)):
-        from huggingface_hub import hf_hub_download
+        import huggingface_hub as hub
 
+        repository, revision = found["name"], found["revision"] or "main"
         try:
-            path = Path(hf_hub_download(found["name"], path.name, revision=found["revision"]))
-        except Exception:  # it meets whoever reads the weights as well, who says what it means
-            return None
+            return (hub.HfApi().model_info(repository, revision=revision).config or {}).get("model_type")
+        except Exception:  # whoever reads the weights meets it as well, and says what it means
+            path = Path(str(hub.try_to_load_from_cache(repository, path.name, revision=revision)))
     try:
         return json.loads(path.read_text()).get("model_type")
     except (OSError, ValueError):
@@ -257,7 +258,7 @@ class Function(PixelScores):
             sys.path.insert(0, "")
         try:
             module = importlib.import_module(module_name)
-        except ImportError as error:
+        except Exception as error:  # whatever its lines raise
             raise UserError(f"{name}: module {module_name} cannot be imported ({error})") from error
         try:
             self._function: Any = functools.reduce(getattr, path.split("."), module)
@@ -290,9 +291,10 @@ class Function(PixelScores):
                     f"{self.name} gave {dtype} {list(output.shape)} for a photo of {width} x {height}; expected "
                     f"integer labels [{height}, {width}], or floats [T, h, w] with T = {counts}"
                 )
+            output = output.to(self.device, torch.int64 if labels else torch.float32)
             if labels and not 0 <= output.min() <= output.max() < most:
                 wrong = output[(output < 0) | (output >= most)][0]
                 raise UserError(f"{self.name} gave label {wrong}; the {most} classes are 0 to {most - 1}")
             if scores and output.isnan().any():
                 raise UserError(f"{self.name} gave scores that are not numbers (NaN)")
-            yield output.to(self.device)
+            yield output

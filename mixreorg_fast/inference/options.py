@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin
 
 from .. import devices
@@ -15,17 +14,19 @@ from .model import Model, load
 WEIGHTS_HELP = "a folder of weights, a run's folder, a .pth file, or owner/name[@revision] on the Hugging Face hub"
 
 
-def add_options(
-    parser: argparse.ArgumentParser, *names: str, decoding: str | None = None, threshold: Callable[[str], Any] = float
-) -> None:
+def add_options(parser: argparse.ArgumentParser, *names: str, decoding: str | None = None, sweep: bool = False) -> None:
     """Options for the settings `names` (default: all, and the batch size) and for the device.
 
     Args:
         decoding: the command's default; every other default is the weights' setting.
-        threshold: reads the background threshold.
+        sweep: take "sweep" for a background threshold, too.
     """
+
+    def threshold(text: str) -> float | str:
+        return text if text == "sweep" else float(text)
+
     kinds: dict[str, dict[str, Any]] = {
-        "background_threshold": {"type": threshold, "metavar": "X"},
+        "background_threshold": {"type": threshold, "metavar": "X|sweep"} if sweep else {"type": float, "metavar": "X"},
         "templates": {"metavar": f"{'|'.join(TEMPLATES)}|TEXT"},
     }
     for name in names or InferenceConfig.model_fields:

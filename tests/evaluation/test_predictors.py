@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 def colours(photo, classes):  # a label per pixel by its colour
-    return (np.asarray(photo).sum(axis=2) // 7 % len(classes)).astype(np.uint8)
+    return (np.asarray(photo).sum(axis=2) // 7 % len(classes)).astype(np.uint16)
 
 def full(photo, classes):  # scores of every class, the background's too, at a smaller size
     pixels = torch.from_numpy(np.array(photo.resize((16, 12)))).permute(2, 0, 1) / 255
