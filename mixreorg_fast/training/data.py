@@ -75,7 +75,8 @@ def _list_alike(patterns: Sequence, config: Config) -> None:
 def check_bad(training_set: TrainingSet, config: Config) -> None:
     """Raise a UserError if the indexes leave out more than ``data.max_bad`` of the samples."""
     lost, total = training_set.lost, training_set.lost + training_set.indexed
-    example = ": ".join(filter(None, training_set.bad[0])) if lost else ""
+    # Of remote shards that a checkpoint counted, this machine may have no list.
+    example = ": ".join(filter(None, next(iter(training_set.bad), ()))) if lost else ""
     _refuse_many(lost, total, config, f"SHARD.broken.tsv lists them where it can be written: {example}")
 
 

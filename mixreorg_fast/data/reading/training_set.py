@@ -212,4 +212,4 @@ def open_validation_shards(data: DataConfig) -> ShardSet:
     remote = remote_shards(data.val_shards, data.cache)
     if remote is None:
         return open_shards(data.val_shards)
-    return open_remote_shards(remote, open_cache(data), data.cache.workers)
+    return open_remote_shards(remote, open_cache(data), data.cache.workers, progress=not local_rank())

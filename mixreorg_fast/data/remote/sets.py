@@ -76,10 +76,12 @@ class RemoteSet(ShardSet):
         return shard * STRIDE, len(self.shards[shard])
 
     def fetch(self, shards: Sequence[int], workers: int, *, progress: bool = True) -> None:
-        """Fetch those of these shards that were never counted."""
+        """Count these shards, and fetch those of them that were never indexed here."""
         wanted = [self.shards[number].remote for number in shards if not self.shards[number].known]
         for _ in fetched(self.cache, wanted, workers, progress=progress):
             pass
+        for number in shards:
+            len(self.shards[number])
 
 
 def fetched(cache: Cache, shards: Sequence[RemoteShard], workers: int, *, progress: bool = True) -> Iterator[Shard]:
@@ -91,10 +93,10 @@ def fetched(cache: Cache, shards: Sequence[RemoteShard], workers: int, *, progre
             yield got
 
 
-def open_remote_shards(remote: Sequence[RemoteShard], cache: Cache, workers: int) -> ShardSet:
+def open_remote_shards(remote: Sequence[RemoteShard], cache: Cache, workers: int, *, progress: bool) -> ShardSet:
     """Remote shards as a set of local ones: all are fetched and counted; evicted ones are fetched again
     when they are read."""
     shards: Any = [CachedShard(shard, cache) for shard in remote]
-    for _ in fetched(cache, remote, workers):
+    for _ in fetched(cache, [shard for shard in remote if not cache.ready(shard)], workers, progress=progress):
         pass
     return ShardSet(shards, np.array([len(shard) for shard in shards], dtype=np.int64))

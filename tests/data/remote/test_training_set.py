@@ -139,8 +139,18 @@ def test_damaged_remote_samples_count(web, tars, pattern, config, tokenizer, tmp
     assert (training_set.lost, training_set.indexed) == (1, SAMPLES - 1)
     account = BadSamples(loose.model_copy(update={"output": str(tmp_path)}), HERE, training_set, 0)
     assert account.count([]) == 1
-    with pytest.raises(UserError, match=f"1 of {SAMPLES} samples of data.shards cannot be used"):
-        check_bad(training_set, config(pattern))
+    for place in (tmp_path / "remote", tmp_path / "elsewhere"):  # where it was counted, and by a checkpoint's counts
+        strict = config(pattern, {"folder": str(place)})
+        known = TrainingSet.open(strict)
+        known.begin(training_set.counts)
+        with pytest.raises(UserError, match=f"1 of {SAMPLES} samples of data.shards cannot be used"):
+            check_bad(known, strict)
+    unverified = TrainingSet.open(config(pattern, verify=False))
+    unverified.begin()
+    assert (unverified.lost, len(unverified)) == (1, SAMPLES - 1), "an index that is verified serves too"
+    unverified = TrainingSet.open(config(pattern, {"folder": str(tmp_path / "unverified")}, verify=False))
+    unverified.begin()
+    assert (unverified.lost, len(unverified)) == (0, SAMPLES), "found as it is read"
 
 
 def test_a_cache_that_is_too_small_is_refused(web, pattern, config):
