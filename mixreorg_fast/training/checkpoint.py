@@ -105,10 +105,7 @@ def start_moments(engine: Any) -> None:
 def restore_moments(engine: Any, checkpoint: Path, updates: int) -> None:
     """Load Adam's moments after :func:`start_moments`; call on every rank.
 
-    Args:
-        updates: the number of optimizer steps that the moments come from.
-    Raises:
-        UserError: the checkpoint belongs to another model.
+    `updates` is the number of optimizer steps that they come from. Those of another model end in a UserError.
     """
     stage, utils = engine.zero_optimization_stage(), import_deepspeed().utils
     for state in _adam(engine).state.values():
@@ -157,10 +154,8 @@ def _saved(checkpoint: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]
 def save(run: Path, engine: Any, state: dict[str, Any], keep: int, tokenizer: Tokenizer) -> Path:
     """Write ``checkpoints/step_*`` atomically and remove all but the newest `keep`; call on every rank.
 
-    Args:
-        state: JSON values to restore, among them the ``step``.
-    Raises:
-        UserError: the checkpoint cannot be written (the disk is full); earlier checkpoints stay.
+    `state` holds JSON values to restore, among them the ``step``. A full disk ends in a UserError; earlier checkpoints
+    stay.
     """
     tensors, moments = portable_state(engine), optimizer_state(engine)
     target = run / "checkpoints" / f"step_{state['step']:08d}"
@@ -199,8 +194,7 @@ def complete(run: Path) -> list[Path]:
 def find(run: Path, resume: str) -> list[Path]:
     """The checkpoints that ``--resume auto|never|PATH`` allows to resume from, the newest first; []: a new run.
 
-    Raises:
-        UserError: PATH is neither a checkpoint nor a run folder with one.
+    A PATH that is neither a checkpoint nor a run folder with one ends in a UserError.
     """
     if resume in ("never", "auto"):
         return complete(run)[::-1] if resume == "auto" else []
@@ -213,11 +207,9 @@ def find(run: Path, resume: str) -> list[Path]:
 
 
 def read_state(checkpoint: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """``state.json`` of a checkpoint whose files have the SHA-256 noted there.
+    """``state.json`` of a checkpoint whose files have the SHA-256 noted there; else :class:`Damaged`.
 
-    Raises:
-        Damaged: a file is missing, truncated or altered.
-        UserError: the checkpoint was made with another value of a setting in `expected`.
+    Another value of a setting in `expected` ends in a UserError.
     """
     path = checkpoint / STATE
     try:

@@ -25,13 +25,8 @@ from ..ranks import Ranks, local_size, wait_patiently
 def initialise(device: str | None = None) -> Ranks:
     """Join the process group that the launcher's environment describes, or one of a single process.
 
-    NCCL with one GPU per local rank, or gloo on the CPU.
-
-    Args:
-        device: as :func:`mixreorg_fast.devices.choose`.
-
-    Raises:
-        UserError: DeepSpeed is missing, or a device. RankError: this node has fewer GPUs than ranks.
+    NCCL with one GPU per local rank, or gloo on the CPU; `device`: as :func:`mixreorg_fast.devices.choose`. A UserError
+    says that DeepSpeed or a device is missing, a RankError that this node has fewer GPUs than ranks.
     """
     if "RANK" not in os.environ:  # plain `python train.py`: without these variables DeepSpeed looks for mpi4py
         with socket.socket() as free:

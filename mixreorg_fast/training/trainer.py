@@ -280,8 +280,7 @@ class Trainer:
     def _skip(self, norm: float, buffers: list[Tensor]) -> None:
         """Restore the network's buffers after a skipped step.
 
-        Raises:
-            UserError: too many steps in a row were skipped; the last step's batch is in the run folder.
+        Too many in a row end the run in a UserError, with the last step's batch in the run folder.
         """
         for buffer, before in zip(self.engine.module.buffers(), buffers, strict=True):
             buffer.copy_(before)
