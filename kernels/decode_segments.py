@@ -32,21 +32,19 @@ def _segment_label_kernel(
     labels_ptr,
     groups,
     classes,
-    stride_image,
-    stride_group,
-    stride_class,
+    strides,
     BACKGROUND: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
 ):
     """The best class of each segment; with BACKGROUND it moves up by one, 0 where its score is below the threshold."""
     segment = tl.program_id(0).to(tl.int64)
     image = segment // groups
-    scores = scores_ptr + image * stride_image + (segment % groups) * stride_group
+    scores = scores_ptr + image * strides[0] + (segment % groups) * strides[1]
     best = tl.full((), float("-inf"), tl.float32)
     label = tl.full((), 0, tl.int32)
     for first in range(0, classes, BLOCK_CLASSES):
         index = first + tl.arange(0, BLOCK_CLASSES)
-        score = tl.load(scores + index.to(tl.int64) * stride_class, mask=index < classes, other=float("-inf"))
+        score = tl.load(scores + index.to(tl.int64) * strides[2], mask=index < classes, other=float("-inf"))
         block_best, block_label = tl.max(score.to(tl.float32), axis=0, return_indices=True)
         label = tl.where(block_best > best, first + block_label, label)
         best = tl.maximum(best, block_best)
@@ -135,7 +133,7 @@ def decode_forward(
         labels,
         groups,
         scores.shape[2],
-        *scores.stride(),
+        scores.stride(),
         BACKGROUND=threshold is not None,
         BLOCK_CLASSES=CLASS_BLOCK,
         num_warps=1,

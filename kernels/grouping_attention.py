@@ -79,7 +79,8 @@ def _grouping_forward_kernel(
     map_start = image * GROUPS * patches
 
     zero = tl.zeros((BLOCK_PATCHES, BLOCK_GROUPS), tl.float32)
-    logits = inner_products(zero, k_ptr, k_row, patch_exists, q_ptr, q_row, group_exists, CHANNELS, BLOCK_CHANNELS)
+    k_rows, q_rows = (k_ptr, k_row, patch_exists), (q_ptr, q_row, group_exists)
+    logits = inner_products(zero, k_rows, q_rows, CHANNELS, BLOCK_CHANNELS)
     if PREFETCH:
         prefetch_rows(v_ptr, v_row, patch_exists, PREFETCH)
     logits *= scale * inverse_tau * _PER_LOG_2
@@ -120,8 +121,7 @@ def _aggregate_kernel(
     patches,
     scale,
     eps,
-    x_stride_image,
-    x_stride_patch,
+    x_strides,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_PATCHES: tl.constexpr,
@@ -137,13 +137,13 @@ def _aggregate_kernel(
     first = tl.program_id(1) * BLOCK_CHANNELS
     group = tl.arange(0, BLOCK_GROUPS)
     group_exists = group < GROUPS
-    x_ptr += image * x_stride_image
+    x_ptr += image * x_strides[0]
     out = tl.zeros((BLOCK_GROUPS, BLOCK_CHANNELS), tl.float32)
     totals = tl.zeros((BLOCK_GROUPS,), tl.float32)
     for first_patch in range(0, patches, BLOCK_PATCHES):
         patch = first_patch + tl.arange(0, BLOCK_PATCHES)
         patch_exists = patch < patches
-        x = load_rows(x_ptr, patch * x_stride_patch, patch_exists, first, CHANNELS, BLOCK_CHANNELS)
+        x = load_rows(x_ptr, patch * x_strides[1], patch_exists, first, CHANNELS, BLOCK_CHANNELS)
         if winner_ptr is not None:
             winner = tl.load(winner_ptr + image * patches + patch, mask=patch_exists, other=0).to(tl.int32)
             weights, total = one_hot(tl.where(patch_exists, winner, -1), group)
@@ -214,7 +214,8 @@ def _grouping_backward_kernel(
     map_start = image * GROUPS * patches
 
     zero = tl.zeros((BLOCK_PATCHES, BLOCK_GROUPS), tl.float32)
-    logits = inner_products(zero, k_ptr, k_row, patch_exists, q_ptr, q_row, group_exists, CHANNELS, BLOCK_CHANNELS)
+    k_rows, q_rows = (k_ptr, k_row, patch_exists), (q_ptr, q_row, group_exists)
+    logits = inner_products(zero, k_rows, q_rows, CHANNELS, BLOCK_CHANNELS)
     if PREFETCH:
         prefetch_rows(grad_out_ptr, grad_row, group_exists, PREFETCH)
         prefetch_rows(v_ptr, v_row, patch_exists, PREFETCH)
@@ -231,9 +232,8 @@ def _grouping_backward_kernel(
     products = zero
     if grad_used_ptr is not None:
         products = load_map(grad_used_ptr + map_start, patch, group, patches, GROUPS) * total[None, :]
-    products = inner_products(
-        products, v_ptr, v_row, patch_exists, grad_out_ptr, grad_row, group_exists, CHANNELS, BLOCK_CHANNELS, _ONCE
-    )
+    v_rows, grad_rows = (v_ptr, v_row, patch_exists), (grad_out_ptr, grad_row, group_exists)
+    products = inner_products(products, v_rows, grad_rows, CHANNELS, BLOCK_CHANNELS, _ONCE)
     if winner_ptr is not None:
         winner = tl.load(winner_ptr + image * patches + patch, mask=patch_exists, other=0).to(tl.int32)
     if out_ptr is not None:
@@ -292,7 +292,7 @@ def _aggregate(
     total: Tensor | None,
     settings: Grouping,
 ) -> None:
-    arguments = (winner, weights, x, out, total, problem.patches, settings.scale, settings.eps, *strides(x))
+    arguments = (winner, weights, x, out, total, problem.patches, settings.scale, settings.eps, strides(x))
 
     def launch(config: Config) -> None:
         grid = (problem.batch, cdiv(problem.channels, config.blocks["BLOCK_CHANNELS"]))

@@ -36,18 +36,12 @@ CONFIGS = {
     ("backward", 2): {
         2**12: _on(channels=64, warps=4),
         2**13: {**_on(channels=32, warps=8), **_on(90, channels=64, warps=8)},
-        2**14: {
-            **_on(80, 86, 89, 120, channels=32, warps=8),
-            **_on(90, channels=64, warps=8, stages=3),
-        },
+        2**14: {**_on(80, 86, 89, 120, channels=32, warps=8), **_on(90, channels=64, warps=8, stages=3)},
     },
     ("backward with map", 2): {
         2**12: _on(channels=64, warps=4),
         2**13: {**_on(channels=32, warps=8), **_on(90, channels=64, warps=8)},
-        2**14: {
-            **_on(80, channels=32, warps=8, stages=3),
-            **_on(86, 89, 90, 120, channels=32, warps=8),
-        },
+        2**14: {**_on(80, channels=32, warps=8, stages=3), **_on(86, 89, 90, 120, channels=32, warps=8)},
     },
     ("aggregate", 2): {2**13: {**_on(channels=32, warps=8), **_on(90, channels=128, warps=8)}},
     ("forward", 4): {2**12: _on(channels=32, warps=8)},

@@ -77,21 +77,13 @@ def store_map(base, patch, group, x, patches, GROUPS: tl.constexpr):
 
 @triton.jit
 def inner_products(
-    products,
-    patch_base,
-    patch_row,
-    patch_exists,
-    group_base,
-    group_row,
-    group_exists,
-    CHANNELS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    EVICT: tl.constexpr = "",
+    products, patches, groups, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, EVICT: tl.constexpr = ""
 ):
-    """fp32 ``[P, G] <- products + [P, C] @ [C, G]``, each row read once; EVICT: the cache policy of the patches."""
+    """fp32 ``[P, G] <- products + [P, C] @ [C, G]``, each row read once. Patches, groups: pointer, offsets and mask of
+    their rows. EVICT: the cache policy of the patches."""
     for first in range(0, CHANNELS, BLOCK_CHANNELS):
-        x = load_rows(patch_base, patch_row, patch_exists, first, CHANNELS, BLOCK_CHANNELS, EVICT)
-        y = load_rows(group_base, group_row, group_exists, first, CHANNELS, BLOCK_CHANNELS)
+        x = load_rows(patches[0], patches[1], patches[2], first, CHANNELS, BLOCK_CHANNELS, EVICT)
+        y = load_rows(groups[0], groups[1], groups[2], first, CHANNELS, BLOCK_CHANNELS)
         products = tl.dot(x, tl.trans(y), products, input_precision="ieee")
     return products
 

@@ -173,8 +173,7 @@ def _mixed_segmentation_backward_kernel(
     source_ptr,
     grad_first_ptr,
     grad_scores_ptr,
-    grad_stride_image,
-    grad_stride_patch,
+    grad_strides,
     N: tl.constexpr,
     G1: tl.constexpr,
     K: tl.constexpr,
@@ -192,7 +191,7 @@ def _mixed_segmentation_backward_kernel(
     total = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, K, COUNT):
         largest, total = _exponentials(_logits(first, scores_ptr, g1, start, G1, COUNT), largest, total, COUNT)
-    grad = tl.load(grad_ptr + image * grad_stride_image + n * grad_stride_patch, mask=n < N, other=0.0)
+    grad = tl.load(grad_ptr + image * grad_strides[0] + n * grad_strides[1], mask=n < N, other=0.0)
     share = grad / total
     grad_first = tl.zeros([BLOCK_G1, BLOCK_N], tl.float32)
     parts: tl.constexpr = tl.cdiv(N, BLOCK_N)
@@ -365,7 +364,7 @@ def mixed_segmentation_backward(*arguments: Any) -> None:
     def launch(config: Config, parts: int) -> Tensor:
         """The parts of the scores' gradient ``[B, K, parts, G1]``."""
         grad_scores = torch.empty((images, group_size, parts, groups), dtype=torch.float32, device=first.device)
-        arguments = (grad, first, scores, source, grad_first, grad_scores, *grad.stride())
+        arguments = (grad, first, scores, source, grad_first, grad_scores, grad.stride())
         _mixed_segmentation_backward_kernel[(images * parts,)](*arguments, N=patches, **sizes.patches, **config.kwargs)
         return grad_scores
 

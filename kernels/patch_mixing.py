@@ -120,13 +120,7 @@ def _store_member(source_ptr, inverse_ptr, group, member, rank, patch, group_siz
 
 @triton.jit(do_not_specialize=["first_group"])
 def _sample_plan_kernel(
-    seed_ptr,
-    source_ptr,
-    inverse_ptr,
-    first_group,
-    group_size,
-    patches,
-    BLOCK_PATCHES: tl.constexpr,
+    seed_ptr, source_ptr, inverse_ptr, first_group, group_size, patches, BLOCK_PATCHES: tl.constexpr
 ):
     """Four members of a group at a block of patches: the rank of a member's random key is its place."""
     blocks, quads = tl.cdiv(patches, BLOCK_PATCHES), tl.cdiv(group_size, 4)

@@ -43,22 +43,19 @@ def _append_branch_forward_kernel(
     groups_ptr,
     source_ptr,
     out_ptr,
-    batch,
-    patches,
-    tokens,
+    sizes,
     group_size,
-    stride_image,
-    stride_token,
-    groups_stride_image,
-    groups_stride_token,
+    strides,
+    groups_strides,
     CHANNELS: tl.constexpr,
     HEAD: tl.constexpr,
     KEEP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
+    batch, patches, tokens = sizes
     first, token, channel, mask = _tile(tokens, group_size, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS)
-    x_tile = x_ptr + token.to(tl.int64) * stride_token + channel
+    x_tile = x_ptr + token.to(tl.int64) * strides[1] + channel
     out_tile = out_ptr + token * CHANNELS + channel
     out_stride_image = tokens * CHANNELS
     last, new = HEAD * batch, (HEAD + KEEP) * batch
@@ -68,17 +65,17 @@ def _append_branch_forward_kernel(
         image = first + member
         for branch in tl.static_range(HEAD):
             place = branch * batch + image
-            copied = tl.load(x_tile + place * stride_image, mask=mask)
+            copied = tl.load(x_tile + place * strides[0], mask=mask)
             tl.store(out_tile + place * out_stride_image, copied, mask=mask)
         place = last + _source(source_ptr, image, token, patches)
-        x = tl.load(x_tile + place * stride_image, mask=mask)
+        x = tl.load(x_tile + place * strides[0], mask=mask)
         if KEEP:
             tl.store(out_tile + place * out_stride_image, x, mask=mask)
         if groups_ptr is None:
             total += x.to(tl.float32)
             tl.store(out_tile + (new + image) * out_stride_image, x, mask=mask & (token < patches))
         else:
-            place = image * groups_stride_image + (token - patches).to(tl.int64) * groups_stride_token
+            place = image * groups_strides[0] + (token - patches).to(tl.int64) * groups_strides[1]
             groups = tl.load(groups_ptr + place + channel, mask=is_group)
             tl.store(out_tile + (new + image) * out_stride_image, tl.where(is_group, groups, x), mask=mask)
     if groups_ptr is None:
@@ -93,12 +90,9 @@ def _append_branch_backward_kernel(
     grad_ptr,
     source_ptr,
     grad_x_ptr,
-    batch,
-    patches,
-    tokens,
+    sizes,
     group_size,
-    stride_image,
-    stride_token,
+    strides,
     CHANNELS: tl.constexpr,
     HEAD: tl.constexpr,
     KEEP: tl.constexpr,
@@ -106,8 +100,9 @@ def _append_branch_backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
+    batch, patches, tokens = sizes
     first, token, channel, mask = _tile(tokens, group_size, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS)
-    grad_tile = grad_ptr + token.to(tl.int64) * stride_token + channel
+    grad_tile = grad_ptr + token.to(tl.int64) * strides[1] + channel
     grad_x_tile = grad_x_ptr + token * CHANNELS + channel
     x_stride_image = tokens * CHANNELS
     last, new = HEAD * batch, (HEAD + KEEP) * batch
@@ -116,18 +111,18 @@ def _append_branch_backward_kernel(
     if MEAN:
         for member in range(group_size):
             image = first + member
-            mean += tl.load(grad_tile + (new + image) * stride_image, mask=is_group, other=0.0).to(tl.float32)
+            mean += tl.load(grad_tile + (new + image) * strides[0], mask=is_group, other=0.0).to(tl.float32)
         mean /= group_size
     for member in range(group_size):
         image = first + member
         for branch in tl.static_range(HEAD):
             place = branch * batch + image
-            copied = tl.load(grad_tile + place * stride_image, mask=mask)
+            copied = tl.load(grad_tile + place * strides[0], mask=mask)
             tl.store(grad_x_tile + place * x_stride_image, copied, mask=mask)
         place = last + _source(source_ptr, image, token, patches)
-        grad = mean + tl.load(grad_tile + (new + image) * stride_image, mask=is_patch, other=0.0).to(tl.float32)
+        grad = mean + tl.load(grad_tile + (new + image) * strides[0], mask=is_patch, other=0.0).to(tl.float32)
         if KEEP:
-            grad += tl.load(grad_tile + place * stride_image, mask=mask, other=0.0).to(tl.float32)
+            grad += tl.load(grad_tile + place * strides[0], mask=mask, other=0.0).to(tl.float32)
         tl.store(grad_x_tile + place * x_stride_image, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
@@ -137,20 +132,18 @@ def _blend_tokens_kernel(
     source_ptr,
     out_ptr,
     alpha,
-    batch,
-    patches,
-    tokens,
+    sizes,
     group_size,
-    stride_image,
-    stride_token,
+    strides,
     CHANNELS: tl.constexpr,
     ADJOINT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
     """`x` and `out` are the tokens of both branches, or with ADJOINT the gradients of the output and of the input."""
+    batch, patches, tokens = sizes
     first, token, channel, mask = _tile(tokens, group_size, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS)
-    x_tile = x_ptr + token.to(tl.int64) * stride_token + channel
+    x_tile = x_ptr + token.to(tl.int64) * strides[1] + channel
     out_tile = out_ptr + token * CHANNELS + channel
     out_stride_image = tokens * CHANNELS
     dtype = out_ptr.dtype.element_ty
@@ -158,8 +151,8 @@ def _blend_tokens_kernel(
     for member in range(group_size):
         image = first + member
         source = _source(source_ptr, image, token, patches)
-        original = tl.load(x_tile + source * stride_image, mask=mask).to(tl.float32)
-        mixed = tl.load(x_tile + (batch + image) * stride_image, mask=mask).to(tl.float32)
+        original = tl.load(x_tile + source * strides[0], mask=mask).to(tl.float32)
+        mixed = tl.load(x_tile + (batch + image) * strides[0], mask=mask).to(tl.float32)
         if ADJOINT:
             original = tl.where(is_patch, original + alpha * mixed, original)
             mixed = tl.where(is_patch, (1.0 - alpha) * mixed, mixed)
@@ -181,8 +174,8 @@ def append_branch_forward(x: Tensor, groups: Tensor | None, source: Tensor, sett
     (images, tokens, channels), (batch, patches), (group_size, keep, _) = x.shape, source.shape, settings
     groups = groups if groups is None else with_unit_channel_stride(groups)
     groups_strides = (0, 0) if groups is None else groups.stride()[:2]
-    sizes = (batch, patches, tokens, group_size, *x.stride()[:2], *groups_strides)
-    arguments = (x, groups, source.contiguous(), out, *sizes)
+    sizes = (batch, patches, tokens)
+    arguments = (x, groups, source.contiguous(), out, sizes, group_size, x.stride()[:2], groups_strides)
     constexprs = {"HEAD": images // batch - 1, "KEEP": int(keep)}
     programs = _programs(source, group_size, channels)
     launch("append_branch_forward", _append_branch_forward_kernel, arguments, out, tokens, programs, **constexprs)
@@ -192,8 +185,7 @@ def append_branch_backward(grad: Tensor, source: Tensor, settings: Appending, ou
     """Gradient of the `x` of :func:`append_branch_forward`."""
     grad = with_unit_channel_stride(grad)
     (_, tokens, channels), (batch, patches), (group_size, keep, mean) = grad.shape, source.shape, settings
-    sizes = (batch, patches, tokens, group_size, grad.stride(0), grad.stride(1))
-    arguments = (grad, source.contiguous(), out, *sizes)
+    arguments = (grad, source.contiguous(), out, (batch, patches, tokens), group_size, grad.stride()[:2])
     constexprs = {"HEAD": out.shape[0] // batch - 1, "KEEP": int(keep), "MEAN": mean}
     programs = _programs(source, group_size, channels)
     launch("append_branch_backward", _append_branch_backward_kernel, arguments, out, tokens, programs, **constexprs)
@@ -204,6 +196,6 @@ def blend_tokens(x: Tensor, source: Tensor, settings: Blending, out: Tensor) -> 
     then mixed; or with ``settings.adjoint`` the gradient of the input from that of the output."""
     x = with_unit_channel_stride(x)
     (_, tokens, channels), (batch, patches), (group_size, alpha, adjoint) = x.shape, source.shape, settings
-    arguments = (x, source.contiguous(), out, alpha, batch, patches, tokens, group_size, x.stride(0), x.stride(1))
+    arguments = (x, source.contiguous(), out, alpha, (batch, patches, tokens), group_size, x.stride()[:2])
     programs = _programs(source, group_size, channels)
     launch("blend_tokens", _blend_tokens_kernel, arguments, out, tokens, programs, ADJOINT=adjoint)

@@ -171,10 +171,7 @@ class Block(nn.Module):
         self.mlp = Mlp(width, 4 * width, activation=activation)
 
     def forward(
-        self,
-        x: Tensor,
-        keep: tuple[Tensor | None, Tensor | None] = (None, None),
-        packing: Packing | None = None,
+        self, x: Tensor, keep: tuple[Tensor | None, Tensor | None] = (None, None), packing: Packing | None = None
     ) -> Tensor:
         """``[B, N, C]``, or the packed rows ``[1, S, C]`` of sequences that `packing` lays out; `keep`: see
         :func:`drop_path`."""

@@ -119,8 +119,7 @@ class Kernel:
         self._transformable = _autograd(name, launch, backward(count), setup_context=save)
         self._differentiable = _autograd(name, forward, backward(count))
         self.op.register_autograd(
-            backward(spread_count),
-            setup_context=lambda ctx, inputs, output: save(ctx, bundled(inputs), output),
+            backward(spread_count), setup_context=lambda ctx, inputs, output: save(ctx, bundled(inputs), output)
         )
 
     def __call__(self, *arguments: Any) -> Any:
