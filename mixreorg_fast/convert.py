@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .data.text.tokenizer import Tokenizer
 from .errors import UserError
 from .files import new_folder, saving
-from .inference.formats import read, save_huggingface
+from .inference.formats import read, read_tokenizer, save_huggingface
 from .inference.model import Model
 from .inference.options import WEIGHTS_HELP
 from .models.weights import sizes_only
@@ -18,14 +17,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help=WEIGHTS_HELP)
     parser.add_argument("target", type=Path, help="the folder to write; must not exist, or be empty")
     parser.add_argument("--to", choices=("ours", "hf"), default="ours", help="format to write (default: ours)")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json, or a folder with one, for weights without")
+    parser.add_argument(
+        "--tokenizer", help="for weights without one: a tokenizer.json, its folder, or owner/name on the hub"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
     new_folder(args.target)
     found = read(args.source)
     if args.tokenizer is not None:
-        found = found._replace(tokenizer=Tokenizer.load(args.tokenizer))
+        found = found._replace(tokenizer=read_tokenizer(args.tokenizer))
     for note in found.notes:
         print(note)
     config = found.config

@@ -112,7 +112,9 @@ class CacheConfig(Section):
 class DataConfig(Section):
     shards: Shards | None = key(None, "brace or glob patterns, or weighted sets of them; null: embedded scenes")
     val_shards: str | list[str] | None = key(None, "shards of image-text pairs for retrieval R@1")
-    tokenizer: str | None = key(None, "tokenizer.json; null: one is trained on the captions")
+    tokenizer: str | None = key(
+        None, "a tokenizer.json, or owner/name on the hub; null: one is trained on the captions"
+    )
     vocab_size: Positive = key(8192, "size of a tokenizer trained on the captions")
     verify: bool = key(True, "decode every photo of unverified shards before training")
     max_bad: Fraction = key(0.01, "the run stops when more than this share of the samples is bad")

@@ -51,6 +51,15 @@ def read(source: str | Path) -> Weights:
     return read_weights(folder)._replace(tokenizer=_tokenizer(folder))
 
 
+def read_tokenizer(source: str | Path) -> Tokenizer:
+    """A tokenizer from a ``tokenizer.json``, a folder with one or with CLIP's two files, or a repository on the hub.
+
+    Raises:
+        UserError: as :meth:`Tokenizer.load` and :func:`~mixreorg_fast.inference.hub.locate`.
+    """
+    return Tokenizer.load(locate(source, "tokenizer"))
+
+
 def _tokenizer(folder: Path) -> Tokenizer | None:
     return Tokenizer.load(folder) if any((folder / name).is_file() for name in FILES) else None
 

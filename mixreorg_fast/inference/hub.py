@@ -1,4 +1,4 @@
-"""Publish weights on the Hugging Face hub; fetch weights from there by name."""
+"""Publish weights on the Hugging Face hub; fetch weights and tokenizers from there by name."""
 
 from __future__ import annotations
 
@@ -21,38 +21,47 @@ if TYPE_CHECKING:
     from .model import Model
 
 Format = Literal["ours", "hf"]
+Kind = Literal["weights", "tokenizer"]
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>.+))?", re.ASCII)
-# Every file of either format: what a push does not write, it deletes, so that a repository has one format.
-_FILES = {WEIGHTS, DESCRIPTION, TOKENIZER, "config.json", "pytorch_model.bin", "preprocessor_config.json", "vocab.json"}
-_FILES |= {"merges.txt", "tokenizer_config.json", "special_tokens_map.json"}
+# The files that a repository needs, the preferred ones first. The last of each is fetched last.
+_NEEDED: dict[Kind, tuple[tuple[str, ...], ...]] = {
+    "weights": ((WEIGHTS, DESCRIPTION), (WEIGHTS, "config.json"), ("pytorch_model.bin", "config.json")),
+    "tokenizer": ((TOKENIZER,), ("vocab.json", "merges.txt")),
+}
+_MISSING: dict[Kind, str] = {
+    "weights": "no file or folder {}; expected weights: a folder, a run's folder, a .pth file",
+    "tokenizer": "no tokenizer {}; expected a tokenizer.json, a folder with one",
+}
+# Every file of either format. A push deletes those that it does not write, so that a repository has one format.
+_FILES = {file for each in _NEEDED.values() for files in each for file in files}
+_FILES |= {"preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json"}
 
 
 # ---------------------------------------------------------------------- fetching
 
 
-def locate(source: str | Path) -> Path:
+def locate(source: str | Path, kind: Kind = "weights") -> Path:
     """The file or folder `source`, or the folder of the cache with the repository ``owner/name[@revision]``.
 
     A local folder of that name comes before the hub.
 
+    Args:
+        kind: what `source` must have. Of a repository, only the files of this kind are fetched.
     Raises:
         UserError: there is neither; the hub cannot be reached, or refuses the repository; a file is damaged.
     """
     if Path(source).exists():
         return Path(source)
     found = _NAME.fullmatch(str(source))
-    if found is None:
-        raise UserError(
-            f"no file or folder {source}; expected weights: a folder, a run's folder, a .pth file, or "
-            "owner/name[@revision] on the Hugging Face hub"
-        )
-    return fetch(found["name"], found["revision"] or "main")
+    if found is None or str(source).endswith((".json", ".pth")):
+        raise UserError(f"{_MISSING[kind].format(source)}, or owner/name[@revision] on the Hugging Face hub")
+    return fetch(found["name"], found["revision"] or "main", kind)
 
 
-def fetch(name: str, revision: str = "main") -> Path:
-    """The folder of the hub's cache with the weights of a repository, fetched where they are missing or outdated.
+def fetch(name: str, revision: str = "main", kind: Kind = "weights") -> Path:
+    """The folder of the hub's cache with a repository's files of a kind, fetched where they are missing or outdated.
 
     Raises:
         UserError: as :func:`locate`, and the cache has no copy.
@@ -61,41 +70,44 @@ def fetch(name: str, revision: str = "main") -> Path:
 
     try:
         with _in_one_line(name, revision, f"no folder {name}, and "):
-            return _download(name, revision)
+            return _download(name, revision, kind)
     except UserError as error:
-        for description in (DESCRIPTION, "config.json"):
-            found = try_to_load_from_cache(name, description, revision=revision)
-            folder = Path(found).parent if isinstance(found, str) else None
-            if folder and any((folder / tensors).exists() for tensors in (WEIGHTS, "pytorch_model.bin")):
+        for files in _NEEDED[kind]:
+            found = [try_to_load_from_cache(name, file, revision=revision) for file in files]
+            if all(isinstance(path, str) for path in found):
                 if not constants.HF_HUB_OFFLINE:
                     print(f"{error}; the copy in the cache is used", file=sys.stderr, flush=True)
-                return folder
+                return Path(str(found[-1])).parent
         raise
 
 
-def _download(name: str, revision: str) -> Path:
+def _download(name: str, revision: str, kind: Kind) -> Path:
     import huggingface_hub as hub
 
     timeout = hub.constants.HF_HUB_ETAG_TIMEOUT
     about = hub.HfApi().model_info(name, revision=revision, files_metadata=True, timeout=timeout)
     there = {each.rfilename: each for each in about.siblings or ()}
-    tensors = WEIGHTS if WEIGHTS in there else "pytorch_model.bin"
-    texts = (TOKENIZER,) if TOKENIZER in there else ("vocab.json", "merges.txt")
-    description = DESCRIPTION if DESCRIPTION in there else "config.json"
-    kind = (about.config or {}).get("model_type", "groupvit")
-    if tensors not in there or description not in there or (description != DESCRIPTION and kind != "groupvit"):
-        raise UserError(f"{name} holds no weights of a GroupViT: expected {WEIGHTS} with {DESCRIPTION}, or config.json")
+    *files, last = next((files for files in _NEEDED[kind] if there.keys() >= set(files)), ("",))
+    if kind == "weights":
+        type = (about.config or {}).get("model_type", "groupvit")
+        if not last or (last != DESCRIPTION and type != "groupvit"):
+            raise UserError(
+                f"{name} holds no weights of a GroupViT: expected {WEIGHTS} with {DESCRIPTION}, or config.json"
+            )
+        texts = (TOKENIZER,) if TOKENIZER in there else ("vocab.json", "merges.txt")
+        files += [file for file in (*texts, "preprocessor_config.json") if file in there]
+    elif not last:
+        raise UserError(f"{name} holds no tokenizer: expected {TOKENIZER}, or vocab.json with merges.txt")
     path = Path()
-    # The description comes last: where the cache has it, it has the others. It is fetched by the revision's name, which
-    # the cache then knows when the hub cannot be reached.
-    for file in (tensors, *texts, "preprocessor_config.json", description):
-        if file in there:
-            known = isinstance(hub.try_to_load_from_cache(name, file, revision=about.sha), str)
-            path = Path(hub.hf_hub_download(name, file, revision=revision if file == description else about.sha))
-            if not known:
-                _check(path, there[file], name)
+    # Where the cache has the last file, it has the others. The last is fetched by the revision's name, which the cache
+    # then knows when the hub cannot be reached.
+    for file in (*files, last):
+        known = isinstance(hub.try_to_load_from_cache(name, file, revision=about.sha), str)
+        path = Path(hub.hf_hub_download(name, file, revision=revision if file == last else about.sha))
+        if not known:
+            _check(path, there[file], name)
     moved = path.parent.name != about.sha  # to another commit, since the first request
-    return _download(name, path.parent.name) if moved else path.parent
+    return _download(name, path.parent.name, kind) if moved else path.parent
 
 
 def _check(path: Path, about: Any, name: str) -> None:

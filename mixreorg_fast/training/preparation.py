@@ -20,7 +20,7 @@ from ..data.text.tokenizer import Tokenizer
 from ..errors import UserError
 from ..evaluation.datasets import open_dataset
 from ..files import json_or_empty, write_json
-from ..inference.formats import read
+from ..inference.formats import read, read_tokenizer
 from ..models import weights
 from . import checkpoint
 from .data import check_bad
@@ -186,7 +186,7 @@ def _tokenizer(config: Config, resuming: bool) -> Tokenizer | None:
     if resuming:  # token ids must keep their meaning
         return Tokenizer.load(config.run_folder / weights.TOKENIZER)
     if config.data.tokenizer is not None:
-        return Tokenizer.load(config.data.tokenizer)
+        return read_tokenizer(config.data.tokenizer)
     if config.model.init is not None:
         tokenizer = read(config.model.init).tokenizer
         if tokenizer is None:
