@@ -2,7 +2,7 @@
 #
 #   docker build -t mixreorg_fast --build-arg COMMIT=$(git rev-parse --short HEAD) .
 #   docker run --rm --gpus all mixreorg_fast                                    # mixreorg info
-#   docker run --rm --gpus all --ipc host -v $PWD:/work mixreorg_fast mixreorg train zero2
+#   docker run --rm --gpus all --ipc host -v $PWD:/app mixreorg_fast mixreorg train zero2
 #
 # Drivers 525 to 579: --build-arg CUDA=12 --build-arg IMAGE=nvidia/cuda:12.8.1-base-ubuntu24.04
 
@@ -24,5 +24,5 @@ RUN make env GPU=,gpu CUDA=${CUDA} PIP_NO_CACHE_DIR=1
 ARG COMMIT=unknown
 ENV PATH=/opt/mixreorg_fast/.venv/bin:${PATH} MIXREORG_COMMIT=${COMMIT}
 # Data, runs and results of relative paths lie in the folder that is mounted here.
-WORKDIR /work
+WORKDIR /app
 CMD ["mixreorg", "info"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -111,13 +112,13 @@ def table() -> str:
         body.append([f"`{recipe}`", f"{one['pairs']:,}", f"{one['epochs']:g}", *cells])
     row = file["rows"][0]
     decoded, device = decoded_per_s()
-    cores = [2 * row["predicted_images_per_s"] / decoded for row in (one, eight)]
+    cores = [math.ceil(2 * row["predicted_images_per_s"] / decoded) for row in (one, eight)]
     note = (
         f"*Predicted, not measured.* Per image, counted ({file['date'][:10]}, commit {file['commit']}): "
         f"{row['step_gflop']:.1f} GFLOP forward and backward, {row['forward_gflop']:.1f} GFLOP forward, "
         f"{row['kept_mb']:.1f} MB kept for backward.\n\n"
-        f"*Measured* on an {device}: two cores read, decode and augment {decoded:.0f} images/s. So {cores[0]:.0f} such "
-        f"cores feed one GPU, and {cores[1]:.0f} feed eight; a GPU with JPEG hardware decodes most photos itself."
+        f"*Measured* on an {device}: two cores read, decode and augment {decoded:.0f} images/s. So {cores[0]} such "
+        f"cores feed one GPU, and {cores[1]} feed eight; a GPU with JPEG hardware decodes most photos itself."
     )
     return "\n".join([*ledger.table(head, body), "", note])
 

@@ -18,7 +18,7 @@ COMMANDS = {
     "config": ("mixreorg_fast.config.keys", "every key of a configuration, its default and meaning"),
     "segment": ("mixreorg_fast.inference.segment", "segment photos by class names"),
     "evaluate": ("mixreorg_fast.evaluation.evaluate", "score weights zero-shot on a data set"),
-    "shards": ("mixreorg_fast.data.commands", "build or verify training shards"),
+    "shards": ("mixreorg_fast.data.commands", "build, verify or join training shards"),
     "data": ("mixreorg_fast.data.remote.command", "fetch public sets of shards"),
     "convert": ("mixreorg_fast.convert", "weights from and to other formats"),
     "export": ("mixreorg_fast.export", "weights as ONNX or PyTorch programs"),

@@ -81,5 +81,5 @@ def test_make_installs_for_a_gpu_that_it_does_not_see(machine):  # noqa: F811
 def test_the_last_command_is_ours():
     (environment,) = (rest for name, rest in steps() if name == "ENV")
     assert environment.startswith("PATH=/opt/mixreorg_fast/.venv/bin:")  # where `make env` puts it, in the WORKDIR
-    assert [rest for name, rest in steps() if name == "WORKDIR"] == ["/opt/mixreorg_fast", "/work"]
+    assert [rest for name, rest in steps() if name == "WORKDIR"] == ["/opt/mixreorg_fast", "/app"]
     assert steps()[-1] == ("CMD", '["mixreorg", "info"]')
