@@ -155,6 +155,12 @@ def test_nothing_is_left_by_a_join_that_fails(shards, table, tmp_path, monkeypat
     with pytest.raises(UserError, match=r"captions cannot be stored beside it: .*No such file"):
         join(shards, [table], key="uid", texts=["short"], progress=False)
     assert sorted(files(shards)) == before
+    folder = Path(shards).parent
+    (folder / ".joining-killed").mkdir()
+    (folder / ".joining-killed" / "captions.db").touch()
+    with pytest.raises(UserError, match="captions cannot be stored"):  # another join removes what a killed one left
+        join(shards, [table], key="uid", texts=["short"], progress=False)
+    assert not list(folder.glob(".joining-*"))
     table.write_bytes(table.read_bytes()[:-100])
     for path, key, message in (
         (table, "uid", r"new\.parquet: not a readable Parquet file"),

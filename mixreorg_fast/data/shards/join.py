@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import json
 import os
 import sqlite3
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,6 +28,7 @@ from .photos import is_photo, key_of
 from .shard_set import with_captions
 from .sources import CAPTION_COLUMNS, find_column
 
+HIDDEN = ".joining-"  # begins the name of the folder of temporary files
 SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv")
 
 
@@ -61,8 +64,13 @@ def join(
     beside = shards[0].path.parent
     beside = beside if os.access(beside, os.W_OK) else None
     try:
+        for left in beside.glob(f"{HIDDEN}*") if beside else ():
+            with _held(left) as mine:
+                if mine:  # a join that was killed has left it
+                    shutil.rmtree(left, ignore_errors=True)
         with (
-            tempfile.TemporaryDirectory(prefix=".joining-", dir=beside) as temporary,
+            tempfile.TemporaryDirectory(prefix=HIDDEN, dir=beside) as temporary,
+            _held(Path(temporary)),
             contextlib.closing(sqlite3.connect(f"{temporary}/captions.db", isolation_level=None)) as database,
         ):
             # Nothing in the database is to survive this process.
@@ -85,6 +93,25 @@ def join(
         f"{counts['repeated']} captions repeat one that their sample has",
     ]
     return [line for line in lines if not line.startswith("0 ")]
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Hold a folder for this process; False: another process holds it, or its file system knows no locks."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield False
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = True
+    except OSError:
+        mine = False
+    try:
+        yield mine
+    finally:
+        os.close(descriptor)
 
 
 def _files(tables: Sequence[str | Path]) -> list[Path]:
