@@ -30,6 +30,10 @@ from .sources import RemoteShard
 
 log = logging.getLogger("mixreorg_fast")
 OPENED = 64  # indexes that stay mapped
+INSTEAD = (
+    ": name --cache-size or --cache-folder (and data.cache in the run), or train on them as they are: training fetches "
+    "ahead of itself"
+)
 SPARE = 1 << 30  # bytes of the disk that stay free, for checkpoints
 
 
@@ -49,6 +53,7 @@ class Cache:
     def __init__(self, settings: CacheConfig, *, verify: bool = True, threads: int = 1) -> None:
         self.folder, self.size = settings.path, settings.capacity
         self.needed: Callable[[], list[Path]] = list  # soon, soonest first: these are evicted last
+        self.kept: frozenset[Path] = frozenset()  # these are never evicted
         self.stop = threading.Event()
         self._patience = settings.patience
         self._verify = verify
@@ -205,7 +210,11 @@ class Cache:
             log.warning("%s: %s; its %d whole samples are used", path, shard.problem, len(shard.samples))
 
     def _make_room(self, path: Path, size: int) -> None:
-        """Evict shards until `size` bytes more fit."""
+        """Evict shards until `size` bytes more fit.
+
+        Raises:
+            UserError: the shard has more bytes than the cache; or others that are kept leave no room for it.
+        """
         if size > self.size:
             raise UserError(f"data.cache.size {self.size:,} bytes is less than {path.name} has, {size:,} bytes")
         with self._making_room:
@@ -213,7 +222,12 @@ class Cache:
             while True:
                 here = self._tars()
                 coming = sum(size for path, size in list(self._coming.items()) if path not in here)
-                if coming + sum(here.values()) <= self.room or not self._evict():
+                if coming + sum(here.values()) <= (room := self.room):
+                    return
+                if not self._evict():
+                    if self.kept:
+                        limit = "the cache holds" if room == self.size else "the disk has room for"
+                        raise UserError(f"{len(self.kept)} shards have more than {limit}, {room / 1e9:.3g} GB{INSTEAD}")
                     return
 
     def _tars(self) -> dict[Path, int]:
@@ -227,7 +241,7 @@ class Cache:
 
     def _evict(self) -> bool:
         """Remove the shard that is needed least from the disk; False: there is none."""
-        used = {path: _used(path) for path in self._tars() if path not in self._coming}
+        used = {path: _used(path) for path in self._tars() if path not in self._coming and path not in self.kept}
         if not used:
             return False
         needed = {path: place for place, path in enumerate(self.needed())}

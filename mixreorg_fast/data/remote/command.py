@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from pydantic import ValidationError
@@ -13,7 +13,9 @@ from ...config import CacheConfig, DataConfig, describe
 from ...errors import UserError, nearest
 from ..reading.training_set import open_cache
 from ..shards.index import Shard
+from .cache import INSTEAD, Cache
 from .sets import fetched, remote_shards
+from .sources import RemoteShard
 
 
 class KnownSet(NamedTuple):
@@ -80,7 +82,7 @@ def get(
     """Fetch and verify remote shards; yields them in order.
 
     Args:
-        keep: all of them must fit into the cache together.
+        keep: all of them stay in the cache: they must fit into it together.
         workers: threads that decode.
 
     Raises:
@@ -94,14 +96,21 @@ def get(
         total = sum(shard.size or 0 for shard in shards)
         missing = sum(shard.size or 0 for shard in shards if not cache.path(shard).is_file())
         if total > cache.size:
-            raise UserError(
-                f"{len(shards)} shards have {total / 1e9:.3g} GB, more than the cache holds: name --cache-size "
-                f"(and data.cache.size in the run), or train on them as they are: training fetches ahead of itself"
-            )
+            raise UserError(f"{len(shards)} shards have {total / 1e9:.3g} GB, more than the cache holds{INSTEAD}")
         cache.folder.mkdir(parents=True, exist_ok=True)
         if missing > (free := shutil.disk_usage(cache.folder).free):
             raise UserError(f"{cache.folder}: {missing / 1e9:.3g} GB are to be fetched, {free / 1e9:.3g} GB are free")
+        return _kept(cache, shards, settings.workers)
     return fetched(cache, shards, settings.workers)
+
+
+def _kept(cache: Cache, shards: Sequence[RemoteShard], workers: int) -> Iterator[Shard]:
+    """Get all shards; rather than evict one of them for another, end in a UserError."""
+    cache.kept = frozenset(cache.path(shard) for shard in shards)
+    try:
+        yield from fetched(cache, shards, workers)
+    finally:
+        cache.kept = frozenset()
 
 
 def told(shards: Iterable[Shard]) -> int:

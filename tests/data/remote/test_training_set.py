@@ -185,6 +185,14 @@ def test_commands(web, hub, tars, pattern, tmp_path, capsys):
     assert main(["data", "get", "hf://datasets/owner/set/train-*.tar", *cache]) == 0
     assert f"{SAMPLES} samples are sound" in capsys.readouterr().out
     assert len(list((tmp_path / "cache" / "hf").rglob("*.tar"))) == 4
+    # A web server does not list sizes: what does not fit is seen late, and never evicts what was fetched.
+    sized = f"{sum(map(len, tars.values())) - 1} B"
+    assert main(["data", "get", pattern, "--cache-folder", str(tmp_path / "web"), "--cache-size", sized]) == 2
+    error = capsys.readouterr().err.split("\r")[-1]
+    assert "error: 4 shards have more than the cache holds" in error and error.count("error") == 1
+    assert len(list((tmp_path / "web").rglob("*.tar"))) == 3
+    assert main(["data", "get", pattern, "--cache-folder", str(tmp_path / "web")]) == 0
+    assert f"{SAMPLES} samples are sound" in capsys.readouterr().out
     assert main(["data", "list"]) == 0 and "cc12m" in capsys.readouterr().out
     for arguments, said in (
         (["cc4m"], "no set cc4m (did you mean 'cc3m'?)"),
