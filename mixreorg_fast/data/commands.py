@@ -14,6 +14,7 @@ from .remote.sources import is_remote
 from .scenes.folder import ensure_scenes
 from .shards.build import build
 from .shards.join import join
+from .shards.patterns import without_secrets
 from .shards.verify import verify
 
 # Options of `build` that take a text.
@@ -117,7 +118,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _join(args: argparse.Namespace) -> int:
     if is_remote(args.shards):
-        raise UserError(f"{args.shards}: captions are joined to local shards; copy these first")
+        raise UserError(f"{without_secrets(args.shards)}: captions are joined to local shards; copy these first")
     print("\n".join(join(args.shards, args.tables, key=args.key, texts=args.text)))
     return 0
 

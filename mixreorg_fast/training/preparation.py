@@ -15,7 +15,7 @@ from ..config import Config, are_scenes, flattened
 from ..data.reading.training_set import TrainingSet, check_patterns, open_validation_shards, shard_sets
 from ..data.remote.sets import remote_shards
 from ..data.shards.index import open_shard
-from ..data.shards.patterns import expand
+from ..data.shards.patterns import expand, without_secrets
 from ..data.text.tokenizer import Tokenizer
 from ..errors import UserError
 from ..evaluation.datasets import open_dataset
@@ -197,4 +197,5 @@ def _tokenizer(config: Config, resuming: bool) -> Tokenizer | None:
 
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = without_secrets(text)
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ...files import sync
+from ..shards.patterns import without_secrets
 from .sources import RemoteShard, login_hint, request
 
 log = logging.getLogger("mixreorg_fast")
@@ -33,7 +34,7 @@ class Stopped(Exception):
 
 
 class DiskFull(Exception):
-    """The file cannot be written for want of space."""
+    """The file cannot be written because the disk is full."""
 
 
 def partial_path(path: Path) -> Path:
@@ -129,7 +130,7 @@ def _fetch_bytes(
             else:
                 said = error.headers.get("X-Error-Message") or error.reason
                 hint = login_hint(shard) if error.code in (401, 403) else ""
-                raise UserError(f"{shard}: {error.code} {said}{hint}") from None
+                raise UserError(f"{shard}: {error.code} {without_secrets(said)}{hint}") from None
         except (OSError, http.client.HTTPException) as error:
             waits.wait(str(getattr(error, "reason", error)) or type(error).__name__)
 
@@ -160,7 +161,7 @@ class _Waits:
         Raises:
             UserError: nothing has come for too long.
         """
-        lost = time.monotonic() - self._last
+        lost, reason = time.monotonic() - self._last, without_secrets(reason)
         if lost > self._patience:
             raise UserError(f"{self._shard}: {reason}; nothing came for {lost:.0f} s (data.cache.patience)")
         seconds = min(max(self._next, asked or 0), self._patience)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ...config import CacheConfig
 from ...errors import UserError
 from ..shards.index import Shard
-from ..shards.patterns import split
+from ..shards.patterns import split, without_secrets
 from ..shards.scan import Bad
 from ..shards.shard_set import Counts, ShardSet
 from .cache import Cache, CachedShard
@@ -34,7 +34,9 @@ def remote_shards(patterns: str | Sequence[str], settings: CacheConfig) -> list[
         return None
     if len(remote) < len(parts):
         local = next(part for part in parts if not is_remote(part))
-        raise UserError(f"{local} and {remote[0]}: name local and remote shards as two sets of data.shards")
+        raise UserError(
+            f"{local} and {without_secrets(remote[0])}: name local and remote shards as two sets of data.shards"
+        )
     for part in remote:
         if part not in listed:
             listed[part] = list_shards(part, settings.path / "listings")

@@ -23,7 +23,7 @@ from urllib.parse import quote, urlsplit
 
 from ...errors import UserError, extra, nearest
 from ...files import write_json
-from ..shards.patterns import braces
+from ..shards.patterns import braces, without_secrets
 
 log = logging.getLogger("mixreorg_fast")
 SIGNED = 3600  # seconds that a signed request of S3 is valid
@@ -57,7 +57,7 @@ class RemoteShard:
         return named.with_name(f"{named.name.removesuffix('.tar')}-{mark}.tar")
 
     def __str__(self) -> str:
-        return self.url.split("?")[0]  # a query may hold a signature
+        return without_secrets(self.url)
 
 
 def is_remote(pattern: str) -> bool:
@@ -77,6 +77,13 @@ def list_shards(pattern: str, listings: Path) -> list[RemoteShard]:
     Raises:
         UserError: nothing matches; a named shard is missing; the source refuses, or cannot be reached and never was.
     """
+    try:
+        return _listed(pattern, listings)
+    except UserError as error:
+        raise UserError(without_secrets(str(error))) from None
+
+
+def _listed(pattern: str, listings: Path) -> list[RemoteShard]:
     if pattern.startswith(("https://", "http://")):
         if re.search(r"[*\[]", pattern):
             raise UserError(f"{pattern}: a web server lists no files; name them, such as …/train-{{00000..00123}}.tar")
@@ -91,7 +98,8 @@ def list_shards(pattern: str, listings: Path) -> list[RemoteShard]:
     except _Unreachable as failure:
         with contextlib.suppress(OSError, ValueError, TypeError):
             shards = [RemoteShard(**entry) for entry in json.loads(kept.read_bytes())["shards"]]
-            log.warning("%s cannot be listed (%s); the list of its last use is taken", pattern, failure)
+            said = without_secrets(f"{pattern} cannot be listed ({failure}")
+            log.warning("%s); the list of its last use is taken", said)
             return shards
         raise UserError(f"{pattern} cannot be listed: {failure}") from None
     with contextlib.suppress(OSError):  # it is only for times without the source

@@ -30,7 +30,7 @@ def expand(patterns: str | Sequence[str]) -> list[Path]:
     for name in (name for whole in patterns for pattern in split(whole) for name in braces(pattern)):
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:", name):
             raise UserError(
-                f"{name}: neither a local path nor hf://, s3:// or https://; copy the shards first (such as "
+                f"{without_secrets(name)}: neither a local path nor hf://, s3:// or https://; copy the shards first (such as "
                 f"`gsutil rsync`) or mount the bucket (such as `rclone mount`) and name that path"
             )
         name = os.path.expanduser(name)
@@ -66,7 +66,7 @@ def split(pattern: str) -> list[str]:
         else:
             parts[-1] += character
     if depth:
-        raise UserError(f"pattern {pattern}: braces do not match; {EXAMPLE}")
+        raise UserError(f"pattern {without_secrets(pattern)}: braces do not match; {EXAMPLE}")
     return [part.strip() for part in parts if part.strip()]
 
 
@@ -79,14 +79,30 @@ def braces(pattern: str) -> list[str]:
     if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
         first, last = map(int, numbers.groups())
         if last < first or last - first >= 10_000_000:
-            raise UserError(f"pattern {pattern}: {found[0]} is not a rising range")
+            raise UserError(f"pattern {without_secrets(pattern)}: {found[0]} is not a rising range")
         choices = [str(number).zfill(len(numbers[1])) for number in range(first, last + 1)]
     elif len(choices) == 1:
         raise UserError(
-            f"pattern {pattern}: {found[0]} is neither a range such as {{000000..000123}} nor a list {{a,b}}"
+            f"pattern {without_secrets(pattern)}: {found[0]} is neither a range such as {{000000..000123}} nor a list {{a,b}}"
         )
     before, after = pattern[: found.start()], pattern[found.end() :]
     return [name for choice in choices for name in braces(before + choice + after)]
+
+
+def without_secrets(text: str) -> str:
+    """A pattern, or a message with URLs, as it may be shown: URLs without user, password and query (signatures).
+
+    A ``?`` of ``hf://`` and ``s3://`` is a glob, unless ``NAME=`` follows.
+    """
+    return re.sub(r"""(\w+)://([^\s"]*?)(?=,\s*\w+://|[:;.,')]*(?:[\s"]|$))""", _without_secrets, text)
+
+
+def _without_secrets(url: re.Match[str]) -> str:
+    scheme, rest = url.groups()
+    # A password may hold slashes, as AWS's secrets do; what follows a port is none.
+    rest = re.sub(r"^(?:[^/?#]*@|[^/:@]*:(?!\d+(?:/|$)).*@)", "", rest)
+    query = r"[?#].*" if scheme.lower() in ("http", "https") else r"\?[\w.%-]+=.*"
+    return f"{scheme}://{re.sub(query, '', rest)}"
 
 
 def _nearby(name: str) -> str:

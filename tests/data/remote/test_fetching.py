@@ -13,7 +13,9 @@ import time
 import pytest
 
 from mixreorg_fast.data.remote.cache import Cache
+from mixreorg_fast.data.remote.sets import remote_shards
 from mixreorg_fast.data.remote.sources import RemoteShard, list_shards
+from mixreorg_fast.data.shards.patterns import expand, without_secrets
 from mixreorg_fast.errors import UserError
 
 from .conftest import COUNTS, PATIENCE
@@ -120,6 +122,51 @@ def test_what_cannot_be_had_is_refused_at_once(web, tars, cache):
         with pytest.raises(UserError, match=said) as refusal:
             list_shards(pattern, cache.listings)
         assert "secret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "secret, shown",
+    (
+        ("https://host/a.tar?X-Amz-Signature=SECRET&b=c", "https://host/a.tar"),
+        ("https://me:SECRET@host:80/a.tar", "https://host:80/a.tar"),
+        ("https://host:8080/a@b.tar#SECRET", "https://host:8080/a@b.tar"),
+        ("s3://KEY:SECRET/+x@bucket/train-?.tar", "s3://bucket/train-?.tar"),
+        ("s3://bucket/a.tar?X-Amz-Signature=SECRET", "s3://bucket/a.tar"),
+        ("https://a/{0..3}.tar?s=SECRET,https://b/c.tar?SECRET", "https://a/{0..3}.tar,https://b/c.tar"),
+        ("Redirection to 'https://a/b?s=SECRET': not allowed", "Redirection to 'https://a/b': not allowed"),
+        ("hf://datasets/a/b@v1/train-?.tar", "hf://datasets/a/b@v1/train-?.tar"),
+        ("data/train-?.tar, why?", "data/train-?.tar, why?"),
+    ),
+)
+def test_texts_without_secrets(secret, shown):
+    assert without_secrets(secret) == shown
+
+
+def test_messages_hold_no_secrets(web, tars, cache, caplog, settings):
+    """Whatever fails, a signature in an address is not shown."""
+    signed = "?X-Amz-Signature=SECRET"
+    patterns = (
+        f"{web.url}/train-*.tar{signed}",
+        f"{web.url}/{{0000..0003.tar{signed}",
+        f"{web.url}/{{a}}.tar{signed}",
+        f"{web.url}/a.tar{signed},local.tar",
+        f"gs://bucket/a.tar{signed}",
+        f"hf://datasets/none{signed}",
+        f"s3://me:SECRET@bucket{signed}",
+    )
+    for pattern in patterns:
+        with pytest.raises(UserError) as refusal:
+            if remote_shards(pattern, settings()) is None:
+                expand(pattern)
+        assert "SECRET" not in str(refusal.value) and "://" in str(refusal.value)
+    web.fail("/moved.tar", status=302, headers={"Location": f"file://host/a.tar{signed}"})
+    web.fail("/refused.tar", status=403)
+    web.fail("/lost.tar", status=503, times=None)
+    for name in ("moved.tar", "refused.tar", "lost.tar"):
+        with pytest.raises(UserError, match=name) as refusal:
+            cache.get(from_web(web, tars, f"{name}{signed}"))
+        assert "SECRET" not in str(refusal.value)
+    assert "trying again" in caplog.text and "SECRET" not in caplog.text
 
 
 def test_damaged_samples_are_left_out(web, tars, cache):
