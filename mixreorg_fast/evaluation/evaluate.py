@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
     if sweep:
         options["background_threshold"] = None
         if not dataset.has_background:
-            raise UserError(f"--background-threshold sweep has no use: {dataset.kind} at {args.root} has no background")
+            raise UserError(f"--background-threshold sweep: {dataset.kind} at {args.root} has no class 'background'")
     with joined_ranks(args.device) as device:
         segmenter = open_model(args.model, dataset, options, device, args.batch)
         result = evaluate(segmenter, dataset, args.limit, True, args.predictions, keep, args.resume, sweep)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import re
 import sys
 from abc import ABC, abstractmethod
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from .. import devices
 from ..errors import UserError, extra, nearest
+from ..inference import hub
 from ..inference.options import load_on_device
 from ..inference.segmenter import Segmenter
 from ..inference.windows import compact
@@ -29,7 +29,6 @@ from .zero_shot import segmenter_for, threshold_for
 
 CLASSES_AT_ONCE = 32  # classes whose score maps are held at the photo's size
 FUNCTION = re.compile(r"[^\W\d]\w*(\.\w+)*:[^\W\d]\w*(\.\w+)*")  # package.module:object.method
-REPOSITORY = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>.+))?")  # on the Hugging Face hub
 # Settings of windows and sizes, which a model with its own preprocessing does not have.
 OWN_SIZES = ("short_side", "mode", "window", "stride")
 
@@ -50,7 +49,7 @@ def open_model(
     if FUNCTION.fullmatch(name) and not Path(name).exists():
         _refuse(options, *OWN_SIZES, "templates")
         return Function(name, dataset, threshold, devices.choose(device))
-    kind = _type_of(name)
+    kind = hub.model_type(name)
     if kind == "clipseg":
         _refuse(options, *OWN_SIZES)
         return CLIPSeg(name, dataset, options.get("templates") or "default", threshold, devices.choose(device), batch)
@@ -63,27 +62,12 @@ def open_model(
     return segmenter_for(model, dataset, model.inference.with_options(**options), threshold, batch)
 
 
-def _type_of(name: str) -> str | None:
-    """The model type in the config.json of a Hugging Face folder or repository; None: it is none of those."""
-    path = Path(name) / "config.json"
-    if not Path(name).exists() and (found := REPOSITORY.fullmatch(name)):
-        import huggingface_hub as hub
-
-        repository, revision = found["name"], found["revision"] or "main"
-        try:
-            return (hub.HfApi().model_info(repository, revision=revision).config or {}).get("model_type")
-        except Exception:  # whoever reads the weights meets it as well, and says what it means
-            path = Path(str(hub.try_to_load_from_cache(repository, path.name, revision=revision)))
-    try:
-        return json.loads(path.read_text()).get("model_type")
-    except (OSError, ValueError):
-        return None
-
-
 def _refuse(options: Mapping[str, Any], *names: str) -> None:
     for name in names:
         if options.get(name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} has no use: this model prepares its photos and texts itself")
+            raise UserError(
+                f"--{name.replace('_', '-')} does not apply: the model prepares its photos and texts itself"
+            )
 
 
 class Labelled(NamedTuple):
@@ -174,7 +158,7 @@ class CLIPSeg(PixelScores):
         source: a folder or repository. threshold: None: 0.5, where a class's probability passes that of its absence.
         templates: as of :func:`~mixreorg_fast.names.parse_templates`.
     Raises:
-        UserError: transformers is missing, or cannot read the model.
+        UserError: transformers is missing, or cannot read the model; as :func:`~mixreorg_fast.inference.hub.locate`.
     """
 
     def __init__(
@@ -193,10 +177,10 @@ class CLIPSeg(PixelScores):
             raise UserError(f"{source}: CLIPSeg needs transformers ({error}): {extra('hf')}") from None
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        name, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
+        folder = hub.locate(source, "clipseg")
         try:
-            processor = transformers.AutoProcessor.from_pretrained(name, revision=revision or "main")
-            model: Any = transformers.CLIPSegForImageSegmentation.from_pretrained(name, revision=revision or "main")
+            processor = transformers.AutoProcessor.from_pretrained(folder)
+            model: Any = transformers.CLIPSegForImageSegmentation.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise UserError(f"{source}: not readable as CLIPSeg: {str(error).splitlines()[0]}") from None
         self.model, self.templates = model.eval().to(device), parse_templates(templates)

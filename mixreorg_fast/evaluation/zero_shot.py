@@ -75,7 +75,7 @@ def threshold_for(dataset: SegmentationDataset, given: float | None, *usual: flo
         return next((value for value in (given, *usual) if value is not None), None)
     if given is not None:
         raise UserError(
-            f"background_threshold {given} has no use: {dataset.kind} at {dataset.root} has no class "
+            f"background_threshold {given} does not apply: {dataset.kind} at {dataset.root} has no class "
             f"'background' (its first is '{dataset.classes[0]}')"
         )
     return None

@@ -21,17 +21,19 @@ if TYPE_CHECKING:
     from .model import Model
 
 Format = Literal["ours", "hf"]
-Kind = Literal["weights", "tokenizer"]
+Kind = Literal["weights", "clipseg", "tokenizer"]
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>.+))?", re.ASCII)
 # The files that a repository needs, the preferred ones first. The last of each is fetched last.
 _NEEDED: dict[Kind, tuple[tuple[str, ...], ...]] = {
     "weights": ((WEIGHTS, DESCRIPTION), (WEIGHTS, "config.json"), ("pytorch_model.bin", "config.json")),
+    "clipseg": ((WEIGHTS, "config.json"), ("pytorch_model.bin", "config.json")),
     "tokenizer": ((TOKENIZER,), ("vocab.json", "merges.txt")),
 }
 _MISSING: dict[Kind, str] = {
     "weights": "no file or folder {}; expected weights: a folder, a run's folder, a .pth file",
+    "clipseg": "no folder {}; expected a CLIPSeg: a folder",
     "tokenizer": "no tokenizer {}; expected a tokenizer.json, a folder with one",
 }
 # Every file of either format. A push deletes those that it does not write, so that a repository has one format.
@@ -54,10 +56,37 @@ def locate(source: str | Path, kind: Kind = "weights") -> Path:
     """
     if Path(source).exists():
         return Path(source)
+    if (found := _parsed(source)) is None:
+        raise UserError(f"{_MISSING[kind].format(source)}, or owner/name[@revision] on the Hugging Face hub")
+    return fetch(*found, kind)
+
+
+def model_type(source: str | Path) -> str | None:
+    """The ``model_type`` in the config.json of a folder or of a repository ``owner/name[@revision]``.
+
+    None where there is no such file, or the hub cannot be asked and the cache has no copy; :func:`locate` says why.
+    """
+    path = Path(source) / "config.json"
+    if not Path(source).exists() and (found := _parsed(source)):
+        import huggingface_hub as hub
+
+        name, revision = found
+        timeout = hub.constants.HF_HUB_ETAG_TIMEOUT
+        try:
+            with _in_one_line(name, revision):
+                about = hub.HfApi().model_info(name, revision=revision, timeout=timeout)
+            return (about.config or {}).get("model_type")
+        except UserError:
+            path = Path(str(hub.try_to_load_from_cache(name, path.name, revision=revision)))
+    return json_or_empty(path).get("model_type")
+
+
+def _parsed(source: str | Path) -> tuple[str, str] | None:
+    """Name and revision of a repository; None: `source` is the name of a file."""
     found = _NAME.fullmatch(str(source))
     if found is None or str(source).endswith((".json", ".pth")):
-        raise UserError(f"{_MISSING[kind].format(source)}, or owner/name[@revision] on the Hugging Face hub")
-    return fetch(found["name"], found["revision"] or "main", kind)
+        return None
+    return found["name"], found["revision"] or "main"
 
 
 def fetch(name: str, revision: str = "main", kind: Kind = "weights") -> Path:
@@ -88,7 +117,11 @@ def _download(name: str, revision: str, kind: Kind) -> Path:
     about = hub.HfApi().model_info(name, revision=revision, files_metadata=True, timeout=timeout)
     there = {each.rfilename: each for each in about.siblings or ()}
     *files, last = next((files for files in _NEEDED[kind] if there.keys() >= set(files)), ("",))
-    if kind == "weights":
+    if kind == "clipseg":
+        if not last:
+            raise UserError(f"{name} holds no weights of a CLIPSeg: expected {WEIGHTS} with config.json")
+        files += [file for file in there if file not in (*files, last) and Path(file).suffix in (".json", ".txt")]
+    elif kind == "weights":
         type = (about.config or {}).get("model_type", "groupvit")
         if not last or (last != DESCRIPTION and type != "groupvit"):
             raise UserError(

@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..names import TEMPLATES
 from .model import Model, load
 
+SWEEP = "; sweep: score every threshold from 0 to 1 in steps of 0.05, too"
 WEIGHTS_HELP = "a folder of weights, a run's folder, a .pth file, or owner/name[@revision] on the Hugging Face hub"
 
 
@@ -35,7 +36,8 @@ def add_options(parser: argparse.ArgumentParser, *names: str, decoding: str | No
             kind: dict[str, Any] = {"choices": get_args(field.annotation)}
         else:
             kind = kinds.get(name, {"type": int, "metavar": "PX"})
-        about = f"{field.description} (default: {default or 'as in the weights'})"
+        also = SWEEP if sweep and name == "background_threshold" else ""
+        about = f"{field.description}{also} (default: {default or 'as in the weights'})"
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=about, **kind)
     if not names:
         parser.add_argument("--batch", type=int, default=8, metavar="N", help="photos per forward pass (8)")

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -126,7 +127,7 @@ def test_functions_of_labels_and_of_scores(functions, plain, tmp_path, capsys):
         ("{}:text", [], "gave str; an array or tensor was expected"),
         ("{}:failing", [], "failed with KeyError: 'weights' (see --debug)"),
         ("{}:full", ["--background-threshold", "sweep"], "a threshold sweep needs a model that gives scores without"),
-        ("{}:full", ["--short-side", "64"], "--short-side has no use: this model prepares its photos"),
+        ("{}:full", ["--short-side", "64"], "--short-side does not apply: the model prepares its photos"),
         ("{}:full", ["--background-threshold", "often"], "invalid threshold value: 'often'"),
     ],
 )
@@ -228,11 +229,11 @@ def test_clipseg_scores_are_those_of_transformers(clipseg, plain, tmp_path, caps
     best = result["best_threshold"]
     assert f"best of 21 background thresholds: {best:.2f} with" in capsys.readouterr().out
     assert main([*arguments, "--mode", "sliding"]) == 2
-    assert "--mode has no use" in capsys.readouterr().err
+    assert "--mode does not apply" in capsys.readouterr().err
 
 
-def test_clipseg_by_name(clipseg, plain, tmp_path, hub, capsys):
-    """From the hub, then from its cache; a type that is not supported, and a name that the hub does not know."""
+def test_clipseg_by_name(clipseg, plain, tmp_path, hub, capsys, monkeypatch):
+    """From the hub, and from its cache without network; what the hub refuses is said in its own words."""
     hub.add("owner/clipseg", clipseg).tag("v1")
     hub.add("owner/bert", {"config.json": b'{"model_type": "bert"}'})
     out = tmp_path / "eval.json"
@@ -244,10 +245,30 @@ def test_clipseg_by_name(clipseg, plain, tmp_path, hub, capsys):
         assert scores[-1].pop("settings")["model"] == name
     assert scores[0] == scores[1] == scores[2]
     capsys.readouterr()
-    for name, message in (("owner/bert", "'bert' is not supported"), ("owner/none", "no such repository")):
+
+    def refusal(name: str) -> str:
         assert main(["evaluate", "--model", name, *arguments]) == 2
         error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+
+    assert "'bert' is not supported" in refusal("owner/bert")
+    assert "no repository owner/none on http" in refusal("owner/none")
+    hub.add("owner/gated", clipseg, gated=True)
+    assert "owner/gated is gated: accept its conditions on" in refusal("owner/gated")
+    hub.add("owner/bare", {"config.json": b'{"model_type": "clipseg"}'})
+    assert "owner/bare holds no weights of a CLIPSeg" in refusal("owner/bare")
+    for constant, value, reason in (
+        ("ENDPOINT", "http://127.0.0.1:9", "http://127.0.0.1:9 cannot be reached"),
+        ("HF_HUB_OFFLINE", True, "HF_HUB_OFFLINE is set"),
+    ):
+        with monkeypatch.context() as context:
+            context.setattr(huggingface_hub.constants, constant, value)
+            assert reason in refusal("owner/unseen")
+            assert main(["evaluate", "--model", "owner/clipseg@v1", *arguments]) == 0
+            said = capsys.readouterr().err
+            assert (reason in said) == (constant == "ENDPOINT") == ("the copy in the cache is used" in said)
+        assert json.loads(out.read_text())["mIoU"] == scores[0]["mIoU"]
 
 
 def test_clipseg_takes_more_classes_than_are_held_at_once(clipseg, plain):
