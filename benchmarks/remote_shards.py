@@ -4,7 +4,7 @@
     python -m benchmarks.remote_shards --part training
 
 training: the share of the time that MixReorg's training waits for data once the first window of shards is here. The
-server answers after 50 ms and sends 100 MB/s.
+server answers after 50 ms and sends 100 MB/s. The cache holds six of twelve shards, so shards are evicted meanwhile.
 streaming: one epoch of 1,000 shards of 100 samples through a cache of 20 shards: how often each sample is read, how
 often a shard is fetched, and the memory of the process along the way. The server is a process of its own.
 """
@@ -105,7 +105,7 @@ def training(steps: int, images: int = 8) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, server(large, latency=LATENCY, rate=RATE) as (url, end):
         for number in range(12):  # drawing photos takes longer than sending them
             shard_url(url, number)
-        config = configuration(url, 12, folder, {"window": 2, "workers": 2})
+        config = configuration(url, 12, folder, {"window": 2, "workers": 2, "size": "20 MB"})
         training_set = TrainingSet.open(config)
         before = time.perf_counter()
         training_set.begin()
@@ -122,15 +122,16 @@ def training(steps: int, images: int = 8) -> dict[str, Any]:
                 waited += time.perf_counter() - asked
                 step(Batch(batch.images, batch.ids, batch.lengths, torch.tensor(number)))
             seconds = time.perf_counter() - start
-        fetched = sum(len(list(Path(folder).rglob(pattern))) for pattern in ("*.tar",))
-        size = sum(path.stat().st_size for path in Path(folder).rglob("*.tar")) / fetched
+        held = [path.stat().st_size for path in Path(folder).rglob("*.tar")]
+        fetched = sum(end().values()) - 12
     return {
         "op": "training",
-        "shape": f"mixreorg {images}x3x224², shards of 64 photos, windows of 2",
-        "mb_per_shard": size / 1e6,
+        "shape": f"mixreorg {images}x3x224², shards of 64 photos, windows of 2, a cache of 20 MB",
+        "mb_per_shard": sum(held) / len(held) / 1e6,
         "first_window_s": first_window,
         "images_per_s": images * steps / seconds,
         "shards_fetched": fetched,
+        "shards_evicted": fetched - len(held),
         "waiting": waited / seconds,
     }
 

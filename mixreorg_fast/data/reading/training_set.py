@@ -114,7 +114,7 @@ class TrainingSet:
 
     @property
     def is_remote(self) -> bool:
-        """Whether some shards are fetched as the run comes to them."""
+        """Whether some shards are fetched while the run reads."""
         return self._cache is not None
 
     @property

@@ -1,4 +1,4 @@
-"""Fetching shards ahead of the run, in the order in which it will read them."""
+"""Fetching shards ahead of the run, in the order in which the run will read them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .order import RemoteOrder
 
 
 class ShardAhead:
-    """Threads that fetch what the orders of a run come to next, as much as the cache holds.
+    """Threads that fetch the shards that a run will read next, as many as the cache holds.
 
     The processes of a node share the work: what one is fetching, the others leave to it.
 
@@ -65,10 +65,10 @@ class ShardAhead:
             except Stopped:
                 return
             except (UserError, OSError):
-                pass  # the loader meets the same error when it comes to this shard
+                pass  # the loader meets the same error when it reads this shard
 
     def _next(self) -> CachedShard | None:
-        """The next shard of the plan, which changes when an order comes to another window or sizes become known."""
+        """The next shard of the plan, which changes when an order reaches another window or sizes become known."""
         places = [(order.current, order.just_begun(self._behind)) for _, order in self._sets]
         if self._planned != (situation := (places, self._cache.learned)):
             self._planned = situation
@@ -76,7 +76,7 @@ class ShardAhead:
         return next(self._plan, None)
 
     def _needed(self) -> list[CachedShard]:
-        """The shards that the orders come to next, soonest first, as many as the cache holds."""
+        """The shards that will be read next, soonest first, as many as the cache holds."""
         needed: dict[Path, CachedShard] = {}
         room = self._cache.room
         for shard in self._coming():

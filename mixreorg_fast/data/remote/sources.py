@@ -47,8 +47,8 @@ class RemoteShard:
 
     @property
     def place(self) -> Path:
-        """Its path in a cache: that of the URL, and a mark of the version. The commit of a hub's set has no part in
-        it, so that unchanged shards of a new commit are not fetched again."""
+        """Its path in a cache: that of the URL, and a mark of the version. It leaves out the commit of a hub's set,
+        so that unchanged shards of a new commit are not fetched again."""
         scheme, _, path = self.url.partition("://")
         path = re.sub(r"^(datasets/[^/]+/[^/@]+)@[^/]+", r"\1", path) if scheme == "hf" else path
         path = re.sub(r"[^\w./+=-]", "_", path.split("?")[0]).replace("..", "_")
@@ -108,11 +108,17 @@ def _listed(pattern: str, listings: Path) -> list[RemoteShard]:
 
 
 def request(shard: RemoteShard) -> urllib.request.Request:
-    """The HTTP request of a shard's content, with credentials. A redirection to another host does not get them."""
+    """The HTTP request of a shard's content, with credentials. A redirection to another host does not get them.
+
+    Raises:
+        UserError: the shard is the hub's, and ``HF_HUB_OFFLINE`` is set.
+    """
     if shard.url.startswith("hf://"):
-        from huggingface_hub import hf_hub_url
+        from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import build_hf_headers
 
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(f"{shard}: it is not in the cache, and HF_HUB_OFFLINE is set")
         at = _hub_path(shard.url)
         url = hf_hub_url(at.repository, at.pattern, repo_type="dataset", revision=at.revision)
         headers = build_hf_headers(library_name="mixreorg_fast")

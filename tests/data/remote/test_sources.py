@@ -95,3 +95,19 @@ def test_s3_lists_and_sends(bucket, tars, cache, settings):
         cache.get(shards[0])
     assert "secret" not in str(refusal.value) and "Signature" not in str(refusal.value)
     assert len(Cache(settings()).get(shards[2]).samples) == COUNTS[2]
+
+
+def test_the_hub_is_left_alone_when_told_so(hub, repository, tars, cache, monkeypatch, caplog):
+    pattern = "hf://datasets/owner/set/train-*.tar"
+    shards = list_shards(pattern, cache.listings)
+    cache.get(shards[0])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    asked = len(hub.requests)
+    with caplog.at_level(logging.WARNING):
+        assert list_shards(pattern, cache.listings) == shards and "the list of its last use" in caplog.text
+    assert len(cache.get(shards[0]).samples) == COUNTS[0]
+    with pytest.raises(UserError, match="train-0001.tar: it is not in the cache, and HF_HUB_OFFLINE is set"):
+        cache.get(shards[1])
+    with pytest.raises(UserError, match="cannot be listed: .*HF_HUB_OFFLINE"):
+        list_shards("hf://datasets/owner/set/*.tar", cache.listings)
+    assert len(hub.requests) == asked
