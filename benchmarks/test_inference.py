@@ -22,8 +22,9 @@ from mixreorg_fast.config import ModelConfig, TextConfig
 from mixreorg_fast.convert import save_huggingface
 from mixreorg_fast.evaluation.classes import ADE20K
 from mixreorg_fast.inference.model import Model
-from mixreorg_fast.inference.windows import decode, decode_groupvit_reference, window_boxes
+from mixreorg_fast.inference.windows import decode, window_boxes
 from mixreorg_fast.models.groupvit import class_scores
+from tests.inference.dense import decode_groupvit_reference
 
 from .harness import CPU_BF16, DEVICE, ON_GPU, Case, Work, matrix
 from .test_decode_segments import dense

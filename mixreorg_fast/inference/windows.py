@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
@@ -152,36 +151,6 @@ def is_background(scores: Tensor, threshold: float) -> Tensor:
     return scores.amax(dim=2) < image_threshold(scores, threshold)[:, None]
 
 
-def decode_groupvit_reference(
-    maps: Tensor,
-    scores: Tensor,
-    boxes: Sequence[Box],
-    network: tuple[int, int],
-    size: tuple[int, int],
-    threshold: float | None = None,
-) -> Tensor:
-    """The ``groupvit`` decoding to the letter, with the dense volume of classes: the oracle of tests and benchmarks.
-
-    Args:
-        maps: ``[W, G, h, w]`` soft segment maps of the windows.
-        scores: ``[W, G, T]`` their segments' class scores.
-        boxes: where each window lies in the network's input of (height, width) `network`.
-        size: (H, W) of the photo.
-        threshold: background threshold.
-    Returns:
-        int64 ``[H, W]``.
-    """
-    channels = score_channels(scores, threshold)
-    total = channels.new_zeros(1, channels.shape[2], *network)
-    windows = channels.new_zeros(1, 1, *network)
-    for map_, channel, box in zip(maps, channels, boxes, strict=True):
-        fine = F.interpolate(map_[None], size=(box.height, box.width), mode="bilinear", align_corners=False)[0]
-        one_hot = F.one_hot(fine.argmax(dim=0), fine.shape[0]).to(channel.dtype)  # [height, width, G]
-        box.of(total[0]).add_((one_hot @ channel).permute(2, 0, 1))
-        box.of(windows).add_(1)
-    return F.interpolate(total / windows, size=size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
-
-
 def decode(
     maps: Tensor,
     scores: Tensor,
@@ -191,7 +160,15 @@ def decode(
     threshold: float | None = None,
     decoding: str = "groupvit",
 ) -> Decoded:
-    """Labels and segments of one photo from its windows; arguments as of :func:`decode_groupvit_reference`."""
+    """Labels and segments of one photo from its windows.
+
+    Args:
+        maps: ``[W, G, h, w]`` soft segment maps of the windows.
+        scores: ``[W, G, T]`` their segments' class scores.
+        boxes: where each window lies in the network's input of (height, width) `network`.
+        size: (H, W) of the photo.
+        threshold: background threshold.
+    """
     canvas = network if decoding == "groupvit" else _bounded(size)
     groups = scores.shape[1]
     if decoding == "direct" and len(boxes) == 1:  # the whole photo: each pixel takes its segment's label

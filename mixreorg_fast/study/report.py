@@ -16,7 +16,7 @@ from ..evaluation.pictures import save_grid
 from ..evaluation.zero_shot import segmenter_for
 from ..files import saving
 from ..inference.model import load
-from ..inference.overlay import blend, class_palette, colourise, segment_palette
+from ..inference.overlay import blend, class_palette, colourise, segments_picture
 from ..ledger import Row
 from ..training.plots import Curve, draw_panels
 from ..training.reports import read_metrics
@@ -254,9 +254,8 @@ def pictures_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path, 
     palette = class_palette(dataset.has_background)
     numbers = [number * len(dataset) // count for number in range(min(count, len(dataset)))]
     samples = [dataset[number] for number in numbers]
-    of_segments = segment_palette()
-    grey = [sample.image.convert("L").convert("RGB") for sample in samples]
     labelled = [[sample.image, colourise(sample.mask, palette)] for sample in samples]
+    grey = [sample.image.convert("L").convert("RGB") for sample in samples]
     grouped = [[photo, blend(photo, sample.mask, palette)] for photo, sample in zip(grey, samples, strict=True)]
     seen = {int(label) for sample in samples for label in set(sample.mask.ravel().tolist())} - {IGNORE}
     for run in runs:
@@ -265,7 +264,7 @@ def pictures_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path, 
         for number, sample in enumerate(samples):
             decoded = segmenter.segment(sample.image)
             labelled[number].append(colourise(decoded.labels.cpu().numpy(), palette))
-            grouped[number].append(blend(grey[number], decoded.segments.cpu().numpy(), of_segments, 0.6))
+            grouped[number].append(segments_picture(sample.image, decoded.segments.cpu().numpy()))
             seen |= set(decoded.labels.unique().tolist())
     titles = ["image", "truth", *(labels[run.variant] for run in runs)]
     cells = [row for pair in zip(labelled, grouped, strict=True) for row in pair]

@@ -17,9 +17,10 @@ from mixreorg_fast.evaluation.datasets import open_dataset
 from mixreorg_fast.evaluation.zero_shot import evaluate, segmenter_for
 from mixreorg_fast.inference.model import Model
 from mixreorg_fast.inference.segmenter import Segmenter, text_classifier
-from mixreorg_fast.inference.windows import Box, decode, decode_groupvit_reference, window_boxes
+from mixreorg_fast.inference.windows import Box, decode, window_boxes
 from mixreorg_fast.models.groupvit import class_scores, image_threshold
 
+from ..inference.dense import decode_groupvit_reference
 from .fakes import FakeTokenizer
 
 
