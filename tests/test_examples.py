@@ -5,10 +5,12 @@ import json
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from mixreorg_fast.data.text.tokenizer import Tokenizer
+from mixreorg_fast.evaluation.datasets import open_dataset
 from mixreorg_fast.inference.model import Model
 from tests.evaluation.fakes import draw_photo
 from tests.tiny import fill, tiny_config
@@ -65,3 +67,22 @@ def test_the_notebook(place, capsys):
     first, with_background, (shape, found) = shown
     assert first.width >= 64 and with_background.width >= 64
     assert shape == (48, 64) and set(found) <= {"background", "cat", "sofa", "remote control"}
+
+
+def test_masks_of_pascal_context(tmp_path, capsys):
+    scipy_io = pytest.importorskip("scipy.io")
+    for folder in ("trainval", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("a", "b"):
+        draw_photo(tmp_path / "JPEGImages" / f"{name}.jpg", (3, 2), seed=0)
+    (tmp_path / "ImageSets/Main/val.txt").write_text("a\nb\n")  # b is not annotated
+    labels = np.array([[0, 1, 2], [9, 458, 459]], np.uint16)
+    scipy_io.savemat(tmp_path / "trainval" / "a.mat", {"LabelMap": labels})
+    (tmp_path / "labels.txt").write_text("\n".join(f"{number}: thing {number}" for number in range(1, 460)))
+    main_of("pascal_context.py")([str(tmp_path)])
+    assert capsys.readouterr().out == "val: 1 photos\n"
+    frequent, full = (open_dataset(kind, tmp_path) for kind in ("context", "context459"))
+    assert frequent.names == full.names == ["a"]
+    shown = [frequent.classes[label] for label in frequent[0].mask.ravel()]
+    assert shown == ["background", "background", "airplane", "bag", "wood", "background"]
+    assert full[0].mask.tolist() == [[65535, 0, 1], [8, 457, 458]]

@@ -42,6 +42,8 @@ def _remap(raw: Sequence[int]) -> np.ndarray:
 
 # COCO's 91 + 91 raw ids (pixel value = category - 1) without the eleven categories that never occur.
 _STUFF_IDS = [i for i in range(182) if i not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
+# COCO-Object has the things, raw ids up to 89, as classes 1 to 80. All else is background, as in GroupViT's protocol.
+_OBJECT = _remap([i for i in _STUFF_IDS if i < 91]) + np.uint8(1)  # IGNORE wraps around to 0
 # The labels of the Cityscapes scripts that are scored.
 _CITY_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
 
@@ -60,7 +62,7 @@ _CONTEXT = Layout(
     split_file="ImageSets/SegmentationContext/{split}.txt",
     homes=("", "VOC2010", "VOCdevkit/VOC2010"),
     threshold=0.35,
-    setup=" (mmsegmentation's tools/dataset_converters/pascal_context.py makes them)",
+    setup=" (examples/pascal_context.py makes them from the data set's .mat files)",
 )
 _NO_BACKGROUND = {".png": _remap(range(1, 255))}  # 0 is ignored
 
@@ -74,7 +76,6 @@ LAYOUTS: dict[str, Layout] = {
         classes=(),
         masks="annotations_detectron2/pc459_{split}",
         mask_suffixes={".tif": None},
-        setup=" (docs/evaluate.md makes them from the data set's .mat files)",
         class_file="labels.txt",
         class_count=459,
     ),
@@ -82,11 +83,10 @@ LAYOUTS: dict[str, Layout] = {
         names.COCO_OBJECT,
         images="images/{split}",
         masks="annotations/{split}",
-        mask_suffixes={"_instanceTrainIds.png": None},
+        mask_suffixes={"_instanceTrainIds.png": None, ".png": _OBJECT},
         threshold=0.95,
         split_folders={"val": "val2017", "train": "train2017"},
         homes=("", "coco"),
-        setup=" (GroupViT's convert_dataset/convert_coco_object.py makes them)",
     ),
     "coco_stuff": Layout(
         names.COCO_STUFF,

@@ -121,11 +121,18 @@ def test_ade847(tmp_path):
         open_dataset("ade847", tmp_path)
 
 
-def test_coco_object(tmp_path):
+def test_coco_object_from_its_masks_and_from_those_of_coco_stuff(tmp_path):
     mask = build(tmp_path, "images/val2017/01.jpg", "annotations/val2017/01_instanceTrainIds.png", [0, 1, 80, 255])
     dataset = open_dataset("coco_object", tmp_path)
     assert len(dataset.classes) == 81 and dataset.classes[80] == "toothbrush"
     assert (dataset[0].mask == mask).all()
+    (tmp_path / "annotations/val2017/01_instanceTrainIds.png").unlink()
+    # Raw ids: person 0, stop sign 12, toothbrush 89; banner 91 and wood 181 are stuff, 255 is unlabelled.
+    raw = draw_mask(tmp_path / "annotations/val2017/01.png", SIZE, [0, 12, 89, 91, 181, 255], seed=2)
+    names = {0: "person", 12: "stop sign", 89: "toothbrush"}
+    for value in np.unique(raw):
+        name = names.get(int(value), "background")
+        assert (dataset[0].mask[raw == value] == dataset.classes.index(name)).all()
 
 
 def test_coco_stuff_from_train_ids_and_from_the_original_maps(tmp_path):
