@@ -44,7 +44,10 @@ COMMANDS: list[tuple[str, str, str]] = [
     (r"mixreorg train own( |$)", PARSE, "tests/test_own_data.py trains it"),
     (r"mixreorg train cc", PARSE, "needs GPUs and sets on the hub"),
     (r"docker ", PARSE, "needs its daemon; tests/test_docker.py"),
-    (r"(mkdir -p data && )?curl ", PARSE, "a download"),
+    (r"(mkdir -p \S+ && )?(curl|csDownload) ", PARSE, "a download"),
+    (r"(unzip|python prepare_|python -c) ?", PARSE, "reads a download"),
+    (r"python examples/pascal_context", PARSE, "reads a download; tests/test_examples.py"),
+    (r"mixreorg train --config scored", PARSE, "tests/test_recipes.py reads that file"),
     (r"(deepspeed|torchrun|python) .*configs/cc12m\w*\.json", PARSE, "needs GPUs and CC12M"),
     (r"deepspeed .*configs/own\.json", PARSE, "tests/test_own_data.py trains it"),
     (r"(deepspeed|python) .*configs/zero2\.json", PARSE, "`make train` on other devices"),
@@ -92,7 +95,7 @@ def every_command() -> list[tuple[str, str]]:
 
 def plan(command: str) -> tuple[str, str]:
     """How far a command is run, and why not further."""
-    bare = re.sub(r"^([A-Z_]+=\S* )+", "", command).removeprefix(".venv/bin/")
+    bare = re.sub(r"^([A-Z0-9_]+=\S* )+", "", command).removeprefix(".venv/bin/")
     for pattern, how, why in COMMANDS:
         if re.match(pattern, bare):
             return how, why
@@ -113,11 +116,11 @@ def test_every_command_is_classified_and_its_arguments_exist(page, command):
 
 def parse(command: str) -> None:
     """See that a command's options, files, targets and extras exist."""
-    words = shlex.split(re.sub(r"^([A-Z_]+=\S* )+", "", command))
+    words = shlex.split(re.sub(r"^([A-Z0-9_]+=\S* )+", "", command))
     if words[0] == "mixreorg":
         _, parser = command_of(words[1])
         options = parser.parse_args(words[2:])
-        if words[1] in ("study", "train"):
+        if words[1] in ("study", "train") and words[2] != "--config":
             assert find_config(str(ROOT / words[2] if words[1] == "study" else words[2])).is_file()
         assert options is not None
     elif "train.py" in words:
@@ -146,6 +149,12 @@ def parse(command: str) -> None:
     elif words[0] == "docker":
         if "mixreorg" in words:
             parse(shlex.join(words[words.index("mixreorg") :]))
+    elif words[:2] == ["python", "-c"]:
+        ast.parse(words[2])
+    elif words[0] == "python" and words[1].startswith("examples/"):
+        assert (ROOT / words[1]).is_file()
+    elif "csDownload" in words or words[0] in ("unzip", "python"):
+        assert plan(command)[1].startswith(("a download", "reads a download"))
     elif "curl" in words:
         assert any(re.match("https?://", word) for word in words)
     elif words[0] == "pytest":
