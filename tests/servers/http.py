@@ -28,6 +28,8 @@ class FileHandler(Handler):
         self.hub.requests.append(f"{self.command} {path}")
         self.fault = self.hub.take_fault(self.command, path)
         time.sleep(state.latency + (self.fault.delay if self.fault else 0))
+        if state.login is not None and self.headers.get("Authorization") != state.login:
+            return self._send(401, {}, b"")
         if self.fault is not None and self.fault.status is not None:
             status, headers, self.fault = self.fault.status, self.fault.headers, None
             return self._send(status, headers, b"")
@@ -55,10 +57,11 @@ class WebServer:
 
     Attributes:
         latency: seconds before each answer. rate: bytes per second over all connections together, None: any.
-        modified: the time of all files.
+        modified: the time of all files. login: the Authorization header that is asked for; None: none.
         requests, faults, fail: as of the hub.
     """
 
+    login: str | None = None
     modified = "Thu, 01 Jan 2026 00:00:00 GMT"
 
     def __init__(self, content: Content, *, latency: float = 0.0, rate: float | None = None) -> None:

@@ -7,8 +7,8 @@ import csv
 import fcntl
 import json
 import os
-import sqlite3
 import shutil
+import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -30,8 +30,8 @@ def expand(patterns: str | Sequence[str]) -> list[Path]:
     for name in (name for whole in patterns for pattern in split(whole) for name in braces(pattern)):
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:", name):
             raise UserError(
-                f"{without_secrets(name)}: neither a local path nor hf://, s3:// or https://; copy the shards first (such as "
-                f"`gsutil rsync`) or mount the bucket (such as `rclone mount`) and name that path"
+                f"{without_secrets(name)}: neither a local path nor hf://, s3:// or https://; copy the shards first "
+                f"(such as `gsutil rsync`) or mount the bucket (such as `rclone mount`) and name that path"
             )
         name = os.path.expanduser(name)
         if glob.has_magic(name):
@@ -83,7 +83,8 @@ def braces(pattern: str) -> list[str]:
         choices = [str(number).zfill(len(numbers[1])) for number in range(first, last + 1)]
     elif len(choices) == 1:
         raise UserError(
-            f"pattern {without_secrets(pattern)}: {found[0]} is neither a range such as {{000000..000123}} nor a list {{a,b}}"
+            f"pattern {without_secrets(pattern)}: {found[0]} is neither a range such as {{000000..000123}} "
+            f"nor a list {{a,b}}"
         )
     before, after = pattern[: found.start()], pattern[found.end() :]
     return [name for choice in choices for name in braces(before + choice + after)]

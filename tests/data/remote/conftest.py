@@ -46,12 +46,12 @@ class Bucket:
 
     name = "bucket"
 
-    def __init__(self, server, client) -> None:
-        self._client, self.stop = client, server.stop
+    def __init__(self, url: str, server, client) -> None:
+        self.url, self._client, self.stop = url, client, server.stop
         client.create_bucket(Bucket=self.name)
 
-    def put(self, key: str, content: bytes) -> None:
-        self._client.put_object(Bucket=self.name, Key=key, Body=content)
+    def put(self, key: str, content: bytes, **options: str) -> None:
+        self._client.put_object(Bucket=self.name, Key=key, Body=content, **options)
 
     def delete(self, key: str) -> None:
         self._client.delete_object(Bucket=self.name, Key=key)
@@ -74,7 +74,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch):
     }.items():
         monkeypatch.setenv(name, value)
     requests.post(f"http://{host}:{port}/moto-api/reset", timeout=10)
-    yield Bucket(server, boto3.client("s3"))
+    yield Bucket(f"http://{host}:{port}", server, boto3.client("s3"))
     with contextlib.suppress(Exception):  # the test has stopped it
         server.stop()
 

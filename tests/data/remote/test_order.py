@@ -64,7 +64,7 @@ def test_shards_are_fetched_ahead_in_a_cache_that_holds_some(web, tars, pattern,
     content = list(tars.values())
     web.content = lambda path: content[int(path[6:10]) % len(content)]
     shards = list_shards(f"{web.url}/train-{{0000..0039}}.tar", settings().path)
-    cache = Cache(settings(size=f"{8 * max(map(len, content))} B"))
+    cache = Cache(settings(size=f"{8 * max(map(len, content))} B", patience=60))
     cached = [CachedShard(shard, cache) for shard in shards]
     order = RemoteOrder(cached, 5, window=2)
     ahead = ShardAhead(cache, [(cached, order)], workers=3, behind=4)

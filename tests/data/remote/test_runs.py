@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import threading
+
 import pytest
 
 from mixreorg_fast.cli import main
@@ -9,7 +14,7 @@ from mixreorg_fast.config import merged
 from mixreorg_fast.data.shards.pair import write_shard
 from mixreorg_fast.data.text.tokenizer import Tokenizer
 from tests.data.conftest import pairs
-from tests.training.test_faults import assert_same_end, config, finish, start, steps
+from tests.training.test_faults import ROOT, assert_same_end, config, finish, start, steps
 
 pytest.importorskip("deepspeed")
 
@@ -46,3 +51,27 @@ def test_runs_resume_from_the_cache(hub, bucket, tmp_path):
     code, output = finish(start(tmp_path, (runs["s3"], {})))
     assert code == 0 and "the list of its last use is taken" in output, output[-3000:]
     assert_same_end(tmp_path / "runs" / "s3", tmp_path / "runs" / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+def test_a_process_whose_server_is_gone_ends_in_one_line(web, tars, tmp_path):
+    content = list(tars.values())
+
+    def until_the_sixth(path: str) -> bytes:
+        if len(web.requests) == 6:
+            threading.Thread(target=web.stop).start()
+        return content[int(path[6:10]) % len(content)]
+
+    web.content = until_the_sixth
+    Tokenizer.train(["a red thing", "a green thing", "a blue thing number 5"], 300).save(tmp_path)
+    cache = {"folder": str(tmp_path / "cache"), "window": 2, "size": "200 kB", "patience": 2.0}
+    shards = f"{web.url}/train-{{0000..0019}}.tar?X-Amz-Signature=SECRET"
+    data = {"shards": shards, "cache": cache, "tokenizer": str(tmp_path / "tokenizer.json")}
+    (tmp_path / "run.json").write_text(json.dumps(merged(config(tmp_path, "lost", steps=30), {"data": data})))
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(tmp_path / "run.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert ended.returncode == 2 and len(errors) == 1 and "Traceback" not in ended.stderr, ended.stderr[-3000:]
+    assert "data.cache.patience" in errors[0] and "SECRET" not in ended.stderr + ended.stdout
+    assert 2 <= len((tmp_path / "runs" / "lost" / "metrics.jsonl").read_text().splitlines()) < 30

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from mixreorg_fast.data.remote.cache import Cache
-from mixreorg_fast.data.remote.sources import RemoteShard, is_remote, list_shards
+from mixreorg_fast.data.remote.sources import RemoteShard, is_remote, list_shards, request
 from mixreorg_fast.errors import UserError
 from tests.servers.repositories import TOKEN
 
@@ -111,3 +111,31 @@ def test_the_hub_is_left_alone_when_told_so(hub, repository, tars, cache, monkey
     with pytest.raises(UserError, match="cannot be listed: .*HF_HUB_OFFLINE"):
         list_shards("hf://datasets/owner/set/*.tar", cache.listings)
     assert len(hub.requests) == asked
+
+
+def test_s3_without_credentials_and_with_wrong_ones(bucket, tars, cache, tmp_path, monkeypatch):
+    import requests
+    from s3fs import S3FileSystem
+
+    bucket.put("train-0000.tar", tars["train-0000.tar"], ACL="public-read")
+    bucket.put("train-0001.tar", tars["train-0001.tar"])
+    with monkeypatch.context() as nobody:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            nobody.delenv(name)
+        for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+            nobody.setenv(name, str(tmp_path / "none"))
+        nobody.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        S3FileSystem.clear_instance_cache()
+        shards = list_shards("s3://bucket/train-*.tar", cache.listings)
+        assert "Signature" not in request(shards[0]).full_url
+        assert len(cache.get(shards[0]).samples) == COUNTS[0]
+        with pytest.raises(UserError, match="s3://bucket/train-0001.tar: 403 .*check AWS's credentials"):
+            cache.get(shards[1])  # which is not public
+    S3FileSystem.clear_instance_cache()
+    requests.post(f"{bucket.url}/moto-api/reset-auth", data=b"0", timeout=10)  # keys are checked from here on
+    try:
+        with pytest.raises(UserError, match="s3://bucket/.*check AWS's credentials") as refusal:
+            list_shards("s3://bucket/*.tar", cache.listings)
+        assert not any(word in str(refusal.value) for word in ("secret-of", "Signature", "\n"))
+    finally:
+        requests.post(f"{bucket.url}/moto-api/reset-auth", data=b"inf", timeout=10)
