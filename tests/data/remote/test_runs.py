@@ -45,6 +45,8 @@ def test_runs_resume_from_the_cache(hub, bucket, tmp_path):
     code, output = finish(start(tmp_path, (runs["hub"], {}), (runs["s3"], {"kill": (4, 0)})))
     assert code != 0 and "resumed from" in output, output[-3000:]
     assert_same_end(tmp_path / "runs" / "hub", tmp_path / "runs" / "whole")
+    listings = [request for request in hub.requests if "/tree/" in request]
+    assert len(listings) == 2, "one by each launch: rank 0 lists, the other takes its list"
 
     assert main(["data", "get", from_s3, "--cache-folder", runs["s3"]["data"]["cache"]["folder"]]) == 0
     bucket.stop()
