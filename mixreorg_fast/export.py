@@ -129,7 +129,7 @@ def _exported(module: nn.Module, inputs: tuple[Tensor, ...], shapes: tuple[Any, 
 def write_onnx(program: ExportedProgram, names: tuple[list[str], list[str]], path: Path) -> None:
     """Write `program` as one file with its weights; `names`: of its inputs and outputs."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter warns of what it does itself
+        warnings.simplefilter("ignore")  # about code of the exporter, not of this package
         written = torch.onnx.export(program, dynamo=True, input_names=names[0], output_names=names[1], verbose=False)
     assert written is not None
     written.save(path, external_data=False)

@@ -1,4 +1,4 @@
-"""Publish weights on the Hugging Face hub; fetch weights and tokenizers from there by name."""
+"""Publish weights on the Hugging Face hub. Every command takes them from there by their name, owner/name."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from ..data.shards.patterns import without_secrets
 from ..errors import UserError, nearest
 from ..files import json_or_empty, sha256
 from ..models.weights import DESCRIPTION, TOKENIZER, WEIGHTS
@@ -24,6 +25,8 @@ Format = Literal["ours", "hf"]
 Kind = Literal["weights", "clipseg", "tokenizer"]
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+# Where a path of this machine begins in a value of a configuration.
+_LOCAL = re.compile(r"(?:^|[\s,{])(?:[/~]|\.\./)")
 _NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>.+))?", re.ASCII)
 # The files that a repository needs, the preferred ones first. The last of each is fetched last.
 _NEEDED: dict[Kind, tuple[tuple[str, ...], ...]] = {
@@ -87,6 +90,18 @@ def _parsed(source: str | Path) -> tuple[str, str] | None:
     if found is None or str(source).endswith((".json", ".pth")):
         return None
     return found["name"], found["revision"] or "main"
+
+
+def pinned(source: str | Path) -> str:
+    """`source`; a repository on the hub is fetched, and its commit is the revision of the returned name.
+
+    So every process that reads the returned name reads the same weights.
+
+    Raises:
+        UserError: as :func:`locate`.
+    """
+    folder = locate(source)
+    return str(source) if Path(source).exists() else f"{str(source).partition('@')[0]}@{folder.name}"
 
 
 def fetch(name: str, revision: str = "main", kind: Kind = "weights") -> Path:
@@ -224,7 +239,7 @@ def push(model: Model, name: str, format: Format = "ours", *, private: bool = Fa
     from .formats import save_huggingface
 
     if not (found := _NAME.fullmatch(name)) or found["revision"]:
-        raise UserError(f"'{name}' is no name of a repository; expected owner/name")
+        raise UserError(f"'{name}' is not the name of a repository; expected owner/name")
     if hub.get_token() is None:
         raise UserError(f"publishing needs an account on {hub.constants.ENDPOINT}: {LOG_IN}")
     with _in_one_line(name), tempfile.TemporaryDirectory(prefix="mixreorg-push-") as temporary:
@@ -317,9 +332,12 @@ def _run_of(source: Path | None) -> tuple[dict[str, Any], dict[str, Any], int | 
 
 
 def _public(value: Any) -> Any:
-    """A configuration's value without the folders of this machine."""
+    """A configuration's value without the folders of this machine, and without signatures and passwords in URLs."""
     if isinstance(value, Mapping):
         return {key: _public(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_public(each) for each in value]
-    return value.rsplit("/", 1)[-1] if isinstance(value, str) and value.startswith(("/", "~")) else value
+    if not isinstance(value, str):
+        return value
+    parts = re.split(r",\s*(?=[/~]|\w+://)", without_secrets(value))
+    return ",".join(part.rsplit("/", 1)[-1] if _LOCAL.search(part) else part for part in parts)

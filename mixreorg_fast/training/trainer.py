@@ -24,6 +24,7 @@ from ..data.text.tokenizer import Tokenizer
 from ..errors import UserError
 from ..files import write_json
 from ..inference.formats import read
+from ..inference.hub import pinned
 from ..inference.model import Model
 from ..models import Batch, MixReorg, weights
 from ..models.features import Features
@@ -107,7 +108,8 @@ class Trainer:
         if source is not None:
             checkpoint.restore_weights(module, source)
         elif config.model.init is not None:
-            weights.fill(module.backbone, read(config.model.init).state, config.model.init)
+            start = on_main(lambda: pinned(str(config.model.init)))  # one commit on all ranks
+            weights.fill(module.backbone, read(start).state, start)
         if ranks.is_main:
             print(opening(config, len(self.training_set), module, self.steps), flush=True)
         module.to(ranks.device)

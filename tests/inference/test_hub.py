@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.images import IMAGENET_MEAN, IMAGENET_STD
 from mixreorg_fast.inference.formats import read
+from mixreorg_fast.inference.hub import _public, pinned
 from mixreorg_fast.inference.model import Model
 from mixreorg_fast.models import GroupViT, weights
 from mixreorg_fast.training.preparation import _tokenizer
@@ -59,7 +61,8 @@ def ours(tmp_path) -> Path:
     """A run's folder with all that a model card tells."""
     tokenizer = Tokenizer.train(["a photo of a cat", "a photo of a dog", "grass"], 280)
     config = tiny_config(
-        model={"text": {"vocab_size": tokenizer.vocab_size, "context": 24}}, data={"shards": "/home/me/x.tar"}
+        model={"text": {"vocab_size": tokenizer.vocab_size, "context": 24}},
+        data={"shards": "https://me:SECRET@h/x.tar?X-Amz-Signature=SECRET,/home/me/y.tar"},
     )
     model = Model(config.model, tokenizer=tokenizer)
     fill(model)
@@ -130,37 +133,20 @@ def test_training_starts_from_a_name(hub, theirs):
     assert torch.equal(network.logit_scale[0], found.state["logit_scale"])
 
 
-def test_a_tokenizer_by_name(hub, theirs, tmp_path, capsys):
-    """As data.tokenizer and --tokenizer take it. Of the repository only the tokenizer is fetched."""
-    wanted = Tokenizer.load(theirs)
-    whole = Tokenizer.load(theirs).save(tmp_path / "ours").read_bytes()
-    hub.add(
-        "owner/clip", {"config.json": b'{"model_type": "clip"}', "model.safetensors": b"1", "tokenizer.json": whole}
-    )
-    hub.add("owner/two", theirs)
-    named = [parse_config({"data": {"tokenizer": name}}) for name in ("owner/clip", "owner/two")]
-    for config in named:
-        assert torch.equal(*(each.encode(["a cat"], 9)[0] for each in (wanted, _tokenizer(config, resuming=False))))
-    assert fetched(hub) == ["tokenizer.json", "vocab.json", "merges.txt"]
-    hub.fail("/api/models/*", status=503, times=None)
-    for config in named:
-        assert _tokenizer(config, resuming=False).vocab_size == wanted.vocab_size
-        assert "the copy in the cache is used" in capsys.readouterr().err
-    hub.faults.clear()
-
-    hub.add("owner/none", {"README.md": b"# nothing"})
-    for name, message in (
-        ("owner/none", "owner/none holds no tokenizer: expected tokenizer.json"),
-        ("owner/missing", "no repository owner/missing on"),
-        (
-            "no/tokenizer.json",
-            "no tokenizer no/tokenizer.json; expected a tokenizer.json, a folder with one, or owner/",
-        ),
-    ):
-        assert main(["convert", "owner/two", str(tmp_path / "out"), "--tokenizer", name]) == 2
-        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
-    assert main(["convert", "owner/two", str(tmp_path / "out"), "--tokenizer", "owner/clip"]) == 0
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == whole
+def test_ranks_read_the_commit_that_the_first_one_found(hub, theirs, tmp_path):
+    """Although the repository moves in between; on another node, where the commit is fetched anew, too."""
+    repo = hub.add("owner/start", theirs)
+    first = repo.refs["main"]
+    assert pinned(theirs) == str(theirs) and pinned("owner/start") == (name := f"owner/start@{first}")
+    other = torch.load(theirs / "pytorch_model.bin")
+    other["logit_scale"] += 1
+    torch.save(other, tmp_path / "other.bin")
+    repo.commit(dict(repo.files, **{"pytorch_model.bin": (tmp_path / "other.bin").read_bytes()}))
+    for _ in range(2):
+        assert torch.equal(read(name).state["logit_scale"], read(theirs).state["logit_scale"])
+        assert read(name).source.name == first
+        shutil.rmtree(tmp_path / "home")
+    assert torch.equal(read("owner/start").state["logit_scale"], other["logit_scale"])
 
 
 def refusal(capsys, photo: Path, name: str) -> str:
@@ -196,10 +182,12 @@ def test_what_fails_is_told_in_one_line(hub, theirs, photo, tmp_path, capsys, mo
     monkeypatch.setenv("HF_TOKEN", "wrong")
     assert "answers 401" in (message := refusal(capsys, photo, "owner/good")) and "hf auth login" in message
     monkeypatch.delenv("HF_TOKEN")
-    with monkeypatch.context() as context:
-        full = OSError(errno.ENOSPC, "No space left on device")
-        context.setattr(hf.file_download, "http_get", lambda *_, **__: (_ for _ in ()).throw(full))
-        assert "cannot be written (No space left on device)" in refusal(capsys, photo, "owner/good")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        assert "cannot be written (File too large)" in refusal(capsys, photo, "owner/good")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     with monkeypatch.context() as context:
         context.setattr(hf.constants, "HF_HUB_OFFLINE", True)
         assert "no folder owner/good, and HF_HUB_OFFLINE is set" in refusal(capsys, photo, "owner/good")
@@ -225,7 +213,7 @@ def test_what_is_pushed_is_loaded_again(hub, ours, capsys, monkeypatch):
     assert card.data.license == "apache-2.0" and card.data.eval_results[0].metric_value == 12.345
     for part in ("| scenes | 12.35 | 7 |", "4 steps", "x.tar", '"warmup_steps"', "MixReorg"):
         assert part in card.text
-    assert "/home/me" not in card.text and "retrieval" not in card.text
+    assert "/home/me" not in card.text and "SECRET" not in card.text and "retrieval" not in card.text
     again = mixreorg_fast.load("owner/mine")
     assert state_equal(again.state_dict(), model.state_dict()) and again.inference == model.inference
 
@@ -236,14 +224,34 @@ def test_what_is_pushed_is_loaded_again(hub, ours, capsys, monkeypatch):
     images = random_images(1, 32, 32)
     torch.testing.assert_close(other.image_embeddings(images), model.image_embeddings(images))
     assert torch.equal(*(each.tokenizer.encode(["a cat"], 12)[0] for each in (other, model)))
-    for name, message in (("other/mine", "answers 403 for other/mine"), ("mine", "no name of a repository")):
+    repo.gated = True
+    model.push_to_hub("owner/mine")
+    assert "model.json" in repo.files and mixreorg_fast.load("owner/mine").source.name == repo.refs["main"]
+    for name, message in (("other/mine", "answers 403 for other/mine"), ("mine", "not the name of a repository")):
         with pytest.raises(UserError, match=message):
             model.push_to_hub(name)
     before = repo.refs["main"]
     hub.fail("/api/models/owner/mine/commit/*", methods=("POST",), status=500)
     with pytest.raises(UserError, match="answers 500"):
-        model.push_to_hub("owner/mine")
+        model.push_to_hub("owner/mine", "hf")
     assert repo.refs["main"] == before
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("https://h/x-{0..9}.tar?X-Amz-Signature=SECRET&b=SECRET", "https://h/x-{0..9}.tar"),
+        ("https://me:SECRET@h/x.tar,s3://SECRET:SECRET@bucket/y.tar", "https://h/x.tar,s3://bucket/y.tar"),
+        ("a.tar,/home/SECRET/b.tar", "a.tar,b.tar"),
+        ("/home/{SECRET,SECRET}/x.tar, ~SECRET/y.tar", "x.tar,y.tar"),
+        ("../../SECRET/x.tar", "x.tar"),
+        ("hf://datasets/owner/set/x-*.tar@v1", "hf://datasets/owner/set/x-*.tar@v1"),
+        ([{"shards": "https://h/x.tar?SECRET", "weight": 1.0}], [{"shards": "https://h/x.tar", "weight": 1.0}]),
+        ("a photo of a {}.", "a photo of a {}."),
+    ],
+)
+def test_a_card_holds_no_secrets(value, shown):
+    assert _public({"key": value}) == {"key": shown}
 
 
 @pytest.mark.slow
