@@ -149,6 +149,39 @@ def test_ranks_read_the_commit_that_the_first_one_found(hub, theirs, tmp_path):
     assert torch.equal(read("owner/start").state["logit_scale"], other["logit_scale"])
 
 
+def test_a_tokenizer_by_name(hub, theirs, tmp_path, capsys):
+    """As data.tokenizer and --tokenizer take it. Of the repository only the tokenizer is fetched."""
+    wanted = Tokenizer.load(theirs)
+    whole = Tokenizer.load(theirs).save(tmp_path / "ours").read_bytes()
+    hub.add(
+        "owner/clip", {"config.json": b'{"model_type": "clip"}', "model.safetensors": b"1", "tokenizer.json": whole}
+    )
+    hub.add("owner/two", theirs)
+    named = [parse_config({"data": {"tokenizer": name}}) for name in ("owner/clip", "owner/two")]
+    for config in named:
+        assert torch.equal(*(each.encode(["a cat"], 9)[0] for each in (wanted, _tokenizer(config, resuming=False))))
+    assert fetched(hub) == ["tokenizer.json", "vocab.json", "merges.txt"]
+    hub.fail("/api/models/*", status=503, times=None)
+    for config in named:
+        assert _tokenizer(config, resuming=False).vocab_size == wanted.vocab_size
+        assert "the copy in the cache is used" in capsys.readouterr().err
+    hub.faults.clear()
+
+    hub.add("owner/none", {"README.md": b"# nothing"})
+    for name, message in (
+        ("owner/none", "owner/none holds no tokenizer: expected tokenizer.json"),
+        ("owner/missing", "no repository owner/missing on"),
+        (
+            "no/tokenizer.json",
+            "no tokenizer no/tokenizer.json; expected a tokenizer.json, a folder with one, or owner/",
+        ),
+    ):
+        assert main(["convert", "owner/two", str(tmp_path / "out"), "--tokenizer", name]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main(["convert", "owner/two", str(tmp_path / "out"), "--tokenizer", "owner/clip"]) == 0
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == whole
+
+
 def refusal(capsys, photo: Path, name: str) -> str:
     out = photo.parent / "out"
     assert main(["segment", str(photo), "--classes", "cat", "--weights", name, "--out", str(out)]) == 2
