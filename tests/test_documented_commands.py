@@ -171,9 +171,8 @@ def test_every_python_block_is_run_somewhere():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder like a checkout's, with its configurations, and beside it the data that the pages speak of."""
-    home = tmp_path_factory.mktemp("documented")
-    folder = home / "checkout"
+    """A folder like a checkout's, with its configurations and the data that the pages speak of."""
+    folder = tmp_path_factory.mktemp("documented") / "checkout"
     folder.mkdir()
     for name in ("configs", "train.py"):
         (folder / name).symlink_to(ROOT / name)
@@ -194,20 +193,19 @@ def place(tmp_path_factory) -> Path:
         draw_photo(folder / f"FOLDER/{number}.jpg", (64, 48), seed=number)
         (folder / f"FOLDER/{number}.txt").write_text("a cat and a dog\n")
 
-    shared = home / "shared" / "data"
-    flickr = shared / "flickr8k"
+    flickr = folder / "FLICKR8K"
     for number in range(4):
         draw_photo(flickr / f"images/{number}.jpg", (64, 48), seed=number)
     (flickr / "captions.tsv").write_text("".join(f"{number}.jpg\ta dog\n" for number in range(4)))
     (flickr / "splits").mkdir()
     (flickr / "splits/train.txt").write_text("0\n1\n2\n")
     (flickr / "splits/val.txt").write_text("3\n")
-    for name in ("voc2012_subset", "camvid"):
-        draw_photo(shared / name / "images/a.jpg", (64, 48), seed=0)
-        draw_mask(shared / name / "masks/a.png", (64, 48), [0, 1, 255], seed=0)
-        (shared / name / "classes.txt").write_text("road\ncar\n")
-        (shared / name / "splits").mkdir()
-        (shared / name / "splits/val.txt").write_text("a\n")
+    for name in ("VOC2012", "CAMVID"):
+        draw_photo(folder / name / "images/a.jpg", (64, 48), seed=0)
+        draw_mask(folder / name / "masks/a.png", (64, 48), [0, 1, 255], seed=0)
+        (folder / name / "classes.txt").write_text("road\ncar\n")
+        (folder / name / "splits").mkdir()
+        (folder / name / "splits/val.txt").write_text("a\n")
     voc = folder / "VOCdevkit" / "VOC2012"
     draw_photo(voc / "JPEGImages/a.jpg", (64, 48), seed=0)
     draw_mask(voc / "SegmentationClass/a.png", (64, 48), [0, 1, 255], seed=0)

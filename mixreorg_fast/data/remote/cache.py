@@ -220,8 +220,9 @@ class Cache:
         with self._making_room:
             self._coming[path] = size
             while True:
+                on_the_way = dict(self._coming)  # read first: a shard that arrives meanwhile counts among those here
                 here = self._tars()
-                coming = sum(size for path, size in list(self._coming.items()) if path not in here)
+                coming = sum(size for path, size in on_the_way.items() if path not in here)
                 if coming + sum(here.values()) <= (room := self.room):
                     return
                 if not self._evict():
