@@ -169,10 +169,12 @@ def test_nothing_is_left_by_a_join_that_fails(shards, table, tmp_path, monkeypat
         (tmp_path / "a.jsonl", "iud", r"a\.jsonl: no column 'iud' \(did you mean 'uid'\?\)"),
         (tmp_path / "a.jsonl", "uid", r"a\.jsonl: which column is the caption\? name it with --text"),
         (tmp_path / "b.jsonl", "uid", r"b\.jsonl: not a readable table"),
+        (tmp_path / "numbers.jsonl", "uid", r"numbers\.jsonl: not a readable table"),
         (tmp_path / "c.jsonl", "uid", r"c\.jsonl: no row .*; column 'uid' holds 'zebra' and the like, .* have '0000'"),
     ):
         (tmp_path / "empty").mkdir(exist_ok=True)
         (tmp_path / "a.jsonl").write_text('{"uid": "0001", "words": "x"}\n')
+        (tmp_path / "numbers.jsonl").write_text("5\n")
         (tmp_path / "b.jsonl").write_text('{"uid": "0001", "text": "x"}\n{"uid"\n')
         (tmp_path / "c.jsonl").write_text('{"uid": "zebra", "text": "x"}\n')
         with pytest.raises(UserError, match=message):

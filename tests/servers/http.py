@@ -39,7 +39,8 @@ class FileHandler(Handler):
         tag = f'"{hashlib.md5(content).hexdigest()}"'
         if self.headers.get("If-Range", tag) != tag:
             del self.headers["Range"]
-        self._send(200, {"ETag": tag, "Accept-Ranges": "bytes", "Last-Modified": state.modified}, content)
+        headers = {"ETag": tag, "Accept-Ranges": "bytes", "Last-Modified": state.modified, **state.headers}
+        self._send(200, headers, content)
 
     do_GET = do_HEAD = _handle
 
@@ -58,6 +59,7 @@ class WebServer:
     Attributes:
         latency: seconds before each answer. rate: bytes per second over all connections together, None: any.
         modified: the time of all files. login: the Authorization header that is asked for; None: none.
+        headers: further ones of every answer.
         requests, faults, fail: as of the hub.
     """
 
@@ -66,6 +68,7 @@ class WebServer:
 
     def __init__(self, content: Content, *, latency: float = 0.0, rate: float | None = None) -> None:
         self.content, self.latency, self.rate = content, latency, rate
+        self.headers: dict[str, str] = {}
         self._free = time.monotonic()
         self._lock = threading.Lock()
         self._port = 0

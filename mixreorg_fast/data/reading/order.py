@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import enum
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -30,63 +30,98 @@ def uniforms(seed: int, purpose: Purpose, position: int, count: int, columns: in
     return (raw.reshape(count, blocks * 4)[:, :columns] >> np.uint64(11)) * 2.0**-53
 
 
-class Order:
+class WindowedOrder(ABC):
     """Samples in the order of a run: each once per epoch, shuffled from (seed, epoch).
 
     The shuffle keeps reads local, for spinning and network disks: the shards are shuffled, then the samples within
-    windows of several shards.
+    windows of several shards. Windows are numbered from the run's begin on, over the epochs.
 
     Args:
-        sizes: samples of each shard.
+        shards: how many there are.
         seed: of the run.
         window: shards whose samples are shuffled together.
         stream: a further number to shuffle by, for several orders under one seed.
+
+    Attributes:
+        span: sample numbers are below it.
+        windows: of an epoch.
     """
 
-    def __init__(self, sizes: np.ndarray, seed: int, *, window: int = 16, stream: int = 0) -> None:
-        self._sizes = np.asarray(sizes, dtype=np.int64)
-        self._starts = np.cumsum(self._sizes) - self._sizes
-        self._seed = seed
-        self._window = window
-        self._stream = stream
-        self.samples = self.span = int(self._sizes.sum())
+    span: int
+
+    def __init__(self, shards: int, seed: int, window: int, stream: int) -> None:
+        self._shards, self._seed, self._window, self._stream = shards, seed, window, stream
+        self.windows = -(-shards // window)
         # Neighbouring batches fall into the same window; two of each are in use where one ends.
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffle_shards)
         self._shuffled = functools.lru_cache(maxsize=2)(self._shuffle_window)
+
+    @property
+    @abstractmethod
+    def samples(self) -> int:
+        """Of an epoch."""
+
+    @abstractmethod
+    def _find(self, position: int) -> tuple[int, int]:
+        """The window that holds a position of the run, and the window's first position."""
+
+    @abstractmethod
+    def _numbers(self, shard: int) -> np.ndarray:
+        """The numbers of a shard's samples."""
 
     def at(self, position: int, count: int) -> np.ndarray:
         """Sample numbers, int64 ``[count]``, at positions position … position + count - 1 of the run."""
         parts = [np.zeros(0, np.int64)]
         while count:
-            epoch, place = divmod(position, self.samples)
-            _, ends = self._epoch(epoch)
-            window = int(np.searchsorted(ends, place, side="right"))
-            samples = self._shuffled(epoch, window)
-            offset = place - (int(ends[window]) - len(samples))
-            parts.append(samples[offset : offset + count])
+            window, first = self._find(position)
+            parts.append(self._shuffled(window)[position - first : position - first + count])
             position, count = position + len(parts[-1]), count - len(parts[-1])
         return np.concatenate(parts)
 
-    def _shuffle_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's order of shards, and where its windows end."""
-        shards = permutation(len(self._sizes), self._seed, Purpose.SHARDS, epoch, 0, self._stream)
-        ends = np.cumsum(np.add.reduceat(self._sizes[shards], np.arange(0, len(shards), self._window)))
-        return shards, ends
+    def shards_of(self, window: int) -> list[int]:
+        """The shards of a window."""
+        epoch, part = divmod(window, self.windows)
+        return self._epoch(epoch)[part * self._window : (part + 1) * self._window].tolist()
 
-    def _shuffle_window(self, epoch: int, window: int) -> np.ndarray:
-        shards = self._epoch(epoch)[0][window * self._window : (window + 1) * self._window]
-        samples = np.concatenate([np.arange(int(self._sizes[s]), dtype=np.int64) + self._starts[s] for s in shards])
-        return samples[permutation(len(samples), self._seed, Purpose.WINDOW, epoch, window, self._stream)]
+    def _shuffle_shards(self, epoch: int) -> np.ndarray:
+        return permutation(self._shards, self._seed, Purpose.SHARDS, epoch, 0, self._stream)
+
+    def _shuffle_window(self, window: int) -> np.ndarray:
+        numbers = np.concatenate([self._numbers(shard) for shard in self.shards_of(window)])
+        epoch, part = divmod(window, self.windows)
+        return numbers[permutation(len(numbers), self._seed, Purpose.WINDOW, epoch, part, self._stream)]
 
 
-class SetOrder(Protocol):
-    """The order of one set: :class:`Order`, or that of remote shards."""
+class Order(WindowedOrder):
+    """The order of shards whose samples are counted.
 
-    span: int  # sample numbers are below it
+    Args:
+        sizes: samples of each shard. seed, window, stream: as of :class:`WindowedOrder`.
+    """
+
+    def __init__(self, sizes: np.ndarray, seed: int, *, window: int = 16, stream: int = 0) -> None:
+        super().__init__(len(sizes), seed, window, stream)
+        self._sizes = np.asarray(sizes, dtype=np.int64)
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self.span = int(self._sizes.sum())
+        self._ends = functools.lru_cache(maxsize=2)(self._window_ends)
 
     @property
-    def samples(self) -> int: ...
-    def at(self, position: int, count: int) -> np.ndarray: ...
+    def samples(self) -> int:
+        return self.span
+
+    def _find(self, position: int) -> tuple[int, int]:
+        epoch, place = divmod(position, self.span)
+        ends = self._ends(epoch)
+        part = int(np.searchsorted(ends, place, side="right"))
+        return epoch * self.windows + part, epoch * self.span + (int(ends[part - 1]) if part else 0)
+
+    def _window_ends(self, epoch: int) -> np.ndarray:
+        sizes = self._sizes[self._epoch(epoch)]
+        return np.cumsum(np.add.reduceat(sizes, np.arange(0, len(sizes), self._window)))
+
+    def _numbers(self, shard: int) -> np.ndarray:
+        return np.arange(self._sizes[shard], dtype=np.int64) + self._starts[shard]
 
 
 class Mixture:
@@ -107,7 +142,7 @@ class Mixture:
 
     BLOCK = 65_536
 
-    def __init__(self, orders: Sequence[SetOrder], weights: Sequence[float], seed: int) -> None:
+    def __init__(self, orders: Sequence[WindowedOrder], weights: Sequence[float], seed: int) -> None:
         self._orders = orders
         self._offsets = np.cumsum([0, *(order.span for order in orders)])
         self._seed = seed

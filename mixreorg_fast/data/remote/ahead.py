@@ -95,4 +95,4 @@ class ShardAhead:
         for step in range(-1, epoch + 1 if self._listed or self._cache.learned else 1):
             for shards, order, current in asked:
                 if step >= 0 or order.just_begun(self._behind):
-                    yield from (shards[number] for number in order.shards_of(current + step))
+                    yield from (shards[number] for number in order.shards_of(max(0, current + step)))

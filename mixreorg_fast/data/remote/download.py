@@ -67,8 +67,8 @@ def fetch(
     path.parent.mkdir(parents=True, exist_ok=True)
     waits = _Waits(shard, patience, stop)
     for _ in range(MISMATCHES):
-        modified = _fetch_bytes(shard, partial, note, waits, room)
-        if shard.checksum is None or _checksum(partial, shard.checksum) == shard.checksum:
+        headers = _fetch_bytes(shard, partial, note, waits, room)
+        if shard.checksum is None or _keyed(headers) or _checksum(partial, shard.checksum) == shard.checksum:
             break
         log.warning("%s: its checksum differs; it is fetched again", shard)
         partial.unlink()
@@ -76,24 +76,23 @@ def fetch(
     else:
         raise UserError(f"{shard}: fetched {MISMATCHES} times with another checksum than its source says")
     sync(partial)
-    if shard.version or modified is not None:
-        os.utime(partial, (0, 0 if shard.version else modified or 0))
+    modified = 0 if shard.version else _time(headers)
+    if modified is not None:
+        os.utime(partial, (0, modified))
     os.replace(partial, path)
     note.unlink(missing_ok=True)
 
 
-def _fetch_bytes(
-    shard: RemoteShard, partial: Path, note: Path, waits: _Waits, room: Callable[[int], None]
-) -> float | None:
-    """Fetch until `partial` is complete; returns the server's time of the file."""
-    whole, modified = shard.size, None
+def _fetch_bytes(shard: RemoteShard, partial: Path, note: Path, waits: _Waits, room: Callable[[int], None]) -> Message:
+    """Fetch until `partial` is complete; returns the headers of the last answer, none if nothing was missing."""
+    whole, headers = shard.size, Message()
     while True:
         have = partial.stat().st_size if partial.exists() else 0
         if whole is not None and have > whole:
             partial.unlink()
             have = 0
         if whole is not None and have == whole:
-            return modified
+            return headers
         asked = request(shard)
         if have:
             asked.add_header("Range", f"bytes={have}-")
@@ -104,13 +103,14 @@ def _fetch_bytes(
             with urllib.request.urlopen(asked, timeout=waits.silence) as answer:
                 if answer.status != 206:  # the server sends all of it: the file changed, or it knows no ranges
                     have = 0
-                whole, modified = _size(answer.headers, have) or whole, _time(answer.headers)
+                headers = answer.headers
+                whole = _size(headers, have) or whole
                 if shard.size is not None and whole != shard.size:
                     raise http.client.HTTPException(f"{whole} bytes instead of {shard.size}")
                 room(whole or 0)
                 with _writing(partial):
                     if not shard.version:
-                        note.write_text(answer.headers.get("ETag", '"none"'))
+                        note.write_text(headers.get("ETag", '"none"'))
                     file = open(partial, "ab" if have else "wb")  # noqa: SIM115
                 with file:
                     while block := answer.read1(BLOCK):  # as much as has come
@@ -119,7 +119,7 @@ def _fetch_bytes(
                             file.flush()
                         waits.progress(file.tell())
                 if whole is None:  # a server that tells no size ends the connection after the last byte
-                    return modified
+                    return headers
                 if partial.stat().st_size < whole:
                     waits.wait("the connection was cut")
         except urllib.error.HTTPError as error:
@@ -193,6 +193,12 @@ def _size(headers: Message, have: int) -> int | None:
         return int(found[2])
     length = headers.get("Content-Length", "")
     return int(length) if length.isdigit() else None
+
+
+def _keyed(headers: Message) -> bool:
+    """Whether S3 encrypts the object with a key of KMS or of the user: then its ETag is not its MD5."""
+    kms = headers.get("x-amz-server-side-encryption", "").startswith("aws:kms")
+    return kms or "x-amz-server-side-encryption-customer-algorithm" in headers
 
 
 def _time(headers: Message) -> float | None:

@@ -224,5 +224,5 @@ def _rows(path: Path, key: str, texts: Sequence[str]) -> Iterator[list[Any]]:
             for row in rows:
                 names = names or columns(list(row))
                 yield [row.get(name) for name in names]
-    except (OSError, ValueError, AttributeError, csv.Error) as error:
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
         raise UserError(f"{path}: not a readable table ({error})") from None

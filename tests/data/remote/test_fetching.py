@@ -85,6 +85,12 @@ def test_faults_that_pass(web, tars, cache, fault):
     assert time.monotonic() - start > (0.4 if fault.get("status") == 429 else 0)
 
 
+def test_an_etag_of_an_encrypted_object_is_not_its_md5(web, tars, cache):
+    web.headers = {"x-amz-server-side-encryption": "aws:kms"}
+    shard = from_web(web, tars, checksum=f"md5:{'0' * 32}", size=len(tars[NAME]), version="0" * 32)
+    assert cache.get(shard).path.read_bytes() == tars[NAME] and len(web.requests) == 1
+
+
 def test_a_wrong_checksum_is_fetched_again_then_refused(web, tars, cache):
     wrong = tars[NAME][::-1]
     shard = from_web(web, tars, checksum=sha256(tars[NAME]), size=len(tars[NAME]), version="1")
