@@ -52,8 +52,8 @@ compiler:
 train: env
 	$(RUN) mixreorg train zero2
 
-# Two files at a time: faster on two cores, and a GPU has memory for both.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two files at a time: faster on two cores. One on a GPU: the largest tests take most of its memory.
+PYTEST := $(BIN)/python -m pytest $(if $(GPU),,-n 2 --dist loadfile)
 
 test: env compiler
 	$(RUN) $(PYTEST)

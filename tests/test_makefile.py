@@ -95,6 +95,8 @@ def test_a_gpu_without_the_cuda_toolkit(machine):
     assert "-c constraints.txt torch==2.13.0" in torch
     assert rest.startswith("1 ") and ".[train,hf,demo,s3,onnx,dev,gpu]" in rest
     assert gpu.make("env").returncode == 0 and not gpu.log  # nothing is left to do
+    assert gpu.make("test").returncode == 0
+    assert "-m pytest" in gpu.log and "-n 2" not in gpu.log  # tests of a GPU's size do not run side by side
 
 
 def test_a_driver_of_cuda_12(machine):
