@@ -12,6 +12,10 @@ import triton.language as tl
 from .precision import exp2, reciprocal, rounded, upcast
 
 
+# The default cache policy. Triton 3.6 takes no plain string as a default.
+_NORMAL: tl.constexpr = tl.constexpr("")
+
+
 @triton.jit
 def group_of_column(BLOCK_GROUPS: tl.constexpr):
     """The group of each column of a tile: 0, 4, 8, …, 1, 5, 9, …"""
@@ -31,7 +35,7 @@ def _tile(row, row_exists, first, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.con
 
 @triton.jit
 def load_rows(
-    base, row, row_exists, first, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, EVICT: tl.constexpr = ""
+    base, row, row_exists, first, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, EVICT: tl.constexpr = _NORMAL
 ):
     """A tile of rows that start at ``base + row``; 0 outside."""
     offset, mask = _tile(row, row_exists, first, CHANNELS, BLOCK_CHANNELS)
@@ -77,7 +81,7 @@ def store_map(base, patch, group, x, patches, GROUPS: tl.constexpr):
 
 @triton.jit
 def inner_products(
-    products, patches, groups, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, EVICT: tl.constexpr = ""
+    products, patches, groups, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, EVICT: tl.constexpr = _NORMAL
 ):
     """fp32 ``[P, G] <- products + [P, C] @ [C, G]``, each row read once. Patches, groups: pointer, offsets and mask of
     their rows. EVICT: the cache policy of the patches."""
