@@ -56,7 +56,8 @@ case $part in
     done
     ;;
   rest)
-    for file in test_mixing.py test_grouping_attention.py test_contrastive.py test_mixed_segmentation.py test_decoding.py test_attention.py \
+    for file in test_patch_mixing.py test_grouping_attention.py test_contrastive_loss.py test_mixed_segmentation_loss.py \
+      test_decode_segments.py test_attention.py \
       "test_train_step.py -k largest" "test_train_step.py -k growth"; do
       # shellcheck disable=SC2086
       go "$python" -m pytest -q benchmarks/$file --benchmark-only "$@"

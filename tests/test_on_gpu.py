@@ -1,6 +1,7 @@
 """``benchmarks/on_gpu.sh``, with a Python that notes how it is called."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -50,3 +51,11 @@ def test_another_python(checkout):
 def test_an_unknown_part(checkout):
     done = on_gpu(checkout, "trian")
     assert done.returncode == 2 and "no part 'trian'" in done.stderr
+
+
+@pytest.mark.parametrize("part", ["tests", "memcheck", "step", "rest"])
+def test_every_file_exists(checkout, part):
+    executable(checkout / "bin" / "compute-sanitizer", f'echo "$*" >> {checkout}/calls')
+    on_gpu(checkout, part, PATH=f"{checkout / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    named = re.findall(r"\b(?:tests|benchmarks)/\S+", (checkout / "calls").read_text())
+    assert named and not [path for path in named if not (ROOT / path).exists()]
