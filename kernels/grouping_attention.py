@@ -90,7 +90,7 @@ def _grouping_forward_kernel(
     noisy = mask_groups(noisy, group, GROUPS)
     if winner_ptr is not None:
         winner = winners(noisy, group)
-        tl.store(winner_ptr + image * patches + patch, winner.to(tl.uint8), mask=patch_exists)
+        tl.store(winner_ptr + image * patches + patch, winner.to(tl.int16), mask=patch_exists)
         used, total = one_hot(tl.where(patch_exists, winner, -1), group)
     else:
         used = tl.where(patch_exists[:, None], softmax(noisy), 0.0)

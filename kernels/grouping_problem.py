@@ -17,6 +17,9 @@ def _on(
     return dict.fromkeys(architectures or ARCHITECTURES, config)
 
 
+# On sm_90, loops over channels of one or two rounds are unrolled, and there ptxas 12.8, which Triton 3.6 and 3.7 bring,
+# builds the descriptors of wgmma from registers that nothing has written. Blocks of fewer than 64 rows take mma instead.
+_SMALL_16 = {**_on(channels=64, warps=4), **_on(90, channels=32, warps=4)}
 _BACKWARD_32 = {
     **_on(80, 120, channels=32, warps=16),
     **_on(86, 89, 100, channels=32, warps=8, most_registers=255),  # where ptxas would stop at 128 and spill
@@ -25,7 +28,7 @@ _BACKWARD_32 = {
 # By kernel and element size, then by the tile's elements at most, then by architecture. docs/kernels.md says why.
 CONFIGS = {
     ("forward", 2): {
-        2**12: _on(channels=64, warps=4),
+        2**12: _SMALL_16,
         2**13: _on(channels=64, warps=8),
         2**14: {
             **_on(80, 86, 89, channels=64, warps=16),
@@ -34,12 +37,12 @@ CONFIGS = {
         },
     },
     ("backward", 2): {
-        2**12: _on(channels=64, warps=4),
+        2**12: _SMALL_16,
         2**13: {**_on(channels=32, warps=8), **_on(90, channels=64, warps=8)},
         2**14: {**_on(80, 86, 89, 120, channels=32, warps=8), **_on(90, channels=64, warps=8, stages=3)},
     },
     ("backward with map", 2): {
-        2**12: _on(channels=64, warps=4),
+        2**12: _SMALL_16,
         2**13: {**_on(channels=32, warps=8), **_on(90, channels=64, warps=8)},
         2**14: {**_on(80, channels=32, warps=8, stages=3), **_on(86, 89, 90, 120, channels=32, warps=8)},
     },
@@ -88,6 +91,8 @@ class Problem:
         tensor_memory = self.architecture // 10 == 10  # results pass through it, which costs registers
         if self.itemsize == 4:
             whole = part = 2**12 if self.architecture < 100 else 2**11
+        elif self.channels <= 64 and self.architecture == 90:  # below the 64 rows of a wgmma, see _SMALL_16
+            whole = part = 2**11
         elif self.with_soft or self.block_groups > 64 or self.channels % 64 > 0 or tensor_memory:
             whole = part = 2**13
         else:

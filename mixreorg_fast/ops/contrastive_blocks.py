@@ -73,7 +73,7 @@ def gradient_torch(
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in fp32 from operands of any dtype."""
-    if a.is_cuda and a.dtype == b.dtype != torch.float32:
+    if a.is_cuda and a.dtype == b.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     wide = torch.promote_types(a.dtype, torch.float32)
     return a.to(wide) @ b.to(wide)

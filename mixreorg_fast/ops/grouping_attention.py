@@ -179,5 +179,5 @@ def _grouping_attention(
     batch, groups, patches = *q.shape[:2], k.shape[1]
     columns = 0 if settings.return_assignment == "none" else patches
     assignment = q.new_empty((batch, groups, columns), dtype=torch.float32)
-    winner = q.new_empty((batch, patches if settings.hard else 0), dtype=torch.uint8)
+    winner = q.new_empty((batch, patches if settings.hard else 0), dtype=torch.int16)
     return v.new_empty(q.shape), assignment, winner, q.new_empty((batch, groups), dtype=torch.float32)

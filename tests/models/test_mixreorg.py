@@ -131,13 +131,14 @@ class Recorded(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_branches_are_made_in_single_launches(monkeypatch):
+def test_branches_are_made_in_single_launches(monkeypatch, device):
     """No slice or concatenation around mixing, blending and restoring, and one draw for all of stochastic depth."""
     monkeypatch.setattr("mixreorg_fast.ops.dispatch._on_gpu", lambda tensor: True, raising=False)
-    model = module(model={"drop_path": 0.5, "depths": [3, 1, 1]}, mixing={"context_blocks": 1})
+    model = module(model={"drop_path": 0.5, "depths": [3, 1, 1]}, mixing={"context_blocks": 1}).to(device)
     for block in model.backbone.image_encoder.stages[0].blocks:
         block.forward = lambda x, keep: x
     batch = random_batch(model.config, 8)
+    batch.images, batch.ids = batch.images.to(device), batch.ids.to(device)
     plan = model._plan(batch)
     model._first_stage(batch, plan, model._drops(batch))  # backward is tried at the first call
     with Recorded() as drawing:

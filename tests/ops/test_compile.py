@@ -63,7 +63,7 @@ def test_one_graph_holds_every_op(impl, backend, device):
     assert_same(run(compiled, inputs, impl), run(every_op, inputs, impl))
 
 
-def test_kernels_and_reference_agree_through_the_whole_chain(device):
+def test_kernels_and_reference_agree_through_the_whole_chain(device, poisoned_memory):
     inputs = make(device)
     assert_same(run(every_op, inputs, "triton"), run(every_op, inputs, "torch"))
 

@@ -78,47 +78,49 @@ def small_gpu(monkeypatch):
     return lambda launcher: monkeypatch.setattr(mixing, launcher, refuse)
 
 
-def blended(impl="auto", run=lambda function, *inputs: function(*inputs)):
-    plan = ops.MixPlan.sample(4, 3, 2, seed=1, impl="torch")
-    mixed, original = (torch.arange(48.0).view(4, 3, 4).mul(n).requires_grad_() for n in (1, 2))
+def blended(device, impl="auto", run=lambda function, *inputs: function(*inputs)):
+    plan = ops.MixPlan.sample(4, 3, 2, seed=1, device=device, impl="torch")
+    numbers = torch.arange(48.0, device=device).view(4, 3, 4)
+    mixed, original = (numbers.mul(n).requires_grad_() for n in (1, 2))
     out = run(lambda a, b: ops.patch_blend(a, b, plan, 0.25, impl=impl), mixed, original)
     return [out, *torch.autograd.grad(out, (mixed, original), torch.ones_like(out))]
 
 
 @pytest.mark.parametrize("launcher", ["blend_forward", "blend_backward"])
-def test_auto_leaves_a_kernel_that_has_no_resources(launcher, small_gpu, monkeypatch, caplog):
-    expected = blended("torch")
+def test_auto_leaves_a_kernel_that_has_no_resources(launcher, small_gpu, monkeypatch, caplog, device):
+    expected = blended(device, "torch")
     small_gpu(launcher)
     for _ in range(2):
-        for got, truth in zip(blended(), expected, strict=True):
+        for got, truth in zip(blended(device), expected, strict=True):
             assert torch.equal(got, truth)
+    where = torch.zeros(1, device=device).device  # with its number
     (record,) = caplog.records  # once, in one line
-    assert record.message.startswith("patch_blend: the kernel cannot run on cpu, PyTorch takes over: out of resource")
+    assert record.message.startswith(f"patch_blend: the kernel cannot run on {where}, PyTorch takes over: out of resource")
     assert "200000" in record.message and "\n" not in record.message
-    plan = ops.MixPlan.sample(4, 3, 2, seed=1, impl="torch")
+    plan = ops.MixPlan.sample(4, 3, 2, seed=1, device=device, impl="torch")
     reference = "mixreorg_fast.ops.patch_mixing.patch_mix_reference"
     monkeypatch.setattr(reference, lambda *inputs: pytest.fail("PyTorch was taken"))
-    ops.patch_mix(torch.zeros(4, 3, 4), plan)  # other ops keep their kernels
+    ops.patch_mix(torch.zeros(4, 3, 4, device=device), plan)  # other ops keep their kernels
 
 
-def test_a_forced_kernel_without_resources_is_refused(small_gpu):
+def test_a_forced_kernel_without_resources_is_refused(small_gpu, device):
     small_gpu("blend_forward")
     reason = "patch_blend: impl='triton' cannot run on float32 .* out of resource: shared memory, Required: 200000"
     with pytest.raises(CannotRun, match=reason):
-        blended("triton")
+        blended(device, "triton")
 
 
-def test_backward_is_tried_once_and_not_while_activations_are_recomputed(small_gpu, monkeypatch):
+def test_backward_is_tried_once_and_not_while_activations_are_recomputed(small_gpu, monkeypatch, device):
     from mixreorg_fast.kernels import patch_mixing as mixing
 
     calls = []
     backward = mixing.blend_backward
     monkeypatch.setattr(mixing, "blend_backward", lambda *inputs: calls.append(1) or backward(*inputs))
-    blended(run=lambda *call: checkpoint(*call, use_reentrant=False))
+    blended(device, run=lambda *call: checkpoint(*call, use_reentrant=False))
     assert len(calls) == 1
-    blended()
+    blended(device)
     assert len(calls) == 3
-    blended()
+    blended(device)
     assert len(calls) == 4
 
 
