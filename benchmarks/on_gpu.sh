@@ -50,17 +50,15 @@ case $part in
     train zero3 deepspeed.zero_stage=3 "$@"
     ;;
   step)
-    for file in "test_train_step.py -k train_step" test_curves.py test_profile.py test_inference.py test_loader.py; do
-      # shellcheck disable=SC2086
-      go "$python" -m pytest -q benchmarks/$file --benchmark-only "$@"
+    for file in test_train_step.py::test_train_step test_curves.py test_profile.py test_inference.py test_loader.py; do
+      go "$python" -m pytest -q "benchmarks/$file" --benchmark-only "$@"
     done
     ;;
   rest)
     for file in test_patch_mixing.py test_grouping_attention.py test_contrastive_loss.py test_mixed_segmentation_loss.py \
       test_decode_segments.py test_attention.py \
-      "test_train_step.py -k largest" "test_train_step.py -k growth"; do
-      # shellcheck disable=SC2086
-      go "$python" -m pytest -q benchmarks/$file --benchmark-only "$@"
+      test_train_step.py::test_largest_batch test_train_step.py::test_growth; do
+      go "$python" -m pytest -q "benchmarks/$file" --benchmark-only "$@"
     done
     ;;
   study)

@@ -17,8 +17,8 @@ def _on(
     return dict.fromkeys(architectures or ARCHITECTURES, config)
 
 
-# On sm_90, loops over channels of one or two rounds are unrolled, and there ptxas 12.8, which Triton 3.6 and 3.7 bring,
-# builds the descriptors of wgmma from registers that nothing has written. Blocks of fewer than 64 rows take mma instead.
+# On sm_90, loops over channels of one or two rounds are unrolled. There ptxas 12.8, which Triton 3.6 and 3.7 bring,
+# builds descriptors of wgmma from registers that nothing has written. Blocks of fewer than 64 rows take mma instead.
 _SMALL_16 = {**_on(channels=64, warps=4), **_on(90, channels=32, warps=4)}
 _BACKWARD_32 = {
     **_on(80, 120, channels=32, warps=16),

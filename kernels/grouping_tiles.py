@@ -11,7 +11,6 @@ import triton.language as tl
 
 from .precision import exp2, reciprocal, rounded, upcast
 
-
 # The default cache policy. Triton 3.6 takes no plain string as a default.
 _NORMAL: tl.constexpr = tl.constexpr("")
 

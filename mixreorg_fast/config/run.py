@@ -32,7 +32,10 @@ class TrainConfig(Section):
     tf32: bool = key(False, "compute fp32 matrix products and convolutions of a GPU in TF32")
     checkpoint_activations: bool = key(False, "recompute activations in backward: less memory, more time")
     compile: bool | None = key(None, "torch.compile the network; null: on a GPU, except with ZeRO-3")
-    cuda_graphs: bool = key(False, "compiled encoders as CUDA graphs: more memory; not with ZeRO-3")
+    cuda_graphs: bool | None = key(
+        None,
+        "replay compiled encoders from CUDA graphs; null: where they are compiled on a GPU and nothing is recomputed",
+    )
     log_every: Positive = key(10, "steps between reports")
     spike: NonNegativeFloat = key(
         100.0,
@@ -189,6 +192,13 @@ class Config(Section):
         if self.train.compile is None:
             return device_type == "cuda" and self.deepspeed.zero_stage < 3
         return self.train.compile
+
+    def replays(self, device_type: str) -> bool:
+        """Whether training replays the compiled encoders from CUDA graphs on this type of device."""
+        if self.train.cuda_graphs is None:
+            able = self.deepspeed.zero_stage < 3 and not self.train.checkpoint_activations
+            return able and device_type == "cuda" and self.compiles(device_type)
+        return self.train.cuda_graphs
 
     @property
     def group_size(self) -> int:

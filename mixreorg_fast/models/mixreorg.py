@@ -64,10 +64,8 @@ class MixReorg(nn.Module):
             self.branch_tokens = nn.ModuleList(LearnedTokens(*size) for _ in range(made))
         else:
             self.branch_tokens = None
-        if config.train.cuda_graphs:
-            # The next replay overwrites a graph's outputs, and gradients must last until the optimizer's step.
-            for parameter in self.parameters():
-                parameter.register_hook(Tensor.clone)
+        for parameter in self.parameters():
+            parameter.register_hook(self._kept)
 
     # ------------------------------------------------------------------ the step
 
@@ -100,7 +98,7 @@ class MixReorg(nn.Module):
 
     def features(self, batch: Batch) -> Features:
         """Everything before the projections: within an image, a mixing group or a caption, and within this rank."""
-        if self.config.train.cuda_graphs:
+        if self._replays:
             torch.compiler.cudagraph_mark_step_begin()  # outputs of the step before may be overwritten
         images = len(batch.images)
         plan = self._plan(batch) if self.mixing else None
@@ -265,10 +263,18 @@ class MixReorg(nn.Module):
     def _run(self, function: Callable, *args, dynamic: bool = False):
         """Call a function of the encoders, compiled and with activation checkpointing where the configuration says so;
         `dynamic`: see :func:`~mixreorg_fast.models.layers.compiled_call`."""
-        run = self._runner(dynamic=dynamic, cuda_graphs=self.config.train.cuda_graphs)
+        run = self._runner(dynamic=dynamic, cuda_graphs=self._replays)
         if self.config.train.checkpoint_activations and self.training:
             return checkpoint(run, function, *args, use_reentrant=False, preserve_rng_state=False)
         return run(function, *args)
+
+    @property
+    def _replays(self) -> bool:
+        return self.training and self.config.replays(self.backbone.device.type)
+
+    def _kept(self, gradient: Tensor) -> Tensor:
+        """A gradient that lasts until the optimizer's step: the next replay overwrites a graph's outputs."""
+        return gradient.clone() if self._replays else gradient
 
     def _runner(self, *, dynamic: bool = False, cuda_graphs: bool = False) -> Callable:
         """:func:`~mixreorg_fast.models.layers.call`, compiled where the configuration says so.

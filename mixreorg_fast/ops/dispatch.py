@@ -126,7 +126,7 @@ def falls_back(op: Callable[..., Any]) -> Callable[..., Any]:
         try:
             out = op(*inputs, impl=impl, **settings)
             if impl == "auto" and not torch.compiler.is_compiling():
-                _try_backward(name, out, inputs)
+                _try_backward(op, out, inputs, settings)
             return out
         except Exception as error:
             if not _is_out_of_resources(error):
@@ -142,17 +142,24 @@ def falls_back(op: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _try_backward(name: str, out: Any, inputs: Sequence[Any]) -> None:
-    outputs = [x for x in (out if isinstance(out, tuple) else (out,)) if type(x) is Tensor and x.requires_grad]
+def _try_backward(op: Callable[..., Any], out: Any, inputs: Sequence[Any], settings: Mapping[str, Any]) -> None:
+    outputs = _differentiable(out)
     if not outputs or not _on_gpu(outputs[0]) or variants.offline_architecture is not None:
         return
-    key = (name, outputs[0].device, outputs[0].dtype, outputs[0].shape[1:])
+    key = (op.__qualname__, outputs[0].device, outputs[0].dtype, outputs[0].shape[1:])
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
     if key in _tried or hooks:  # checkpointing would recompute
         return
     _tried.add(key)
-    leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-    torch.autograd.grad(outputs, leaves, [torch.zeros_like(x) for x in outputs], retain_graph=True, allow_unused=True)
+    # Of this op alone: one input may be computed from another, with a network and ZeRO-3's hooks in between.
+    alone = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in inputs]
+    outputs = _differentiable(op(*alone, **settings))
+    leaves = [x for x in alone if isinstance(x, Tensor) and x.requires_grad]
+    torch.autograd.grad(outputs, leaves, [torch.zeros_like(x) for x in outputs], allow_unused=True)
+
+
+def _differentiable(out: Any) -> list[Tensor]:
+    return [x for x in (out if isinstance(out, tuple) else (out,)) if type(x) is Tensor and x.requires_grad]
 
 
 def _is_out_of_resources(error: Exception) -> bool:

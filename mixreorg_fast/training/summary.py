@@ -20,7 +20,7 @@ PICTURES = ("segmentation.png", "segments.png", "mixing.png", "losses.png")
 def summary(config: Config, ranks: Ranks) -> str:
     """Devices and driver, precision, compilation, attention (of images / of captions), ZeRO stage, images per step."""
     train = config.train
-    compilation = "compiled, CUDA graphs" if train.cuda_graphs else "compiled"
+    compilation = "compiled, CUDA graphs" if config.replays(ranks.device.type) else "compiled"
     images = f"{ranks.size} ranks × " if ranks.size > 1 else ""
     images += f"{train.accumulation} × " if train.accumulation > 1 else ""
     return ", ".join(

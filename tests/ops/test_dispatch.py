@@ -95,7 +95,8 @@ def test_auto_leaves_a_kernel_that_has_no_resources(launcher, small_gpu, monkeyp
             assert torch.equal(got, truth)
     where = torch.zeros(1, device=device).device  # with its number
     (record,) = caplog.records  # once, in one line
-    assert record.message.startswith(f"patch_blend: the kernel cannot run on {where}, PyTorch takes over: out of resource")
+    start = f"patch_blend: the kernel cannot run on {where}, PyTorch takes over: out of resource"
+    assert record.message.startswith(start)
     assert "200000" in record.message and "\n" not in record.message
     plan = ops.MixPlan.sample(4, 3, 2, seed=1, device=device, impl="torch")
     reference = "mixreorg_fast.ops.patch_mixing.patch_mix_reference"
@@ -122,6 +123,16 @@ def test_backward_is_tried_once_and_not_while_activations_are_recomputed(small_g
     assert len(calls) == 3
     blended(device)
     assert len(calls) == 4
+
+
+def test_trying_backward_stays_within_the_op(small_gpu, device):
+    """Where one input is computed from another, what lies between them is not run backward."""
+    plan = ops.MixPlan.sample(4, 3, 2, seed=1, device=device, impl="torch")
+    original = torch.ones(4, 3, 4, device=device, requires_grad=True)
+    mixed, between = original * 2, []
+    mixed.register_hook(between.append)
+    ops.patch_blend(mixed, original, plan, 0.25).sum()
+    assert not between
 
 
 BARE = """

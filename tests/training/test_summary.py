@@ -17,8 +17,10 @@ from tests.disguise import disguised
 @pytest.mark.parametrize(
     ("train", "deepspeed", "parts"),
     [
-        ({}, {}, ["bf16, compiled, attention: torch/varlen, ZeRO-2, 4096 images a step (8 ranks × 512)"]),
+        ({}, {}, ["bf16, compiled, CUDA graphs, attention: torch/varlen, ZeRO-2, 4096 images a step (8 ranks × 512)"]),
         ({"cuda_graphs": True, "accumulation": 4}, {}, ["compiled, CUDA graphs", "(8 ranks × 4 × 128)"]),
+        ({"cuda_graphs": False}, {}, ["compiled, attention"]),
+        ({"checkpoint_activations": True}, {}, ["compiled, attention"]),
         ({"compile": False}, {}, ["not compiled"]),
         ({}, {"zero_stage": 3}, ["not compiled", "ZeRO-3"]),
         ({"precision": "fp32", "tf32": True}, {}, ["fp32 (TF32), "]),
