@@ -64,9 +64,13 @@ soak: env
 bench: env compiler
 	$(RUN) $(BIN)/python -m pytest benchmarks/ --benchmark-only
 
-# Compiles every kernel for every supported GPU, without one: none may spill or take more than its GPU has.
+# Compiles every kernel for every supported GPU, without one: none may spill, take more than its GPU has, or compile to
+# something else. With the pinned Triton, then with the oldest one, which PyTorch 2.10 and 2.11 bring.
+OLDEST := $(abspath $(VENV))/oldest-triton
 kernels: env
 	$(RUN) mixreorg info --kernels
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OLDEST) -c constraints-cuda12.txt triton
+	$(RUN) PYTHONPATH=$(OLDEST) mixreorg info --kernels
 
 # Lint and the fast tier side by side: about two minutes on two idle cores.
 check: env

@@ -24,54 +24,127 @@ SUITES = ("op", "inference", "step", "loader", PROFILE, CURVES)  # that have a t
 LARGEST_BATCH, WAITING = "largest batch", "waiting for data"
 
 
-# The rows of the summary: what is timed, its op in the ledger, dtype, and the baseline.
+# The rows of the summary: what is timed, its op in the ledger, dtype, and the baseline. Of an op: forward and backward
+# in a CUDA graph, so the time of the device.
 SUMMARY = (
     ("MixReorg training step", "mixreorg step", "float32", "eager"),
+    ("MixReorg training step", "mixreorg step", "bfloat16", "eager"),
+    ("MixReorg training step", "mixreorg step", "bfloat16", "compiled"),
     ("GroupViT training step", "groupvit step", "float32", "huggingface"),
     ("GroupViT training step", "groupvit step", "bfloat16", "huggingface"),
+    ("GroupViT training step", "groupvit step", "bfloat16", "compiled"),
     ("zero-shot segmentation", "segment_labels", "float32", "huggingface"),
     ("zero-shot segmentation", "segment_labels", "bfloat16", "huggingface"),
     ("decoding of sliding windows", "decode_windows", "float32", "eager"),
+    ("patch mixing", "patch_mix", "bfloat16", "eager"),
+    ("grouping attention", "grouping_attention", "bfloat16", "eager"),
+    ("mixed segmentation loss", "mixed_segmentation_loss", "bfloat16", "eager"),
+    ("contrastive loss", "contrastive_loss", "bfloat16", "eager"),
 )
-BASELINES = {"eager": "plain PyTorch", "huggingface": "transformers"}
+BASELINES = {"eager": "plain PyTorch", "compiled": "torch.compile", "huggingface": "transformers"}
+# What a GPU is to reach: op, shape, baseline, and the least ratio of its time to ours. "limit" stands for the least
+# time that this GPU's own copy rate allows, "images/s" for a rate, "memory" for the most of the baseline's memory.
+TARGETS = (
+    ("patch_mix", "1024x196x384 K=4", "limit", 0.85),
+    ("patch_mix", "1024x196x384 K=4", "compiled", 1.3),
+    ("patch_blend", "1024x196x384 K=4", "limit", 0.85),
+    ("patch_blend", "1024x196x384 K=4", "compiled", 1.3),
+    ("grouping_attention", "1024x64x196x384", "eager", 3.0),
+    ("grouping_attention", "1024x64x196x384", "compiled", 1.3),
+    ("mixed_segmentation_loss", "1024x64x196 G2=8 K=4", "eager", 5.0),
+    ("mixed_segmentation_loss", "1024x64x196 G2=8 K=4", "compiled", 1.5),
+    ("contrastive_loss", "32768x256", "eager", 1.5),
+    ("contrastive_loss", "32768x256", "memory", 0.02),
+    ("decode_segments", "64x8x28x37 to 512x683 T=150", "eager", 3.0),
+    ("mixreorg step", "512x3x224² K=4 captions 10-22", "eager", 1.8),
+    ("mixreorg step", "512x3x224² K=4 captions 10-22", "compiled", 1.2),
+    ("mixreorg step", "512x3x224² K=4 captions 10-22", "images/s", 3500),
+    ("groupvit step", "512x3x224² captions 10-22", "images/s", 6500),
+    ("segment_labels", "32x3x448x448 to 512x683 T=150", "huggingface", 2.0),
+)
 
 
 def pages(folder: Path = HERE / "results") -> dict[str, tuple[str, str]]:
-    """Title and content of each page by its path in docs/: the first device's summary, GPUs first; a page per file."""
+    """Title and content of each page by its path in docs/: a summary of every device, GPUs first; a page per file."""
     files = sorted(ledger.results_files(folder, SUITES), key=lambda file: file["cuda"] is None)
     counted = ledger.results_files(folder, [COUNTED])
     found = {f"performance/{file_stem(file['device'])}.md": (file["device"], device_section(file)) for file in files}
     for file in counted:
         found["performance/counted.md"] = (f"Counted for an {file['counted_for']['gpu']}", counted_section(file))
-    return {"performance.md": ("Performance", summary_section(files[0])), **found} if files else found
+    summaries = "\n\n".join(summary_section(file) for file in files)
+    return {"performance.md": ("Performance", summaries), **found} if files else found
+
+
+def implementations(file: Row, op: str, dtype: str) -> dict[str, dict[str, Row]]:
+    """By shape and implementation, the rows that the summary and the targets speak of."""
+    by_shape: dict[str, dict[str, Row]] = {}
+    for row in file["rows"]:
+        told = row["suite"] != "op" or (
+            row["graph"] and row["mode"] == ("fwd" if op == "decode_segments" else "fwd+bwd")
+        )
+        if (row["op"], row.get("dtype")) == (op, dtype) and row["suite"] in SUITES and told:
+            by_shape.setdefault(row["shape"], {})[row["implementation"]] = row
+    return by_shape
+
+
+def ours(by_name: Mapping[str, Row]) -> Row | None:
+    return by_name.get("ours") or by_name.get("triton")
 
 
 def summary(file: Row) -> list[tuple[str, Row, Row]]:
-    """Rows of SUMMARY that the file holds: their name, the baseline's row and ours, of the largest shape."""
+    """Rows of SUMMARY that the file holds: their name, the baseline's row and ours, of the largest shape of a step, of
+    the model's shape of an op."""
     found = []
     for name, op, dtype, baseline in SUMMARY:
-        by_shape: dict[str, dict[str, Row]] = {}
-        for row in file["rows"]:
-            if (row["op"], row.get("dtype")) == (op, dtype) and row["suite"] in SUITES:
-                by_shape.setdefault(row["shape"], {})[row["implementation"]] = row
-        complete = [of for of in by_shape.values() if {baseline, "ours"} <= of.keys()]
-        if complete:
-            found.append((f"{name}, {dtype}", complete[-1][baseline], complete[-1]["ours"]))
+        pairs = [
+            (of[baseline], mine)
+            for of in implementations(file, op, dtype).values()
+            if baseline in of and (mine := ours(of)) is not None
+        ]
+        if pairs:
+            found.append((f"{name}, {dtype}", *pairs[0 if pairs[0][1]["suite"] == "op" else -1]))
     return found
 
 
 def summary_section(file: Row) -> str:
-    """The chart, and its rows as a table."""
+    """The chart, its rows as a table, and on a GPU the targets."""
     head = ["what", "shape", "baseline", "baseline, ms", "ours, ms", "ours is faster by"]
     body = [
-        [name, ours["shape"], BASELINES[theirs["implementation"]]]
-        + [f"{ms:.0f}" if (ms := row["median_ms"]) >= 100 else f"{ms:.3g}" for row in (theirs, ours)]
-        + [ratio(theirs, ours)]
-        for name, theirs, ours in summary(file)
+        [name, mine["shape"], BASELINES[theirs["implementation"]]]
+        + [f"{ms:.0f}" if (ms := row["median_ms"]) >= 100 else f"{ms:.3g}" for row in (theirs, mine)]
+        + [ratio(theirs, mine)]
+        for name, theirs, mine in summary(file)
     ]
     picture = f"![times as fast as the baseline, measured on {file['device']}](images/{speed_name(file)})"
     measured = f"*Measured on {file['device']}, {file['date'][:10]}, torch {file['torch']}; medians.*"
-    return "\n".join([picture, "", measured, "", *ledger.table(head, body)])
+    lines = [picture, "", measured, "", *ledger.table(head, body)]
+    return "\n".join([*lines, "", *targets_table(file)] if file["cuda"] else lines)
+
+
+def targets_table(file: Row) -> list[str]:
+    """A line per target: what was measured, and whether it is met."""
+    body = []
+    for op, shape, baseline, least in TARGETS:
+        by_name = implementations(file, op, "bfloat16").get(shape, {})
+        mine, theirs = ours(by_name), by_name.get(baseline)
+        if baseline == "limit":
+            found, text = (mine["limit_fraction"] if mine else None), "{:.0%} of the copy rate"
+        elif baseline == "images/s":
+            found, text = (mine["images_per_s"] if mine else None), "{:,.0f} images/s"
+        elif baseline == "memory":
+            eager = by_name.get("eager")
+            found = mine["peak_mb"] / eager["peak_mb"] if mine and eager else None
+            text = "{:.1%} of plain PyTorch's memory"
+        else:
+            found = theirs["median_ms"] / mine["median_ms"] if mine and theirs else None
+            text = f"{{:.2f}}× {BASELINES[baseline]}"
+        if found is None:
+            outcome, measured = "not measured", "–"
+        else:
+            share = least / found if baseline == "memory" else found / least
+            outcome, measured = "met" if share >= 1 else f"missed by {1 - share:.0%}", text.format(found)
+        body.append([op, shape, ("at most " if baseline == "memory" else "") + text.format(least), measured, outcome])
+    return titled("**Targets**", ["what", "shape", "target", "measured", "outcome"], body)
 
 
 def device_section(file: Row) -> str:

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from . import variants
+from .miscompilation import faults
 
 # The most shared memory that one block may take, in bytes (CUDA C++ Programming Guide, compute capabilities).
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -43,6 +44,7 @@ class Launch:
     instructions: int  # of a warp outside loops
     loops: tuple[int, ...]  # instructions of one round of each loop, those of loops within it left out
     sizes: dict[str, int]  # its whole numbers, constexprs included
+    faults: tuple[str, ...]  # where a compiler has it compute something else, see miscompilation.py
 
 
 class Driver:
@@ -121,6 +123,7 @@ def _describe(function: JITFunction, kernel: Any) -> dict[str, Any]:
         "spill_bytes": int(stack),
         "instructions": instructions,
         "loops": loops,
+        "faults": faults(kernel.asm["ttgir"], code),
     }
 
 

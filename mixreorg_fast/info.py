@@ -55,9 +55,15 @@ def main(args: argparse.Namespace) -> int:
         rows = kernel_resources()
         columns = ("kernel", "architecture", "num_warps", "registers", "spill_bytes", "shared_bytes", "fits", "call")
         print("\n" + table([columns, *([str(row[name]) for name in columns] for row in rows)]))
+        wrong = [f"{row['kernel']}, sm_{row['architecture']}: {fault}" for row in rows for fault in row["faults"]]
         greedy = sum(bool(row["spill_bytes"]) or not row["fits"] for row in rows)
         print(f"\n{greedy} of {len(rows)} variants spill registers or take more shared memory than their GPU has")
-        return int(greedy > 0)
+        print(
+            "\n".join(["compiled to something else:", *wrong])
+            if wrong
+            else "none is known to compile to something else"
+        )
+        return int(greedy > 0 or bool(wrong))
     return 0
 
 
