@@ -2,7 +2,7 @@
 
 docs/kernels.md has the maths of forward and backward and the bytes that each kernel moves. A program owns a tile of
 patches by all groups of one image. Logits, noise and softmax stay in registers; backward computes them again. Forward
-keeps the winning group of each patch (one byte) and each group's total.
+keeps the winning group of each patch (two bytes) and each group's total.
 """
 
 from __future__ import annotations

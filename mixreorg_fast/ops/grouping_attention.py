@@ -13,7 +13,7 @@ from .philox import gumbel, philox, seed_tensor
 from .registration import kernel
 
 ReturnAssignment = Literal["none", "soft", "used", "winner"]
-MOST_GROUPS = 128  # of the kernels: a tile holds all groups, and a winner is one byte
+MOST_GROUPS = 128  # of the kernels: a tile holds all groups
 
 
 def grouping_noise(
