@@ -44,8 +44,9 @@ class Graphs:
         values = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
         shapes = [x.shape if isinstance(x, torch.Tensor) else (x,) for x in values]
         known = lambda n: n.node.maybe_as_int() if isinstance(n, torch.SymInt) else n  # noqa: E731
+        compiled = self._compile(graph, inputs)  # raises where Dynamo is to trace again, which is no graph
         self.shapes.append([tuple(map(known, shape)) for shape in shapes])
-        return self._compile(graph, inputs)
+        return compiled
 
     @property
     def symbolic(self) -> list[list[tuple]]:
@@ -81,7 +82,7 @@ def test_compiled_parts_change_nothing_and_share_graphs(recompute, graphs, devic
             first = len(graphs.shapes)
     # Image blocks: without and with stochastic depth, alone and with the mixed ones in stage 1, of the three branches
     # in stages 2 and 3. Before, between and after the stages 6. Captions 2, projections 2, the measures of use.
-    assert first <= 16, graphs.shapes
+    assert first <= 16
     assert len(graphs.shapes) == first
     # Symbolic are the blocks and the last norm of captions; no other tokens, of images, are in those graphs.
     assert len(graphs.symbolic) == 2
