@@ -54,8 +54,11 @@ def check(inputs, impl, dtype):
     # A softmax errs by the rounding of its exponent, whose size is the logits'.
     largest = (inputs[2].abs() * inputs[0].double().norm(dim=-1).max() * inputs[1].double().norm(dim=-1).max()).item()
     tolerance = TOLERANCE[dtype] + 4 * torch.finfo(torch.float32).eps * largest
-    for result, baseline, truth in zip(results, baselines, truths, strict=True):
-        assert_close_to_truth(result, baseline.view_as(truth), truth, dtype, tolerance)
+    # The loss is the difference of numbers of that size, so it errs by their rounding, even where it is small.
+    of_loss = TOLERANCE[dtype] + torch.finfo(torch.float32).eps / 2 * largest / (2 * truths[0].abs().item())
+    tolerances = (max(tolerance, of_loss), *[tolerance] * (len(truths) - 1))
+    for result, baseline, truth, most in zip(results, baselines, truths, tolerances, strict=True):
+        assert_close_to_truth(result, baseline.view_as(truth), truth, dtype, most)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
