@@ -1,18 +1,22 @@
 #!/usr/bin/env bash
 # All that only a GPU can tell, in parts that can be run one by one:
-#   bash benchmarks/on_gpu.sh tests | memcheck | train | step | rest | study [BLOCK...]
-# tests: native kernels and whatever else is skipped without a GPU. memcheck: the kernels' small shapes under NVIDIA's
-# compute-sanitizer. train: 100 steps, plainly, in CUDA graphs and with kept micro-steps. step, rest: the benchmarks,
-# most interesting first. study: blocks of configs/study.json (main).
+#   bash benchmarks/on_gpu.sh tests | memcheck | train | warm | step | rest | study [BLOCK...]
+# tests: native kernels and whatever else is skipped without a GPU, several at a time where pytest-xdist is installed; the
+# largest, which need most of the memory, one by one. memcheck: the kernels' small shapes under NVIDIA's
+# compute-sanitizer. train: 100 steps, plainly, without CUDA graphs, with kept micro-steps and with ZeRO-3. warm: each
+# benchmark once, several at a time, so that the following parts find their graphs compiled (minutes of 16 processors).
+# step, rest: the benchmarks, most interesting first. study: blocks of configs/study.json (main).
 # Further arguments: pytest's; settings such as train.steps=10 for train, which overrule those below.
 # Where $OUT names a folder, results files, tables and pictures are copied there after each part, failed or not.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-part=${1:?which part: tests, memcheck, train, step, rest or study}
+part=${1:?which part: tests, memcheck, train, warm, step, rest or study}
 shift
 python=${PYTHON:-.venv/bin/python}
 [ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python3
 failed=0 # exit code of the last command that failed
+together=
+! "$python" -c 'import xdist' 2>/dev/null || together="-n $(($(nproc) / 2)) --dist worksteal"
 
 keep() {
   [ -n "${OUT:-}" ] || return 0
@@ -38,16 +42,27 @@ train() { # name, settings
 }
 
 case $part in
-  tests) go "$python" -m pytest -q -p no:cacheprovider tests/ops tests/models "$@" ;;
+  tests)
+    large="31 or 32768 or large or model_sizes"
+    # shellcheck disable=SC2086
+    go "$python" -m pytest -q -p no:cacheprovider $together tests/ops tests/models tests/training/test_train.py \
+      tests/training/test_synchronisation.py tests/data/test_loader.py -k "not ($large)" "$@"
+    go "$python" -m pytest -q -p no:cacheprovider tests/ops -k "$large" "$@"
+    ;;
   memcheck)
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 go compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m pytest -q -x \
       tests/ops -k "not 31 and not 32768 and not large and not model_sizes and not capture and not graph" "$@"
     ;;
   train)
     train plain "$@"
-    train graphs train.cuda_graphs=true "$@"
+    train without_graphs train.cuda_graphs=false "$@"
     train accumulated train.accumulation=4 train.grad_cache=true "$@"
     train zero3 deepspeed.zero_stage=3 "$@"
+    ;;
+  warm)
+    # shellcheck disable=SC2086
+    go "$python" -m pytest -q -p no:cacheprovider $together benchmarks/ --benchmark-disable \
+      -k "not curves and not largest and not growth and not profile" "$@"
     ;;
   step)
     for file in test_train_step.py::test_train_step test_curves.py test_profile.py test_inference.py test_loader.py; do
@@ -66,7 +81,7 @@ case $part in
     for block in "$@"; do go "$python" -m mixreorg_fast.cli study configs/study.json --block "$block" --jobs "${JOBS:-3}"; done
     ;;
   *)
-    echo "error: no part '$part': tests, memcheck, train, step, rest or study" >&2
+    echo "error: no part '$part': tests, memcheck, train, warm, step, rest or study" >&2
     exit 2
     ;;
 esac

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """A checkout of the script alone, whose environment holds a Python that fails in CUDA graphs."""
+    """A checkout of the script alone, whose environment holds a Python that fails without CUDA graphs."""
     (tmp_path / "benchmarks").mkdir()
     shutil.copy(ROOT / "benchmarks" / "on_gpu.sh", tmp_path / "benchmarks")
     note = f'echo "$*" >> {tmp_path}/calls; case "$*" in *cuda_graphs*) exit 3 ;; esac'
@@ -31,7 +31,7 @@ def on_gpu(checkout: Path, *arguments: str, **environment: str) -> subprocess.Co
 
 def test_settings_overrule_and_each_command_has_its_own_exit_code(checkout):
     done = on_gpu(checkout, "train", "train.steps=7", "train.batch=64")
-    calls = (checkout / "calls").read_text().splitlines()
+    calls = [line for line in (checkout / "calls").read_text().splitlines() if "train.py" in line]
     assert len(calls) == 4
     for call in calls:
         values = dict(pair.split("=", 1) for pair in call.split() if "=" in pair)  # the last one counts
@@ -53,11 +53,11 @@ def test_an_unknown_part(checkout):
     assert done.returncode == 2 and "no part 'trian'" in done.stderr
 
 
-@pytest.mark.parametrize("part", ["tests", "memcheck", "step", "rest"])
+@pytest.mark.parametrize("part", ["tests", "memcheck", "warm", "step", "rest"])
 def test_every_file_exists(checkout, part):
     executable(checkout / "bin" / "compute-sanitizer", f'echo "$*" >> {checkout}/calls')
     on_gpu(checkout, part, PATH=f"{checkout / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    named = re.findall(r"\b(?:tests|benchmarks)/\S+", (checkout / "calls").read_text())
+    named = re.findall(r"\b(?:tests|benchmarks)/\S*", (checkout / "calls").read_text())
     assert named and not [path for path in named if not _exists(*path.split("::"))]
 
 
