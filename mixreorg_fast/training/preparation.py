@@ -96,7 +96,7 @@ def check_inputs(config: Config, resuming: bool, world_size: int = 1) -> None:
         *(partial(open_dataset, entry.dataset, entry.root, entry.split) for entry in config.eval.datasets),
     ]
     if not resuming:
-        checks.append(partial(_tokenizer, config, resuming))
+        checks.append(partial(_tokenizer, config, config.model.init, resuming))
     if config.log.wandb is not None:
         checks.append(import_wandb)
     problems: dict[str, None] = {}  # a pattern without shards is reported twice
@@ -144,8 +144,10 @@ def state_to_resume(config: Config, resume: str) -> dict[str, Any]:
     return {**state, "source": source}
 
 
-def prepare(config: Config, training_set: TrainingSet, resuming: bool) -> Config:
+def prepare(config: Config, training_set: TrainingSet, start: str | None, resuming: bool) -> Config:
     """Train the tokenizer if necessary, resolve `config` with its size, write both into the run folder; on one rank.
+
+    `start`: the weights that a new run starts from, whose tokenizer it takes; None: random ones.
 
     Too many bad samples end in a UserError.
     """
@@ -153,7 +155,7 @@ def prepare(config: Config, training_set: TrainingSet, resuming: bool) -> Config
     _refuse_few(len(training_set), config)
     if config.data.val_shards is not None:
         open_validation_shards(config.data)
-    tokenizer = _tokenizer(config, resuming) or training_set.train_tokenizer(config.data.vocab_size)
+    tokenizer = _tokenizer(config, start, resuming) or training_set.train_tokenizer(config.data.vocab_size)
     text = config.model.text.model_copy(update={"vocab_size": tokenizer.vocab_size})
     config = config.model_copy(update={"model": config.model.model_copy(update={"text": text})})
     config.run_folder.mkdir(parents=True, exist_ok=True)
@@ -181,14 +183,14 @@ def _refuse_few(samples: int, config: Config, world_size: int = 1) -> None:
         raise UserError(f"train.batch {config.train.batch} is more than the {samples} samples of data.shards ({fits})")
 
 
-def _tokenizer(config: Config, resuming: bool) -> Tokenizer | None:
+def _tokenizer(config: Config, start: str | None, resuming: bool) -> Tokenizer | None:
     """An existing tokenizer; None: one must be trained on the captions."""
     if resuming:  # token ids must keep their meaning
         return Tokenizer.load(config.run_folder / weights.TOKENIZER)
     if config.data.tokenizer is not None:
         return read_tokenizer(config.data.tokenizer)
-    if config.model.init is not None:
-        tokenizer = read(config.model.init).tokenizer
+    if start is not None:
+        tokenizer = read(start).tokenizer
         if tokenizer is None:
             raise UserError(f"model.init: {config.model.init} has no tokenizer; name one by data.tokenizer")
         return tokenizer

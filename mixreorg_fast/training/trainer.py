@@ -70,11 +70,14 @@ def train(config: Config, resume: str = "auto", device: str | None = None) -> di
     state = on_main(lambda: preparation.state_to_resume(config, resume))
     config = on_main(lambda: with_scenes(config))
     training_set = open_training_set(config, ranks, state)
-    config = on_main(lambda: preparation.prepare(config, training_set, resuming=bool(state)))
+    start = None
+    if config.model.init is not None and not state:
+        start = on_main(lambda: pinned(str(config.model.init)))  # one commit for weights and tokenizer, on all ranks
+    config = on_main(lambda: preparation.prepare(config, training_set, start, resuming=bool(state)))
     if ranks.is_main and state.get("order", training_set.digest) != training_set.digest:
         print("warning: data.shards have changed: the samples' order changes from here on", flush=True)
     with Watch(ranks, config.train.timeout, config.run_folder) as watch:
-        return Trainer(config, training_set, ranks, watch, state).run()
+        return Trainer(config, training_set, ranks, watch, state, start).run()
 
 
 def micro_step_seed(seed: int, position: int) -> int:
@@ -84,9 +87,22 @@ def micro_step_seed(seed: int, position: int) -> int:
 
 
 class Trainer:
-    """One run on one rank. `state`: of the checkpoint to resume from, whose path is its "source"; {}: a new run."""
+    """One run on one rank.
 
-    def __init__(self, config: Config, training_set: TrainingSet, ranks: Ranks, watch: Watch, state: dict[str, Any]):
+    Args:
+        state: of the checkpoint to resume from, whose path is its "source"; {}: a new run.
+        start: the weights that a new run starts from; None: random ones.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        training_set: TrainingSet,
+        ranks: Ranks,
+        watch: Watch,
+        state: dict[str, Any],
+        start: str | None = None,
+    ):
         self.config, self.training_set, self.ranks, self.watch = config, training_set, ranks, watch
         self.run_folder = config.run_folder
         self.tokenizer = Tokenizer.load(self.run_folder / weights.TOKENIZER)
@@ -98,17 +114,16 @@ class Trainer:
         bad_samples = BadSamples(config, ranks, training_set, self.step * config.train.batch)
         self.reports = Reports(config, ranks, bad_samples, self.step, self.steps)
         self._images: Tensor | None = None  # of the last micro-batch, for the pictures
-        self.engine = self._engine(state.get("source"))
+        self.engine = self._engine(state.get("source"), start)
 
-    def _engine(self, source: Path | None) -> Any:
+    def _engine(self, source: Path | None, start: str | None) -> Any:
         """DeepSpeed's engine around the network and its optimizer, restored from the checkpoint `source`."""
         config, ranks = self.config, self.ranks
         torch.manual_seed(config.seed)
         module = MixReorg(config)
         if source is not None:
             checkpoint.restore_weights(module, source)
-        elif config.model.init is not None:
-            start = on_main(lambda: pinned(str(config.model.init)))  # one commit on all ranks
+        elif start is not None:
             weights.fill(module.backbone, read(start).state, start)
         if ranks.is_main:
             print(opening(config, len(self.training_set), module, self.steps), flush=True)

@@ -27,6 +27,12 @@ from ..shards.patterns import braces, without_secrets
 
 log = logging.getLogger("mixreorg_fast")
 SIGNED = 3600  # seconds that a signed request of S3 is valid
+# Parameters of signed URLs: of S3, of Google's and Azure's storage, of CloudFront, and of others.
+_SIGNATURE = re.compile(
+    r"(?:X-(?:Amz|Goog)-[\w-]+|AWSAccessKeyId|GoogleAccessId|Signature|Expires|Key-Pair-Id|Policy|token"
+    r"|sig|s[eprtv]|spr|sk[estv]|sktid|skoid)=",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,18 @@ class RemoteShard:
         path = re.sub(r"^(datasets/[^/]+/[^/@]+)@[^/]+", r"\1", path) if scheme == "hf" else path
         path = re.sub(r"[^\w./+=-]", "_", path.split("?")[0]).replace("..", "_")
         named = Path(scheme, path)
-        mark = hashlib.sha256((self.version or self.url).encode()).hexdigest()[:8]
+        mark = hashlib.sha256((self.version or _unsigned(self.url)).encode()).hexdigest()[:8]
         return named.with_name(f"{named.name.removesuffix('.tar')}-{mark}.tar")
 
     def __str__(self) -> str:
         return without_secrets(self.url)
+
+
+def _unsigned(url: str) -> str:
+    """A URL without the parameters by which a server knows who asks and until when: they change with every signing."""
+    address, _, query = url.partition("?")
+    kept = [part for part in query.split("&") if not _SIGNATURE.match(part)]
+    return "?".join(filter(None, (address, "&".join(kept))))
 
 
 def is_remote(pattern: str) -> bool:

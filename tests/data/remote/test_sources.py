@@ -139,3 +139,17 @@ def test_s3_without_credentials_and_with_wrong_ones(bucket, tars, cache, tmp_pat
         assert not any(word in str(refusal.value) for word in ("secret-of", "Signature", "\n"))
     finally:
         requests.post(f"{bucket.url}/moto-api/reset-auth", data=b"inf", timeout=10)
+
+
+def test_a_url_that_is_signed_again_keeps_its_place():
+    """Else the shards of a set whose signatures have run out would be fetched again."""
+
+    def place(query: str):
+        return RemoteShard(f"https://host/train-0.tar?{query}").place
+
+    signed = place("part=1&X-Amz-Date=20261127T000000Z&X-Amz-Expires=600&X-Amz-Signature=aa11")
+    assert (
+        signed == place("part=1&X-Amz-Date=20261128T000000Z&X-Amz-Expires=600&X-Amz-Signature=bb22") == place("part=1")
+    )
+    assert place("sv=2024&se=2026-11-27&sig=aa") == place("sv=2024&se=2026-11-28&sig=bb")
+    assert place("part=2") != place("part=1") and place("state=1") != place("state=2")
