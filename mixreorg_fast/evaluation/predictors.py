@@ -24,6 +24,7 @@ from ..inference.options import load_on_device
 from ..inference.segmenter import Segmenter
 from ..inference.windows import compact
 from ..names import parse_templates
+from ..ranks import on_main
 from .datasets import SegmentationDataset
 from .zero_shot import segmenter_for, threshold_for
 
@@ -58,7 +59,7 @@ def open_model(
             f"{name}: a model of type '{kind}' is not supported (choose from: weights of ours, groupvit, clipseg; or "
             "give a function, module:function)"
         )
-    model = load_on_device(name, device)
+    model = load_on_device(on_main(lambda: hub.pinned(name)), device)  # one commit on all ranks
     return segmenter_for(model, dataset, model.inference.with_options(**options), threshold, batch)
 
 

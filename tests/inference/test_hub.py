@@ -26,6 +26,7 @@ from mixreorg_fast.inference.hub import _public, pinned
 from mixreorg_fast.inference.model import Model
 from mixreorg_fast.models import GroupViT, weights
 from mixreorg_fast.training.preparation import _tokenizer
+from tests.evaluation.fakes import draw_mask, draw_photo
 from tests.models.huggingface import SMALL, random_images, random_model, state_equal
 from tests.servers.repositories import TOKEN
 from tests.tiny import fill, tiny_config
@@ -125,7 +126,7 @@ def test_the_needed_files_are_fetched_once(hub, theirs, tmp_path, capsys, monkey
 
 def test_training_starts_from_a_name(hub, theirs):
     hub.add("owner/start", theirs)
-    tokenizer = _tokenizer(parse_config({"model": {"init": "owner/start"}}), resuming=False)
+    tokenizer = _tokenizer(parse_config({}), "owner/start", resuming=False)
     found = read("owner/start")
     assert tokenizer.vocab_size == found.config.text.vocab_size
     network = GroupViT(found.config.model_copy(update={"image_size": 32}))
@@ -149,6 +150,35 @@ def test_ranks_read_the_commit_that_the_first_one_found(hub, theirs, tmp_path):
     assert torch.equal(read("owner/start").state["logit_scale"], other["logit_scale"])
 
 
+def test_evaluation_export_and_the_page_take_a_name(hub, theirs, tmp_path, monkeypatch):
+    hub.add("owner/start", theirs)
+    root = tmp_path / "set"
+    draw_photo(root / "images" / "one.jpg", (64, 48), seed=0)
+    draw_mask(root / "masks" / "one.png", (64, 48), [0, 1, 255], seed=0)
+    (root / "classes.txt").write_text("cat\ndog\n")
+    (root / "splits").mkdir()
+    (root / "splits" / "val.txt").write_text("one\n")
+    words = ["--root", str(root), "--short-side", "48", "--device", "cpu", "--out"]
+    for name, out in ((str(theirs), "local.json"), ("owner/start", "named.json")):
+        assert main(["evaluate", "--model", name, *words, str(tmp_path / out)]) == 0
+    local, named = (json.loads((tmp_path / out).read_text()) for out in ("local.json", "named.json"))
+    assert named["settings"].pop("weights") == "owner/start" and local["settings"].pop("weights") == str(theirs)
+    assert local == named
+
+    assert main(["export", "owner/start", "--to", "torch", "--out", str(tmp_path / "programs")]) == 0
+    assert list((tmp_path / "programs").glob("*.pt2"))
+    pytest.importorskip("gradio")
+    shown = []
+
+    def build(model, samples):
+        shown.append(model.source)
+        raise UserError("that is enough")
+
+    monkeypatch.setattr("mixreorg_fast.demo.build", build)
+    assert main(["demo", "--weights", "owner/start", "--device", "cpu"]) == 2
+    assert len(shown) == 1
+
+
 def test_a_tokenizer_by_name(hub, theirs, tmp_path, capsys):
     """As data.tokenizer and --tokenizer take it. Of the repository only the tokenizer is fetched."""
     wanted = Tokenizer.load(theirs)
@@ -159,11 +189,13 @@ def test_a_tokenizer_by_name(hub, theirs, tmp_path, capsys):
     hub.add("owner/two", theirs)
     named = [parse_config({"data": {"tokenizer": name}}) for name in ("owner/clip", "owner/two")]
     for config in named:
-        assert torch.equal(*(each.encode(["a cat"], 9)[0] for each in (wanted, _tokenizer(config, resuming=False))))
+        assert torch.equal(
+            *(each.encode(["a cat"], 9)[0] for each in (wanted, _tokenizer(config, None, resuming=False)))
+        )
     assert fetched(hub) == ["tokenizer.json", "vocab.json", "merges.txt"]
     hub.fail("/api/models/*", status=503, times=None)
     for config in named:
-        assert _tokenizer(config, resuming=False).vocab_size == wanted.vocab_size
+        assert _tokenizer(config, None, resuming=False).vocab_size == wanted.vocab_size
         assert "the copy in the cache is used" in capsys.readouterr().err
     hub.faults.clear()
 
