@@ -65,12 +65,12 @@ bench: env compiler
 	$(RUN) $(BIN)/python -m pytest benchmarks/ --benchmark-only
 
 # Compiles every kernel for every supported GPU, without one: none may spill, take more than its GPU has, or compile to
-# something else. With the pinned Triton, then with the oldest one, which PyTorch 2.10 and 2.11 bring.
+# something else. Then with the oldest Triton, which PyTorch 2.10 and 2.11 bring, and with which a few spill.
 OLDEST := $(abspath $(VENV))/oldest-triton
 kernels: env
 	$(RUN) mixreorg info --kernels
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OLDEST) -c constraints-cuda12.txt triton
-	$(RUN) PYTHONPATH=$(OLDEST) mixreorg info --kernels
+	$(RUN) PYTHONPATH=$(OLDEST) python -m mixreorg_fast.resources --architectures 80 90 --check > $(OLDEST).jsonl
 
 # Lint and the fast tier side by side: about two minutes on two idle cores.
 check: env

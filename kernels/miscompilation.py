@@ -51,7 +51,8 @@ def unwritten_registers(sass: str) -> Iterator[str]:
             if place == target and writes:
                 continue
             for number, pair in _UNIFORM.findall(operand):
-                both = "gdesc" in operand and place == 1  # descriptors of two operands, else the first is in registers
+                # Descriptors of both operands; elsewhere the first operand is in registers, or has a gdesc of its own.
+                both = "gdesc" in operand and place == 1 and re.match(r"[A-Z]GMMA", name)
                 two = pair or re.search(r"\bg?desc\[", operand) or re.match(r"U\w+\.64\b", name)
                 size = 4 if both else 2 if two else 1
                 missing = [f"UR{n}" for n in range(int(number), int(number) + size) if n not in written]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
@@ -128,14 +129,16 @@ def _backward(out: Tensor | tuple[Tensor, ...]) -> None:
     torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
 
 
-def main() -> None:
+def main() -> int:
     """Print one JSON object per architecture and variant of a kernel, with the call that runs it first."""
     from .kernels.offline import SHARED_BYTES, offline
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--architectures", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--only", default="", metavar="TEXT", help="calls whose name holds it")
+    parser.add_argument("--check", action="store_true", help="fail where a kernel does not fit, or compiles to another")
     options = parser.parse_args()
+    wrong = 0
     for architecture in options.architectures:
         with offline(architecture) as launches:
             known = set()
@@ -147,9 +150,11 @@ def main() -> None:
                     if (launch.kernel, launch.variant, launch.num_warps) not in known:
                         known.add((launch.kernel, launch.variant, launch.num_warps))
                         fits = launch.shared_bytes <= SHARED_BYTES[architecture]
+                        wrong += not fits or bool(launch.faults)
                         print(json.dumps({**asdict(launch), "fits": fits, "call": name}), flush=True)
                 launches.clear()
+    return int(options.check and wrong > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

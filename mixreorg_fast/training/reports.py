@@ -40,6 +40,7 @@ class Reports:
         self._start, self._steps = start, steps
         self._log: MetricsLog | None = None
         self._told_time = False
+        self._compiling = config.compiles(ranks.device.type)  # in the steps of the first report
         self._own_time, self._rank_times = Stopwatch(ranks.device), RankTimes(ranks, config.log.slow_rank)
         self.restart()
 
@@ -129,11 +130,12 @@ class Reports:
         }
         self._log.write(step, values)
         losses = {name: value for name, value in means.items() if name.startswith("loss")}
-        left = (self._steps - step) * self._config.train.batch / images_per_s
+        left = None if self._compiling else (self._steps - step) * self._config.train.batch / images_per_s
         self._log.show(step, {**losses, "images/s": images_per_s}, left)
-        if not self._told_time and step < self._steps:
+        if left is not None and not self._told_time and step < self._steps:
             self._told_time = True
             self.say(expected(left, self._steps - step))
+        self._compiling = False
         if (ended := self._bad_samples.remark(samples)) is not None:
             self.say(ended)
         if (slow := self._rank_times.remark(times)) is not None:
@@ -267,12 +269,13 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log({**numbers, "step": step})
 
-    def show(self, step: int, values: dict[str, float], seconds_left: float) -> None:
-        """Show the losses and the speed in the progress bar, or print them as a line."""
+    def show(self, step: int, values: dict[str, float], seconds_left: float | None) -> None:
+        """Show the losses and the speed in the progress bar, or print them as a line. `seconds_left`: None where the
+        speed tells nothing of the steps to come, because compilation is in it."""
         text = " ".join(f"{name.removeprefix('loss_')} {value:.4g}" for name, value in values.items())
         if self.bar.disable:
-            left = tqdm.format_interval(seconds_left)
-            print(f"step {step}/{self._steps} {text} | {left} left", file=sys.stderr, flush=True)
+            left = "compiled" if seconds_left is None else f"{tqdm.format_interval(seconds_left)} left"
+            print(f"step {step}/{self._steps} {text} | {left}", file=sys.stderr, flush=True)
         else:
             self.bar.set_postfix_str(text)
 
