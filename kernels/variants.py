@@ -12,6 +12,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,16 +121,27 @@ def tuned(
         return launch(_nearest(table, capability))
     key = (name, capability, like.dtype, shape)
     if key not in _winners:
-        times = [_milliseconds(lambda config=config: launch(config)) for config in candidates]
+        calls = [functools.partial(launch, config) for config in candidates]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            fitting = list(pool.map(_fits, calls))  # compiles, several at a time
+        times = [_milliseconds(call) if fits else float("inf") for call, fits in zip(calls, fitting, strict=True)]
         _winners[key] = best = candidates[times.index(min(times))]
         print(f"{name} sm_{capability} {like.dtype} {shape}: {best} {min(times):.4f} ms", file=sys.stderr)
     return launch(_winners[key])
 
 
-def _milliseconds(call: Callable[[], Any]) -> Any:
+def _fits(call: Callable[[], Any]) -> bool:
+    """Whether the device can launch it."""
     import triton
 
     try:
-        return triton.testing.do_bench(call, return_mode="median")
+        call()
     except triton.runtime.errors.OutOfResources:
-        return float("inf")
+        return False
+    return True
+
+
+def _milliseconds(call: Callable[[], Any]) -> Any:
+    import triton
+
+    return triton.testing.do_bench(call, return_mode="median")

@@ -90,7 +90,8 @@ def test_retuning_takes_the_fastest_candidate_once(monkeypatch, capsys):
     assert measured == [16]
     monkeypatch.setattr(variants, "RETUNE", True)
     assert taken() == taken() == milliseconds[32]
-    assert measured[1:] == [16, 32, 64, 32, 32]
+    assert sorted(measured[1:4]) == [16, 32, 64]  # compiled side by side
+    assert measured[4:] == [16, 32, 32, 32]  # those that fit are timed, and the best is launched
     assert "kernel sm_90 torch.float32 (1, 2): Config(blocks={'BLOCK': 32}" in capsys.readouterr().err
 
 
