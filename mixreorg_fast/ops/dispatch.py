@@ -153,9 +153,9 @@ def _try_backward(op: Callable[..., Any], out: Any, inputs: Sequence[Any], setti
     _tried.add(key)
     # Of this op alone: one input may be computed from another, with a network and ZeRO-3's hooks in between.
     alone = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in inputs]
-    outputs = _differentiable(op(*alone, **settings))
-    leaves = [x for x in alone if isinstance(x, Tensor) and x.requires_grad]
-    torch.autograd.grad(outputs, leaves, [torch.zeros_like(x) for x in outputs], allow_unused=True)
+    if leaves := [x for x in alone if isinstance(x, Tensor) and x.requires_grad]:
+        outputs = _differentiable(op(*alone, **settings))
+        torch.autograd.grad(outputs, leaves, [torch.zeros_like(x) for x in outputs], allow_unused=True)
 
 
 def _differentiable(out: Any) -> list[Tensor]:
