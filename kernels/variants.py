@@ -123,19 +123,20 @@ def tuned(
     if key not in _winners:
         calls = [functools.partial(launch, config) for config in candidates]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            fitting = list(pool.map(_fits, calls))  # compiles, several at a time
+            fitting = list(pool.map(functools.partial(_fits, like.device), calls))  # compiles, several at a time
         times = [_milliseconds(call) if fits else float("inf") for call, fits in zip(calls, fitting, strict=True)]
         _winners[key] = best = candidates[times.index(min(times))]
         print(f"{name} sm_{capability} {like.dtype} {shape}: {best} {min(times):.4f} ms", file=sys.stderr)
     return launch(_winners[key])
 
 
-def _fits(call: Callable[[], Any]) -> bool:
-    """Whether the device can launch it."""
+def _fits(device: torch.device, call: Callable[[], Any]) -> bool:
+    """Whether `device` can launch it; in any thread."""
     import triton
 
     try:
-        call()
+        with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else _HERE:
+            call()
     except triton.runtime.errors.OutOfResources:
         return False
     return True

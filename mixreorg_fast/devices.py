@@ -126,8 +126,8 @@ def hidden() -> bool:
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor to `device`; from pinned memory, so that the host does not wait for a GPU."""
-    if device.type == "cpu":
-        return tensor
+    if device.type == "cpu" or tensor.device.type != "cpu":  # the latter: made under a default device
+        return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

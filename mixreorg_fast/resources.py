@@ -81,7 +81,14 @@ def _evaluate(config: Config, dtype: torch.dtype) -> None:
 
 def _ops(dtype: torch.dtype) -> None:
     """Modes and shapes of the public ops that the network does not ask for."""
-    for groups, patches, channels in ((64, 196, 384), (8, 64, 384), (128, 300, 100), (7, 13, 40)):
+    for groups, patches, channels in (
+        (64, 196, 384),
+        (8, 64, 384),
+        (128, 300, 100),
+        (7, 13, 40),
+        (64, 196, 192),
+        (64, 100, 128),
+    ):
         for hard in (True, False):
             for wanted in ("none", "soft", "used"):
                 q, k, v = (_leaf(IMAGES, rows, channels, dtype=dtype) for rows in (groups, patches, patches))
@@ -103,7 +110,7 @@ def _ops(dtype: torch.dtype) -> None:
         shapes = ((first, 196), (second, first), (second, 256), (256,))
         maps, pooled, segments, texts = (_leaf(IMAGES, *shape, dtype=dtype) for shape in shapes)
         _backward(ops.mixed_segmentation_loss(maps, pooled, segments, texts, plan, 10.0, impl="triton"))
-    for width in (256, 100):
+    for width in (256, 128, 100, 64):
         image, texts = _leaf(IMAGES, width, dtype=dtype), _leaf(IMAGES, 3, width, dtype=dtype)
         _backward(ops.contrastive_loss(image, texts, 10.0, impl="triton"))
         scale = torch.empty((), device="meta")
@@ -151,6 +158,8 @@ def main() -> int:
                         known.add((launch.kernel, launch.variant, launch.num_warps))
                         fits = launch.shared_bytes <= SHARED_BYTES[architecture]
                         wrong += not fits or bool(launch.faults)
+                        for fault in launch.faults if options.check else ():
+                            print(f"{launch.kernel}, sm_{architecture}, {name}: {fault}", file=sys.stderr)
                         print(json.dumps({**asdict(launch), "fits": fits, "call": name}), flush=True)
                 launches.clear()
     return int(options.check and wrong > 0)

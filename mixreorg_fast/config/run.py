@@ -34,7 +34,8 @@ class TrainConfig(Section):
     compile: bool | None = key(None, "torch.compile the network; null: on a GPU, except with ZeRO-3")
     cuda_graphs: bool | None = key(
         None,
-        "replay compiled encoders from CUDA graphs; null: where they are compiled on a GPU and nothing is recomputed",
+        "replay compiled encoders from CUDA graphs; null: that of images, where it is compiled on a GPU and nothing is "
+        "recomputed; true: that of captions too, recorded for each number of their rows",
     )
     log_every: Positive = key(10, "steps between reports")
     spike: NonNegativeFloat = key(
@@ -194,7 +195,7 @@ class Config(Section):
         return self.train.compile
 
     def replays(self, device_type: str) -> bool:
-        """Whether training replays the compiled encoders from CUDA graphs on this type of device."""
+        """Whether training replays the compiled image encoder from CUDA graphs on this type of device."""
         if self.train.cuda_graphs is None:
             able = self.deepspeed.zero_stage < 3 and not self.train.checkpoint_activations
             return able and device_type == "cuda" and self.compiles(device_type)

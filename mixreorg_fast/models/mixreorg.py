@@ -262,8 +262,13 @@ class MixReorg(nn.Module):
 
     def _run(self, function: Callable, *args, dynamic: bool = False):
         """Call a function of the encoders, compiled and with activation checkpointing where the configuration says so;
-        `dynamic`: see :func:`~mixreorg_fast.models.layers.compiled_call`."""
-        run = self._runner(dynamic=dynamic, cuda_graphs=self._replays)
+        `dynamic`: see :func:`~mixreorg_fast.models.layers.compiled_call`.
+
+        Captions are not replayed unasked: for each number of their rows their graphs, and the image encoder's backward
+        behind them, are recorded anew, and DALI may break a recording by waiting for the device in its thread.
+        """
+        graphs = self._replays and (not dynamic or self.config.train.cuda_graphs is True)
+        run = self._runner(dynamic=dynamic, cuda_graphs=graphs)
         if self.config.train.checkpoint_activations and self.training:
             return checkpoint(run, function, *args, use_reentrant=False, preserve_rng_state=False)
         return run(function, *args)

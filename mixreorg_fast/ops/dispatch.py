@@ -146,7 +146,9 @@ def _try_backward(op: Callable[..., Any], out: Any, inputs: Sequence[Any], setti
     outputs = _differentiable(out)
     if not outputs or not _on_gpu(outputs[0]) or variants.offline_architecture is not None:
         return
-    key = (op.__qualname__, outputs[0].device, outputs[0].dtype, outputs[0].shape[1:])
+    tensors = [(x.device, x.dtype, x.shape[1:]) for x in (*outputs, *inputs) if isinstance(x, Tensor)]
+    modes = [value for value in settings.values() if isinstance(value, str | bool)]
+    key = (op.__qualname__, *tensors, *modes)
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
     if key in _tried or hooks:  # checkpointing would recompute
         return

@@ -53,7 +53,7 @@ def stochastic_depth_reference(
     branch = torch.arange(branches, device=seed.device)[:, None]
     block = torch.arange(len(rates), device=seed.device)[:, None, None]
     bits = torch.stack(philox(seed, image, branch, block, torch.zeros_like(image))[:2]).flatten(2)
-    rate = upload(torch.tensor(rates, dtype=torch.float64, device="cpu"), seed.device)[:, None]
+    rate = upload(torch.tensor(rates, dtype=torch.float64), seed.device)[:, None]
     return (bits.double() * 2.0**-32 >= rate).float() / (1 - rate).float()
 
 

@@ -106,7 +106,7 @@ def out_of_memory_in_one_line(config: Config, micro_batch: int) -> Iterator[None
         groups = micro_batch * settings.accumulation // config.group_size
         splits = [n for n in range(settings.accumulation + 1, groups + 1) if groups % n == 0]
         choices = [f"train.accumulation={splits[0]} with train.grad_cache=true"] if splits else []
-        if not settings.checkpoint_activations:
+        if not settings.checkpoint_activations and not settings.cuda_graphs:
             choices.append("train.checkpoint_activations=true")
         choices.append(f"a train.batch below {settings.batch}")
         raise RankError(

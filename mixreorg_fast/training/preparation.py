@@ -144,7 +144,7 @@ def state_to_resume(config: Config, resume: str) -> dict[str, Any]:
     return {**state, "source": source}
 
 
-def prepare(config: Config, training_set: TrainingSet, start: str | None, resuming: bool) -> Config:
+def prepare(config: Config, training_set: TrainingSet, resuming: bool, start: str | None = None) -> Config:
     """Train the tokenizer if necessary, resolve `config` with its size, write both into the run folder; on one rank.
 
     `start`: the weights that a new run starts from, whose tokenizer it takes; None: random ones.

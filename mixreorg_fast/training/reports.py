@@ -40,7 +40,8 @@ class Reports:
         self._start, self._steps = start, steps
         self._log: MetricsLog | None = None
         self._told_time = False
-        self._compiling = config.compiles(ranks.device.type)  # in the steps of the first report
+        # Steps that compile, or record CUDA graphs, tell nothing of the speed.
+        self._compiled = start + 3 if config.compiles(ranks.device.type) else start
         self._own_time, self._rank_times = Stopwatch(ranks.device), RankTimes(ranks, config.log.slow_rank)
         self.restart()
 
@@ -108,6 +109,7 @@ class Reports:
         means = self.means()
         found = self._bad_samples.count(bad)
         seconds, waited, steps = time.perf_counter() - self._began, self._waited, self._steps_since
+        first = step - steps
         times = self._rank_times.gather(self._own_time.seconds() / steps)
         self.restart()
         if self._log is None:
@@ -130,12 +132,11 @@ class Reports:
         }
         self._log.write(step, values)
         losses = {name: value for name, value in means.items() if name.startswith("loss")}
-        left = None if self._compiling else (self._steps - step) * self._config.train.batch / images_per_s
+        left = None if first < self._compiled else (self._steps - step) * self._config.train.batch / images_per_s
         self._log.show(step, {**losses, "images/s": images_per_s}, left)
         if left is not None and not self._told_time and step < self._steps:
             self._told_time = True
             self.say(expected(left, self._steps - step))
-        self._compiling = False
         if (ended := self._bad_samples.remark(samples)) is not None:
             self.say(ended)
         if (slow := self._rank_times.remark(times)) is not None:

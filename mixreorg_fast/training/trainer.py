@@ -73,7 +73,7 @@ def train(config: Config, resume: str = "auto", device: str | None = None) -> di
     start = None
     if config.model.init is not None and not state:
         start = on_main(lambda: pinned(str(config.model.init)))  # one commit for weights and tokenizer, on all ranks
-    config = on_main(lambda: preparation.prepare(config, training_set, start, resuming=bool(state)))
+    config = on_main(lambda: preparation.prepare(config, training_set, bool(state), start))
     if ranks.is_main and state.get("order", training_set.digest) != training_set.digest:
         print("warning: data.shards have changed: the samples' order changes from here on", flush=True)
     with Watch(ranks, config.train.timeout, config.run_folder) as watch:

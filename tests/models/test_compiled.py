@@ -9,7 +9,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from mixreorg_fast import ops, ranks
 from mixreorg_fast.models import Batch, MixReorg, layers
-from mixreorg_fast.models.layers import Projection, compiled_call
+from mixreorg_fast.models.layers import Projection, call, compiled_call
 from tests.tiny import fill, random_batch, tiny_config
 
 pytestmark = pytest.mark.slow
@@ -176,3 +176,18 @@ def test_the_host_never_waits(precision, device):
         model(batch)["loss"].backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("setting", "captions_too"), [(None, False), (True, True)])
+def test_captions_are_replayed_only_if_asked_for(setting, captions_too, monkeypatch):
+    """Their number of rows changes, and with it everything that is recorded behind them."""
+    asked = set()
+    monkeypatch.setattr(MixReorg, "_replays", True)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+    monkeypatch.setattr(
+        MixReorg, "_runner", lambda self, dynamic=False, cuda_graphs=False: asked.add((dynamic, cuda_graphs)) or call
+    )
+    model = module(train={"cuda_graphs": setting})
+    model(random_batch(model.config, 8))
+    assert {graphs for dynamic, graphs in asked if dynamic} == {captions_too}
+    assert (False, True) in asked  # the image encoder's
