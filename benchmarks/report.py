@@ -88,6 +88,7 @@ def implementations(file: Row, op: str, dtype: str) -> dict[str, dict[str, Row]]
 
 
 def ours(by_name: Mapping[str, Row]) -> Row | None:
+    """What trains or segments here by default; where that was not measured, the next to it. Of an op, the kernel."""
     return by_name.get("ours") or by_name.get("ours in CUDA graphs") or by_name.get("triton")
 
 
@@ -290,10 +291,12 @@ def op_table(op: str, rows: Sequence[Row]) -> list[str]:
 def throughput_table(op: str, rows: Sequence[Row]) -> list[str]:
     """A line per shape and implementation; the gain of ours over each other implementation at the same shape."""
     head = ["shape", "dtype", "implementation", "images/s", "ms", "ours against it", "peak MB", "of the limit"]
-    ours = {(row["shape"], row["dtype"]): row for row in rows if row["implementation"] == "ours"}
+    by_case: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        by_case.setdefault((row["shape"], row["dtype"]), {})[row["implementation"]] = row
     body = []
     for row in rows:
-        mine = ours.get((row["shape"], row["dtype"]))
+        mine = ours(by_case[row["shape"], row["dtype"]])
         cells = [row["shape"], row["dtype"], row["implementation"], f"{row['images_per_s']:.4g}", milliseconds(row)]
         cells += [ratio(row, mine) if row is not mine else "", megabytes(row)]
         body.append([*cells, share(row) if row["limit_fraction"] else "–"])
