@@ -31,18 +31,21 @@ CONFIGS = {
         2**12: _SMALL_16,
         2**13: _on(channels=64, warps=8),
         2**14: {
-            **_on(80, 86, 89, channels=64, warps=16),
+            **_on(80, 86, 89, 120, channels=64, warps=16),
             **_on(90, channels=128, warps=16),
-            **_on(120, channels=32, warps=16),
         },
     },
     ("backward", 2): {
         2**12: _SMALL_16,
         2**13: {**_on(channels=32, warps=8), **_on(90, channels=64, warps=8)},
-        2**14: {**_on(80, 86, 89, 120, channels=32, warps=8), **_on(90, channels=64, warps=8, stages=3)},
+        2**14: {
+            **_on(80, 120, channels=32, warps=8),
+            **_on(86, 89, channels=32, warps=8, stages=3),
+            **_on(90, channels=64, warps=8, stages=3),
+        },
     },
     ("backward with map", 2): {
-        2**12: _SMALL_16,
+        2**12: {**_SMALL_16, **_on(80, channels=64, warps=4, most_registers=255)},  # ptxas would stop at 128 and spill
         2**13: {**_on(channels=32, warps=8), **_on(90, channels=64, warps=8)},
         2**14: {**_on(80, channels=32, warps=8, stages=3), **_on(86, 89, 90, 120, channels=32, warps=8)},
     },
