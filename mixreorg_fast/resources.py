@@ -86,7 +86,6 @@ def _ops(dtype: torch.dtype) -> None:
         (8, 64, 384),
         (128, 300, 100),
         (7, 13, 40),
-        (64, 196, 192),
         (64, 100, 128),
     ):
         for hard in (True, False):
