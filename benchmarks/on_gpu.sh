@@ -15,6 +15,7 @@ shift
 python=${PYTHON:-.venv/bin/python}
 [ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python3
 failed=0 # exit code of the last command that failed
+large="31 or 32768 or large or model_sizes" # tests that need most of a GPU's memory
 together=
 ! "$python" -c 'import xdist' 2>/dev/null || together="-n $(($(nproc) / 2)) --dist worksteal"
 
@@ -43,7 +44,6 @@ train() { # name, settings
 
 case $part in
   tests)
-    large="31 or 32768 or large or model_sizes"
     # shellcheck disable=SC2086
     go "$python" -m pytest -q -p no:cacheprovider $together tests/ops tests/models tests/training/test_train.py \
       tests/training/test_synchronisation.py tests/data/test_loader.py -k "not ($large)" "$@"
@@ -51,7 +51,7 @@ case $part in
     ;;
   memcheck)
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 go compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m pytest -q -x \
-      tests/ops -k "not 31 and not 32768 and not large and not model_sizes and not capture and not graph" "$@"
+      tests/ops -k "not ($large or capture or graph)" "$@"
     ;;
   train)
     train plain "$@"

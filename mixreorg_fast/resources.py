@@ -157,7 +157,7 @@ def main() -> int:
                         known.add((launch.kernel, launch.variant, launch.num_warps))
                         fits = launch.shared_bytes <= SHARED_BYTES[architecture]
                         wrong += not fits or bool(launch.faults)
-                        for fault in launch.faults if options.check else ():
+                        for fault in launch.faults:
                             print(f"{launch.kernel}, sm_{architecture}, {name}: {fault}", file=sys.stderr)
                         print(json.dumps({**asdict(launch), "fits": fits, "call": name}), flush=True)
                 launches.clear()

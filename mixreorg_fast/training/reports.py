@@ -40,8 +40,8 @@ class Reports:
         self._start, self._steps = start, steps
         self._log: MetricsLog | None = None
         self._told_time = False
-        # Steps that compile, or record CUDA graphs, tell nothing of the speed.
-        self._compiled = start + 3 if config.compiles(ranks.device.type) else start
+        # The first steps compile and record CUDA graphs; their speed says nothing of the steps to come.
+        self._steady_from = start + 3 if config.compiles(ranks.device.type) else start
         self._own_time, self._rank_times = Stopwatch(ranks.device), RankTimes(ranks, config.log.slow_rank)
         self.restart()
 
@@ -132,7 +132,7 @@ class Reports:
         }
         self._log.write(step, values)
         losses = {name: value for name, value in means.items() if name.startswith("loss")}
-        left = None if first < self._compiled else (self._steps - step) * self._config.train.batch / images_per_s
+        left = None if first < self._steady_from else (self._steps - step) * self._config.train.batch / images_per_s
         self._log.show(step, {**losses, "images/s": images_per_s}, left)
         if left is not None and not self._told_time and step < self._steps:
             self._told_time = True
@@ -275,8 +275,9 @@ class MetricsLog:
         speed tells nothing of the steps to come, because compilation is in it."""
         text = " ".join(f"{name.removeprefix('loss_')} {value:.4g}" for name, value in values.items())
         if self.bar.disable:
-            left = "compiled" if seconds_left is None else f"{tqdm.format_interval(seconds_left)} left"
-            print(f"step {step}/{self._steps} {text} | {left}", file=sys.stderr, flush=True)
+            if seconds_left is not None:
+                text += f" | {tqdm.format_interval(seconds_left)} left"
+            print(f"step {step}/{self._steps} {text}", file=sys.stderr, flush=True)
         else:
             self.bar.set_postfix_str(text)
 
