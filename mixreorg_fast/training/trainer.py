@@ -101,7 +101,7 @@ class Trainer:
         ranks: Ranks,
         watch: Watch,
         state: dict[str, Any],
-        start: str | None,
+        start: str | None = None,
     ):
         self.config, self.training_set, self.ranks, self.watch = config, training_set, ranks, watch
         self.run_folder = config.run_folder
