@@ -21,6 +21,7 @@ class TrainConfig(Section):
     grad_cache: bool = key(False, "accumulate with losses over the whole batch (one more forward)")
     steps: Positive | None = key(None, "optimizer steps; overrides epochs")
     epochs: PositiveFloat = key(30, "passes over the training set")
+    optimizer: Literal["adamw", "muon"] = key("adamw", "muon: AdamW, with orthogonalised updates of weight matrices")
     lr: PositiveFloat = key(1.6e-3, "peak of the learning rate")
     min_lr: NonNegativeFloat = key(4e-5, "learning rate at the end")
     warmup_steps: NonNegative | None = key(None, "steps of warm-up; overrides warmup_epochs")
@@ -179,6 +180,8 @@ class Config(Section):
             )
         if self.model.method == "mixreorg" and not self.loss.mixed and not self.loss.restored:
             yield "loss.mixed and loss.restored are both 0, which is model.method 'groupvit'"
+        if self.train.optimizer == "muon" and (self.deepspeed.zero_stage == 3 or self.deepspeed.offload_optimizer):
+            yield "train.optimizer muon needs deepspeed.zero_stage 0, 1 or 2 without offload_optimizer"
         if self.train.cuda_graphs and self.deepspeed.zero_stage == 3:
             yield "train.cuda_graphs needs weights that stay: deepspeed.zero_stage 0, 1 or 2, not 3"
 

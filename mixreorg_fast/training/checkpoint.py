@@ -209,7 +209,7 @@ def find(run: Path, resume: str) -> list[Path]:
 def read_state(checkpoint: Path, expected: dict[str, Any]) -> dict[str, Any]:
     """``state.json`` of a checkpoint whose files have the SHA-256 noted there; else :class:`Damaged`.
 
-    Another value of a setting in `expected` ends in a UserError.
+    Another value of a setting in `expected` ends in a UserError; older checkpoints do not name all of them.
     """
     path = checkpoint / STATE
     try:
@@ -226,8 +226,8 @@ def read_state(checkpoint: Path, expected: dict[str, Any]) -> dict[str, Any]:
         if sha256(checkpoint / name) != digest:
             raise Damaged(f"{checkpoint / name} is damaged: its SHA-256 is not the one noted in {STATE}")
     for key, value in expected.items():
-        if state.get(key) != value:
-            raise UserError(f"{checkpoint} was written with {key} {state.get(key)}; this run has {key} {value}")
+        if state.get(key, value) != value:
+            raise UserError(f"{checkpoint} was written with {key} {state[key]}; this run has {key} {value}")
     return state
 
 

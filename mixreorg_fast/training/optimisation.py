@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from ..config import Config
+from ..models import MixReorg
 from ..ranks import Ranks
+from .muon import MOMENTUM, Flat, directions
 from .watch import StopRequest
 
 SETTLED = 20  # steps before the guard can refuse a finite norm
@@ -41,14 +43,19 @@ def schedule_length(config: Config, samples: int) -> tuple[int, int]:
     return steps, min(round(config.train.warmup_epochs * per_epoch), steps // 10)
 
 
-def optimizer(model: nn.Module, config: Config, guard: StepGuard | None = None) -> GuardedAdamW:
-    """AdamW without weight decay of biases, normalisations, learned tokens and the logit scale."""
+def optimizer(model: MixReorg, config: Config, guard: StepGuard | None = None) -> GuardedOptimizer:
+    """AdamW, or Muon for the weight matrices; without weight decay of biases, normalisations, embeddings, learned
+    tokens and the logit scale."""
     decayed, free = [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() >= 2 and not name.endswith(("tokens.weight", "positions.weight"))
         (decayed if is_matrix and "embedding" not in name else free).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.train.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return GuardedAdamW(groups, guard, lr=config.train.lr, betas=config.train.betas, fused=True)
+    groups = [
+        {"params": decayed, "weight_decay": config.train.weight_decay, "matrices": True},
+        {"params": free, "weight_decay": 0.0, "matrices": False},
+    ]
+    made: Any = GuardedMuon if config.train.optimizer == "muon" else GuardedOptimizer
+    return made(groups, guard, model.dtype, lr=config.train.lr, betas=config.train.betas, fused=True)
 
 
 def deepspeed_config(config: Config, world_size: int, *, on_gpu: bool = False) -> dict[str, Any]:
@@ -66,7 +73,7 @@ def deepspeed_config(config: Config, world_size: int, *, on_gpu: bool = False) -
         "gradient_clipping": config.train.clip,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,  # GuardedAdamW, a class that it does not know
+        "zero_allow_untested_optimizer": True,  # GuardedOptimizer, a class that it does not know
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice in every micro-step
     }
@@ -139,12 +146,61 @@ class StepGuard:
         return self.refuses(self._outcome()[0])
 
 
-class GuardedAdamW(torch.optim.AdamW):
+class GuardedOptimizer(torch.optim.AdamW):
     """AdamW that skips the steps that a guard refuses; to DeepSpeed, which wraps it, they are steps like any other."""
 
-    def __init__(self, parameters: Iterable[dict[str, Any]], guard: StepGuard | None, **options: Any):
+    def __init__(
+        self, parameters: Iterable[dict[str, Any]], guard: StepGuard | None, dtype: torch.dtype, **options: Any
+    ):
         super().__init__(parameters, **options)
-        self._guard = guard
+        self._guard, self._dtype = guard, dtype
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        return None if self._guard is not None and self._guard.refuses_now() else super().step(closure)
+        if self._guard is None or not self._guard.refuses_now():
+            self._take()
+        return None
+
+    def _take(self) -> None:
+        super().step()
+
+    def lay_out(self, engine: Any) -> None:
+        """Called once DeepSpeed's engine has replaced the parameters by its own tensors."""
+
+
+class GuardedMuon(GuardedOptimizer):
+    """As :class:`GuardedOptimizer`, with Muon's update of the weight matrices, the groups with ``"matrices": True``.
+
+    Muon's momentum is kept as Adam's first moment; the second stays 0.
+    """
+
+    _flat: Flat | None = None  # None: each matrix is a tensor of its own
+
+    def lay_out(self, engine: Any) -> None:
+        self._flat = Flat(engine.optimizer) if engine.zero_optimization_stage() else None
+
+    @torch.no_grad()
+    def _take(self) -> None:
+        # With ZeRO, DeepSpeed calls this for each group alone.
+        for group in self.param_groups:
+            if group["matrices"]:
+                self._take_matrices(group)
+        super()._take()  # of the other groups: these have no gradients left
+
+    def _take_matrices(self, group: dict[str, Any]) -> None:
+        tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
+        updates = [tensor.grad.lerp(self._momentum(tensor), MOMENTUM) for tensor in tensors]
+        if self._flat is None:
+            found = directions([update.flatten(1) for update in updates], self._dtype)
+        else:
+            found = [self._flat.directions(update, self._dtype) for update in updates]
+        for tensor, direction in zip(tensors, found, strict=True):
+            tensor.mul_(1 - group["lr"] * group["weight_decay"])
+            tensor.sub_(direction.view_as(tensor), alpha=group["lr"])
+            tensor.grad = None
+
+    def _momentum(self, tensor: Tensor) -> Tensor:
+        """The momentum after this step's gradient."""
+        state = self.state[tensor]
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(tensor)
+        return state["exp_avg"].lerp_(tensor.grad, 1 - MOMENTUM)

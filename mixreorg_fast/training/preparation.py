@@ -28,7 +28,7 @@ from .reports import import_wandb
 from .summary import SCENES
 
 # Settings that identify a run; everything else may change when it is resumed.
-MADE_OF = ("seed", "model", "mixing", "loss", "schedule", "data", "train.batch")
+MADE_OF = ("seed", "model", "mixing", "loss", "schedule", "data", "train.batch", "train.optimizer")
 # Parts of these that do not change what is trained.
 FREE = {"loss.exchange"} | {f"data.{name}" for name in ("val_shards", "verify", "max_bad", "threads", "prefetch")}
 FREE |= {f"data.cache.{name}" for name in ("folder", "size", "workers", "patience")}
@@ -122,7 +122,7 @@ def state_to_resume(config: Config, resume: str) -> dict[str, Any]:
             number = next(n for n in itertools.count(1) if not run.with_name(f"{run.name}.{n}").exists())
             print(f"{run} is renamed to {run.rename(run.with_name(f'{run.name}.{number}'))}", flush=True)
         return {}
-    expected = {"seed": config.seed, "batch": config.train.batch}
+    expected = {"seed": config.seed, "batch": config.train.batch, "optimizer": config.train.optimizer}
     while True:
         source = candidates.pop(0)
         try:

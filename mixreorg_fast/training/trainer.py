@@ -128,12 +128,14 @@ class Trainer:
         if ranks.is_main:
             print(opening(config, len(self.training_set), module, self.steps), flush=True)
         module.to(ranks.device)
+        steps = optimizer(module, config, self.guard)
         engine, *_ = import_deepspeed().initialize(
             model=module,
-            optimizer=optimizer(module, config, self.guard),
+            optimizer=steps,
             config=deepspeed_config(config, ranks.size, on_gpu=ranks.device.type == "cuda"),
         )
         wait_patiently()
+        steps.lay_out(engine)
         checkpoint.start_moments(engine)
         if source is not None:
             checkpoint.restore_moments(engine, source, self.guard.taken)
@@ -364,6 +366,7 @@ class Trainer:
             "guard": self.guard.state(),
             "seed": self.config.seed,
             "batch": self.config.train.batch,
+            "optimizer": self.config.train.optimizer,
             "order": self.training_set.digest,
             "remote": self.training_set.counts,
             "best": self.best,

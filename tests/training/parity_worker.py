@@ -3,7 +3,7 @@ running averages; with GradCache, of one big batch. And checkpoints: what one Ze
 stage and by another.
 
 test_parity.py starts it, one launch for all cases: ``torchrun --nproc_per_node 2 -m tests.training.parity_worker FILE``
-(by hand, a part of the cases' names may follow).
+(by hand, a part of the cases' or engines' names may follow).
 """
 
 import copy
@@ -32,7 +32,10 @@ SECTIONS = {f"zero{stage}": {"zero_stage": stage} for stage in range(4)} | {
     "offload2": {"zero_stage": 2, "offload_optimizer": True},
     "offload3": {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
 }
-RESUMED = list(zip(ENGINES[1:], [*ENGINES[2:], ENGINES[1]], strict=True))  # each to the next one
+MUON = ["muon0", "muon1", "muon2"]
+SECTIONS |= {name: {"zero_stage": stage} for stage, name in enumerate(MUON)}
+# Each to the next one.
+RESUMED = [pair for names in (ENGINES[1:], MUON) for pair in zip(names, [*names[1:], names[0]], strict=True)]
 
 
 def cases(world: int) -> list[dict]:
@@ -85,6 +88,7 @@ def settings(case: dict):
             "precision": case["precision"],
             "checkpoint_activations": case.get("checkpoint", False),
             "clip": 0.0,
+            "optimizer": "muon" if case["engine"] in MUON else "adamw",
         },
         mixing=case.get("mixing", {}),
         deepspeed=SECTIONS[case["engine"]],
@@ -226,9 +230,9 @@ def start(name: str, checkpointed: Path | None = None):
     if checkpointed is not None:
         fill(model, seed=1)
         checkpoint.restore_weights(model, checkpointed)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer(model, config), config=deepspeed_config(config, WORLD)
-    )
+    steps = optimizer(model, config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=steps, config=deepspeed_config(config, WORLD))
+    steps.lay_out(engine)
     checkpoint.start_moments(engine)
     if checkpointed is not None:
         checkpoint.restore_moments(engine, checkpointed, updates=2)
@@ -274,7 +278,9 @@ def main(out: str, only: str = "") -> None:
     world = initialise()
     torch.set_num_threads(1)
     results = {case["name"]: compare(case, truth, world.rank) for case, truth in zip(chosen, expected, strict=True)}
-    for name, other in RESUMED if WORLD == 2 and not only else ():
+    for name, other in RESUMED if WORLD == 2 else ():
+        if only not in name:
+            continue
         results[f"{name} to {other}"] = resume(name, other, Path(out).parent, world)
     if world.is_main:
         Path(out).write_text(json.dumps(results, indent=2))
