@@ -62,6 +62,9 @@ class MixingConfig(Section):
     """MixReorg, section 3; the values are ours (the paper's are not available to us)."""
 
     context_blocks: NonNegative = key(2, "stage-1 blocks before patches are mixed")
+    context_share: Annotated[float, Field(gt=0.0, le=1.0)] = key(
+        1.0, "share of the mixing groups whose patches are mixed with context; the others are mixed as embedded"
+    )
     group_size: Annotated[int, Field(ge=2)] = key(4, "images whose patches are mixed with each other")
     blend: Fraction = key(0.5, "share of the original features in each progressive blend")
     group_tokens: Literal["mean", "learned"] = key(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..config import Config
+from ..devices import upload
 from ..ranks import gather_rows
 from .features import Features
 from .groupvit import GroupViT
@@ -190,26 +191,37 @@ class MixReorg(nn.Module):
         tokens = self._run(encoder.begin, batch.images, self.dtype)
         if plan is None:
             return encoder.run_blocks(tokens, 0, drops=drops, run=self._run)
-        tokens = self.contextual_mixing(tokens, plan, drops)
-        tokens = self.progressive_mixing(tokens, plan, drops)
+        contextual = self._contextual(batch)
+        tokens = self.contextual_mixing(tokens, plan, drops, contextual)
+        tokens = self.progressive_mixing(tokens, plan, drops, contextual)
         return self.restoration(tokens, plan)
 
-    def contextual_mixing(self, tokens: Tensor, plan: ops.MixPlan, drops: Tensor | None) -> Tensor:
+    def contextual_mixing(self, tokens: Tensor, plan: ops.MixPlan, drops: Tensor | None, contextual: Tensor | None):
         """``[original | mixed]``, ``[2B, N + G, C]``: the first blocks of stage 1 give each patch the context of its
-        image; then patches are mixed across the images of a group."""
-        context = self.config.mixing.context_blocks
-        tokens = self.backbone.image_encoder.run_blocks(tokens, 0, 0, context, drops, self._run)
-        return ops.mix_tokens(tokens, plan, self._branch_groups(tokens.dtype, _MIXED))
+        image; then patches are mixed across the images of a group.
 
-    def progressive_mixing(self, tokens: Tensor, plan: ops.MixPlan, drops: Tensor | None) -> Tensor:
+        Args:
+            contextual: bool ``[B, 1, 1]``: images whose patches carry their context into the mix; those of the others
+                are mixed as embedded. None: all.
+        """
+        context, embedded = self.config.mixing.context_blocks, tokens
+        tokens = self.backbone.image_encoder.run_blocks(tokens, 0, 0, context, drops, self._run)
+        groups = self._branch_groups(tokens.dtype, _MIXED)
+        if contextual is None:
+            return ops.mix_tokens(tokens, plan, groups)
+        both = ops.mix_tokens(torch.where(contextual, tokens, embedded), plan, groups)
+        return torch.cat([tokens, both[len(tokens) :]])
+
+    def progressive_mixing(self, tokens: Tensor, plan: ops.MixPlan, drops: Tensor | None, contextual: Tensor | None):
         """``[original | mixed]`` after the other blocks of stage 1; after each block but the last, the original
-        features, mixed by the same plan, are blended into the mixed ones."""
+        features, mixed by the same plan, are blended into the mixed ones of the `contextual` images."""
         encoder, alpha = self.backbone.image_encoder, self.config.mixing.blend
         last = self.config.model.depths[0] - 1
         for i in range(self.config.mixing.context_blocks, last + 1):
             tokens = encoder.run_blocks(tokens, 0, i, i + 1, drops, self._run)
             if i < last and alpha > 0:
-                tokens = ops.blend_tokens(tokens, plan, alpha)
+                blended = ops.blend_tokens(tokens, plan, alpha)
+                tokens = blended if contextual is None else torch.where(contextual.repeat(2, 1, 1), blended, tokens)
         return tokens
 
     def restoration(self, tokens: Tensor, plan: ops.MixPlan) -> Tensor:
@@ -219,6 +231,14 @@ class MixReorg(nn.Module):
             return tokens
         groups = self._branch_groups(tokens.dtype, _RESTORED)
         return ops.restore_tokens(tokens, plan, groups, keep_mixed=_MIXED in self.branches)
+
+    def _contextual(self, batch: Batch) -> Tensor | None:
+        """Images whose patches carry context into the mix, bool ``[B, 1, 1]``, spread evenly over the mixing groups of
+        all ranks; None: all."""
+        mixing, images = self.config.mixing, len(batch.images)
+        if mixing.context_share == 1.0 or mixing.context_blocks == 0:
+            return None
+        return _spread(mixing.context_share, mixing.group_size, batch.first_image, images, batch.images.device)
 
     def _branch_groups(self, dtype: torch.dtype, branch: int) -> Tensor | None:
         """Learned group tokens ``[1, G, C]`` of a branch; None: the mixing group's mean of the branch before."""
@@ -320,6 +340,14 @@ class MixReorg(nn.Module):
         texts, nouns = tensors["texts"], tensors.get("nouns")
         rows = texts if nouns is None else torch.cat([texts, nouns.flatten(0, 1)])
         return _captions_and_nouns(self.backbone.text_projection(rows, len(texts), run=self._runner()), len(texts))
+
+
+@lru_cache(maxsize=64)
+def _spread(share: float, group_size: int, first_image: int, images: int, device: torch.device) -> Tensor:
+    """See :meth:`MixReorg._contextual`; cached, so that a GPU's copy is made once."""
+    groups = torch.arange(first_image, first_image + images, dtype=torch.float64) // group_size
+    chosen = ((groups + 1) * share).floor() > (groups * share).floor()
+    return upload(chosen[:, None, None], device)
 
 
 def _captions_and_nouns(rows: Tensor, captions: int) -> dict[str, Tensor]:

@@ -293,3 +293,33 @@ def test_captions_whose_ends_do_not_fit_are_refused():
     for lengths in ([3], [3, 6]):
         with pytest.raises(ValueError, match=r"do not fit ids \[2, 5\]"):
             encoder(ids, torch.float32, lengths)
+
+
+def test_a_share_of_the_mixing_groups_is_mixed_without_context():
+    model = module(mixing={"context_share": 0.5, "group_size": 2, "blend": 0.5})
+    batch, encoder = random_batch(model.config, 8), model.backbone.image_encoder
+    plan, contextual = model._plan(batch), model._contextual(batch)
+    assert contextual.flatten().tolist() == [False, False, True, True] * 2  # two groups of four, evenly
+    embedded = encoder.begin(batch.images, model.dtype)
+    tokens = encoder.run_blocks(embedded, 0, 0, 1)
+    original, mixed = model.contextual_mixing(embedded, plan, None, contextual).chunk(2)
+    torch.testing.assert_close(original, tokens)
+    for source, rows in ((tokens, contextual.flatten()), (embedded, ~contextual.flatten())):
+        torch.testing.assert_close(mixed[rows], ops.mix_tokens(source, plan)[8:][rows])
+    # Blending too: without context a mixed image sees nothing of the original branch.
+    changed = embedded.clone().requires_grad_()
+    tokens = torch.cat([changed, mixed.detach()])
+    after = model.progressive_mixing(tokens, plan, None, contextual)
+    for rows, depends in ((contextual.flatten(), True), (~contextual.flatten(), False)):
+        (gradient,) = torch.autograd.grad(after[8:][rows].sum(), changed, retain_graph=True, allow_unused=True)
+        assert bool(gradient is not None and gradient.abs().sum() > 0) == depends
+
+
+def test_ranks_choose_the_same_groups_to_mix_with_context():
+    model = module(mixing={"context_share": 0.25, "group_size": 2})
+    batch = random_batch(model.config, 16)
+    whole = model._contextual(batch)
+    assert whole.float().mean() == 0.25
+    halves = [replace(batch, images=batch.images[:8]), replace(batch, images=batch.images[8:], first_image=8)]
+    assert torch.equal(whole, torch.cat([model._contextual(half) for half in halves]))
+    assert module()._contextual(batch) is None  # all
