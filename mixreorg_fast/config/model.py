@@ -78,8 +78,10 @@ class LossConfig(Section):
     original: NonNegativeFloat = key(1.0, "weight of the contrastive loss of the images")
     restored: NonNegativeFloat = key(1.0, "weight of the contrastive loss of the restored images")
     mixed: NonNegativeFloat = key(1.0, "weight of the mixed segmentation loss")
-    mixed_negatives: Literal["group", "batch"] = key(
-        "group", "negative texts of a mixed patch: those of its mixing group, or of the whole batch"
+    mixed_negatives: Literal["group", "batch", "attributed"] = key(
+        "group",
+        "negative texts of a mixed patch: those of its mixing group, or of the whole batch; attributed: of the whole "
+        "batch, weighted by how surely the patch is attributed to its image within the group",
     )
     multi_label: NonNegativeFloat = key(0.0, "weight of the contrastive loss of nouns")
     exchange: Literal["gather", "ring"] = key(

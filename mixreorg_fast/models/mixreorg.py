@@ -83,7 +83,7 @@ class MixReorg(nn.Module):
         image that own at least one patch), ``group_entropy`` (of the final segments' shares of patches, in nats).
 
         The contrastive losses are over the micro-step's images of all ranks, ``loss_mixed`` over this rank's (its
-        texts, with ``loss.mixed_negatives: batch``, over those of all ranks).
+        texts, unless ``loss.mixed_negatives`` is "group", over those of all ranks).
 
         Args:
             others: cached features of more batches; the losses are over those batches followed by this one.
@@ -153,7 +153,7 @@ class MixReorg(nn.Module):
             total = total + loss.restored * out["loss_restored"]
         if "segments" in embeddings:
             negatives = loss.mixed_negatives
-            all_texts, first_text = gather_rows(texts) if negatives == "batch" else (texts, 0)
+            all_texts, first_text = (texts, 0) if negatives == "group" else gather_rows(texts)
             out["loss_mixed"], out["mixed_accuracy"] = ops.mixed_segmentation_loss(
                 tensors["first"],
                 tensors["second"],

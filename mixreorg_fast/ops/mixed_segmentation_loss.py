@@ -12,7 +12,7 @@ from .dispatch import Impl, falls_back, scale_tensor, uses_triton, without_autoc
 from .patch_mixing import MixPlan
 from .registration import kernel
 
-Negatives = Literal["group", "batch"]
+Negatives = Literal["group", "batch", "attributed"]
 LIMITS = {"G1": 128, "G2": 64, "group_size": 64}  # what the kernels' registers hold
 
 
@@ -51,20 +51,22 @@ def mixed_segmentation_loss_reference(
     """The mean cross-entropy, and the accuracy if wanted, computed in `upcast`; `source` ``[B, N]`` are absolute image
     indices."""
     maps, labels = (first, second, segments), (source % group_size).long()
-    if negatives == "group":
-        logits = of_group = mixed_segmentation_logits(*maps, texts_of_groups(texts, group_size), logit_scale, upcast)
-        targets = labels
-    else:
-        logits, of_group = mixed_segmentation_logits(*maps, texts, logit_scale, upcast), None
-        targets = (source + first_text).long()
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    own_texts = texts_of_groups(texts[first_text : first_text + len(first)], group_size)
+    of_group = mixed_segmentation_logits(*maps, own_texts, logit_scale, upcast)
+    losses = F.cross_entropy(of_group.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    if negatives != "group":
+        of_batch = mixed_segmentation_logits(*maps, texts, logit_scale, upcast)
+        naming = of_batch.logsumexp(-1) - of_group.logsumexp(-1)
+        losses = losses + (naming if negatives == "batch" else attribution(losses, group_size) * naming)
     if not return_accuracy:
-        return loss
-    with torch.no_grad():
-        if of_group is None:
-            own_texts = texts_of_groups(texts[first_text : first_text + len(first)], group_size)
-            of_group = mixed_segmentation_logits(*maps, own_texts, logit_scale, upcast)
-        return loss, (of_group.argmax(-1) == labels).float().mean()
+        return losses.mean()
+    return losses.mean(), (of_group.argmax(-1) == labels).float().mean()
+
+
+def attribution(losses: Tensor, group_size: int) -> Tensor:
+    """How surely a patch is attributed to its image, without gradients: 1 with probability 1 of its text within the
+    group, 0 at chance or below. `losses`: cross-entropies within the group."""
+    return ((group_size * (-losses.detach()).exp() - 1) / max(group_size - 1, 1)).clamp(min=0)
 
 
 @falls_back
@@ -93,9 +95,11 @@ def mixed_segmentation_loss(
             (fp32, bf16, fp16) and have any strides (the kernel copies what is not contiguous).
         plan: the mixing of these B images.
         logit_scale: factor of the cosines, a number or a tensor of one element.
-        negatives: "batch" compares every patch with all texts, "group" with those of its mixing group. With "batch"
-            texts may be those of more images (of other ranks), ``[T, D]``; those of the B images begin at number
-            `first_text`. "batch" runs in PyTorch only and holds ``[B, N, T]``.
+        negatives: "group" compares every patch with the texts of its mixing group; "batch" with all texts, which adds
+            ``logsumexp over all texts - logsumexp over the group``; "attributed" weighs this term by how surely the
+            patch is attributed to its image within the group (:func:`attribution`). With the latter two, texts may be
+            those of more images (of other ranks), ``[T, D]``; those of the B images begin at number `first_text`. They
+            run in PyTorch only and hold ``[B, N, T]``.
         return_accuracy: adds the share of patches whose largest logit over the texts of their mixing group is that of
             their image, for either kind of `negatives`; ties take the lowest text.
     Returns:

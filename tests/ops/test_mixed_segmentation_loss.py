@@ -288,3 +288,22 @@ def test_negatives_of_the_whole_batch():
         ops.mixed_segmentation_loss(*inputs[:3], more, whole, inputs[4], negatives="batch", first_text=6)
     with pytest.raises(RuntimeError, match="negatives of the whole batch"):
         ops.mixed_segmentation_loss(*inputs[:4], whole, inputs[4], negatives="batch", impl="triton")
+
+
+def test_names_of_attributed_patches_only():
+    """Every patch tells its image within the group; against the whole batch it counts as far as it does."""
+    inputs = [x.detach().requires_grad_() for x in make((8, 5, 13, 3, 16, 4), torch.float64, "cpu")[0]]
+    plan = MixPlan.sample(8, 13, 4, generator=torch.Generator().manual_seed(0))
+    logits = inputs[4] * torch.einsum("bgn,bhg,bhd,td->bnt", *inputs[:4])  # [B, N, T]
+    own = torch.stack([logits[b].view(13, 2, 4)[:, b // 4] for b in range(8)])  # of the image's group, [B, N, K]
+    within = F.cross_entropy(own.flatten(0, 1), plan.labels.long().flatten(), reduction="none").view(8, 13)
+    among_all = F.cross_entropy(logits.flatten(0, 1), plan.source.long().flatten(), reduction="none").view(8, 13)
+    weight = ((4 * (-within).exp().detach() - 1) / 3).clamp(min=0)
+    assert (weight == 0).any() and (weight > 0).any()
+    expected = (within + weight * (among_all - within)).mean()
+    got = ops.mixed_segmentation_loss(*inputs[:4], plan, inputs[4], negatives="attributed")
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(a, b)
+    group, batch = (ops.mixed_segmentation_loss(*inputs[:4], plan, inputs[4], negatives=n) for n in ("group", "batch"))
+    assert group < got < batch
