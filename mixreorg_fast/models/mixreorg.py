@@ -236,7 +236,7 @@ class MixReorg(nn.Module):
         """Images whose patches carry context into the mix, bool ``[B, 1, 1]``, spread evenly over the mixing groups of
         all ranks; None: all."""
         mixing, images = self.config.mixing, len(batch.images)
-        if mixing.context_share == 1.0 or mixing.context_blocks == 0:
+        if mixing.context_share == 1.0:
             return None
         return _spread(mixing.context_share, mixing.group_size, batch.first_image, images, batch.images.device)
 
