@@ -108,7 +108,7 @@ def bytes_per_image(config: Config) -> dict[str, float]:
 def configuration(method: str, compiled: bool = True, **model: Any) -> Config:
     """Paper scale, in bf16; `model`: changes of its sizes."""
     sizes = {"method": method, "text": {"vocab_size": VOCABULARY}, **model}
-    return parse_config({"model": sizes, "train": {"compile": compiled}})
+    return parse_config({"model": sizes, "train": {"compile": compiled, "precision": "bf16"}})
 
 
 def rows() -> list[dict[str, Any]]:

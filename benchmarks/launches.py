@@ -158,7 +158,8 @@ def _as_on_a_gpu(launches: Launches) -> Iterator[None]:
 def micro_step(method: str = "mixreorg", *, compiled: bool = True, **model: Any) -> Launches:
     """The launches of one forward and backward in bf16, of `method`, after a first one that compiled the parts;
     `model`: changes of the configuration's."""
-    config = parse_config({"model": {**NARROW, "method": method, **model}, "train": {"compile": compiled}})
+    train = {"compile": compiled, "precision": "bf16"}
+    config = parse_config({"model": {**NARROW, "method": method, **model}, "train": train})
     torch._dynamo.reset()
     layers.compiled_call.cache_clear()
     launches = Launches()

@@ -1,4 +1,4 @@
-"""Linear layers in fp32 by a CPU's two matrix libraries; `ONEDNN_WINS` is read from these rows. A GPU has no choice."""
+"""Linear layers in fp32 by a CPU's two matrix libraries, between which `ops.linear` chooses. A GPU has no choice."""
 
 from __future__ import annotations
 

@@ -131,6 +131,18 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def has_bf16_products(device: torch.device) -> bool:
+    """Whether `device` has instructions for products of bf16: a GPU from Ampere on, a CPU with AVX512_BF16.
+
+    PyTorch computes bf16 without them too, slower than fp32: ``torch.cuda.is_bf16_supported()`` and
+    ``torch.ops.mkldnn._is_mkldnn_bf16_supported()`` are true where it is emulated (the latter with any AVX-512). Every
+    CPU with AMX has AVX512_BF16.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
 def set_tf32(on: bool) -> None:
     """Compute fp32 matrix products and convolutions on GPUs in TF32 (10 bits of mantissa), or in fp32.
 

@@ -25,7 +25,7 @@ from .ops.contrastive_blocks import TRITON
 
 IMAGES, CLASSES, WORDS = 64, 150, 24
 _FP32, _SOFT = {"train": {"precision": "fp32"}}, {"model": {"hard_assignment": False, "gumbel": False}}
-BASE = {"model": {"text": {"layers": 1, "vocab_size": 512}}, "train": {"compile": False}}
+BASE = {"model": {"text": {"layers": 1, "vocab_size": 512}}, "train": {"compile": False, "precision": "bf16"}}
 # Changes of the default configuration, which is the paper's, that make other variants of the kernels run.
 TRAININGS = {
     "training": {},

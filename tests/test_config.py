@@ -29,7 +29,7 @@ def test_defaults_are_the_paper_scale():
     assert config.model.patches == 196
     assert (config.model.depths, config.model.groups) == ((6, 3, 3), (64, 8))
     assert (config.train.batch, config.train.epochs, config.train.warmup_epochs) == (4096, 30, 2)
-    assert config.train.precision == "bf16"
+    assert config.train.precision == "auto"
 
 
 RUNS = [path for path in sorted(CONFIGS.glob("*.json")) if "study" not in path.stem]
@@ -69,7 +69,7 @@ def test_shipped_configurations(path):
         ({"deepspeed": {"options": {"optimizer": {}}}}, ["options.optimizer", "train.lr"]),
         ({"deepspeed": {"offload_parameters": True}}, ["offload_parameters", "zero_stage 3"]),
         ({"train": {"cuda_graphs": True, "compile": False}}, ["cuda_graphs", "compile"]),
-        ({"train": {"tf32": True}}, ["tf32 needs precision fp32, got bf16"]),
+        ({"train": {"tf32": True}}, ["tf32 needs precision fp32, got auto"]),
         ({"train": {"cuda_graphs": True, "checkpoint_activations": True}}, ["cuda_graphs", "checkpoint_activations"]),
         ({"train": {"cuda_graphs": True}, "deepspeed": {"zero_stage": 3}}, ["cuda_graphs", "zero_stage 0, 1 or 2"]),
     ],

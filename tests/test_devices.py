@@ -49,6 +49,16 @@ def test_a_gpu_that_pytorch_can_use_is_taken(machine, monkeypatch):
     assert choose("cuda:0") == torch.device("cuda", 0)
 
 
+def test_bf16_products(monkeypatch):
+    for capability, native in (((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert devices.has_bf16_products(torch.device("cuda", 0)) == native
+    for native in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=native: found)
+        assert devices.has_bf16_products(torch.device("cpu")) == native
+    assert not devices.has_bf16_products(torch.device("meta"))
+
+
 @pytest.mark.parametrize(
     ("driver", "cuda", "parts", "not_said"),
     [

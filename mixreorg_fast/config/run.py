@@ -29,7 +29,9 @@ class TrainConfig(Section):
     weight_decay: NonNegativeFloat = key(0.05, "weight decay of weight matrices")
     betas: tuple[Fraction, Fraction] = key((0.9, 0.999), "AdamW's decay rates of the two moments")
     clip: NonNegativeFloat = key(5.0, "gradient norm limit, 0 = off")
-    precision: Literal["bf16", "fp32"] = key("bf16", "dtype of activations; weights are fp32")
+    precision: Literal["auto", "bf16", "fp32"] = key(
+        "auto", "dtype of activations (weights are fp32); auto: bf16 on a GPU or CPU with bf16 products, else fp32"
+    )
     tf32: bool = key(False, "compute fp32 matrix products and convolutions of a GPU in TF32")
     checkpoint_activations: bool = key(False, "recompute activations in backward: less memory, more time")
     compile: bool | None = key(None, "torch.compile the network; null: on a GPU, except with ZeRO-3")

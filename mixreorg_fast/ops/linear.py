@@ -2,52 +2,74 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .dispatch import choose
 
 LinearImpl = Literal["auto", "onednn", "torch"]
 
-# Processors, as (vendor, instruction set), on which oneDNN was measured faster in fp32 than PyTorch's choice
-# (benchmarks/test_linear.py). PyTorch calls Intel's MKL, which uses no AVX-512 on other vendors' processors.
-ONEDNN_WINS = {("AuthenticAMD", "AVX512")}
+# What `onednn_wins` measures: rows, channels in and out, and how often. About 20 ms in all.
+ROWS, CHANNELS, OUT, REPEATS = 512, 384, 384, 7
+# The least gain for which oneDNN is taken. Where the libraries are about equal, every process keeps PyTorch's.
+GAIN = 1.1
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: LinearImpl = "auto") -> Tensor:
     """``torch.nn.functional.linear``, of the same precision.
 
+    PyTorch calls Intel's MKL in fp32, which is slow on some processors of other vendors: oneDNN takes half its time on
+    AMD's Zen 5, and a tenth more on Zen 4 (benchmarks/test_linear.py). So "auto" measures both at the first call of a
+    process, for each number of threads. The two round differently. Each gives the same bits in every call, but the
+    choice may differ between ranks, and between a run and its continuation in another process, and with it the last
+    digits; force `impl` where that matters.
+
     Args:
         x: ``[..., C]``. weight: ``[O, C]``. bias: ``[O]``. All of one floating dtype.
-        impl: "torch": PyTorch's own choice; "onednn": oneDNN, of fp32 tensors on a CPU; "auto": oneDNN where it was
-            measured faster (`ONEDNN_WINS`).
+        impl: "torch": PyTorch's own choice; "onednn": oneDNN, of fp32 tensors on a CPU; "auto": oneDNN where it is
+            measured faster (`onednn_wins`).
     Returns:
-        ``[..., O]``. Deterministic; differentiable, once.
+        ``[..., O]``. Differentiable, once.
     Raises:
         RuntimeError: `impl` cannot run here.
     """
     candidate = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if impl == "auto" and not (candidate and onednn_wins()):
+    if impl == "auto" and not candidate:  # the common case, before anything is listed
         return F.linear(x, weight, bias)
-    reasons = {"onednn": lambda: _onednn_reasons(x, weight), "torch": list}
+    slower = _slower if impl == "auto" else list
+    reasons = {"onednn": lambda: _onednn_reasons(x, weight) or slower(), "torch": list}
     if choose("linear", impl, reasons, (x, weight)) == "onednn":
         return _OneDnn.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
 
 
+def _slower() -> list[str]:
+    return [] if onednn_wins(torch.get_num_threads()) else ["it is not faster here"]
+
+
 @cache
-def onednn_wins() -> bool:
-    """Whether this machine's processor is among `ONEDNN_WINS`."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    vendor = next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
-    return (vendor, torch.backends.cpu.get_cpu_capability()) in ONEDNN_WINS
+def onednn_wins(threads: int) -> bool:
+    """Whether oneDNN computes a product of a usual size faster than PyTorch's library by `GAIN`, with so many threads:
+    the best of `REPEATS` of each, taken in turns."""
+    # Constants leave the caller's random numbers alone. Modes would count the products, or fake them.
+    with torch.no_grad(), _disable_current_modes():
+        x, weight = (torch.ones(n, CHANNELS, dtype=torch.float32, device="cpu") for n in (ROWS, OUT))
+        products: list[Callable[[Tensor, Tensor], Tensor]] = [F.linear, _product]
+        best = [float("inf")] * 2
+        for _ in range(1 + REPEATS):
+            for number, product in enumerate(products):
+                start = time.perf_counter()
+                product(x, weight)
+                best[number] = min(best[number], time.perf_counter() - start)
+    return best[0] > GAIN * best[1]
 
 
 def _onednn_reasons(x: Tensor, weight: Tensor) -> list[str]:

@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
+
+from .. import devices
 from ..config import Config, are_scenes, flattened
 from ..data.reading.training_set import TrainingSet, check_patterns, open_validation_shards, shard_sets
 from ..data.remote.sets import remote_shards
@@ -33,6 +36,18 @@ MADE_OF = ("seed", "model", "mixing", "loss", "schedule", "data", "train.batch",
 FREE = {"loss.exchange"} | {f"data.{name}" for name in ("val_shards", "verify", "max_bad", "threads", "prefetch")}
 FREE |= {f"data.cache.{name}" for name in ("folder", "size", "workers", "patience")}
 SHOWN = 4  # differences in an error
+
+
+def with_precision(config: Config, resume: str, device: torch.device) -> Config:
+    """`config` with "auto" in ``train.precision`` replaced by the precision of the run to resume, or for a new run by
+    bf16 where `device` has bf16 products, else fp32; on one rank, so that all ranks compute alike."""
+    if config.train.precision != "auto":
+        return config
+    precision = "bf16" if devices.has_bf16_products(device) else "fp32"
+    if candidates := checkpoint.find(config.run_folder, resume):
+        was = json_or_empty(candidates[0].parents[1] / "config.json").get("train", {})
+        precision = was.get("precision", precision)
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 
 
 def refuse_another(config: Config, resume: str) -> None:

@@ -57,6 +57,7 @@ def train(config: Config, resume: str = "auto", device: str | None = None) -> di
         devices.set_tf32(config.train.tf32)
     elif config.train.cuda_graphs:
         raise UserError("train.cuda_graphs needs a CUDA GPU")
+    config = on_main(lambda: preparation.with_precision(config, resume, ranks.device))
     if ranks.is_main:
         print(summary(config, ranks), flush=True)
     on_main(lambda: preparation.refuse_another(config, resume))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import time
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mixreorg_fast import ops
 from mixreorg_fast.ops.dispatch import CannotRun
@@ -54,7 +56,7 @@ def test_without_bias_and_with_frozen_weights():
 @pytest.mark.parametrize("wins", [False, True])
 def test_the_choice(wins, monkeypatch):
     calls = []
-    monkeypatch.setattr(module, "onednn_wins", lambda: wins)
+    monkeypatch.setattr(module, "onednn_wins", lambda threads: wins)
     monkeypatch.setattr(module, "_product", lambda x, weight, bias=None: calls.append(x) or F.linear(x, weight, bias))
     x, weight, bias = (t.detach() for t in make(5))
     for inputs, taken in (((x, weight, bias), wins), ([t.bfloat16() for t in (x, weight, bias)], False)):
@@ -68,8 +70,35 @@ def test_the_choice(wins, monkeypatch):
     assert not calls
 
 
+@pytest.mark.parametrize(("slow", "wins"), [("_product", False), ("linear", True)])
+def test_the_faster_library_is_measured_once_for_each_number_of_threads(slow, wins, monkeypatch):
+    calls = []
+
+    def product(name: str):
+        def call(x, weight, bias=None):
+            assert type(x) is torch.Tensor and x.device.type == "cpu"
+            calls.append(name)
+            time.sleep(0.002 * (name == slow))
+            return torch.empty(len(x), len(weight))
+
+        return call
+
+    monkeypatch.setattr(module, "_product", product("_product"))
+    monkeypatch.setattr(module.F, "linear", product("linear"))
+    module.onednn_wins.cache_clear()
+    state = torch.get_rng_state()
+    try:
+        with FakeTensorMode(), torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+            found = [module.onednn_wins(threads) for threads in (1, 1, 2)]
+    finally:
+        module.onednn_wins.cache_clear()
+    assert found == [wins] * 3
+    assert len(calls) == 2 * 2 * (1 + module.REPEATS)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_torch_compile_chooses_by_itself(monkeypatch):
-    monkeypatch.setattr(module, "onednn_wins", lambda: True)
+    monkeypatch.setattr(module, "onednn_wins", lambda threads: True)
     monkeypatch.setattr(module, "_product", None)
     inputs = make(5)
     compiled = torch.compile(ops.linear, fullgraph=True, backend="eager")

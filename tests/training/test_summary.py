@@ -1,5 +1,6 @@
 """What a run says of itself in its first line, and the precision it sets."""
 
+import json
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 from mixreorg_fast import devices
 from mixreorg_fast.config import parse_config
 from mixreorg_fast.ranks import Ranks
+from mixreorg_fast.training import checkpoint, preparation
 from mixreorg_fast.training import summary as module
 from mixreorg_fast.training.summary import summary
 from tests.disguise import disguised
@@ -17,7 +19,8 @@ from tests.disguise import disguised
 @pytest.mark.parametrize(
     ("train", "deepspeed", "parts"),
     [
-        ({}, {}, ["bf16, compiled, CUDA graphs, attention: torch/varlen, ZeRO-2, 4096 images a step (8 ranks × 512)"]),
+        ({"precision": "bf16"}, {}, ["bf16, compiled, CUDA graphs, attention: torch/varlen, ZeRO-2, "]),
+        ({}, {}, ["4096 images a step (8 ranks × 512)"]),
         ({"cuda_graphs": True, "accumulation": 4}, {}, ["compiled, CUDA graphs", "(8 ranks × 4 × 128)"]),
         ({"cuda_graphs": False}, {}, ["compiled, attention"]),
         ({"checkpoint_activations": True}, {}, ["compiled, attention"]),
@@ -40,6 +43,34 @@ def test_a_cpu():
     line = summary(parse_config({"train": {"batch": 8, "precision": "fp32"}}), Ranks(0, 1, torch.device("cpu")))
     assert line.startswith("1 × CPU (")
     assert line.endswith("), fp32, not compiled, attention: torch/torch, ZeRO-2, 8 images a step")
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_auto_is_settled_by_the_device_or_the_run(monkeypatch, tmp_path, device, native, precision):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if native else (7, 5))
+    config = parse_config({"output": str(tmp_path / "runs")})
+
+    def settled(resume: str, config=config) -> str:
+        return preparation.with_precision(config, resume, torch.device(device)).train.precision
+
+    assert settled("auto") == precision
+    assert config.train.precision == "auto"  # nothing is changed in place
+    for given in ("bf16", "fp32"):
+        assert settled("auto", parse_config({"train": {"precision": given}})) == given
+
+    # A run of the other precision, begun on another machine: it keeps its own, and no setting counts as changed.
+    other = {"bf16": "fp32", "fp32": "bf16"}[precision]
+    began = config.model_copy(update={"train": config.train.model_copy(update={"precision": other})})
+    step = config.run_folder / "checkpoints" / "step_00000003"
+    step.mkdir(parents=True)
+    (step / checkpoint.STATE).write_text("{}")
+    (config.run_folder / "config.json").write_text(json.dumps(began.model_dump(mode="json")))
+    preparation.refuse_another(config, "auto")
+    assert [settled(resume) for resume in ("auto", str(step), str(config.run_folder))] == [other] * 3
+    assert settled("never") == precision
+    assert settled("auto", config.model_copy(update={"name": "new"})) == precision
 
 
 @pytest.mark.launch
