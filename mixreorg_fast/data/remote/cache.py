@@ -65,10 +65,6 @@ class Cache:
         self._sizes: dict[Path, int] = {}
         self._failures: dict[Path, tuple[float, UserError]] = {}
 
-    @property
-    def listings(self) -> Path:
-        return self.folder / "listings"
-
     def path(self, shard: RemoteShard) -> Path:
         """Where the shard lies once it is fetched."""
         return self.folder / shard.place
