@@ -251,7 +251,8 @@ class Target:
             for path in self.hidden.iterdir():  # remains of a build that was killed while it was cleaning up
                 if path.name != "lock":
                     path.unlink()
-            return write_json(self.hidden / "build.json", {"arguments": arguments, "publishing": False})
+            write_json(self.hidden / "build.json", {"arguments": arguments, "publishing": False})
+            return
         for name, value in unfinished["arguments"].items():
             if arguments.get(name) != value:
                 what = "the source has changed since" if name in ("files", "samples") else f"it had {name} {value}"
@@ -259,7 +260,6 @@ class Target:
                     f"{self.hidden} holds an unfinished build with other arguments ({what}); "
                     f"finish that one, or delete the folder"
                 )
-        return None
 
     def report(self, number: int) -> dict | None:
         """The report on a finished shard; None where it is not finished."""
