@@ -23,10 +23,8 @@ __all__ = ["UserError", "accelerate", "load", "ops"]
 def __getattr__(name: str) -> Any:
     if name == "ops":
         return importlib.import_module(".ops", __name__)
-    if name == "load":
-        return importlib.import_module(".inference.model", __name__).load
-    if name == "accelerate":
-        return importlib.import_module(".models.accelerate", __name__).accelerate
+    if name in (homes := {"load": ".inference.model", "accelerate": ".models.accelerate"}):
+        return getattr(importlib.import_module(homes[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -93,10 +93,10 @@ def json_or_empty(path: Path) -> dict[str, Any]:
         return {}
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+def checksum(path: Path, kind: str = "sha256") -> str:
+    """The SHA-256 of a file, or its digest of another `kind` that hashlib knows, in hexadecimal."""
     with path.open("rb") as file:
-        digest = hashlib.sha256()
+        digest = hashlib.new(kind)
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -58,11 +58,8 @@ def main(args: argparse.Namespace) -> int:
         wrong = [f"{row['kernel']}, sm_{row['architecture']}: {fault}" for row in rows for fault in row["faults"]]
         greedy = sum(bool(row["spill_bytes"]) or not row["fits"] for row in rows)
         print(f"\n{greedy} of {len(rows)} variants spill registers or take more shared memory than their GPU has")
-        print(
-            "\n".join(["compiled to something else:", *wrong])
-            if wrong
-            else "none is known to compile to something else"
-        )
+        told = ["compiled to something else:", *wrong] if wrong else ["none is known to compile to something else"]
+        print("\n".join(told))
         return int(greedy > 0 or bool(wrong))
     return 0
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from .errors import UserError
-from .files import atomic_path, saving
+from .files import saving, write_text
 
 Row = Mapping[str, Any]
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
@@ -87,8 +87,7 @@ def write_rows(path: Path, header: Row, rows: Iterable[Row], keep: Callable[[Row
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     lines = ",\n".join(f"  {json.dumps(row)}" for row in (*filter(keep, old), *rows))
     text = json.dumps({**header, "rows": []}, indent=1).replace('"rows": []', f'"rows": [\n{lines}\n ]') + "\n"
-    with atomic_path(path) as partial:
-        partial.write_text(text)
+    write_text(path, text)
 
 
 def table(head: Sequence[str], rows: Iterable[Iterable[Any]]) -> list[str]:
@@ -110,8 +109,8 @@ def write_page(page: Path, content: str, *, title: str | None = None, check: boo
     old = page.read_text() if page.exists() else None
     new = between_markers(f"# {title or page.stem.capitalize()}\n" if old is None else old, content)
     if new != old and not check:
-        with saving(page), atomic_path(page) as temporary:
-            temporary.write_text(new)
+        with saving(page):
+            write_text(page, new)
     return new != old
 
 

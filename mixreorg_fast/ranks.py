@@ -114,11 +114,6 @@ def max_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean of each element over all ranks, without gradients; `values` is overwritten."""
-    return sum_over_ranks(values) / world_size()
-
-
 def _sum_of_ranks(x: Tensor) -> Tensor:
     return sum_over_ranks(x.clone())
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..files import write_json
+from ..files import json_or_empty, write_json
 from ..ranks import sum_over_ranks
 
 IGNORE, IGNORE_16 = 255, 65535  # pixels that are not scored, in masks of 8 bits and of 16
@@ -194,10 +194,7 @@ class Tally:
 
     def restore(self, path: Path, about: dict[str, Any]) -> None:
         """Go on from the counts at `path`, if there are any and `about` describes them."""
-        try:
-            state = json.loads(path.read_text())
-        except (OSError, ValueError):
-            return
-        if state["about"] == json.loads(json.dumps(about)) and len(state.get("counts", ())) == len(self._counts):
+        state = json_or_empty(path)
+        if state.get("about") == json.loads(json.dumps(about)) and len(state.get("counts", ())) == len(self._counts):
             self._counts.copy_(torch.tensor(state["counts"]))
             self.done = set(state["done"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,25 +19,21 @@ from ..inference.overlay import INK, PAPER, class_palette, colourise, legend, sa
 CELL, GAP, TITLE = 224, 8, 17
 
 
-class Row(NamedTuple):
-    """One line of :func:`segmentation_figure`; the maps are integer arrays ``[H, W]``, segments in all or none."""
+def segmentation_figure(
+    rows: Sequence[tuple[Image.Image, Any, Any, Any]], path: str | Path, classes: Sequence[str]
+) -> None:
+    """A PNG at `path`: per row the image, its truth, the prediction, the segments; below, the classes that occur.
 
-    image: Image.Image
-    truth: Any
-    prediction: Any
-    segments: Any = None
-
-
-def segmentation_figure(rows: Sequence[Row], path: str | Path, classes: Sequence[str]) -> None:
-    """A PNG at `path`: per row the image, its truth, the prediction, the segments; below, the classes that occur."""
+    The maps are integer arrays ``[H, W]``; the segments are None in all rows or in none.
+    """
     palette = class_palette(classes[0] == "background")
     titles, cells = ["image", "truth", "prediction"], []
-    for row in rows:
-        cells.append([row.image, colourise(row.truth, palette), colourise(row.prediction, palette)])
-        if row.segments is not None:
+    for image, truth, prediction, segments in rows:
+        cells.append([image, colourise(truth, palette), colourise(prediction, palette)])
+        if segments is not None:
             titles[3:] = ["segments"]
-            cells[-1].append(segments_picture(row.image, row.segments))
-    occurring = [np.unique(labels) for row in rows for labels in (row.truth, row.prediction)]
+            cells[-1].append(segments_picture(image, segments))
+    occurring = [np.unique(labels) for _, *both, _ in rows for labels in both]
     seen: list[int] = np.unique(np.concatenate(occurring)).tolist()
     names = dict(enumerate(classes))
     save_grid(titles, cells, path, [(names.get(t, "not scored"), palette[t % len(palette)]) for t in seen])
@@ -81,7 +77,7 @@ def dataset_figure(segmenter: Any, dataset: Any, path: str | Path, count: int = 
     for sample in map(dataset.__getitem__, dataset.spread(count)):
         decoded = segmenter.segment(sample.image)
         segments = None if decoded.segments is None else decoded.segments.cpu().numpy()
-        rows.append(Row(sample.image, sample.mask, decoded.labels.cpu().numpy(), segments))
+        rows.append((sample.image, sample.mask, decoded.labels.cpu().numpy(), segments))
     segmentation_figure(rows, path, dataset.classes)
 
 

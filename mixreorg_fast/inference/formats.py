@@ -188,7 +188,13 @@ def save_huggingface(network: Any, folder: str | Path, state: Mapping[str, Tenso
         write_json(temporary / "config.json", description)
         write_json(temporary / "preprocessor_config.json", preprocessor)
         if tokenizer is not None:
-            _save_huggingface_tokenizer(tokenizer, temporary, text.context)
+            save_tokenizer_with_ends(tokenizer, temporary)
+            special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+            # CLIPTokenizer would put CLIP's own splitting of words in the place of the file's.
+            settings = {"tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "CLIPProcessor"}
+            settings |= {"model_max_length": text.context, **special}
+            write_json(temporary / "tokenizer_config.json", settings)
+            write_json(temporary / "special_tokens_map.json", special)
 
 
 def save_tokenizer_with_ends(tokenizer: Tokenizer, folder: Path, context: int | None = None) -> None:
@@ -201,12 +207,3 @@ def save_tokenizer_with_ends(tokenizer: Tokenizer, folder: Path, context: int | 
     if context is not None:
         backend.enable_truncation(context)
     backend.save(str(path))
-
-
-def _save_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
-    save_tokenizer_with_ends(tokenizer, folder)
-    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    # CLIPTokenizer would put CLIP's own splitting of words in the place of the file's.
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "CLIPProcessor"}
-    write_json(folder / "tokenizer_config.json", {**settings, "model_max_length": context, **special})
-    write_json(folder / "special_tokens_map.json", special)

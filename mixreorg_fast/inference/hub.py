@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..data.shards.patterns import without_secrets
 from ..errors import UserError, nearest
-from ..files import json_or_empty, sha256
+from ..files import checksum, json_or_empty
 from ..models.weights import DESCRIPTION, TOKENIZER, WEIGHTS
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def _download(name: str, revision: str, kind: Kind) -> Path:
 def _check(path: Path, about: Any, name: str) -> None:
     """Compare a file's checksum with the hub's; the client compares sizes only."""
     if about.lfs is not None:
-        wanted, found = about.lfs.sha256, sha256(path)
+        wanted, found = about.lfs.sha256, checksum(path)
     else:
         content = path.read_bytes()
         wanted, found = about.blob_id, hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -71,15 +71,9 @@ def _segment_labels(
     size: tuple[int, int] | None = None,
     background_threshold: float | None = None,
 ) -> Tensor:
-    """Label every pixel with one of T classes, in evaluation mode.
+    """Labels int64 ``[B, H, W]`` of `pixel_values` ``[B, 3, H, W]``, in evaluation mode.
 
-    Args:
-        pixel_values: ``[B, 3, H, W]``. text_embeds: ``[T, D]``, L2-normalised.
-        size: of the labels; None: (H, W).
-        background_threshold: None: label t is class t. Else 0 is background, where the segment's best score is below
-            min(threshold, the image's best score), and class t is t + 1.
-    Returns:
-        int64 ``[B, H, W]``.
+    `text_embeds` ``[T, D]`` and the options are those of :meth:`mixreorg_fast.models.GroupViT.segment_labels`.
     """
     vision = self.vision_model(pixel_values, output_attentions=True, return_dict=True)
     maps = vision.attentions[0].float()

@@ -136,6 +136,13 @@ def check_names(found: Set[str], expected: Set[str], source: str) -> None:
             raise UserError(f"{source} {kind} tensor '{min(odd)}' ({len(odd)} such in all)")
 
 
+def check_shapes(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source: str) -> None:
+    """Raise a :class:`UserError` where a tensor is not of its shape."""
+    for name, value in state.items():
+        if value.shape != shapes[name]:
+            raise UserError(f"{source}: '{name}' is {list(value.shape)}, the model needs {list(shapes[name])}")
+
+
 def fitted(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source: str) -> dict[str, Tensor]:
     """`state` for a model of these `shapes`: positions of another resolution are interpolated (bicubic).
 
@@ -151,9 +158,7 @@ def fitted(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source
     if found != wanted and len(found) == 3 and math.isqrt(found[1]) ** 2 == found[1]:
         side = math.isqrt(wanted[1])
         state[POSITIONS] = resize_positions(state[POSITIONS], side, side)
-    for key, value in state.items():
-        if value.shape != shapes[key]:
-            raise UserError(f"{source}: '{key}' is {list(value.shape)}, the model needs {list(shapes[key])}")
+    check_shapes(state, shapes, source)
     return state
 
 

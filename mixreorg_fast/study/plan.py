@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -110,34 +110,25 @@ class Study:
         for block in blocks:
             if block not in self.config.blocks:
                 raise UserError(f"{path}: no block '{block}'{nearest(block, self.config.blocks)}")
-        self.blocks = list(blocks or self.config.blocks)
-        chosen = [self.config.blocks[name] for name in self.blocks]
-        # Seed by seed: an interrupted study has complete tables of the first seeds.
-        keys = (
-            (block.world, variant, seed) for block in chosen for seed in self.seeds(block) for variant in block.variants
-        )
-        self.runs = [self.run(*key) for key in dict.fromkeys(keys)]
-        timed = (
-            (block.world, variant, block.equal_time.like, seed)
-            for block in chosen
-            if block.equal_time is not None
-            for seed in self.seeds(block)
-            for variant in block.equal_time.variants
-        )
-        self.timed = list(dict.fromkeys(timed))
+        runs, self.timed = self._keys(blocks or self.config.blocks)
+        self.runs = [self.run(*key) for key in runs]
 
-    def seeds(self, block: BlockConfig) -> list[int]:
-        return self.config.seeds if block.seeds is None else block.seeds
+    def _keys(self, blocks: Iterable[str]) -> tuple[list[tuple[str, str, int]], list[tuple[str, str, str, int]]]:
+        """Data set, variant and seed of the runs with a budget of steps in `blocks`, once each; and :attr:`timed`."""
+        runs, timed = [], []
+        for block in map(self.config.blocks.__getitem__, blocks):
+            # Seed by seed: an interrupted study has complete tables of the first seeds.
+            for seed in self.config.seeds if block.seeds is None else block.seeds:
+                runs += [(block.world, variant, seed) for variant in block.variants]
+                if (of_time := block.equal_time) is not None:
+                    timed += [(block.world, variant, of_time.like, seed) for variant in of_time.variants]
+        return list(dict.fromkeys(runs)), list(dict.fromkeys(timed))
 
     def names(self) -> set[tuple[str, str]]:
         """Data set and name of every run of the file, in any block."""
-        names = set()
-        for block in self.config.blocks.values():
-            timed = block.equal_time.variants if block.equal_time else ()
-            for seed in self.seeds(block):
-                names |= {(block.world, _run_name(variant, "steps", seed)) for variant in block.variants}
-                names |= {(block.world, _run_name(variant, "time", seed)) for variant in timed}
-        return names
+        runs, timed = self._keys(self.config.blocks)
+        names = {(dataset, _run_name(variant, "steps", seed)) for dataset, variant, seed in runs}
+        return names | {(dataset, _run_name(variant, "time", seed)) for dataset, variant, _, seed in timed}
 
     def run(self, dataset: str, variant: str, seed: int, steps: int | None = None) -> Run:
         """One run; `steps`: as many as fit into its budget of time; None: its budget is its configuration's steps."""

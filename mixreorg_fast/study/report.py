@@ -252,8 +252,7 @@ def pictures_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path, 
     entry = config["eval"]["datasets"][0]
     dataset = open_dataset(entry["dataset"], entry["root"], entry["split"])
     palette = class_palette(dataset.has_background)
-    numbers = [number * len(dataset) // count for number in range(min(count, len(dataset)))]
-    samples = [dataset[number] for number in numbers]
+    samples = [dataset[number] for number in dataset.spread(count)]
     labelled = [[sample.image, colourise(sample.mask, palette)] for sample in samples]
     grey = [sample.image.convert("L").convert("RGB") for sample in samples]
     grouped = [[photo, blend(photo, sample.mask, palette)] for photo, sample in zip(grey, samples, strict=True)]

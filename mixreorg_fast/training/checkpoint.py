@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..data.text.tokenizer import Tokenizer
 from ..errors import UserError, nearest
-from ..files import atomic_path, sha256, sync, write_json
+from ..files import atomic_path, checksum, sync, write_json
 from ..models import GroupViT, weights
 from ..ranks import on_main, rank
 from .distributed import import_deepspeed
@@ -135,16 +135,9 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
 def _saved(checkpoint: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     """The tensors of a checkpoint's optimizer, of these names and shapes."""
     path = checkpoint / OPTIMIZER
-    try:
-        saved = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
-    missing = [name for name in shapes if name not in saved]
-    if missing:
-        raise UserError(f"{path} lacks tensor '{missing[0]}' ({len(missing)} such in all)")
-    for name, shape in shapes.items():
-        if saved[name].shape != shape:
-            raise UserError(f"{path}: '{name}' is {list(saved[name].shape)}, the model needs {list(shape)}")
+    saved = {name: value for name, value in weights.read_tensors(path).items() if name in shapes}
+    weights.check_names(saved.keys(), shapes.keys(), str(path))
+    weights.check_shapes(saved, shapes, str(path))
     return saved
 
 
@@ -169,7 +162,7 @@ def save(run: Path, engine: Any, state: dict[str, Any], keep: int, tokenizer: To
                 weights.write_files(engine.module.backbone, partial, tensors, engine.module.config.inference)
                 tokenizer.save(partial)
                 save_file(moments, partial / OPTIMIZER)
-                content = {**state, "files": {p.name: sha256(p) for p in sorted(partial.iterdir())}}
+                content = {**state, "files": {p.name: checksum(p) for p in sorted(partial.iterdir())}}
                 write_json(partial / STATE, {**content, "sha256": _digest_of(content)})
                 for path in (*partial.iterdir(), partial):
                     sync(path)
@@ -223,7 +216,7 @@ def read_state(checkpoint: Path, expected: dict[str, Any]) -> dict[str, Any]:
     for name, digest in files:
         if not (checkpoint / name).is_file():
             raise Damaged(f"{checkpoint / name} is missing")
-        if sha256(checkpoint / name) != digest:
+        if checksum(checkpoint / name) != digest:
             raise Damaged(f"{checkpoint / name} is damaged: its SHA-256 is not the one noted in {STATE}")
     for key, value in expected.items():
         if state.get(key, value) != value:

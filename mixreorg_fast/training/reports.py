@@ -21,7 +21,7 @@ from ..config import Config, flattened
 from ..data.shards.scan import Bad
 from ..errors import UserError
 from ..files import write_json, write_text
-from ..ranks import Ranks, all_gather, gather_objects, mean_over_ranks, on_main
+from ..ranks import Ranks, all_gather, gather_objects, on_main, sum_over_ranks
 from .data import BadSamples
 from .summary import expected
 
@@ -90,13 +90,6 @@ class Reports:
         if self._log is not None:
             self._log.bar.update()
 
-    def means(self) -> dict[str, float]:
-        """Means over all ranks and the micro-steps since the last report; empty if every step was skipped."""
-        if not self._micro_steps:
-            return {}
-        sums = torch.stack(list(self._sums.values())).float() / self._micro_steps
-        return dict(zip(self._sums, mean_over_ranks(sums).tolist(), strict=True))
-
     def write(self, step: int, bad: list[Bad], measures: dict[str, float | None]) -> None:
         """Report the steps since the last report; call on every rank.
 
@@ -106,7 +99,10 @@ class Reports:
         Raises:
             UserError: more than ``data.max_bad`` of the samples are bad.
         """
-        means = self.means()
+        means: dict[str, float] = {}  # over all ranks and micro-steps; empty if every step was skipped
+        if self._micro_steps:
+            sums = torch.stack(list(self._sums.values())).float() / self._micro_steps
+            means = dict(zip(self._sums, (sum_over_ranks(sums) / self._ranks.size).tolist(), strict=True))
         found = self._bad_samples.count(bad)
         seconds, waited, steps = time.perf_counter() - self._began, self._waited, self._steps_since
         first = step - steps
@@ -114,8 +110,8 @@ class Reports:
         self.restart()
         if self._log is None:
             return
-        images_per_s = steps * self._config.train.batch / seconds
-        samples = step * self._config.train.batch
+        batch = self._config.train.batch
+        images_per_s, samples = steps * batch / seconds, step * batch
         if self._ranks.device.type == "cuda":
             peak_memory = torch.cuda.max_memory_allocated(self._ranks.device)
         else:
@@ -132,7 +128,7 @@ class Reports:
         }
         self._log.write(step, values)
         losses = {name: value for name, value in means.items() if name.startswith("loss")}
-        left = None if first < self._steady_from else (self._steps - step) * self._config.train.batch / images_per_s
+        left = None if first < self._steady_from else (self._steps - step) * batch / images_per_s
         self._log.show(step, {**losses, "images/s": images_per_s}, left)
         if left is not None and not self._told_time and step < self._steps:
             self._told_time = True
@@ -160,34 +156,31 @@ class Stopwatch:
         self.restart()
 
     def restart(self) -> None:
-        self._began: Any = None
-        self._intervals: list[tuple[Any, Any]] = []
+        self._marks: list[Any] = []  # beginning and end of each interval
 
     def start(self) -> None:
         """Begin an interval, unless one has begun."""
-        if self._began is None:
-            self._began = self._mark()
+        if len(self._marks) % 2 == 0:
+            self._mark()
 
     def stop(self) -> None:
         """End the interval, if one has begun."""
-        if self._began is not None:
-            self._intervals.append((self._began, self._mark()))
-            self._began = None
+        if len(self._marks) % 2:
+            self._mark()
 
     def seconds(self) -> float:
         """The sum of all intervals since the last restart; waits for the GPU to finish the last one."""
+        intervals = list(zip(self._marks[::2], self._marks[1::2], strict=False))
         if not self._cuda:
-            return sum(end - begin for begin, end in self._intervals)
-        if self._intervals:
-            self._intervals[-1][1].synchronize()
-        return sum(begin.elapsed_time(end) for begin, end in self._intervals) / 1000
+            return sum(end - begin for begin, end in intervals)
+        if intervals:
+            intervals[-1][1].synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in intervals) / 1000
 
-    def _mark(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def _mark(self) -> None:
+        self._marks.append(torch.cuda.Event(enable_timing=True) if self._cuda else time.perf_counter())
+        if self._cuda:
+            self._marks[-1].record()
 
 
 class RankTimes:

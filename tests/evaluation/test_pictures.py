@@ -5,7 +5,6 @@ from PIL import Image
 from mixreorg_fast.config import InferenceConfig
 from mixreorg_fast.evaluation import pictures
 from mixreorg_fast.evaluation.datasets import open_dataset
-from mixreorg_fast.evaluation.pictures import Row
 from mixreorg_fast.evaluation.zero_shot import segmenter_for
 from mixreorg_fast.images import IMAGENET_MEAN, IMAGENET_STD
 
@@ -25,7 +24,7 @@ def test_more_than_256_labels_or_segments(tmp_path):
     many = np.arange(400).reshape(20, 20)
     classes = [f"c{i}" for i in range(400)]
     classes[0] = "background"
-    row = Row(Image.new("RGB", (20, 20)), many % 200, many % 200, many)
+    row = (Image.new("RGB", (20, 20)), many % 200, many % 200, many)
     pictures.segmentation_figure([row], tmp_path / "a.png", classes)
 
 

@@ -200,7 +200,7 @@ def test_the_time_of_a_run_is_that_of_its_steps():
 def test_the_studies_of_this_project_are_sound(name):
     study = Study(ROOT / "configs" / name)
     assert all(run.variant and run.config.micro_batch(1) for run in study.runs)
-    seeds = [len(study.seeds(study.config.blocks[block])) for block in study.blocks]
+    seeds = [len(block.seeds or study.config.seeds) for block in study.config.blocks.values()]
     if name != "study_trials.json":
         assert min(seeds) >= 3
     else:  # the baseline is tuned no less than the method

@@ -11,8 +11,7 @@ import shutil
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -64,10 +63,6 @@ class Cache:
         self._opened: OrderedDict[Path, Shard] = OrderedDict()
         self._sizes: dict[Path, int] = {}
         self._failures: dict[Path, tuple[float, UserError]] = {}
-
-    @property
-    def listings(self) -> Path:
-        return self.folder / "listings"
 
     def path(self, shard: RemoteShard) -> Path:
         """Where the shard lies once it is fetched."""
@@ -138,20 +133,25 @@ class Cache:
                         self._sizes[path] = path.stat().st_size
                     os.utime(f"{path}.index")  # its last use
                 return found
-            with _locked(path.with_name(f".{path.name}.lock")) as mine, self._keeping(path, mine):
+            with _locked(path.with_name(f".{path.name}.lock")) as mine:
                 if not mine:
                     return None
-                if not path.is_file():
-                    try:
+                self._coming[path] = 0  # not evicted meanwhile
+                try:
+                    if not path.is_file():
                         self._fetch(shard, path)
-                    except UserError as error:
-                        self._failures[path] = time.monotonic(), error
-                        raise
-                    self._opened.pop(path, None)  # of a file that has changed at a source without versions
-                if not self.ready(shard):
-                    self._index(path)
-                    if path.is_file() and not self.ready(shard):
-                        raise UserError(f"{path}.index: cannot be written")
+                        self._opened.pop(path, None)  # of a file that has changed at a source without versions
+                    if not self.ready(shard):
+                        self._index(path)
+                        if path.is_file() and not self.ready(shard):
+                            raise UserError(f"{path}.index: cannot be written")
+                except FileNotFoundError:  # another process has evicted it: the loop tries again
+                    continue
+                except UserError as error:
+                    self._failures[path] = time.monotonic(), error
+                    raise
+                finally:
+                    del self._coming[path]
 
     def open(self, shard: RemoteShard) -> int:
         """A file descriptor of the shard, fetched if it is not there; it stays readable after eviction."""
@@ -159,19 +159,6 @@ class Cache:
             self.get(shard)
             with contextlib.suppress(FileNotFoundError):  # evicted in this moment
                 return os.open(self.path(shard), os.O_RDONLY)
-
-    def stream(self, shards: Sequence[RemoteShard], workers: int) -> Iterator[Shard]:
-        """Get all shards, `workers` at a time; yields them in order. They need not stay on the disk."""
-        with ThreadPoolExecutor(workers, thread_name_prefix="mixreorg-fetch") as pool:
-            waiting = [pool.submit(self.get, shard) for shard in shards]
-            try:
-                for future in waiting:
-                    yield future.result()
-            finally:
-                if not all(future.done() for future in waiting):
-                    self.stop.set()
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    self.stop.clear()
 
     def _fetch(self, shard: RemoteShard, path: Path) -> None:
         while True:
@@ -185,19 +172,6 @@ class Cache:
                         f"{self.folder}: the disk is full, and data.cache.size {self.size:,} bytes is not reached; "
                         f"free some, or name a smaller data.cache.size or another data.cache.folder"
                     ) from None
-
-    @contextlib.contextmanager
-    def _keeping(self, path: Path, mine: bool) -> Iterator[None]:
-        """A shard that this thread fetches and indexes is not evicted meanwhile."""
-        if mine:
-            self._coming[path] = 0
-        try:
-            yield
-        except FileNotFoundError:  # another process may evict it: the caller tries again
-            pass
-        finally:
-            if mine:
-                del self._coming[path]
 
     def _index(self, path: Path) -> None:
         if self._decoder is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from pydantic import ValidationError
@@ -13,9 +13,8 @@ from ...config import CacheConfig, DataConfig, describe
 from ...errors import UserError, nearest
 from ..reading.training_set import open_cache
 from ..shards.index import Shard
-from .cache import INSTEAD, Cache
+from .cache import INSTEAD
 from .sets import fetched, remote_shards
-from .sources import RemoteShard
 
 
 class KnownSet(NamedTuple):
@@ -100,17 +99,8 @@ def get(
         cache.folder.mkdir(parents=True, exist_ok=True)
         if missing > (free := shutil.disk_usage(cache.folder).free):
             raise UserError(f"{cache.folder}: {missing / 1e9:.3g} GB are to be fetched, {free / 1e9:.3g} GB are free")
-        return _kept(cache, shards, settings.workers)
+        cache.kept = frozenset(cache.path(shard) for shard in shards)
     return fetched(cache, shards, settings.workers)
-
-
-def _kept(cache: Cache, shards: Sequence[RemoteShard], workers: int) -> Iterator[Shard]:
-    """Get all shards; rather than evict one of them for another, end in a UserError."""
-    cache.kept = frozenset(cache.path(shard) for shard in shards)
-    try:
-        yield from fetched(cache, shards, workers)
-    finally:
-        cache.kept = frozenset()
 
 
 def told(shards: Iterable[Shard]) -> int:

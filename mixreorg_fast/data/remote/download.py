@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import errno
-import hashlib
 import http.client
 import logging
 import os
@@ -19,7 +18,7 @@ from email.message import Message
 from pathlib import Path
 
 from ...errors import UserError
-from ...files import sync
+from ...files import checksum, sync
 from ..shards.patterns import without_secrets
 from .sources import RemoteShard, login_hint, request
 
@@ -68,7 +67,8 @@ def fetch(
     waits = _Waits(shard, patience, stop)
     for _ in range(MISMATCHES):
         headers = _fetch_bytes(shard, partial, note, waits, room)
-        if shard.checksum is None or _keyed(headers) or _checksum(partial, shard.checksum) == shard.checksum:
+        kind, _, expected = (shard.checksum or "").partition(":")
+        if not kind or _keyed(headers) or checksum(partial, kind) == expected:
             break
         log.warning("%s: its checksum differs; it is fetched again", shard)
         partial.unlink()
@@ -216,12 +216,3 @@ def _seconds(header: str | None) -> float | None:
     with contextlib.suppress(ValueError, TypeError):
         return email.utils.parsedate_to_datetime(header).timestamp() - time.time()
     return None
-
-
-def _checksum(path: Path, expected: str) -> str:
-    kind = expected.partition(":")[0]
-    digest = hashlib.new(kind)
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return f"{kind}:{digest.hexdigest()}"

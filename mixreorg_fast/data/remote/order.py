@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...errors import UserError
 from ..reading.order import WindowedOrder
 
+if TYPE_CHECKING:
+    from .cache import CachedShard
+
 STRIDE = 1 << 32  # sample numbers that a shard may use: its first does not depend on the shards before it
-
-
-class Counted(Protocol):
-    """A shard that tells its number of samples, and whether it can without being fetched."""
-
-    @property
-    def known(self) -> bool: ...
-
-    def __len__(self) -> int: ...
 
 
 class RemoteOrder(WindowedOrder):
@@ -36,7 +30,7 @@ class RemoteOrder(WindowedOrder):
         current: the window that is read or waited for; None before that.
     """
 
-    def __init__(self, shards: Sequence[Counted], seed: int, *, window: int = 16, stream: int = 0) -> None:
+    def __init__(self, shards: Sequence[CachedShard], seed: int, *, window: int = 16, stream: int = 0) -> None:
         super().__init__(len(shards), seed, window, stream)
         self._counted = shards
         self.span = len(shards) * STRIDE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -89,10 +90,21 @@ class RemoteSet(ShardSet):
 def fetched(cache: Cache, shards: Sequence[RemoteShard], workers: int, *, progress: bool = True) -> Iterator[Shard]:
     """Get all shards into the cache, `workers` at a time; yields them in order. They need not stay there."""
     total = sum(shard.size or 0 for shard in shards) or None
-    with tqdm(total=total, unit="B", unit_scale=True, desc="fetch", disable=not progress or not shards) as bar:
-        for shard, got in zip(shards, cache.stream(shards, workers), strict=True):
-            bar.update(cache.size_of(shard))
-            yield got
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc="fetch", disable=not progress or not shards) as bar,
+        ThreadPoolExecutor(workers, thread_name_prefix="mixreorg-fetch") as pool,
+    ):
+        waiting = [pool.submit(cache.get, shard) for shard in shards]
+        try:
+            for shard, future in zip(shards, waiting, strict=True):
+                got = future.result()
+                bar.update(cache.size_of(shard))
+                yield got
+        finally:
+            if not all(future.done() for future in waiting):
+                cache.stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                cache.stop.clear()
 
 
 def open_remote_shards(remote: Sequence[RemoteShard], cache: Cache, workers: int, *, progress: bool) -> ShardSet:

@@ -211,22 +211,18 @@ def _hub(pattern: str) -> list[RemoteShard]:
 # ---------------------------------------------------------------------- S3
 
 
-def _s3_files(anonymous: bool = False) -> Any:
+def _s3_call(method: str, *arguments: Any, **options: Any) -> Any:
+    """Call a method of s3fs; without any credentials as an anonymous user, whom public buckets admit."""
     try:
         from s3fs import S3FileSystem
     except ImportError:
         raise UserError(f"s3:// needs s3fs: {extra('s3')}") from None
-    return S3FileSystem(anon=anonymous)
-
-
-def _s3_call(method: str, *arguments: Any, **options: Any) -> Any:
-    """Call a method of s3fs; without any credentials as an anonymous user, whom public buckets admit."""
     try:
-        return getattr(_s3_files(), method)(*arguments, **options)
+        return getattr(S3FileSystem(), method)(*arguments, **options)
     except Exception as error:
         if type(error).__name__ != "NoCredentialsError":
             raise
-    return getattr(_s3_files(anonymous=True), method)(*arguments, **options)
+    return getattr(S3FileSystem(anon=True), method)(*arguments, **options)
 
 
 def _s3(pattern: str) -> list[RemoteShard]:

@@ -24,7 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ...errors import UserError, nearest
-from ...files import write_json, write_text
+from ...files import json_or_empty, write_json, write_text
 from . import photos
 from .img2dataset import finished_tars
 from .index import index_places, joined_places, report_places
@@ -251,7 +251,8 @@ class Target:
             for path in self.hidden.iterdir():  # remains of a build that was killed while it was cleaning up
                 if path.name != "lock":
                     path.unlink()
-            return write_json(self.hidden / "build.json", {"arguments": arguments, "publishing": False})
+            write_json(self.hidden / "build.json", {"arguments": arguments, "publishing": False})
+            return
         for name, value in unfinished["arguments"].items():
             if arguments.get(name) != value:
                 what = "the source has changed since" if name in ("files", "samples") else f"it had {name} {value}"
@@ -259,14 +260,11 @@ class Target:
                     f"{self.hidden} holds an unfinished build with other arguments ({what}); "
                     f"finish that one, or delete the folder"
                 )
-        return None
 
     def report(self, number: int) -> dict | None:
         """The report on a finished shard; None where it is not finished."""
         part = self.part(number)
-        try:
-            report = json.loads(part.with_suffix(".json").read_text())
-        except (OSError, ValueError):
+        if not (report := json_or_empty(part.with_suffix(".json"))):
             return None
         published = (self.record() or {}).get("publishing")
         return report if (part.stat().st_size == report["bytes"] if part.is_file() else published) else None

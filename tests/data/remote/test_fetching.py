@@ -127,7 +127,7 @@ def test_what_cannot_be_had_is_refused_at_once(web, tars, cache):
         ("hf://datasets/owner/a.tar", "expected hf://datasets/OWNER/NAME/PATTERN"),
     ):
         with pytest.raises(UserError, match=said) as refusal:
-            list_shards(pattern, cache.listings)
+            list_shards(pattern, cache.folder / "listings")
         assert "secret" not in str(refusal.value)
 
 

@@ -28,7 +28,7 @@ def repository(hub, tars):
 def test_the_hub_lists_and_sends(hub, repository, tars, cache, caplog):
     hub.page = 2
     pattern = "hf://datasets/owner/set/train-*.tar"
-    shards = list_shards(pattern, cache.listings)
+    shards = list_shards(pattern, cache.folder / "listings")
     assert is_remote(pattern) and names(shards) == list(tars)
     assert [shard.size for shard in shards] == [len(content) for content in tars.values()]
     for name, chosen in (
@@ -36,25 +36,27 @@ def test_the_hub_lists_and_sends(hub, repository, tars, cache, caplog):
         ("train-{0001..0003}.tar", [1, 2, 3]),
         ("train-000[03].tar", [0, 3]),
     ):
-        assert names(list_shards(f"hf://datasets/owner/set/{name}", cache.listings)) == [list(tars)[i] for i in chosen]
-    assert names(list_shards("hf://datasets/owner/set/*/*.tar", cache.listings)) == ["train-0009.tar"]
+        assert names(list_shards(f"hf://datasets/owner/set/{name}", cache.folder / "listings")) == [
+            list(tars)[i] for i in chosen
+        ]
+    assert names(list_shards("hf://datasets/owner/set/*/*.tar", cache.folder / "listings")) == ["train-0009.tar"]
     for shard, count in zip(shards, COUNTS, strict=True):
         assert len(cache.get(shard).samples) == count
     repository.tag("v1")
     repository.commit({**repository.files, "train-0001.tar": tars["train-0000.tar"]})
-    now = list_shards(pattern, cache.listings)
+    now = list_shards(pattern, cache.folder / "listings")
     assert [cache.ready(shard) for shard in now] == [True, False, True, True], "only what changed is fetched again"
     for old in (f"{pattern}@v1", "hf://datasets/owner/set@v1/train-*.tar"):
-        assert list_shards(old, cache.listings) == shards
+        assert list_shards(old, cache.folder / "listings") == shards
     hub.fail("/api/*", status=500, times=None)
     with caplog.at_level(logging.WARNING):
-        assert list_shards(pattern, cache.listings) == now and "the list of its last use" in caplog.text
+        assert list_shards(pattern, cache.folder / "listings") == now and "the list of its last use" in caplog.text
     with pytest.raises(UserError, match="cannot be listed: .*500"):
-        list_shards("hf://datasets/owner/set/train-0*.tar", cache.listings)
+        list_shards("hf://datasets/owner/set/train-0*.tar", cache.folder / "listings")
 
 
 def test_faults_of_the_hub(hub, repository, tars, cache):
-    shards = list_shards("hf://datasets/owner/set/train-*.tar", cache.listings)
+    shards = list_shards("hf://datasets/owner/set/train-*.tar", cache.folder / "listings")
     for fault in ({"cut": 3000}, {"status": 503}, {"content": b"x" * len(tars["train-0000.tar"])}):
         hub.fail("*/train-0000.tar", **fault)
     assert cache.get(shards[0]).path.read_bytes() == tars["train-0000.tar"]
@@ -70,8 +72,8 @@ def test_refusals_of_the_hub(hub, repository, tars, cache, monkeypatch):
         ("hf://datasets/owner/set/x-*.tar", "no shard x-"),
     ):
         with pytest.raises(UserError, match=said):
-            list_shards(pattern, cache.listings)
-    (gated, *_) = list_shards("hf://datasets/owner/gated/*.tar", cache.listings)
+            list_shards(pattern, cache.folder / "listings")
+    (gated, *_) = list_shards("hf://datasets/owner/gated/*.tar", cache.folder / "listings")
     with pytest.raises(UserError, match="401 Access to owner/gated is restricted; `hf auth login`"):
         cache.get(gated)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -81,7 +83,7 @@ def test_refusals_of_the_hub(hub, repository, tars, cache, monkeypatch):
 def test_s3_lists_and_sends(bucket, tars, cache, settings):
     for name, content in tars.items():
         bucket.put(f"set/{name}", content)
-    shards = list_shards("s3://bucket/set/train-*.tar", cache.listings)
+    shards = list_shards("s3://bucket/set/train-*.tar", cache.folder / "listings")
     assert names(shards) == list(tars) and all((shard.checksum or "").startswith("md5:") for shard in shards)
     assert len(cache.get(shards[2]).samples) == COUNTS[2]
     for pattern, said in (
@@ -89,7 +91,7 @@ def test_s3_lists_and_sends(bucket, tars, cache, settings):
         ("s3://none/set/*.tar", "there is no none/set"),
     ):
         with pytest.raises(UserError, match=said):
-            list_shards(pattern, cache.listings)
+            list_shards(pattern, cache.folder / "listings")
     bucket.delete("set/train-0000.tar")
     with pytest.raises(UserError, match=r"s3://bucket/set/train-0000.tar: 404") as refusal:
         cache.get(shards[0])
@@ -99,17 +101,17 @@ def test_s3_lists_and_sends(bucket, tars, cache, settings):
 
 def test_the_hub_is_left_alone_when_told_so(hub, repository, tars, cache, monkeypatch, caplog):
     pattern = "hf://datasets/owner/set/train-*.tar"
-    shards = list_shards(pattern, cache.listings)
+    shards = list_shards(pattern, cache.folder / "listings")
     cache.get(shards[0])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     asked = len(hub.requests)
     with caplog.at_level(logging.WARNING):
-        assert list_shards(pattern, cache.listings) == shards and "the list of its last use" in caplog.text
+        assert list_shards(pattern, cache.folder / "listings") == shards and "the list of its last use" in caplog.text
     assert len(cache.get(shards[0]).samples) == COUNTS[0]
     with pytest.raises(UserError, match="train-0001.tar: it is not in the cache, and HF_HUB_OFFLINE is set"):
         cache.get(shards[1])
     with pytest.raises(UserError, match="cannot be listed: .*HF_HUB_OFFLINE"):
-        list_shards("hf://datasets/owner/set/*.tar", cache.listings)
+        list_shards("hf://datasets/owner/set/*.tar", cache.folder / "listings")
     assert len(hub.requests) == asked
 
 
@@ -126,7 +128,7 @@ def test_s3_without_credentials_and_with_wrong_ones(bucket, tars, cache, tmp_pat
             nobody.setenv(name, str(tmp_path / "none"))
         nobody.setenv("AWS_EC2_METADATA_DISABLED", "true")
         S3FileSystem.clear_instance_cache()
-        shards = list_shards("s3://bucket/train-*.tar", cache.listings)
+        shards = list_shards("s3://bucket/train-*.tar", cache.folder / "listings")
         assert "Signature" not in request(shards[0]).full_url
         assert len(cache.get(shards[0]).samples) == COUNTS[0]
         with pytest.raises(UserError, match="s3://bucket/train-0001.tar: 403 .*check AWS's credentials"):
@@ -135,7 +137,7 @@ def test_s3_without_credentials_and_with_wrong_ones(bucket, tars, cache, tmp_pat
     requests.post(f"{bucket.url}/moto-api/reset-auth", data=b"0", timeout=10)  # keys are checked from here on
     try:
         with pytest.raises(UserError, match="s3://bucket/.*check AWS's credentials") as refusal:
-            list_shards("s3://bucket/*.tar", cache.listings)
+            list_shards("s3://bucket/*.tar", cache.folder / "listings")
         assert not any(word in str(refusal.value) for word in ("secret-of", "Signature", "\n"))
     finally:
         requests.post(f"{bucket.url}/moto-api/reset-auth", data=b"inf", timeout=10)
