@@ -125,8 +125,11 @@ class Segmenter:
                 f"(nearest: {max(low, patch)} or {low + patch})"
             )
         self.model, self.prompts, self.settings, self.batch = model, list(prompts), settings, batch
-        self.device = model.device
         self.texts = text_classifier(model, prompts, settings.templates)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
 
     @property
     def about(self) -> dict[str, Any]:
@@ -154,7 +157,7 @@ class Segmenter:
         crops = [box.of(image) for image in inputs for box in boxes]
         maps, scores, stages = [], [], []
         for start in range(0, len(crops), self.batch):
-            seen = self.model.segments(torch.stack(crops[start : start + self.batch]).to(self.device))
+            seen = self.model.segments(torch.stack(crops[start : start + self.batch]).to(self.model.device))
             maps.append(seen.maps.float())
             scores.append(class_scores(seen.embeddings, seen.image, self.texts, self.model.logit_multiplier()))
             stages += zip(*seen.stages, strict=True)  # of every crop
@@ -198,7 +201,7 @@ class Segmenter:
         decoded = self.segment(image)
         stages = decoded.stages
         if not stages:  # windows have no map of the whole photo, so the network sees the whole photo once more
-            whole = self.model.segments(self.tensor(image)[None].to(self.device))
+            whole = self.model.segments(self.tensor(image)[None].to(self.model.device))
             stages = tuple(maps[0] for maps in whole.stages)
         present = label_counts(decoded.segments.cpu(), decoded.count) > 0
         best = decoded.scores.cpu()[torch.from_numpy(present)].amax(dim=0).tolist()

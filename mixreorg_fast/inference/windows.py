@@ -93,6 +93,11 @@ class ScoreMap:
 
     def add(self, window: int, box: Box, segments: Tensor) -> None:
         """Lay window number `window` over `box`; `segments`: int64 ``[box.height, box.width]``."""
+        if segments.shape == self.index.shape and len(self.table) == 1:  # the whole photo: nothing to average with
+            self.index = segments + 1
+            self.table = torch.cat([self.table, self.scores[window]])
+            self.windows = torch.ones(len(self.table), device=self.table.device)
+            return
         groups = self.scores.shape[1]
         area = box.of(self.index)
         pair = area * groups + segments  # the row so far, and this window's segment
