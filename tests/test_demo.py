@@ -21,7 +21,6 @@ from PIL import Image
 from mixreorg_fast import demo
 from mixreorg_fast.cli import main
 from mixreorg_fast.config import ScenesConfig, find_config, load_config
-from mixreorg_fast.data.scenes.planning import held_out_combinations, plan_scene
 from mixreorg_fast.data.scenes.scene import KINDS
 from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
@@ -84,13 +83,9 @@ def test_sample_scenes_are_of_the_kind_that_the_weights_know(tmp_path, monkeypat
     monkeypatch.setattr(demo, "SAMPLE_SIDE", 32)
     samples = demo.sample_scenes(scenes, tmp_path)
     assert len(samples) == demo.SAMPLES == len({path for path, _ in samples})
-    held_out = held_out_combinations(scenes.seed)
-    for number, (path, names) in enumerate(samples):
+    for path, names in samples:
         assert Image.open(path).size == (32, 32)
-        shown = {thing.kind for thing in plan_scene(scenes, "val", number, held_out).things}
-        named = names.split(", ")
-        assert shown <= set(named) <= set(KINDS) and len(named) == demo.NAMED == len(set(named))
-        assert len(shown) == 1 or scenes.objects != (1, 0, 0)
+        assert names.split(", ") == list(KINDS)
 
 
 def test_examples_are_for_weights_of_scenes_alone(weights, tmp_path):
