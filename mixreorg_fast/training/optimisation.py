@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import Config
-from ..models import MixReorg
 from ..ranks import Ranks
 from .muon import MOMENTUM, Flat, directions
 from .watch import StopRequest
@@ -43,7 +42,7 @@ def schedule_length(config: Config, samples: int) -> tuple[int, int]:
     return steps, min(round(config.train.warmup_epochs * per_epoch), steps // 10)
 
 
-def optimizer(model: MixReorg, config: Config, guard: StepGuard | None = None) -> GuardedOptimizer:
+def optimizer(model: nn.Module, config: Config, guard: StepGuard | None = None) -> GuardedOptimizer:
     """AdamW, or Muon for the weight matrices; without weight decay of biases, normalisations, embeddings, learned
     tokens and the logit scale."""
     decayed, free = [], []
@@ -55,7 +54,8 @@ def optimizer(model: MixReorg, config: Config, guard: StepGuard | None = None) -
         {"params": free, "weight_decay": 0.0, "matrices": False},
     ]
     made: Any = GuardedMuon if config.train.optimizer == "muon" else GuardedOptimizer
-    return made(groups, guard, model.dtype, lr=config.train.lr, betas=config.train.betas, fused=True)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return made(groups, guard, dtype, lr=config.train.lr, betas=config.train.betas, fused=True)
 
 
 def deepspeed_config(config: Config, world_size: int, *, on_gpu: bool = False) -> dict[str, Any]:
