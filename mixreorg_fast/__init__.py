@@ -23,8 +23,10 @@ __all__ = ["UserError", "accelerate", "load", "ops"]
 def __getattr__(name: str) -> Any:
     if name == "ops":
         return importlib.import_module(".ops", __name__)
-    if name in (homes := {"load": ".inference.model", "accelerate": ".models.accelerate"}):
-        return getattr(importlib.import_module(homes[name], __name__), name)
+    if name == "load":
+        return importlib.import_module(".inference.model", __name__).load
+    if name == "accelerate":
+        return importlib.import_module(".models.accelerate", __name__).accelerate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

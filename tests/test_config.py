@@ -69,6 +69,10 @@ def test_shipped_configurations(path):
         ({"deepspeed": {"options": {"optimizer": {}}}}, ["options.optimizer", "train.lr"]),
         ({"deepspeed": {"offload_parameters": True}}, ["offload_parameters", "zero_stage 3"]),
         ({"train": {"cuda_graphs": True, "compile": False}}, ["cuda_graphs", "compile"]),
+        (
+            {"train": {"batch": 8, "accumulation": 2}, "mixing": {"group_size": 2, "context_share": 0.25}},
+            ["context_share 0.25 of 2 mixing groups leaves none", "nearest: 0.5"],
+        ),
         ({"train": {"tf32": True}}, ["tf32 needs precision fp32, got auto"]),
         ({"train": {"cuda_graphs": True, "checkpoint_activations": True}}, ["cuda_graphs", "checkpoint_activations"]),
         ({"train": {"cuda_graphs": True}, "deepspeed": {"zero_stage": 3}}, ["cuda_graphs", "zero_stage 0, 1 or 2"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -13,6 +13,9 @@ from ..names import TEMPLATES, parse_templates
 from .data import DataConfig
 from .model import LossConfig, MixingConfig, ModelConfig, ScheduleConfig
 from .section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, describe, key
+
+if TYPE_CHECKING:
+    import torch
 
 
 class TrainConfig(Section):
@@ -50,6 +53,15 @@ class TrainConfig(Section):
     timeout: Annotated[float, Field(gt=0.0, le=43_200.0)] = key(
         600.0, "seconds without progress that end the run; compiling is not counted"
     )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations. Training resolves "auto" by its device first; until then this raises a ValueError."""
+        import torch
+
+        if self.precision == "auto":
+            raise ValueError("train.precision is 'auto'; a network needs bf16 or fp32")
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def problems(self) -> Iterator[str]:
         if self.tf32 and self.precision != "fp32":
@@ -182,6 +194,12 @@ class Config(Section):
             )
         if self.model.method == "mixreorg" and not self.loss.mixed and not self.loss.restored:
             yield "loss.mixed and loss.restored are both 0, which is model.method 'groupvit'"
+        mixed = self.train.batch / (1 if self.train.grad_cache else self.train.accumulation) / self.mixing.group_size
+        if self.model.method == "mixreorg" and self.mixing.context_share < min(1.0, 1 / mixed):
+            yield (
+                f"mixing.context_share {self.mixing.context_share} of {mixed:g} mixing groups leaves none with context "
+                f"(nearest: {1 / mixed:g})"
+            )
         if self.train.optimizer == "muon" and (self.deepspeed.zero_stage == 3 or self.deepspeed.offload_optimizer):
             yield "train.optimizer muon needs deepspeed.zero_stage 0, 1 or 2 without offload_optimizer"
         if self.train.cuda_graphs and self.deepspeed.zero_stage == 3:

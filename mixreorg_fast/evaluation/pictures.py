@@ -24,7 +24,7 @@ def segmentation_figure(
 ) -> None:
     """A PNG at `path`: per row the image, its truth, the prediction, the segments; below, the classes that occur.
 
-    The maps are integer arrays ``[H, W]``; the segments are None in all rows or in none.
+    Maps are integer arrays ``[H, W]``. Where one row has None for segments, every row has.
     """
     palette = class_palette(classes[0] == "background")
     titles, cells = ["image", "truth", "prediction"], []

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,12 @@ THRESHOLDS = tuple(step / 20 for step in range(21))  # of the background, that a
 SAVE_EVERY = 30.0  # seconds between saved counts, from which an interrupted evaluation resumes
 
 
-Read = tuple[int, Sample, Tensor]  # a photo by its index in the data set, and the network's input for it
+class Read(NamedTuple):
+    """A photo by its index in the data set, and the network's input for it."""
+
+    index: int
+    sample: Sample
+    tensor: Tensor
 
 
 def segmenter_for(
@@ -192,7 +197,7 @@ def _batches(
 
     def read(index: int) -> Read:
         sample = dataset[index]
-        return index, sample, segmenter.tensor(sample.image)
+        return Read(index, sample, segmenter.tensor(sample.image))
 
     def read_ahead() -> Iterator[Read]:
         following = iter(indices)
@@ -205,7 +210,7 @@ def _batches(
 
     waiting: defaultdict[torch.Size, list[Read]] = defaultdict(list)
     for item in read_ahead():
-        waiting[item[2].shape].append(item)
+        waiting[item.tensor.shape].append(item)
         fullest = max(waiting, key=lambda size: len(waiting[size]))
         # Photos of many sizes: what waits is bounded, since it fills the memory.
         if len(waiting[fullest]) == batch or sum(map(len, waiting.values())) >= 4 * batch:

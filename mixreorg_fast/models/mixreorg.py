@@ -53,7 +53,7 @@ class MixReorg(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = GroupViT(config.model)
-        self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        self.dtype = config.train.dtype
         self.mixing = mixing = config.model.method == "mixreorg"
         # A branch without a loss is computed only as far as another branch needs it.
         asked = (True, mixing and config.loss.mixed > 0, mixing and config.loss.restored > 0)
@@ -196,13 +196,15 @@ class MixReorg(nn.Module):
         tokens = self.progressive_mixing(tokens, plan, drops, contextual)
         return self.restoration(tokens, plan)
 
-    def contextual_mixing(self, tokens: Tensor, plan: ops.MixPlan, drops: Tensor | None, contextual: Tensor | None):
+    def contextual_mixing(
+        self, tokens: Tensor, plan: ops.MixPlan, drops: Tensor | None, contextual: Tensor | None
+    ) -> Tensor:
         """``[original | mixed]``, ``[2B, N + G, C]``: the first blocks of stage 1 give each patch the context of its
         image; then patches are mixed across the images of a group.
 
         Args:
-            contextual: bool ``[B, 1, 1]``: images whose patches carry their context into the mix; those of the others
-                are mixed as embedded. None: all.
+            contextual: bool ``[B, 1, 1]``: True for images whose patches are mixed with context, False for those whose
+                patches are mixed as embedded. None stands for all True.
         """
         context, embedded = self.config.mixing.context_blocks, tokens
         tokens = self.backbone.image_encoder.run_blocks(tokens, 0, 0, context, drops, self._run)
@@ -212,7 +214,9 @@ class MixReorg(nn.Module):
         both = ops.mix_tokens(torch.where(contextual, tokens, embedded), plan, groups)
         return torch.cat([tokens, both[len(tokens) :]])
 
-    def progressive_mixing(self, tokens: Tensor, plan: ops.MixPlan, drops: Tensor | None, contextual: Tensor | None):
+    def progressive_mixing(
+        self, tokens: Tensor, plan: ops.MixPlan, drops: Tensor | None, contextual: Tensor | None
+    ) -> Tensor:
         """``[original | mixed]`` after the other blocks of stage 1; after each block but the last, the original
         features, mixed by the same plan, are blended into the mixed ones of the `contextual` images."""
         encoder, alpha = self.backbone.image_encoder, self.config.mixing.blend
@@ -233,8 +237,8 @@ class MixReorg(nn.Module):
         return ops.restore_tokens(tokens, plan, groups, keep_mixed=_MIXED in self.branches)
 
     def _contextual(self, batch: Batch) -> Tensor | None:
-        """Images whose patches carry context into the mix, bool ``[B, 1, 1]``, spread evenly over the mixing groups of
-        all ranks; None: all."""
+        """The argument of :meth:`contextual_mixing`: ``mixing.context_share`` of the groups are True, evenly over all
+        ranks."""
         mixing, images = self.config.mixing, len(batch.images)
         if mixing.context_share == 1.0:
             return None

@@ -26,8 +26,8 @@ GAIN = 1.1
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: LinearImpl = "auto") -> Tensor:
     """``torch.nn.functional.linear``, of the same precision.
 
-    PyTorch calls Intel's MKL in fp32, which is slow on some processors of other vendors: oneDNN takes half its time on
-    AMD's Zen 5, and a tenth more on Zen 4 (benchmarks/test_linear.py). So "auto" measures both at the first call of a
+    PyTorch calls Intel's MKL in fp32. On some processors of other vendors oneDNN takes half its time, on others more
+    (benchmarks/test_linear.py). So "auto" measures both at the first call of a
     process, for each number of threads. The two round differently. Each gives the same bits in every call, but the
     choice may differ between ranks, and between a run and its continuation in another process, and with it the last
     digits; force `impl` where that matters.

@@ -53,19 +53,26 @@ def mixed_segmentation_loss_reference(
     maps, labels = (first, second, segments), (source % group_size).long()
     own_texts = texts_of_groups(texts[first_text : first_text + len(first)], group_size)
     of_group = mixed_segmentation_logits(*maps, own_texts, logit_scale, upcast)
-    losses = F.cross_entropy(of_group.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-    if negatives != "group":
-        of_batch = mixed_segmentation_logits(*maps, texts, logit_scale, upcast)
-        naming = of_batch.logsumexp(-1) - of_group.logsumexp(-1)
-        losses = losses + (naming if negatives == "batch" else attribution(losses, group_size) * naming)
-    if not return_accuracy:
-        return losses.mean()
-    return losses.mean(), (of_group.argmax(-1) == labels).float().mean()
+    if negatives == "group":
+        loss = _cross_entropy(of_group, labels)
+    else:
+        of_batch, sources = mixed_segmentation_logits(*maps, texts, logit_scale, upcast), (source + first_text).long()
+        if negatives == "batch":
+            loss = _cross_entropy(of_batch, sources)
+        else:
+            within = _cross_entropy(of_group, labels, reduction="none")
+            among_all = _cross_entropy(of_batch, sources, reduction="none")
+            loss = within.lerp(among_all, attribution(within, group_size)).mean()
+    return (loss, (of_group.argmax(-1) == labels).float().mean()) if return_accuracy else loss
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
 
 
 def attribution(losses: Tensor, group_size: int) -> Tensor:
-    """How surely a patch is attributed to its image, without gradients: 1 with probability 1 of its text within the
-    group, 0 at chance or below. `losses`: cross-entropies within the group."""
+    """How surely patches are attributed to their images, without gradients: 1 where a patch's own text has probability
+    1 within the group, 0 at chance or below. `losses`: the patches' cross-entropies within the group."""
     return ((group_size * (-losses.detach()).exp() - 1) / max(group_size - 1, 1)).clamp(min=0)
 
 
@@ -95,11 +102,11 @@ def mixed_segmentation_loss(
             (fp32, bf16, fp16) and have any strides (the kernel copies what is not contiguous).
         plan: the mixing of these B images.
         logit_scale: factor of the cosines, a number or a tensor of one element.
-        negatives: "group" compares every patch with the texts of its mixing group; "batch" with all texts, which adds
-            ``logsumexp over all texts - logsumexp over the group``; "attributed" weighs this term by how surely the
-            patch is attributed to its image within the group (:func:`attribution`). With the latter two, texts may be
-            those of more images (of other ranks), ``[T, D]``; those of the B images begin at number `first_text`. They
-            run in PyTorch only and hold ``[B, N, T]``.
+        negatives: "group" compares every patch with the texts of its mixing group, "batch" with all texts. "attributed"
+            interpolates the loss of each patch from the first to the second by how surely the patch is attributed to
+            its image within the group (:func:`attribution`). With the latter two, texts may be those of more images
+            (of other ranks), ``[T, D]``; those of the B images begin at number `first_text`. They run in PyTorch only
+            and hold ``[B, N, T]``.
         return_accuracy: adds the share of patches whose largest logit over the texts of their mixing group is that of
             their image, for either kind of `negatives`; ties take the lowest text.
     Returns:

@@ -42,7 +42,7 @@ def schedule_length(config: Config, samples: int) -> tuple[int, int]:
     return steps, min(round(config.train.warmup_epochs * per_epoch), steps // 10)
 
 
-def optimizer(model: nn.Module, config: Config, guard: StepGuard | None = None) -> GuardedOptimizer:
+def optimizer(model: nn.Module, config: Config, guard: StepGuard | None = None) -> GuardedAdamW:
     """AdamW, or Muon for the weight matrices; without weight decay of biases, normalisations, embeddings, learned
     tokens and the logit scale."""
     decayed, free = [], []
@@ -53,9 +53,8 @@ def optimizer(model: nn.Module, config: Config, guard: StepGuard | None = None) 
         {"params": decayed, "weight_decay": config.train.weight_decay, "matrices": True},
         {"params": free, "weight_decay": 0.0, "matrices": False},
     ]
-    made: Any = GuardedMuon if config.train.optimizer == "muon" else GuardedOptimizer
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    return made(groups, guard, dtype, lr=config.train.lr, betas=config.train.betas, fused=True)
+    made = GuardedMuon if config.train.optimizer == "muon" else GuardedAdamW
+    return made(groups, guard, lr=config.train.lr, betas=config.train.betas, fused=True)
 
 
 def deepspeed_config(config: Config, world_size: int, *, on_gpu: bool = False) -> dict[str, Any]:
@@ -73,7 +72,7 @@ def deepspeed_config(config: Config, world_size: int, *, on_gpu: bool = False) -
         "gradient_clipping": config.train.clip,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,  # GuardedOptimizer, a class that it does not know
+        "zero_allow_untested_optimizer": True,  # GuardedAdamW, a class that it does not know
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice in every micro-step
     }
@@ -146,14 +145,12 @@ class StepGuard:
         return self.refuses(self._outcome()[0])
 
 
-class GuardedOptimizer(torch.optim.AdamW):
+class GuardedAdamW(torch.optim.AdamW):
     """AdamW that skips the steps that a guard refuses; to DeepSpeed, which wraps it, they are steps like any other."""
 
-    def __init__(
-        self, parameters: Iterable[dict[str, Any]], guard: StepGuard | None, dtype: torch.dtype, **options: Any
-    ):
+    def __init__(self, parameters: Iterable[dict[str, Any]], guard: StepGuard | None, **options: Any):
         super().__init__(parameters, **options)
-        self._guard, self._dtype = guard, dtype
+        self._guard = guard
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         if self._guard is None or not self._guard.refuses_now():
@@ -167,15 +164,17 @@ class GuardedOptimizer(torch.optim.AdamW):
         """Called once DeepSpeed's engine has replaced the parameters by its own tensors."""
 
 
-class GuardedMuon(GuardedOptimizer):
-    """As :class:`GuardedOptimizer`, with Muon's update of the weight matrices, the groups with ``"matrices": True``.
+class GuardedMuon(GuardedAdamW):
+    """As :class:`GuardedAdamW`, with Muon's update of the weight matrices, the groups with ``"matrices": True``.
 
     Muon's momentum is kept as Adam's first moment; the second stays 0.
     """
 
-    _flat: Flat | None = None  # None: each matrix is a tensor of its own
+    _flat: Flat | None = None  # where ZeRO keeps the matrices in one tensor
+    _dtype = torch.float32  # of the orthogonalisation
 
     def lay_out(self, engine: Any) -> None:
+        self._dtype = engine.module.dtype
         self._flat = Flat(engine.optimizer) if engine.zero_optimization_stage() else None
 
     @torch.no_grad()

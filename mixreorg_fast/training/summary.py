@@ -76,7 +76,7 @@ def closing(scores: dict[str, Any], config: Config) -> str:
 
 def _attention(config: Config, device: torch.device) -> tuple[str, str]:
     """The attention implementations for images and for captions."""
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = config.train.dtype
     image, text = (
         torch.empty(1, 8, part.heads, part.width // part.heads, dtype=dtype, device=device)
         for part in (config.model, config.model.text)

@@ -322,4 +322,4 @@ def test_ranks_choose_the_same_groups_to_mix_with_context():
     assert whole.float().mean() == 0.25
     halves = [replace(batch, images=batch.images[:8]), replace(batch, images=batch.images[8:], first_image=8)]
     assert torch.equal(whole, torch.cat([model._contextual(half) for half in halves]))
-    assert module()._contextual(batch) is None  # all
+    assert module()._contextual(batch) is None  # every group is mixed with context

@@ -291,7 +291,7 @@ def test_negatives_of_the_whole_batch():
 
 
 def test_names_of_attributed_patches_only():
-    """Every patch tells its image within the group; against the whole batch it counts as far as it does."""
+    """The cross-entropy within the group, and that over the whole batch weighted by the attribution."""
     inputs = [x.detach().requires_grad_() for x in make((8, 5, 13, 3, 16, 4), torch.float64, "cpu")[0]]
     plan = MixPlan.sample(8, 13, 4, generator=torch.Generator().manual_seed(0))
     logits = inputs[4] * torch.einsum("bgn,bhg,bhd,td->bnt", *inputs[:4])  # [B, N, T]

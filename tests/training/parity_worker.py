@@ -59,11 +59,18 @@ def cases(world: int) -> list[dict]:
         found += [
             {"name": "batch negatives, zero2", "engine": "zero2", "loss": {"mixed_negatives": "batch"}},
             {
-                "name": "batch negatives, zero2, grad cache",
+                "name": "attributed negatives, context in half of the groups, zero2",
+                "engine": "zero2",
+                "loss": {"mixed_negatives": "attributed"},
+                "mixing": {"context_share": 0.5},
+            },
+            {
+                "name": "attributed negatives, context in half of the groups, zero2, grad cache",
                 "engine": "zero2",
                 "accumulation": 2,
                 "grad_cache": True,
-                "loss": {"mixed_negatives": "batch"},
+                "loss": {"mixed_negatives": "attributed"},
+                "mixing": {"context_share": 0.5},
             },
             {"name": "groupvit, zero2", "engine": "zero2", "model": {"method": "groupvit"}, "loss": {}},
             {"name": "checkpointed, zero2", "engine": "zero2", "checkpoint": True},

@@ -73,7 +73,8 @@ class Loader:
 def run(case: dict, ranks, folder: Path) -> dict[str, list[str]]:
     base = {
         "model": {"drop_path": 0.3},
-        "loss": {"multi_label": 0.5, "mixed_negatives": "batch"},
+        "mixing": {"group_size": 2, "context_share": 0.5},
+        "loss": {"multi_label": 0.5, "mixed_negatives": "attributed"},
         "train": {"batch": 4 * ACCUMULATION * ranks.size, "accumulation": ACCUMULATION, "steps": STEPS},
         "output": str(folder),
     }
