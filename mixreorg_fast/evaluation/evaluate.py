@@ -27,6 +27,7 @@ from .zero_shot import THRESHOLDS, evaluate
 
 FIGURES = {  # in words -> in eval.json
     "all background": "all_background_mIoU",
+    "whole photos after their best class": "whole_photo_mIoU",
     "segments with their best class": "oracle_mIoU",
     "pixel accuracy": "pixel_accuracy",
     "mean accuracy": "mean_accuracy",

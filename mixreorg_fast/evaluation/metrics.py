@@ -45,11 +45,11 @@ def oracle_matrix(overlap: Tensor) -> Tensor:
     return matrix.index_add_(0, overlap.argmax(dim=1), overlap).T
 
 
-def all_background_matrix(matrix: Tensor) -> Tensor:
-    """The confusion matrix, over the same truth, of predicting class 0 everywhere."""
-    background = torch.zeros_like(matrix)
-    background[:, 0] = matrix.sum(dim=1)
-    return background
+def one_class_matrix(matrix: Tensor, label: int = 0) -> Tensor:
+    """The confusion matrix, over the same truth, of predicting class `label` everywhere; 0 may be the background."""
+    everywhere = torch.zeros_like(matrix)
+    everywhere[:, label] = matrix.sum(dim=1)
+    return everywhere
 
 
 def boundary_counts(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
@@ -135,7 +135,8 @@ class Tally:
     Args:
         classes: how many there are. thresholds: how many other background thresholds are tried.
     Attributes:
-        matrix, oracle: int64 ``[C, C]`` confusion matrices of the labels, and with every segment's best class.
+        matrix, oracle, whole: int64 ``[C, C]`` confusion matrices of the labels, with every segment's best class, and
+            with the whole photo's best name everywhere.
         sweep: int64 ``[thresholds, C, C]``, the confusion matrices at the other thresholds.
         boundary: int64 ``[3, C]``, the sum of :func:`boundary_counts`.
         photos: int64 ``[C]``, how many photos show each class.
@@ -145,21 +146,28 @@ class Tally:
 
     def __init__(self, classes: int, thresholds: int = 0) -> None:
         square = (classes, classes)
-        shapes = [square, square, (thresholds, *square), (3, classes), (classes,), (3,)]
+        shapes = [square, square, square, (thresholds, *square), (3, classes), (classes,), (3,)]
         self._counts = torch.zeros(sum(map(math.prod, shapes)), dtype=torch.int64)
         parts = self._counts.split([math.prod(shape) for shape in shapes])
-        self.matrix, self.oracle, self.sweep, self.boundary, self.photos, self.used = (
+        self.matrix, self.oracle, self.whole, self.sweep, self.boundary, self.photos, self.used = (
             part.view(shape) for part, shape in zip(parts, shapes, strict=True)
         )
         self.done: set[int] = set()
 
     def add(
-        self, index: int, truth: Tensor, labels: Tensor, segments: Tensor | None, count: int = 0, windows: int = 1
+        self,
+        index: int,
+        truth: Tensor,
+        labels: Tensor,
+        segments: Tensor | None,
+        count: int = 0,
+        windows: int = 1,
+        whole: int | None = None,
     ) -> None:
         """Count photo `index`, of `count` possible segments in `windows` windows; all maps integer ``[H, W]``.
 
         Args:
-            segments: None: of a model without segments.
+            segments: None: of a model without segments. whole: the label of the whole photo, if the model tells one.
         """
         classes = len(self.matrix)
         matrix = confusion_matrix(truth, labels, classes)
@@ -170,6 +178,8 @@ class Tally:
         if segments is not None:
             self.oracle += oracle_matrix(overlaps(truth, segments, classes, count))
             used = len(segments.unique())
+        if whole is not None:
+            self.whole += one_class_matrix(matrix, whole)
         self.used += torch.tensor([used, windows, 1])
         self.done.add(index)
 

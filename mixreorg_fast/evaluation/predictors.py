@@ -79,6 +79,7 @@ class Labelled(NamedTuple):
     segments: None = None
     count: int = 0
     windows: int = 1
+    whole: None = None
 
 
 class PixelScores(ABC):

@@ -109,9 +109,10 @@ def evaluate(
         ``per_class_images``, how many photos show each; ``frequent_mIoU`` over the classes that
         at least 30 photos show, where fewer than 10 show another; ``pixel_accuracy``, ``mean_accuracy``,
         ``boundary_mIoU`` (see :func:`.metrics.boundary_counts`); ``all_background_mIoU`` where there is a background;
-        of models with segments ``oracle_mIoU`` if each segment took its commonest true class, and ``groups_used``:
-        distinct final segments per photo (where windows slide, per window) on average; of a sweep ``threshold_sweep``,
-        the mIoU by threshold, and ``best_threshold``; ``images``; ``settings``.
+        of models with segments ``oracle_mIoU`` if each segment took its commonest true class, ``whole_photo_mIoU`` if
+        every pixel took the class most similar to the whole photo, and ``groups_used``: distinct final segments per
+        photo (where windows slide, per window) on average; of a sweep ``threshold_sweep``, the mIoU by threshold, and
+        ``best_threshold``; ``images``; ``settings``.
     Raises:
         UserError: as the data set and the model.
     """
@@ -143,7 +144,9 @@ def evaluate(
                 sizes = [sample.mask.shape for _, sample, _ in photos]
                 for (index, sample, _), decoded in zip(photos, segmenter(inputs, sizes), strict=True):
                     truth = torch.from_numpy(sample.mask).to(device)
-                    tally.add(index, truth, decoded.labels, decoded.segments, decoded.count, decoded.windows)
+                    tally.add(
+                        index, truth, decoded.labels, decoded.segments, decoded.count, decoded.windows, decoded.whole
+                    )
                     for number, threshold in enumerate(thresholds):
                         if decoded.relabelled is None:
                             raise UserError("a threshold sweep needs a model that gives scores without the background")
@@ -179,9 +182,10 @@ def _scores(total: metrics.Tally, dataset: SegmentationDataset, thresholds: Sequ
     if (frequent := metrics.frequent_mean_iou(matrix, total.photos)) is not None:
         scores["frequent_mIoU"] = frequent
     if dataset.has_background:
-        scores["all_background_mIoU"] = metrics.mean_iou(metrics.all_background_matrix(matrix))
+        scores["all_background_mIoU"] = metrics.mean_iou(metrics.one_class_matrix(matrix))
     if total.groups_used:
         scores |= {"oracle_mIoU": metrics.mean_iou(total.oracle), "groups_used": total.groups_used}
+        scores["whole_photo_mIoU"] = metrics.mean_iou(total.whole)
     if thresholds:
         matrices = zip(thresholds, total.sweep, strict=True)
         tried = {f"{threshold:.2f}": metrics.mean_iou(matrix) for threshold, matrix in matrices}

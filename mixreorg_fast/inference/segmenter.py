@@ -155,16 +155,19 @@ class Segmenter:
         else:
             boxes = [Box(0, 0, *network)]
         crops = [box.of(image) for image in inputs for box in boxes]
-        maps, scores, stages = [], [], []
+        maps, scores, stages, cosines = [], [], [], []
         for start in range(0, len(crops), self.batch):
             seen = self.model.segments(torch.stack(crops[start : start + self.batch]).to(self.model.device))
             maps.append(seen.maps.float())
             scores.append(class_scores(seen.embeddings, seen.image, self.texts, self.model.logit_multiplier()))
             stages += zip(*seen.stages, strict=True)  # of every crop
-        maps, scores = torch.cat(maps), torch.cat(scores)
+            cosines.append(seen.image @ self.texts.T)
+        maps, scores, cosines = torch.cat(maps), torch.cat(scores), torch.cat(cosines)
+        whole = cosines.unflatten(0, (len(sizes), -1)).mean(dim=1).argmax(dim=1)
+        whole = (whole + (settings.background_threshold is not None)).tolist()
         for number, size in enumerate(sizes):
             own = slice(number * len(boxes), (number + 1) * len(boxes))
-            decoded = self._decoded(maps[own], scores[own], boxes, network, size)
+            decoded = self._decoded(maps[own], scores[own], boxes, network, size)._replace(whole=whole[number])
             yield decoded._replace(stages=stages[number]) if stages and len(boxes) == 1 else decoded
 
     def _decoded(

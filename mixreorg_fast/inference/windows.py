@@ -50,6 +50,7 @@ class Decoded(NamedTuple):
         scores: fp32 ``[count, T]``, every segment's class scores, the background apart.
         stages: fp32 ``[G, h, w]`` per grouping stage, its segments' maps, where the photo was seen whole.
         relabelled: the labels at another background threshold, where there is one.
+        whole: the label of the class whose text is most similar to the whole photo (to its windows on average).
     """
 
     labels: Tensor
@@ -59,6 +60,7 @@ class Decoded(NamedTuple):
     scores: Tensor
     stages: tuple[Tensor, ...] = ()
     relabelled: Callable[[float], Tensor] | None = None
+    whole: int | None = None
 
 
 def window_boxes(height: int, width: int, window: int, stride: int) -> list[Box]:

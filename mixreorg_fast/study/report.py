@@ -20,6 +20,7 @@ from ..inference.overlay import blend, class_palette, colourise, segments_pictur
 from ..ledger import Row
 from ..training.plots import Curve, draw_panels
 from ..training.reports import read_metrics
+from ..training.summary import WAYS
 from .plan import Run
 
 PAGE = "results.md"
@@ -28,6 +29,7 @@ FIGURES = {  # column -> name in eval.json
     "miou": "mIoU",
     "frequent_miou": "frequent_mIoU",
     "all_background_miou": "all_background_mIoU",
+    "whole_photo_miou": "whole_photo_mIoU",
     "oracle_miou": "oracle_mIoU",
     "groups_used": "groups_used",
 }
@@ -61,6 +63,7 @@ def rows_of(run: Path, **about: Any) -> list[Row]:
         "images_seen": reports[-1]["samples"],
         **about,
     }
+    described |= {way: scores["retrieval"][way] for way in WAYS if way in scores.get("retrieval", {})}
     rows = []
     for dataset, score in scores.items():
         if "mIoU" in score:
@@ -139,10 +142,14 @@ def study_table(rows: Sequence[Row]) -> list[str]:
     head = ["variant", "seeds", "steps", "seconds"]
     # IoU of rare classes is mostly noise, so the frequent classes have a column of their own where there are rare ones.
     with_frequent = {row["world"] for row in rows if row.get("frequent_miou") not in (None, row["miou"])}
+    with_whole = {row["world"] for row in rows if row.get("whole_photo_miou") is not None}
+    ways = [way for way in WAYS if any(way in row for row in rows)]
     for dataset in datasets:
         head += [f"{dataset} mIoU", "against the first"]
         head += [f"classes in {FREQUENT} photos"] if dataset in with_frequent else []
+        head += ["whole photo by one name"] if dataset in with_whole else []
         head += ["oracle mIoU", *(["segments used"] if dataset == datasets[0] else [])]
+    head += [f"R@1 {way.replace('_', ' ')}" for way in ways]
     body = []
     groups = list(dict.fromkeys((row["variant"], row["budget"]) for row in rows))
     for variant, budget in groups:
@@ -150,14 +157,16 @@ def study_table(rows: Sequence[Row]) -> list[str]:
         about = of_variant[0].get("about", variant)
         cells = [f"{about}, equal time" if budget == "time" else about]
         cells += [len({row["seed"] for row in of_variant}), _spread(of_variant, "steps", 0)]
-        cells.append(_spread([row for row in of_variant if row["world"] == datasets[0]], "seconds", 0))
+        first = [row for row in of_variant if row["world"] == datasets[0]]
+        cells.append(_spread(first, "seconds", 0))
         for dataset in datasets:
             here = [row for row in of_variant if row["world"] == dataset]
             base = [row for row in rows if row["world"] == dataset and (row["variant"], row["budget"]) == groups[0]]
             cells += [_spread(here, "miou"), "" if here == base else _difference(here, base)]
             cells += [_spread(here, "frequent_miou")] if dataset in with_frequent else []
+            cells += [_spread(here, "whole_photo_miou")] if dataset in with_whole else []
             cells += [_spread(here, "oracle_miou"), *([_spread(here, "groups_used")] if dataset == datasets[0] else [])]
-        body.append(cells)
+        body.append([*cells, *(_spread(first, way) for way in ways)])
     lines = ledger.table(head, body)
     for dataset in datasets:
         background = {row["all_background_miou"] for row in rows if row["world"] == dataset} - {None}

@@ -44,7 +44,7 @@ def test_evaluate(weights, plain, tmp_path, capsys):
     result = json.loads(out.read_text())
     assert set(result) == {
         "mIoU", "per_class", "per_class_images", "pixel_accuracy", "mean_accuracy", "boundary_mIoU",
-        "all_background_mIoU", "oracle_mIoU", "groups_used", "images", "settings",
+        "all_background_mIoU", "oracle_mIoU", "whole_photo_mIoU", "groups_used", "images", "settings",
     }  # fmt: skip
     assert list(result["per_class"]) == ["background", "cat", "dog", "red car"]
     assert result["images"] == 7 and 0 <= result["mIoU"] <= 100

@@ -161,7 +161,7 @@ def test_evaluation_is_the_sum_over_photos(model, plain, mode, decoding):
     result = evaluate(segmenter, dataset, progress=False)
     singly = evaluate(segmenter_for(model, dataset, settings, batch=1), dataset, progress=False)
     assert result == singly | {"settings": result["settings"]}
-    matrix = torch.zeros(4, 4, dtype=torch.int64)
+    matrix, whole = torch.zeros(2, 4, 4, dtype=torch.int64)
     for sample in dataset:
         pixels = segmenter.tensor(sample.image)
         network = tuple(pixels.shape[1:])
@@ -173,7 +173,11 @@ def test_evaluation_is_the_sum_over_photos(model, plain, mode, decoding):
             labels = decode_groupvit_reference(maps, scores, boxes, network, sample.mask.shape, 0.4)
         else:
             labels = decode(maps, scores, boxes, network, sample.mask.shape, 0.4, "direct").labels
-        matrix += metrics.confusion_matrix(torch.from_numpy(sample.mask), labels, 4)
+        truth = torch.from_numpy(sample.mask)
+        matrix += metrics.confusion_matrix(truth, labels, 4)
+        name = torch.stack([s.image[0] @ segmenter.texts.T for s in seen]).mean(dim=0).argmax() + 1
+        whole += metrics.confusion_matrix(truth, torch.full_like(truth, name), 4)
+    assert result["whole_photo_mIoU"] == pytest.approx(metrics.mean_iou(whole), abs=1e-9)
     assert result["mIoU"] == pytest.approx(metrics.mean_iou(matrix), abs=1e-9)
     assert list(result["per_class"]) == ["background", "cat", "dog", "red car"]
     assert result["images"] == 7

@@ -17,7 +17,7 @@ def finished_run(folder):
     lines.append({"step": 20, "samples": 1280, "loss": 0.5, "images_per_s": 32.0})
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     score = {"mIoU": 12.345, "oracle_mIoU": 40.0, "groups_used": 2.5, "images": 7, "all_background_mIoU": 3.0}
-    (folder / "eval.json").write_text(json.dumps({"scenes": score, "retrieval": {"pairs": 7}}))
+    (folder / "eval.json").write_text(json.dumps({"scenes": score, "retrieval": {"pairs": 7, "image_to_text": 50.0}}))
     return folder
 
 
@@ -25,6 +25,7 @@ def test_rows_and_table(tmp_path):
     run = finished_run(tmp_path / "toy")
     (row,) = rows_of(run)
     assert (row["world"], row["variant"], row["steps"], row["miou"]) == ("scenes", "groupvit", 20, 12.35)
+    assert row["image_to_text"] == 50.0
     assert row["seconds"] == 30.0  # 640 images at 64 a second, 640 at 32
     path = record.record([run], tmp_path)
     record.record([run], tmp_path)  # takes the place of its own rows

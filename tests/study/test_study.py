@@ -169,6 +169,14 @@ def test_frequent_classes_have_a_column_where_not_all_are():
     assert (cells["voc mIoU"], cells["classes in 30 photos"], cells["road mIoU"]) == ("4.00", "7.00 ± 1.41", "5.00")
 
 
+def test_naming_whole_photos_and_retrieval_have_columns_where_they_were_scored():
+    scored = [row("base", seed, 4.0) | {"whole_photo_miou": 5.0, "image_to_text": 8.0 + 2 * seed} for seed in (0, 1)]
+    (cells,) = markdown.rows("\n".join(study_table(scored)))
+    assert (cells["whole photo by one name"], cells["R@1 image to text"]) == ("5.00", "9.00 ± 1.41")
+    assert "R@1 text to image" not in cells
+    assert not {"whole photo by one name", "R@1 image to text"} & set(study_table([row("base", 0, 4.0)])[0].split(" | "))
+
+
 def test_rows_replace_those_of_the_same_run_and_the_page_follows(tmp_path):
     results, docs = tmp_path / "results", tmp_path / "docs"
     write_study_rows([row("base", 0, 1.0), row("full", 0, 2.0)], results / "study_x.json", "command")
