@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +20,7 @@ from PIL import Image
 from .config import ScenesConfig, find_config, load_config
 from .devices import choose
 from .errors import UserError, extra
+from .files import json_or_empty
 from .images import load_image
 from .inference.options import WEIGHTS_HELP, add_options, load_on_device
 from .inference.overlay import segments_picture
@@ -27,7 +29,7 @@ from .models.weights import find_weights
 from .names import MASK_CLASSES, parse_classes
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
     import gradio
     from starlette.requests import Request
@@ -84,8 +86,8 @@ def main(args: argparse.Namespace) -> int:
             raise UserError(f"the page needs Gradio ({error}): {extra('demo')}") from None
         weights = args.weights or embedded_run(args.train, device)
         model = load_on_device(str(weights), args.device)
-        scenes = scenes_of(model.source or weights)
-        samples = [] if scenes is None else sample_scenes(scenes, Path(folder.name))
+        scenes, scores = scenes_of(model.source or weights)
+        samples = [] if scenes is None else sample_scenes(scenes, scores, Path(folder.name))
         model.inference = model.inference.with_options(short_side=args.short_side)
         page = build(model, samples)
         url = serve(page, args.host, args.port)
@@ -125,16 +127,18 @@ def embedded_run(train: bool = False, device: str = "cpu") -> Path:
     return run
 
 
-def scenes_of(weights: str | Path) -> ScenesConfig | None:
-    """The embedded scenes that the weights were trained on; None: the weights were trained on other data."""
+def scenes_of(weights: str | Path) -> tuple[ScenesConfig | None, dict[str, float]]:
+    """The embedded scenes that the weights were trained on (None: other data), and the IoU that their run scored for
+    each kind (empty: not known)."""
     folder = Path(weights).resolve()
     for place in (folder, folder.parent, folder.parent.parent):  # beside them, or of a run: RUN/checkpoints/step_*
         try:
             data = load_config(place / "config.json").data
         except UserError:
             continue
-        return data.scenes if data.is_scenes else None
-    return None
+        scored = json_or_empty(place / "eval.json").get("scenes", {})
+        return data.scenes if data.is_scenes else None, scored.get("per_class", {})
+    return None, {}
 
 
 class View(NamedTuple):
@@ -159,19 +163,23 @@ def view(model: Model, path: str, names: str, threshold: float) -> View:
     return View(found.overlay(), [segments_picture(photo, segments) for segments in stages], found.areas)
 
 
-def sample_scenes(config: ScenesConfig, folder: Path) -> list[list[str]]:
-    """Held-out scenes, drawn into `folder`: per scene its path and the names of all kinds.
+def sample_scenes(config: ScenesConfig, scores: Mapping[str, float | None], folder: Path) -> list[list[str]]:
+    """Scenes of the evaluation set, drawn into `folder`: per scene its path and the names of all kinds.
 
-    Among few names one always fits a ground well enough; among all of them none does.
+    The first scene of each kind, those first that the weights segment best by their `scores`. Among few names one
+    always fits a ground well enough; among all of them none does.
     """
     from .data.scenes.painting import Painter
     from .data.scenes.planning import held_out_combinations, plan_scene
-    from .data.scenes.scene import KINDS
+    from .data.scenes.scene import KINDS, Scene
 
     painter, held_out = Painter(SAMPLE_SIDE, config.seed), held_out_combinations(config.seed)
+    scenes = [plan_scene(config, "val", number, held_out) for number in range(config.val)]
+    shown: dict[frozenset[str], Scene] = {}  # a scene by its kinds
+    for scene in sorted(scenes, key=lambda scene: -min(scores.get(thing.kind) or 0.0 for thing in scene.things)):
+        shown.setdefault(frozenset(thing.kind for thing in scene.things), scene)
     samples = []
-    for number in range(SAMPLES):
-        scene = plan_scene(config, "val", number, held_out)
+    for number, scene in enumerate(islice(shown.values(), SAMPLES)):
         path = folder / f"scene{number}.png"
         Image.fromarray(painter.paint(scene)[0]).save(path)
         samples.append([str(path), ", ".join(KINDS)])

@@ -21,6 +21,8 @@ from PIL import Image
 from mixreorg_fast import demo
 from mixreorg_fast.cli import main
 from mixreorg_fast.config import ScenesConfig, find_config, load_config
+from mixreorg_fast.data.scenes import planning
+from mixreorg_fast.data.scenes.painting import Painter
 from mixreorg_fast.data.scenes.scene import KINDS
 from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
@@ -81,23 +83,37 @@ def test_large_photos_are_shown_smaller_and_huge_ones_refused(weights, tmp_path,
 @pytest.mark.parametrize("scenes", [ScenesConfig(), load_config(find_config("zero2")).data.scenes])
 def test_sample_scenes_are_of_the_kind_that_the_weights_know(tmp_path, monkeypatch, scenes):
     monkeypatch.setattr(demo, "SAMPLE_SIDE", 32)
-    samples = demo.sample_scenes(scenes, tmp_path)
+    samples = demo.sample_scenes(scenes, {}, tmp_path)
     assert len(samples) == demo.SAMPLES == len({path for path, _ in samples})
     for path, names in samples:
         assert Image.open(path).size == (32, 32)
         assert names.split(", ") == list(KINDS)
 
 
+def test_sample_scenes_show_the_kinds_that_were_scored_best(tmp_path, monkeypatch):
+    scenes, painted = load_config(find_config("zero2")).data.scenes, []
+    paint = Painter.paint
+    monkeypatch.setattr(Painter, "paint", lambda self, scene: (painted.append(scene), paint(self, scene))[1])
+    demo.sample_scenes(scenes, {**dict.fromkeys(KINDS, 1.0), "ring": None, "star": 90.0, "heart": 80.0}, tmp_path)
+    kinds = [scene.things[0].kind for scene in painted]
+    assert kinds[:2] == ["star", "heart"] and "ring" not in kinds and len(set(kinds)) == demo.SAMPLES
+    held_out = planning.held_out_combinations(scenes.seed)
+    evaluated = [planning.plan_scene(scenes, "val", number, held_out) for number in range(scenes.val)]
+    assert painted == [next(s for s in evaluated if s.things[0].kind == kind) for kind in kinds]
+
+
 def test_examples_are_for_weights_of_scenes_alone(weights, tmp_path):
-    assert demo.scenes_of(weights).train == 77
+    assert demo.scenes_of(weights)[0].train == 77
     run = tmp_path / "run"
     shutil.copytree(weights, run / "checkpoints" / "step_00000004")
     (run / "checkpoints" / "step_00000004" / "config.json").unlink()
-    assert demo.scenes_of(run) is None
+    assert demo.scenes_of(run) == (None, {})
+    (run / "eval.json").write_text('{"scenes": {"per_class": {"star": 50.0}}}')
     for data, known in (({}, True), ({"shards": ["data/scenes/train-0.tar"]}, True), ({"shards": "x.tar"}, False)):
         (run / "config.json").write_text(json.dumps({"data": data}))
-        assert (demo.scenes_of(run) is not None) == known
-        assert (demo.scenes_of(run / "checkpoints" / "step_00000004") is not None) == known
+        for place in (run, run / "checkpoints" / "step_00000004"):
+            scenes, scores = demo.scenes_of(place)
+            assert (scenes is not None) == known and scores == {"star": 50.0}
 
 
 def test_without_weights_nothing_is_trained_unasked(weights, tmp_path, monkeypatch, capsys):
