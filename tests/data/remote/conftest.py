@@ -62,7 +62,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch):
     """An empty bucket, to whose server AWS's clients of this process and of those it starts are sent."""
     servers, boto3 = pytest.importorskip("moto.server"), pytest.importorskip("boto3")
     requests = pytest.importorskip("requests")
-    pytest.importorskip("s3fs")
+    s3fs = pytest.importorskip("s3fs")
     server = servers.ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -74,6 +74,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch):
     }.items():
         monkeypatch.setenv(name, value)
     requests.post(f"http://{host}:{port}/moto-api/reset", timeout=10)
+    s3fs.S3FileSystem.clear_instance_cache()  # a client of the test before has another server
     yield Bucket(f"http://{host}:{port}", server, boto3.client("s3"))
     with contextlib.suppress(Exception):  # the test has stopped it
         server.stop()
