@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable
 
@@ -45,10 +46,21 @@ def extra(name: str) -> str:
 def run_command(main: Callable[[], int | None], *, debug: bool = False) -> int:
     """Run `main`; print a :class:`UserError` as one line on stderr and return exit code 2. ^C ends it with 130.
 
-    Of several ranks only the first prints what all of them raise. With `debug` the traceback is let through.
+    Of several ranks only the first prints what all of them raise. With `debug` the traceback is let through. Where the
+    reader of the output has gone, as after ``| head``, the command ends as if it had printed everything.
     """
+    code = 0
     try:
-        return main() or 0
+        code = main() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        reader = select.poll()
+        reader.register(sys.stdout, 0)
+        if not any(event & select.POLLERR for _, event in reader.poll(0)):
+            raise  # of another pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return code
     except (UserError, KeyboardInterrupt) as error:
         if debug:
             raise

@@ -1,5 +1,8 @@
 """How a command ends."""
 
+import subprocess
+import sys
+
 import pytest
 
 from mixreorg_fast.errors import UserError, run_command
@@ -27,3 +30,15 @@ def test_ranks_but_the_first_say_nothing(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert run_command(stopped_by(UserError("everywhere"))) == 2
     assert capsys.readouterr().err == ""
+
+
+def test_a_reader_that_has_enough_ends_a_command_quietly():
+    command = [sys.executable, "-m", "mixreorg_fast.cli", "config"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.wait() == 0 and process.stderr.read() == b""
+
+
+def test_another_broken_pipe_is_an_error():
+    with pytest.raises(BrokenPipeError):
+        run_command(stopped_by(BrokenPipeError()))
