@@ -87,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
         weights = args.weights or embedded_run(args.train, device)
         model = load_on_device(str(weights), args.device)
         scenes, scores = scenes_of(model.source or weights)
-        samples = [] if scenes is None else sample_scenes(scenes, scores, Path(folder.name))
+        samples = sample_scenes(scenes, scores, Path(folder.name)) if scenes else []
         model.inference = model.inference.with_options(short_side=args.short_side)
         page = build(model, samples)
         url = serve(page, args.host, args.port)
@@ -127,7 +127,7 @@ def embedded_run(train: bool = False, device: str = "cpu") -> Path:
     return run
 
 
-def scenes_of(weights: str | Path) -> tuple[ScenesConfig | None, dict[str, float]]:
+def scenes_of(weights: str | Path) -> tuple[ScenesConfig | None, Mapping[str, float | None]]:
     """The embedded scenes that the weights were trained on (None: other data), and the IoU that their run scored for
     each kind (empty: not known)."""
     folder = Path(weights).resolve()

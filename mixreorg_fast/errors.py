@@ -6,6 +6,7 @@ import argparse
 import difflib
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -47,12 +48,11 @@ def run_command(main: Callable[[], int | None], *, debug: bool = False) -> int:
     """Run `main`; print a :class:`UserError` as one line on stderr and return exit code 2. ^C ends it with 130.
 
     Of several ranks only the first prints what all of them raise. With `debug` the traceback is let through. Where the
-    reader of the output has gone, as after ``| head``, the command ends as if it had printed everything.
+    reader of the output has gone, as after ``| head``, the command ends quietly with 141, as by SIGPIPE.
     """
-    code = 0
     try:
         code = main() or 0
-        sys.stdout.flush()
+        print(end="", flush=True)
         return code
     except BrokenPipeError:
         reader = select.poll()
@@ -60,7 +60,7 @@ def run_command(main: Callable[[], int | None], *, debug: bool = False) -> int:
         if not any(event & select.POLLERR for _, event in reader.poll(0)):
             raise  # of another pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
-        return code
+        return 128 + signal.SIGPIPE
     except (UserError, KeyboardInterrupt) as error:
         if debug:
             raise

@@ -36,7 +36,7 @@ def test_a_reader_that_has_enough_ends_a_command_quietly():
     command = [sys.executable, "-m", "mixreorg_fast.cli", "config"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
-        assert process.wait() == 0 and process.stderr.read() == b""
+        assert process.wait() == 141 and process.stderr.read() == b""
 
 
 def test_another_broken_pipe_is_an_error():
