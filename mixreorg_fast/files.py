@@ -87,10 +87,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def json_or_empty(path: Path) -> dict[str, Any]:
     """The JSON object in a file; {} where there is none."""
-    try:
+    with contextlib.suppress(OSError, UserError):
         return read_json(path)
-    except (OSError, UserError):
-        return {}
+    return {}
 
 
 def checksum(path: Path, kind: str = "sha256") -> str:
