@@ -18,12 +18,12 @@ import torch
 
 from ...config import CacheConfig
 from ...errors import UserError
-from ...files import saving
+from ...files import DiskFull, saving
 from ..reading.decoder import Decoder
 from ..shards.index import Shard, indexed, open_shard
 from ..shards.shard_set import Counts, counts_of
 from ..shards.verify import verifying
-from .download import DiskFull, Stopped, fetch, partial_path
+from .download import Stopped, fetch, partial_path
 from .sources import RemoteShard
 
 log = logging.getLogger("mixreorg_fast")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
-import errno
 import http.client
 import logging
 import os
@@ -18,7 +17,7 @@ from email.message import Message
 from pathlib import Path
 
 from ...errors import UserError
-from ...files import checksum, sync
+from ...files import checksum, saving, sync
 from ..shards.patterns import without_secrets
 from .sources import RemoteShard, login_hint, request
 
@@ -30,10 +29,6 @@ AGAIN = (408, 425, 429, 500, 502, 503, 504)  # statuses that pass
 
 class Stopped(Exception):
     """Fetching was stopped from outside; what has been fetched is kept."""
-
-
-class DiskFull(Exception):
-    """The file cannot be written because the disk is full."""
 
 
 def partial_path(path: Path) -> Path:
@@ -99,13 +94,13 @@ def _fetch_bytes(shard: RemoteShard, partial: Path, note: Path, waits: _Waits, r
                 if shard.size is not None and whole != shard.size:
                     raise http.client.HTTPException(f"{whole} bytes instead of {shard.size}")
                 room(whole or 0)
-                with _writing(partial):
+                with saving(partial):  # no retry catches its UserError
                     if not shard.version:
                         note.write_text(headers.get("ETag", '"none"'))
                     file = open(partial, "ab" if have else "wb")  # noqa: SIM115
                 with file:
                     while block := answer.read1(BLOCK):  # as much as has come
-                        with _writing(partial):
+                        with saving(partial):
                             file.write(block)
                             file.flush()
                         waits.progress(file.tell())
@@ -155,17 +150,6 @@ class _Waits:
         self._next = min(2 * self._next, self._patience / 10)
         if self._stop.wait(seconds):
             raise Stopped
-
-
-@contextlib.contextmanager
-def _writing(path: Path):
-    """Raise :class:`DiskFull` or a :class:`UserError`, which no retry catches, when `path` cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull from None
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def _size(headers: Message, have: int) -> int | None:
