@@ -32,11 +32,8 @@ def main(args: argparse.Namespace) -> None:
     config = found.config
     if found.tokenizer is None:
         print(f"no tokenizer in {args.source}: texts need one, which --tokenizer takes (CLIP's for official weights)")
-    elif found.tokenizer.vocab_size > config.text.vocab_size:
-        raise UserError(
-            f"the tokenizer has {found.tokenizer.vocab_size} ids, but {args.source} has embeddings for "
-            f"{config.text.vocab_size}"
-        )
+    elif (ids := found.tokenizer.vocab_size) > config.text.vocab_size:
+        raise UserError(f"the tokenizer has {ids} ids, but {args.source} has embeddings for {config.text.vocab_size}")
     with saving(args.target):
         if args.to == "hf":
             save_huggingface(found, args.target.resolve(), found.state)

@@ -6,12 +6,11 @@ import argparse
 import importlib.util
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim, ExportedProgram, export
 
 from .errors import UserError, extra
 from .files import atomic_path, new_folder, saving
@@ -54,14 +53,11 @@ def main(args: argparse.Namespace) -> None:
 class ImageProgram(nn.Module):
     """Photos and class embeddings to labels, with the weights of `model`."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, model: GroupViT) -> None:
         super().__init__()
         self.model = model
-        for name, values in (("mean", model.mean), ("std", model.std)):
-            self.register_buffer(name, torch.tensor(values)[:, None, None])
+        self.mean = nn.Buffer(torch.tensor(model.mean)[:, None, None])
+        self.std = nn.Buffer(torch.tensor(model.std)[:, None, None])
 
     def forward(self, images: Tensor, texts: Tensor, background_threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Labels int64 ``[B, H, W]``: 0 is the background, class t is t + 1; class scores of the segments in 0..1,
@@ -114,16 +110,13 @@ def programs(model: GroupViT) -> dict[str, ExportedProgram]:
     patch, context = model.config.patch_size, model.config.text.context
     sides = [patch * Dim(name, min=1, max=MOST_PATCHES) for name in ("patches_down", "patches_across")]
     images, texts = torch.zeros(2, 3, 2 * patch, 3 * patch), torch.ones(3, model.config.embed_dim)
-    shapes = ({0: Dim("photos"), 2: sides[0], 3: sides[1]}, {0: Dim("classes")}, None)
+    photos = ({0: Dim("photos"), 2: sides[0], 3: sides[1]}, {0: Dim("classes")}, None)
     ids = torch.zeros(2, min(3, context), dtype=torch.int64)
+    prompts = ({0: Dim("prompts"), 1: Dim("tokens", max=context)},)
     return {
-        "image": _exported(ImageProgram(model), (images, texts, torch.tensor(0.5)), shapes),
-        "text": _exported(TextProgram(model), (ids,), ({0: Dim("prompts"), 1: Dim("tokens", max=context)},)),
+        "image": export(ImageProgram(model).eval(), (images, texts, torch.tensor(0.5)), dynamic_shapes=photos),
+        "text": export(TextProgram(model).eval(), (ids,), dynamic_shapes=prompts),
     }
-
-
-def _exported(module: nn.Module, inputs: tuple[Tensor, ...], shapes: tuple[Any, ...]) -> ExportedProgram:
-    return torch.export.export(module.eval(), inputs, dynamic_shapes=shapes, strict=False)
 
 
 def write_onnx(program: ExportedProgram, names: tuple[list[str], list[str]], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -14,13 +15,18 @@ from typing import Any
 from .errors import UserError
 
 
+class DiskFull(UserError):
+    """A file cannot be written because the disk is full."""
+
+
 @contextlib.contextmanager
 def saving(path: str | Path) -> Iterator[None]:
-    """Raise a :class:`UserError` in place of an OSError while `path` is written."""
+    """Raise a :class:`UserError` in place of an OSError while `path` is written; on a full disk :class:`DiskFull`."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError
+        raise kind(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 @contextlib.contextmanager
@@ -87,10 +93,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def json_or_empty(path: Path) -> dict[str, Any]:
     """The JSON object in a file; {} where there is none."""
-    try:
+    with contextlib.suppress(OSError, UserError):
         return read_json(path)
-    except (OSError, UserError):
-        return {}
+    return {}
 
 
 def checksum(path: Path, kind: str = "sha256") -> str:

@@ -39,6 +39,11 @@ _MISSING: dict[Kind, str] = {
     "clipseg": "no folder {}; expected a CLIPSeg: a folder",
     "tokenizer": "no tokenizer {}; expected a tokenizer.json, a folder with one",
 }
+_WANTED: dict[Kind, str] = {
+    "weights": f"weights of a GroupViT: expected {WEIGHTS} with {DESCRIPTION}, or config.json",
+    "clipseg": f"weights of a CLIPSeg: expected {WEIGHTS} with config.json",
+    "tokenizer": f"tokenizer: expected {TOKENIZER}, or vocab.json with merges.txt",
+}
 # Every file of either format. A push deletes those that it does not write, so that a repository has one format.
 _FILES = {file for each in _NEEDED.values() for files in each for file in files}
 _FILES |= {"preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json"}
@@ -48,9 +53,7 @@ _FILES |= {"preprocessor_config.json", "tokenizer_config.json", "special_tokens_
 
 
 def locate(source: str | Path, kind: Kind = "weights") -> Path:
-    """The file or folder `source`, or the folder of the cache with the repository ``owner/name[@revision]``.
-
-    A local folder of that name comes before the hub.
+    """The file or folder `source`; where there is none, the cached folder of the repository ``owner/name[@revision]``.
 
     Args:
         kind: what `source` must have. Of a repository, only the files of this kind are fetched.
@@ -61,7 +64,20 @@ def locate(source: str | Path, kind: Kind = "weights") -> Path:
         return Path(source)
     if (found := _parsed(source)) is None:
         raise UserError(f"{_MISSING[kind].format(source)}, or owner/name[@revision] on the Hugging Face hub")
-    return fetch(*found, kind)
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    name, revision = found
+    try:
+        with _in_one_line(name, revision, f"no folder {name}, and "):
+            return _download(name, revision, kind)
+    except UserError as error:
+        for files in _NEEDED[kind]:
+            copies = [try_to_load_from_cache(name, file, revision=revision) for file in files]
+            if all(isinstance(path, str) for path in copies):
+                if not constants.HF_HUB_OFFLINE:
+                    print(f"{error}; the copy in the cache is used", file=sys.stderr, flush=True)
+                return Path(str(copies[-1])).parent
+        raise
 
 
 def model_type(source: str | Path) -> str | None:
@@ -74,13 +90,10 @@ def model_type(source: str | Path) -> str | None:
         import huggingface_hub as hub
 
         name, revision = found
-        timeout = hub.constants.HF_HUB_ETAG_TIMEOUT
-        try:
-            with _in_one_line(name, revision):
-                about = hub.HfApi().model_info(name, revision=revision, timeout=timeout)
+        with contextlib.suppress(UserError), _in_one_line(name, revision):
+            about = hub.HfApi().model_info(name, revision=revision, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
             return (about.config or {}).get("model_type")
-        except UserError:
-            path = Path(str(hub.try_to_load_from_cache(name, path.name, revision=revision)))
+        path = Path(str(hub.try_to_load_from_cache(name, path.name, revision=revision)))
     return json_or_empty(path).get("model_type")
 
 
@@ -93,36 +106,13 @@ def _parsed(source: str | Path) -> tuple[str, str] | None:
 
 
 def pinned(source: str | Path) -> str:
-    """`source`; a repository on the hub is fetched, and its commit is the revision of the returned name.
-
-    So every process that reads the returned name reads the same weights.
+    """`source`; a repository is fetched and named by its commit, so that every process reads the same weights.
 
     Raises:
         UserError: as :func:`locate`.
     """
     folder = locate(source)
     return str(source) if Path(source).exists() else f"{str(source).partition('@')[0]}@{folder.name}"
-
-
-def fetch(name: str, revision: str = "main", kind: Kind = "weights") -> Path:
-    """The folder of the hub's cache with a repository's files of a kind, fetched where they are missing or outdated.
-
-    Raises:
-        UserError: as :func:`locate`, and the cache has no copy.
-    """
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    try:
-        with _in_one_line(name, revision, f"no folder {name}, and "):
-            return _download(name, revision, kind)
-    except UserError as error:
-        for files in _NEEDED[kind]:
-            found = [try_to_load_from_cache(name, file, revision=revision) for file in files]
-            if all(isinstance(path, str) for path in found):
-                if not constants.HF_HUB_OFFLINE:
-                    print(f"{error}; the copy in the cache is used", file=sys.stderr, flush=True)
-                return Path(str(found[-1])).parent
-        raise
 
 
 def _download(name: str, revision: str, kind: Kind) -> Path:
@@ -132,20 +122,14 @@ def _download(name: str, revision: str, kind: Kind) -> Path:
     about = hub.HfApi().model_info(name, revision=revision, files_metadata=True, timeout=timeout)
     there = {each.rfilename: each for each in about.siblings or ()}
     *files, last = next((files for files in _NEEDED[kind] if there.keys() >= set(files)), ("",))
+    type = (about.config or {}).get("model_type", "groupvit")
+    if not last or (kind == "weights" and last != DESCRIPTION and type != "groupvit"):
+        raise UserError(f"{name} holds no {_WANTED[kind]}")
     if kind == "clipseg":
-        if not last:
-            raise UserError(f"{name} holds no weights of a CLIPSeg: expected {WEIGHTS} with config.json")
         files += [file for file in there if file not in (*files, last) and Path(file).suffix in (".json", ".txt")]
     elif kind == "weights":
-        type = (about.config or {}).get("model_type", "groupvit")
-        if not last or (last != DESCRIPTION and type != "groupvit"):
-            raise UserError(
-                f"{name} holds no weights of a GroupViT: expected {WEIGHTS} with {DESCRIPTION}, or config.json"
-            )
         texts = (TOKENIZER,) if TOKENIZER in there else ("vocab.json", "merges.txt")
         files += [file for file in (*texts, "preprocessor_config.json") if file in there]
-    elif not last:
-        raise UserError(f"{name} holds no tokenizer: expected {TOKENIZER}, or vocab.json with merges.txt")
     path = Path()
     # Where the cache has the last file, it has the others. The last is fetched by the revision's name, which the cache
     # then knows when the hub cannot be reached.

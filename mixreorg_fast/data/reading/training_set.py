@@ -148,8 +148,8 @@ class TrainingSet:
         """
         if (cache := self._cache) is None:
             return None
-        remote = [(p.shards, o) for p, o in zip(self.sets, self.orders, strict=True) if isinstance(o, RemoteOrder)]
-        return ShardAhead(cache, remote, self._workers, behind)  # pyright: ignore[reportArgumentType] - of remote sets
+        remote = [order for order in self.orders if isinstance(order, RemoteOrder)]
+        return ShardAhead(cache, remote, self._workers, behind)
 
     @property
     def _workers(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,16 +20,14 @@ class ShardAhead:
     The processes of a node share the work: what one is fetching, the others leave to it.
 
     Args:
-        sets: shards and order of each remote set of the run. Nothing is fetched for a set before its order is asked.
+        orders: of the remote sets of the run. Nothing is fetched for a set before its order is asked.
         workers: shards fetched at a time.
         behind: samples of the run by which other ranks may be behind, and so still read the window before.
     """
 
-    def __init__(
-        self, cache: Cache, sets: Sequence[tuple[Sequence[CachedShard], RemoteOrder]], workers: int, behind: int
-    ) -> None:
-        self._cache, self._sets, self._behind = cache, sets, behind
-        self._listed = all(shard.remote.size is not None for shards, _ in sets for shard in shards)
+    def __init__(self, cache: Cache, orders: Sequence[RemoteOrder], workers: int, behind: int) -> None:
+        self._cache, self._orders, self._behind = cache, orders, behind
+        self._listed = all(shard.remote.size is not None for order in orders for shard in order.shards)
         cache.needed = lambda: [shard.path for shard in self._needed()]
         self._planned: object = None
         self._plan: Iterator[CachedShard] = iter(())
@@ -57,20 +56,16 @@ class ShardAhead:
         while not self._cache.stop.is_set():
             with self._lock:
                 shard = self._next()
-            try:
-                if shard is None:
-                    self._cache.stop.wait(0.1)
-                else:
-                    self._cache.get_unless_coming(shard.remote)
-            except Stopped:
-                return
-            except (UserError, OSError):
-                pass  # the loader meets the same error when it reads this shard
+            if shard is None:
+                self._cache.stop.wait(0.1)
+                continue
+            with contextlib.suppress(Stopped, UserError, OSError):  # the loader meets the error when it reads the shard
+                self._cache.get_unless_coming(shard.remote)
 
     def _next(self) -> CachedShard | None:
         """The next shard of the plan, which changes when an order reaches another window or sizes become known."""
-        places = [(order.current, order.just_begun(self._behind)) for _, order in self._sets]
-        if self._planned != (situation := (places, self._cache.learned)):
+        places = [(order.current, order.just_begun(self._behind)) for order in self._orders]
+        if self._planned != (situation := (places, len(self._cache.sizes))):
             self._planned = situation
             self._plan = iter(self._needed())
         return next(self._plan, None)
@@ -80,19 +75,18 @@ class ShardAhead:
         needed: dict[Path, CachedShard] = {}
         room = self._cache.room
         for shard in self._coming():
-            if shard.path in needed:
-                continue
-            room -= self._cache.size_of(shard.remote)
-            if room < 0:
-                break
-            needed[shard.path] = shard
+            if shard.path not in needed:
+                room -= self._cache.size_of(shard.remote)
+                if room < 0:
+                    break
+                needed[shard.path] = shard
         return list(needed.values())
 
     def _coming(self) -> Iterator[CachedShard]:
         """Window by window of each set, for an epoch; while no shard's size is known, this window only."""
-        asked = [(shards, order, order.current) for shards, order in self._sets if order.current is not None]
-        epoch = max((order.windows for _, order, _ in asked), default=0)
-        for step in range(-1, epoch + 1 if self._listed or self._cache.learned else 1):
-            for shards, order, current in asked:
+        asked = [(order, order.current) for order in self._orders if order.current is not None]
+        epoch = max((order.windows for order, _ in asked), default=0)
+        for step in range(-1, epoch + 1 if self._listed or self._cache.sizes else 1):
+            for order, current in asked:
                 if step >= 0 or order.just_begun(self._behind):
-                    yield from (shards[number] for number in order.shards_of(max(0, current + step)))
+                    yield from (order.shards[number] for number in order.shards_of(max(0, current + step)))

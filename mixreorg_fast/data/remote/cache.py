@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import logging
 import os
 import shutil
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +18,15 @@ import torch
 
 from ...config import CacheConfig
 from ...errors import UserError
-from ...files import saving
+from ...files import DiskFull, saving
 from ..reading.decoder import Decoder
 from ..shards.index import Shard, indexed, open_shard
 from ..shards.shard_set import Counts, counts_of
 from ..shards.verify import verifying
-from .download import DiskFull, Stopped, fetch, partial_path
+from .download import Stopped, fetch, partial_path
 from .sources import RemoteShard
 
 log = logging.getLogger("mixreorg_fast")
-OPENED = 64  # indexes that stay mapped
 INSTEAD = (
     ": name --cache-size or --cache-folder (and data.cache in the run), or train on them as they are: training fetches "
     "ahead of itself"
@@ -44,40 +42,31 @@ class Cache:
     are small, and tell how many samples a shard holds without fetching it again.
 
     Args:
-        settings: folder, size and patience.
-        verify: decode every photo before a shard is used, as :func:`~mixreorg_fast.data.shards.verify.verifying` does.
-        threads: that decode.
+        verify: decode every photo, in `threads` threads, before a shard is used (:func:`~..shards.verify.verifying`).
     """
 
     def __init__(self, settings: CacheConfig, *, verify: bool = True, threads: int = 1) -> None:
         self.folder, self.size = settings.path, settings.capacity
         self.needed: Callable[[], list[Path]] = list  # soon, soonest first: these are evicted last
         self.kept: frozenset[Path] = frozenset()  # these are never evicted
+        self.sizes: dict[Path, int] = {}  # bytes of fetched shards that no source had listed
         self.stop = threading.Event()
         self._patience = settings.patience
-        self._verify = verify
         # On the CPU also in training on GPUs: DALI's GPU decoder would disturb the recording of CUDA graphs.
         self._decoder = Decoder(torch.device("cpu"), threads) if verify else None
-        self._decoding, self._making_room, self._opening = threading.Lock(), threading.Lock(), threading.Lock()
+        self._decoding, self._making_room = threading.Lock(), threading.Lock()
         self._coming: dict[Path, int] = {}  # bytes that are being fetched
-        self._opened: OrderedDict[Path, Shard] = OrderedDict()
-        self._sizes: dict[Path, int] = {}
+        self._indexed = lru_cache(maxsize=64)(self._usable)  # so many indexes stay mapped
         self._failures: dict[Path, tuple[float, UserError]] = {}
 
     def path(self, shard: RemoteShard) -> Path:
         """Where the shard lies once it is fetched."""
         return self.folder / shard.place
 
-    @property
-    def learned(self) -> int:
-        """How many sizes it has learned that no source had listed."""
-        return len(self._sizes)
-
     def size_of(self, shard: RemoteShard) -> int:
         """Its bytes; of a shard whose source lists no sizes, the mean of those that were fetched."""
-        size = shard.size or self._sizes.get(self.path(shard))
-        sizes = list(self._sizes.values())  # other threads add to them
-        return size or sum(sizes) // max(1, len(sizes))
+        sizes = list(self.sizes.values())  # other threads add to them
+        return shard.size or self.sizes.get(self.path(shard)) or sum(sizes) // max(1, len(sizes))
 
     @property
     def room(self) -> int:
@@ -92,16 +81,8 @@ class Cache:
 
     def known(self, shard: RemoteShard) -> Shard | None:
         """The shard by its index, which outlives eviction; None: it was never fetched."""
-        path = self.path(shard)
         with contextlib.suppress(UserError):
-            found = self._opened.get(path) or indexed(path)
-            if found is not None and (found.verified or not self._verify):
-                with self._opening:
-                    self._opened[path] = found
-                    self._opened.move_to_end(path)
-                    if len(self._opened) > OPENED:
-                        self._opened.popitem(last=False)
-                return found
+            return self._indexed(self.path(shard))
         return None
 
     def ready(self, shard: RemoteShard) -> bool:
@@ -130,7 +111,7 @@ class Cache:
             if path.is_file() and (found := self.known(shard)) is not None:
                 with contextlib.suppress(OSError):
                     if shard.size is None:
-                        self._sizes[path] = path.stat().st_size
+                        self.sizes[path] = path.stat().st_size
                     os.utime(f"{path}.index")  # its last use
                 return found
             with _locked(path.with_name(f".{path.name}.lock")) as mine:
@@ -140,7 +121,7 @@ class Cache:
                 try:
                     if not path.is_file():
                         self._fetch(shard, path)
-                        self._opened.pop(path, None)  # of a file that has changed at a source without versions
+                        self._indexed.cache_clear()  # of a file that has changed at a source without versions
                     if not self.ready(shard):
                         self._index(path)
                         if path.is_file() and not self.ready(shard):
@@ -153,18 +134,17 @@ class Cache:
                 finally:
                     del self._coming[path]
 
-    def open(self, shard: RemoteShard) -> int:
-        """A file descriptor of the shard, fetched if it is not there; it stays readable after eviction."""
-        while True:
-            self.get(shard)
-            with contextlib.suppress(FileNotFoundError):  # evicted in this moment
-                return os.open(self.path(shard), os.O_RDONLY)
+    def _usable(self, path: Path) -> Shard:
+        """The shard by its index; a UserError, which is not cached, if there is none that serves."""
+        found = indexed(path)
+        if found is None or not (found.verified or self._decoder is None):
+            raise UserError(f"{path} is not indexed")
+        return found
 
     def _fetch(self, shard: RemoteShard, path: Path) -> None:
         while True:
             try:
-                room = functools.partial(self._make_room, path)
-                return fetch(shard, path, patience=self._patience, stop=self.stop, room=room)
+                return fetch(shard, path, self._patience, self.stop, room=partial(self._make_room, path))
             except DiskFull:
                 if not self._evict():
                     partial_path(path).unlink(missing_ok=True)
@@ -184,11 +164,7 @@ class Cache:
             log.warning("%s: %s; its %d whole samples are used", path, shard.problem, len(shard.samples))
 
     def _make_room(self, path: Path, size: int) -> None:
-        """Evict shards until `size` bytes more fit.
-
-        Raises:
-            UserError: the shard has more bytes than the cache; or others that are kept leave no room for it.
-        """
+        """Evict shards until `size` bytes more fit; a UserError if the cache is smaller, or kept shards fill it."""
         if size > self.size:
             raise UserError(f"data.cache.size {self.size:,} bytes is less than {path.name} has, {size:,} bytes")
         with self._making_room:
@@ -226,18 +202,14 @@ class Cache:
 
 
 class CachedShard:
-    """A remote shard in the place of a local one: fetched when it is needed.
-
-    Attributes:
-        counts: as of :attr:`~mixreorg_fast.data.shards.shard_set.ShardSet.counts`; None: nobody asked yet.
-    """
+    """A remote shard in the place of a local one: fetched when it is needed."""
 
     joined = None  # captions are joined to local shards
     evictable = True
 
     def __init__(self, remote: RemoteShard, cache: Cache) -> None:
         self.remote, self.path, self._cache = remote, cache.path(remote), cache
-        self.counts: Counts | None = None
+        self.counts: Counts | None = None  # as of ShardSet.counts; None: nobody asked yet
 
     def __len__(self) -> int:
         """Its number of samples; it is fetched if that was never known."""
@@ -255,7 +227,11 @@ class CachedShard:
         return (self._cache.known(self.remote) or self._cache.get(self.remote)).samples
 
     def open(self) -> int:
-        return self._cache.open(self.remote)
+        """A file descriptor of the shard, fetched if it is not there; it stays readable after eviction."""
+        while True:
+            self._cache.get(self.remote)
+            with contextlib.suppress(FileNotFoundError):  # evicted in this moment
+                return os.open(self.path, os.O_RDONLY)
 
 
 def _used(path: Path) -> float:
@@ -272,9 +248,8 @@ def _locked(lock: Path) -> Iterator[bool]:
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
     with open(lock, "ab") as file:
-        try:
+        mine = False
+        with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             mine = True
-        except BlockingIOError:
-            mine = False
         yield mine

@@ -50,9 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that name a cache; a run finds it by the same settings."""
-    defaults = CacheConfig()
     parser.add_argument("--cache-folder", metavar="FOLDER", help="of remote shards; default: ~/.cache/mixreorg/remote")
-    parser.add_argument("--cache-size", metavar="SIZE", default=defaults.size, help="default: %(default)s")
+    parser.add_argument("--cache-size", metavar="SIZE", default=CacheConfig().size, help="default: %(default)s")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -75,9 +74,7 @@ def cache_of(args: argparse.Namespace) -> CacheConfig:
         raise UserError(f"--cache-{describe(error, CacheConfig)}") from None
 
 
-def get(
-    patterns: str | Sequence[str], settings: CacheConfig, *, keep: bool = False, workers: int = 1
-) -> Iterable[Shard]:
+def get(patterns: Sequence[str], settings: CacheConfig, *, keep: bool = False, workers: int = 1) -> Iterable[Shard]:
     """Fetch and verify remote shards; yields them in order.
 
     Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
-import errno
 import http.client
 import logging
 import os
@@ -18,7 +17,7 @@ from email.message import Message
 from pathlib import Path
 
 from ...errors import UserError
-from ...files import checksum, sync
+from ...files import checksum, saving, sync
 from ..shards.patterns import without_secrets
 from .sources import RemoteShard, login_hint, request
 
@@ -32,23 +31,12 @@ class Stopped(Exception):
     """Fetching was stopped from outside; what has been fetched is kept."""
 
 
-class DiskFull(Exception):
-    """The file cannot be written because the disk is full."""
-
-
 def partial_path(path: Path) -> Path:
     """Where the bytes of a file lie until it is complete."""
     return path.with_name(f".{path.name}.partial")
 
 
-def fetch(
-    shard: RemoteShard,
-    path: Path,
-    *,
-    patience: float,
-    stop: threading.Event,
-    room: Callable[[int], None] = lambda size: None,
-) -> None:
+def fetch(shard: RemoteShard, path: Path, patience: float, stop: threading.Event, room: Callable[[int], None]) -> None:
     """Fetch a shard to `path`, which appears when it is complete and its size and checksum are right.
 
     What has been fetched lies in a hidden file beside `path`; another call resumes there. The file's time is the
@@ -64,19 +52,17 @@ def fetch(
     """
     partial, note = partial_path(path), path.with_name(f".{path.name}.etag")
     path.parent.mkdir(parents=True, exist_ok=True)
-    waits = _Waits(shard, patience, stop)
     for _ in range(MISMATCHES):
-        headers = _fetch_bytes(shard, partial, note, waits, room)
+        headers = _fetch_bytes(shard, partial, note, _Waits(shard, patience, stop), room)
         kind, _, expected = (shard.checksum or "").partition(":")
         if not kind or _keyed(headers) or checksum(partial, kind) == expected:
             break
         log.warning("%s: its checksum differs; it is fetched again", shard)
         partial.unlink()
-        waits.start()
     else:
         raise UserError(f"{shard}: fetched {MISMATCHES} times with another checksum than its source says")
     sync(partial)
-    modified = 0 if shard.version else _time(headers)
+    modified = 0 if shard.version else _time(headers.get("Last-Modified", ""))
     if modified is not None:
         os.utime(partial, (0, modified))
     os.replace(partial, path)
@@ -88,11 +74,11 @@ def _fetch_bytes(shard: RemoteShard, partial: Path, note: Path, waits: _Waits, r
     whole, headers = shard.size, Message()
     while True:
         have = partial.stat().st_size if partial.exists() else 0
+        if have == whole:
+            return headers
         if whole is not None and have > whole:
             partial.unlink()
             have = 0
-        if whole is not None and have == whole:
-            return headers
         asked = request(shard)
         if have:
             asked.add_header("Range", f"bytes={have}-")
@@ -108,13 +94,13 @@ def _fetch_bytes(shard: RemoteShard, partial: Path, note: Path, waits: _Waits, r
                 if shard.size is not None and whole != shard.size:
                     raise http.client.HTTPException(f"{whole} bytes instead of {shard.size}")
                 room(whole or 0)
-                with _writing(partial):
+                with saving(partial):  # no retry catches its UserError
                     if not shard.version:
                         note.write_text(headers.get("ETag", '"none"'))
                     file = open(partial, "ab" if have else "wb")  # noqa: SIM115
                 with file:
                     while block := answer.read1(BLOCK):  # as much as has come
-                        with _writing(partial):
+                        with saving(partial):
                             file.write(block)
                             file.flush()
                         waits.progress(file.tell())
@@ -126,10 +112,10 @@ def _fetch_bytes(shard: RemoteShard, partial: Path, note: Path, waits: _Waits, r
             if error.code == 416 and have:  # beyond the end: what is here is of another file
                 partial.unlink()
             elif error.code in AGAIN:
-                waits.wait(f"{error.code} {error.reason}", _seconds(error.headers.get("Retry-After")))
+                waits.wait(f"{error.code} {error.reason}", _seconds(error.headers.get("Retry-After", "")))
             else:
                 said = error.headers.get("X-Error-Message") or error.reason
-                hint = login_hint(shard) if error.code in (401, 403) else ""
+                hint = login_hint(shard.url) if error.code in (401, 403) else ""
                 raise UserError(f"{shard}: {error.code} {without_secrets(said)}{hint}") from None
         except (OSError, http.client.HTTPException) as error:
             waits.wait(str(getattr(error, "reason", error)) or type(error).__name__)
@@ -141,9 +127,6 @@ class _Waits:
     def __init__(self, shard: RemoteShard, patience: float, stop: threading.Event) -> None:
         self._shard, self._patience, self._stop = shard, patience, stop
         self.silence = max(1.0, min(60.0, patience / 4))  # seconds without a byte after which a connection is given up
-        self.start()
-
-    def start(self) -> None:
         self._best = -1
         self.progress(0)
 
@@ -155,16 +138,12 @@ class _Waits:
             self._best, self._last, self._next = have, time.monotonic(), self._patience / 600
             self._told = False
 
-    def wait(self, reason: str, asked: float | None = None) -> None:
-        """Wait before another attempt, at least for `asked` seconds.
-
-        Raises:
-            UserError: nothing has come for too long.
-        """
+    def wait(self, reason: str, asked: float = 0.0) -> None:
+        """Wait before another attempt, at least for `asked` seconds; a UserError if nothing has come for too long."""
         lost, reason = time.monotonic() - self._last, without_secrets(reason)
         if lost > self._patience:
             raise UserError(f"{self._shard}: {reason}; nothing came for {lost:.0f} s (data.cache.patience)")
-        seconds = min(max(self._next, asked or 0), self._patience)
+        seconds = min(max(self._next, asked), self._patience)
         if not self._told and lost + seconds > self._patience / 20:
             log.warning("%s: %s; trying again for up to %.0f s", self._shard, reason, self._patience)
             self._told = True
@@ -173,24 +152,13 @@ class _Waits:
             raise Stopped
 
 
-@contextlib.contextmanager
-def _writing(path: Path):
-    """Raise :class:`DiskFull` or a :class:`UserError`, which no retry catches, when `path` cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull from None
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
-
-
 def _size(headers: Message, have: int) -> int | None:
     """The whole file's size by the headers of an answer that starts at byte `have`."""
     if have:
-        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
-        if not found or int(found[1]) != have:
+        found = re.fullmatch(rf"bytes {have}-\d+/(\d+)", headers.get("Content-Range", ""))
+        if not found:
             raise http.client.HTTPException("another range than was asked for")
-        return int(found[2])
+        return int(found[1])
     length = headers.get("Content-Length", "")
     return int(length) if length.isdigit() else None
 
@@ -201,18 +169,16 @@ def _keyed(headers: Message) -> bool:
     return kms or "x-amz-server-side-encryption-customer-algorithm" in headers
 
 
-def _time(headers: Message) -> float | None:
+def _time(header: str) -> float | None:
+    """The seconds since 1970 of a header's date."""
     with contextlib.suppress(ValueError, TypeError):
-        return email.utils.parsedate_to_datetime(headers["Last-Modified"]).timestamp()
+        return email.utils.parsedate_to_datetime(header).timestamp()
     return None
 
 
-def _seconds(header: str | None) -> float | None:
-    """Seconds of a ``Retry-After`` header, which holds seconds or a date."""
-    if header is None:
-        return None
-    with contextlib.suppress(ValueError):
+def _seconds(header: str) -> float:
+    """Seconds of a ``Retry-After`` header, which holds seconds or a date; without either, less than zero."""
+    try:
         return float(header)
-    with contextlib.suppress(ValueError, TypeError):
-        return email.utils.parsedate_to_datetime(header).timestamp() - time.time()
-    return None
+    except ValueError:
+        return (_time(header) or 0.0) - time.time()

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...errors import UserError
 from ..reading.order import WindowedOrder
-
-if TYPE_CHECKING:
-    from .cache import CachedShard
+from .cache import CachedShard
 
 STRIDE = 1 << 32  # sample numbers that a shard may use: its first does not depend on the shards before it
 
@@ -25,45 +22,42 @@ class RemoteOrder(WindowedOrder):
 
     Args:
         shards: their lengths are asked for, which may fetch them. seed, window, stream: as of :class:`WindowedOrder`.
-
-    Attributes:
-        current: the window that is read or waited for; None before that.
     """
 
     def __init__(self, shards: Sequence[CachedShard], seed: int, *, window: int = 16, stream: int = 0) -> None:
         super().__init__(len(shards), seed, window, stream)
-        self._counted = shards
+        self.shards = shards
         self.span = len(shards) * STRIDE
-        self.current: int | None = None
-        self._ends: list[int] = []  # positions at which the windows of the run end, as far as they are known
+        self.current: int | None = None  # the window that is read or waited for
+        self._begins = [0]  # positions at which the windows of the run begin, as far as they are known
         self._position = 0
 
     @property
     def samples(self) -> int:
         """Of an epoch, by the mean of its first window: the other shards may not have been fetched yet."""
-        return round(self._count(0) * len(self._counted) / len(self.shards_of(0)))
+        return round(self._count(0) * len(self.shards) / len(self.shards_of(0)))
 
     def just_begun(self, samples: int) -> bool:
         """Whether the current window is not the first and so many samples ago was another one."""
-        return bool(self.current) and self._position - self._ends[self.current - 1] < samples
+        return bool(self.current) and self._position - self._begins[self.current] < samples
 
     def _find(self, position: int) -> tuple[int, int]:
         """As of any order; a :class:`UserError` if a shard cannot be fetched, or no shard holds a sample."""
-        while not self._ends or position >= self._ends[-1]:
-            window, before = len(self._ends), self._ends[-1] if self._ends else 0
-            if window >= self.windows and not before:
+        while position >= (begin := self._begins[-1]):
+            window = len(self._begins) - 1
+            if window >= self.windows and not begin:
                 raise UserError("data.shards: no shard holds a sample that can be used")
-            self._ends.append(before + self._count(window))
-        window = bisect.bisect_right(self._ends, position)
+            self._begins.append(begin + self._count(window))
+        window = bisect.bisect_right(self._begins, position) - 1
         self._shuffled(window)  # may wait for shards: until then the window before is the current one
         self.current, self._position = window, position
-        return window, self._ends[window - 1] if window else 0
+        return window, self._begins[window]
 
     def _count(self, window: int) -> int:
-        shards = [self._counted[number] for number in self.shards_of(window)]
+        shards = [self.shards[number] for number in self.shards_of(window)]
         if not all(shard.known for shard in shards):
             self.current = window  # what to fetch ahead
         return sum(map(len, shards))
 
     def _numbers(self, shard: int) -> np.ndarray:
-        return np.arange(len(self._counted[shard]), dtype=np.int64) + shard * STRIDE
+        return np.arange(len(self.shards[shard]), dtype=np.int64) + shard * STRIDE

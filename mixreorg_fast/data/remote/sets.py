@@ -31,13 +31,12 @@ def remote_shards(patterns: str | Sequence[str], settings: CacheConfig) -> list[
     whole = [patterns] if isinstance(patterns, str) else patterns
     parts = [part for pattern in whole for part in split(pattern)]
     remote = [part for part in parts if is_remote(part)]
+    local = [part for part in parts if not is_remote(part)]
     if not remote:
         return None
-    if len(remote) < len(parts):
-        local = next(part for part in parts if not is_remote(part))
-        raise UserError(
-            f"{local} and {without_secrets(remote[0])}: name local and remote shards as two sets of data.shards"
-        )
+    if local:
+        named = f"{local[0]} and {without_secrets(remote[0])}"
+        raise UserError(f"{named}: name local and remote shards as two sets of data.shards")
     for part in remote:
         if part not in listed:
             listed[part] = list_shards(part, settings.path / "listings")
@@ -94,23 +93,20 @@ def fetched(cache: Cache, shards: Sequence[RemoteShard], workers: int, *, progre
         tqdm(total=total, unit="B", unit_scale=True, desc="fetch", disable=not progress or not shards) as bar,
         ThreadPoolExecutor(workers, thread_name_prefix="mixreorg-fetch") as pool,
     ):
-        waiting = [pool.submit(cache.get, shard) for shard in shards]
         try:
-            for shard, future in zip(shards, waiting, strict=True):
-                got = future.result()
+            for shard, got in zip(shards, pool.map(cache.get, shards), strict=True):
                 bar.update(cache.size_of(shard))
                 yield got
-        finally:
-            if not all(future.done() for future in waiting):
-                cache.stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                cache.stop.clear()
+        except BaseException:  # also of a caller that takes no more
+            cache.stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            cache.stop.clear()
+            raise
 
 
 def open_remote_shards(remote: Sequence[RemoteShard], cache: Cache, workers: int, *, progress: bool) -> ShardSet:
-    """Remote shards as a set of local ones: all are fetched and counted; evicted ones are fetched again
-    when they are read."""
+    """Remote shards as a set of local ones: all are fetched and counted; a read fetches an evicted one again."""
     shards: Any = [CachedShard(shard, cache) for shard in remote]
     for _ in fetched(cache, [shard for shard in remote if not cache.ready(shard)], workers, progress=progress):
         pass
-    return ShardSet(shards, np.array([len(shard) for shard in shards], dtype=np.int64))
+    return ShardSet(shards)

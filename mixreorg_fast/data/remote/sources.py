@@ -18,7 +18,7 @@ import urllib.request
 from base64 import b64encode
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 from ...errors import UserError, extra, nearest
@@ -26,7 +26,6 @@ from ...files import write_json
 from ..shards.patterns import braces, without_secrets
 
 log = logging.getLogger("mixreorg_fast")
-SIGNED = 3600  # seconds that a signed request of S3 is valid
 # Parameters of signed URLs: of S3, of Google's and Azure's storage, of CloudFront, and of others.
 _SIGNATURE = re.compile(
     r"(?:X-(?:Amz|Goog)-[\w-]+|AWSAccessKeyId|GoogleAccessId|Signature|Expires|Key-Pair-Id|Policy|token"
@@ -37,19 +36,12 @@ _SIGNATURE = re.compile(
 
 @dataclass(frozen=True)
 class RemoteShard:
-    """A shard at its source.
+    """A shard at its source."""
 
-    Attributes:
-        url: such as ``hf://datasets/OWNER/NAME@COMMIT/PATH``, ``s3://BUCKET/KEY`` or ``https://HOST/PATH``.
-        size: in bytes; None: its server tells when it is fetched.
-        checksum: ``sha256:…`` or ``md5:…`` of its content; None: the source has none.
-        version: changes when the content does; empty: the source has none.
-    """
-
-    url: str
-    size: int | None = None
-    checksum: str | None = None
-    version: str = ""
+    url: str  # such as hf://datasets/OWNER/NAME@COMMIT/PATH, s3://BUCKET/KEY or https://HOST/PATH
+    size: int | None = None  # in bytes; None: its server tells when it is fetched
+    checksum: str | None = None  # sha256:… or md5:… of its content; None: the source has none
+    version: str = ""  # changes when the content does; empty: the source has none
 
     @property
     def place(self) -> Path:
@@ -101,18 +93,16 @@ def _listed(pattern: str, listings: Path) -> list[RemoteShard]:
         if re.search(r"[*\[]", pattern):
             raise UserError(f"{pattern}: a web server lists no files; name them, such as …/train-{{00000..00123}}.tar")
         if "@" in urlsplit(pattern).netloc:
-            raise UserError(
-                f"{pattern.split('://')[0]}://…: user and password belong into ~/.netrc, not into a pattern"
-            )
+            scheme = pattern.partition("://")[0]
+            raise UserError(f"{scheme}://…: user and password belong into ~/.netrc, not into a pattern")
         return [RemoteShard(url) for url in dict.fromkeys(braces(pattern))]
     kept = listings / f"{hashlib.sha256(pattern.encode()).hexdigest()[:24]}.json"
     try:
         shards = (_hub if pattern.startswith("hf://") else _s3)(pattern)
-    except _Unreachable as failure:
+    except ConnectionError as failure:
         with contextlib.suppress(OSError, ValueError, TypeError):
             shards = [RemoteShard(**entry) for entry in json.loads(kept.read_bytes())["shards"]]
-            said = without_secrets(f"{pattern} cannot be listed ({failure}")
-            log.warning("%s); the list of its last use is taken", said)
+            log.warning(without_secrets(f"{pattern} cannot be listed ({failure}); the list of its last use is taken"))
             return shards
         raise UserError(f"{pattern} cannot be listed: {failure}") from None
     with contextlib.suppress(OSError):  # it is only for times without the source
@@ -132,11 +122,11 @@ def request(shard: RemoteShard) -> urllib.request.Request:
 
         if constants.HF_HUB_OFFLINE:
             raise UserError(f"{shard}: it is not in the cache, and HF_HUB_OFFLINE is set")
-        at = _hub_path(shard.url)
-        url = hf_hub_url(at.repository, at.pattern, repo_type="dataset", revision=at.revision)
+        repository, path, revision = _hub_path(shard.url)
+        url = hf_hub_url(repository, path, repo_type="dataset", revision=revision)
         headers = build_hf_headers(library_name="mixreorg_fast")
     elif shard.url.startswith("s3://"):
-        url, headers = _s3_call("sign", shard.url, expiration=SIGNED), {}
+        url, headers = _s3_call("sign", shard.url, expiration=3600), {}  # seconds
     else:
         url, headers = quote(shard.url, safe=":/?&=%+,;@~#[]!$'()*"), _netrc(shard.url)
     asked = urllib.request.Request(url, headers={"User-Agent": headers.pop("user-agent", "mixreorg_fast")})
@@ -145,84 +135,62 @@ def request(shard: RemoteShard) -> urllib.request.Request:
     return asked
 
 
-def login_hint(shard: RemoteShard) -> str:
+def login_hint(url: str) -> str:
     """What to do when the source refuses a shard."""
-    if shard.url.startswith("hf://"):
+    if url.startswith("hf://"):
         return "; `hf auth login`, and accept the set's terms on its page"
-    return "; check AWS's credentials (`aws sts get-caller-identity`)" if shard.url.startswith("s3://") else ""
+    return "; check AWS's credentials (`aws sts get-caller-identity`)" if url.startswith("s3://") else ""
 
 
-class _Unreachable(Exception):
-    """The source does not answer."""
-
-
-# ---------------------------------------------------------------------- the hub
-
-
-class _HubPath(NamedTuple):
-    repository: str
-    pattern: str
-    revision: str | None
-
-
-def _hub_path(url: str) -> _HubPath:
-    """Parts of ``hf://datasets/OWNER/NAME/PATTERN@REVISION``, or of the hub's ``hf://datasets/OWNER/NAME@REVISION/…``."""
+def _hub_path(url: str) -> tuple[str, str, str | None]:
+    """OWNER/NAME, PATTERN, REVISION of ``hf://datasets/OWNER/NAME/PATTERN@REVISION`` or ``…/NAME@REVISION/PATTERN``."""
     found = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/([^@]+)(?:@(.+))?", url)
     if not found or (found[2] and found[4]):
         raise UserError(f"{url}: expected hf://datasets/OWNER/NAME/PATTERN[@REVISION], such as …/train-*.tar")
-    return _HubPath(found[1], found[3], found[2] or found[4])
+    return found[1], found[3], found[2] or found[4]
 
 
 def _hub(pattern: str) -> list[RemoteShard]:
     from huggingface_hub import HfApi, errors
     from huggingface_hub.hf_api import RepoFile
 
-    at = _hub_path(pattern)
+    repository, names, revision = _hub_path(pattern)
     api = HfApi(library_name="mixreorg_fast")
-    folder, deep = _base(at.pattern)
+    folder, deep = _base(names)
     try:
-        commit = api.dataset_info(at.repository, revision=at.revision).sha
-        tree = api.list_repo_tree(at.repository, folder or None, recursive=deep, revision=commit, repo_type="dataset")
-        found = {
-            entry.path: RemoteShard(
-                f"hf://datasets/{at.repository}@{commit}/{entry.path}",
-                entry.size,
-                f"sha256:{entry.lfs.sha256}" if entry.lfs else None,
-                entry.lfs.sha256 if entry.lfs else entry.blob_id,
-            )
-            for entry in tree
-            if isinstance(entry, RepoFile)
-        }
+        commit = api.dataset_info(repository, revision=revision).sha
+        tree = api.list_repo_tree(repository, folder or None, recursive=deep, revision=commit, repo_type="dataset")
+        found = {}
+        for entry in tree:
+            if isinstance(entry, RepoFile):
+                url = f"hf://datasets/{repository}@{commit}/{entry.path}"
+                checksum = f"sha256:{entry.lfs.sha256}" if entry.lfs else None
+                version = entry.lfs.sha256 if entry.lfs else entry.blob_id
+                found[entry.path] = RemoteShard(url, entry.size, checksum, version)
     except errors.GatedRepoError:
-        raise UserError(f"{pattern}: gated; `hf auth login`, and accept the set's terms on its page") from None
+        raise UserError(f"{pattern}: gated{login_hint(pattern)}") from None
     except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"{pattern}: the hub has no dataset {at.repository}, or it is private (`hf auth login`)"
-        ) from None
+        raise UserError(f"{pattern}: the hub has no dataset {repository}, or it is private (`hf auth login`)") from None
     except errors.RevisionNotFoundError:
-        raise UserError(f"{pattern}: {at.repository} has no revision {at.revision}") from None
+        raise UserError(f"{pattern}: {repository} has no revision {revision}") from None
     except errors.EntryNotFoundError:
-        raise UserError(f"{pattern}: {at.repository} has no folder {folder}") from None
+        raise UserError(f"{pattern}: {repository} has no folder {folder}") from None
     except Exception as error:  # of the HTTP client that the hub's client happens to use
-        raise _Unreachable(_one_line(error)) from None
-    return _matches(pattern, at.pattern, found)
-
-
-# ---------------------------------------------------------------------- S3
+        raise ConnectionError(_one_line(error)) from None
+    return _matches(pattern, names, found)
 
 
 def _s3_call(method: str, *arguments: Any, **options: Any) -> Any:
     """Call a method of s3fs; without any credentials as an anonymous user, whom public buckets admit."""
     try:
+        from botocore.exceptions import NoCredentialsError
         from s3fs import S3FileSystem
     except ImportError:
         raise UserError(f"s3:// needs s3fs: {extra('s3')}") from None
     try:
         return getattr(S3FileSystem(), method)(*arguments, **options)
-    except Exception as error:
-        if type(error).__name__ != "NoCredentialsError":
-            raise
-    return getattr(S3FileSystem(anon=True), method)(*arguments, **options)
+    except NoCredentialsError:
+        return getattr(S3FileSystem(anon=True), method)(*arguments, **options)
 
 
 def _s3(pattern: str) -> list[RemoteShard]:
@@ -235,11 +203,11 @@ def _s3(pattern: str) -> list[RemoteShard]:
     except FileNotFoundError:
         raise UserError(f"{pattern}: there is no {folder}") from None
     except PermissionError as error:
-        raise UserError(f"{pattern}: {_one_line(error)}{login_hint(RemoteShard(pattern))}") from None
+        raise UserError(f"{pattern}: {_one_line(error)}{login_hint(pattern)}") from None
     except UserError:
         raise
     except Exception as error:  # of botocore
-        raise _Unreachable(_one_line(error)) from None
+        raise ConnectionError(_one_line(error)) from None
     found = {}
     for entry in entries.values() if deep else entries:
         if entry["type"] == "file":
@@ -247,9 +215,6 @@ def _s3(pattern: str) -> list[RemoteShard]:
             whole = f"md5:{tag}" if re.fullmatch(r"[0-9a-f]{32}", tag) else None  # of an upload in one part
             found[entry["name"]] = RemoteShard(f"s3://{entry['name']}", entry["size"], whole, tag)
     return _matches(pattern, path, found)
-
-
-# ---------------------------------------------------------------------- names
 
 
 def _base(pattern: str) -> tuple[str, bool]:
@@ -264,12 +229,10 @@ def _matches(pattern: str, names: str, found: dict[str, RemoteShard]) -> list[Re
     shards: dict[str, RemoteShard] = {}
     missing = []
     for name in braces(names):
+        matches = [name] if name in found else []
         if glob.has_magic(name):
-            slashes = None if "**" in name else name.count("/")
-            some = (path for path in fnmatch.filter(found, name) if slashes in (None, path.count("/")))
+            some = (path for path in fnmatch.filter(found, name) if "**" in name or path.count("/") == name.count("/"))
             matches = sorted(path for path in some if path.endswith(".tar") or name.endswith(path))
-        else:
-            matches = [name] if name in found else []
         missing += [] if matches else [name]
         shards.update((path, found[path]) for path in matches)
     if missing:
@@ -281,8 +244,7 @@ def _matches(pattern: str, names: str, found: dict[str, RemoteShard]) -> list[Re
 
 def _netrc(url: str) -> dict[str, str]:
     with contextlib.suppress(OSError, netrc.NetrcParseError):
-        known = netrc.netrc().authenticators(urlsplit(url).hostname or "")
-        if known:
+        if known := netrc.netrc().authenticators(urlsplit(url).hostname or ""):
             return {"Authorization": f"Basic {b64encode(f'{known[0]}:{known[2]}'.encode()).decode()}"}
     return {}
 

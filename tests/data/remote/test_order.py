@@ -67,7 +67,7 @@ def test_shards_are_fetched_ahead_in_a_cache_that_holds_some(web, tars, pattern,
     cache = Cache(settings(size=f"{8 * max(map(len, content))} B", patience=60))
     cached = [CachedShard(shard, cache) for shard in shards]
     order = RemoteOrder(cached, 5, window=2)
-    ahead = ShardAhead(cache, [(cached, order)], workers=3, behind=4)
+    ahead = ShardAhead(cache, [order], workers=3, behind=4)
     try:
         read = []
         total = 10 * sum(COUNTS)
