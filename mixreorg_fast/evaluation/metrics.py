@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..files import json_or_empty, write_json
+from ..inference.windows import Decoded, Labelled
 from ..ranks import sum_over_ranks
 
 IGNORE, IGNORE_16 = 255, 65535  # pixels that are not scored, in masks of 8 bits and of 16
@@ -154,33 +155,20 @@ class Tally:
         )
         self.done: set[int] = set()
 
-    def add(
-        self,
-        index: int,
-        truth: Tensor,
-        labels: Tensor,
-        segments: Tensor | None,
-        count: int = 0,
-        windows: int = 1,
-        whole: int | None = None,
-    ) -> None:
-        """Count photo `index`, of `count` possible segments in `windows` windows; all maps integer ``[H, W]``.
-
-        Args:
-            segments: None: of a model without segments. whole: the label of the whole photo, if the model tells one.
-        """
+    def add(self, index: int, truth: Tensor, found: Decoded | Labelled) -> None:
+        """Count photo `index`, whose mask is `truth`, integer ``[H, W]``."""
         classes = len(self.matrix)
-        matrix = confusion_matrix(truth, labels, classes)
+        matrix = confusion_matrix(truth, found.labels, classes)
         self.matrix += matrix
-        self.boundary += boundary_counts(truth, labels, classes)
+        self.boundary += boundary_counts(truth, found.labels, classes)
         self.photos += matrix.any(dim=1)
         used = 0
-        if segments is not None:
-            self.oracle += oracle_matrix(overlaps(truth, segments, classes, count))
-            used = len(segments.unique())
-        if whole is not None:
-            self.whole += one_class_matrix(matrix, whole)
-        self.used += torch.tensor([used, windows, 1])
+        if found.segments is not None:
+            self.oracle += oracle_matrix(overlaps(truth, found.segments, classes, found.count))
+            used = len(found.segments.unique())
+        if found.whole is not None:
+            self.whole += one_class_matrix(matrix, found.whole)
+        self.used += torch.tensor([used, found.windows, 1])
         self.done.add(index)
 
     @property

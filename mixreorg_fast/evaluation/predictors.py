@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
+import operator
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from ..errors import UserError, extra, nearest
 from ..inference import hub
 from ..inference.options import load_on_device
 from ..inference.segmenter import Segmenter
-from ..inference.windows import compact
+from ..inference.windows import Labelled, compact
 from ..names import parse_templates
 from ..ranks import on_main
 from .datasets import SegmentationDataset
@@ -64,47 +65,24 @@ def open_model(
 
 
 def _refuse(options: Mapping[str, Any], *names: str) -> None:
-    for name in names:
-        if options.get(name) is not None:
-            raise UserError(
-                f"--{name.replace('_', '-')} does not apply: the model prepares its photos and texts itself"
-            )
+    if given := [name.replace("_", "-") for name in names if options.get(name) is not None]:
+        raise UserError(f"--{given[0]} does not apply: the model prepares its photos and texts itself")
 
 
-class Labelled(NamedTuple):
-    """One photo, labelled without segments; fields as of :class:`~mixreorg_fast.inference.windows.Decoded`."""
-
-    labels: Tensor
-    relabelled: Callable[[float], Tensor] | None = None
-    segments: None = None
-    count: int = 0
-    windows: int = 1
-    whole: None = None
-
-
+@dataclass(eq=False)
 class PixelScores(ABC):
     """A model that scores the classes of a data set at every pixel, or labels them.
 
     Maps of scores are resized bilinearly to the photo (align_corners=False) and a pixel takes its best class. Where the
     background has no scores, a pixel is background if its best score is below min(threshold, the photo's best score).
-
-    Args:
-        name: what results call the model.
-        threshold: of the background.
-        batch: photos per call.
     """
 
+    name: str  # what results call the model
+    dataset: SegmentationDataset
+    threshold: float | None  # of the background
+    device: torch.device
+    batch: int = 1  # photos per call
     model: Any = None  # the network, if there is one: its weights tell evaluations apart
-
-    def __init__(
-        self,
-        name: str,
-        dataset: SegmentationDataset,
-        threshold: float | None,
-        device: torch.device,
-        batch: int = 1,
-    ) -> None:
-        self.name, self.dataset, self.threshold, self.device, self.batch = name, dataset, threshold, device, batch
 
     @property
     def about(self) -> dict[str, Any]:
@@ -133,8 +111,8 @@ class PixelScores(ABC):
         classes = len(self.dataset.classes)
         if output.ndim == 2:
             return Labelled(compact(output, classes))
-        best, label = torch.full(size, -torch.inf), torch.zeros(size, dtype=torch.int64)
-        best, label = best.to(output.device), label.to(output.device)
+        best = torch.full(size, -torch.inf, device=output.device)
+        label = torch.zeros(size, dtype=torch.int64, device=output.device)
         for first in range(0, len(output), CLASSES_AT_ONCE):
             part = output[None, first : first + CLASSES_AT_ONCE].float()
             part, place = F.interpolate(part, size, mode="bilinear", align_corners=False)[0].max(dim=0)
@@ -247,7 +225,7 @@ class Function(PixelScores):
         except Exception as error:  # whatever its lines raise
             raise UserError(f"{name}: module {module_name} cannot be imported ({error})") from error
         try:
-            self._function: Any = functools.reduce(getattr, path.split("."), module)
+            self._function: Any = operator.attrgetter(path)(module)
         except AttributeError:
             raise UserError(f"{name}: no {path} in module {module_name}{nearest(path, vars(module), False)}") from None
         if not callable(self._function):

@@ -144,9 +144,7 @@ def evaluate(
                 sizes = [sample.mask.shape for _, sample, _ in photos]
                 for (index, sample, _), decoded in zip(photos, segmenter(inputs, sizes), strict=True):
                     truth = torch.from_numpy(sample.mask).to(device)
-                    tally.add(
-                        index, truth, decoded.labels, decoded.segments, decoded.count, decoded.windows, decoded.whole
-                    )
+                    tally.add(index, truth, decoded)
                     for number, threshold in enumerate(thresholds):
                         if decoded.relabelled is None:
                             raise UserError("a threshold sweep needs a model that gives scores without the background")

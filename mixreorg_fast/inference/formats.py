@@ -30,8 +30,6 @@ _FIXED = {
 # NVIDIA's weights, in a folder of their name or in the hub's cache. Their preprocessor_config.json has CLIP's values.
 _OFFICIAL = {f"{owner}groupvit-gcc-{data}" for owner in ("", "models--nvidia--") for data in ("yfcc", "redcaps")}
 
-# ---------------------------------------------------------------------- reading
-
 
 def read(source: str | Path) -> Weights:
     """Weights of any format, with their tokenizer where they have one.
@@ -54,8 +52,7 @@ def read(source: str | Path) -> Weights:
 def read_tokenizer(source: str | Path) -> Tokenizer:
     """A tokenizer from a ``tokenizer.json``, a folder with one or with CLIP's two files, or a repository on the hub.
 
-    Raises:
-        UserError: as :meth:`Tokenizer.load` and :func:`~mixreorg_fast.inference.hub.locate`.
+    Errors are those of :meth:`Tokenizer.load` and :func:`~mixreorg_fast.inference.hub.locate`.
     """
     return Tokenizer.load(locate(source, "tokenizer"))
 
@@ -122,16 +119,11 @@ def _huggingface_tensors(source: Path) -> Mapping[str, Any]:
         raise UserError(f"{path}: not a readable file of tensors: {str(error).splitlines()[0]}") from None
 
 
-# ---------------------------------------------------------------------- writing Hugging Face's
-
-
 def save_huggingface(network: Any, folder: str | Path, state: Mapping[str, Tensor]) -> None:
     """Write a folder for ``GroupViTModel.from_pretrained`` and ``AutoProcessor.from_pretrained``, atomically.
 
-    Args:
-        network: a Model or Weights: sizes, normalisation, tokenizer. state: its tensors, the logit scale 0-d.
-    Raises:
-        UserError: the model's assignment is soft.
+    `network`: a Model or Weights: sizes, normalisation, tokenizer. `state`: its tensors, the logit scale 0-d. A UserError
+    says that the model's assignment is soft.
     """
     config, text, tokenizer = network.config, network.config.text, network.tokenizer
     if not config.hard_assignment:

@@ -63,6 +63,17 @@ class Decoded(NamedTuple):
     whole: int | None = None
 
 
+class Labelled(NamedTuple):
+    """One photo, labelled without segments; fields as of :class:`Decoded`."""
+
+    labels: Tensor
+    relabelled: Callable[[float], Tensor] | None = None
+    segments: None = None
+    count: int = 0
+    windows: int = 1
+    whole: None = None
+
+
 def window_boxes(height: int, width: int, window: int, stride: int) -> list[Box]:
     """Windows that cover ``height x width``, row by row; the last of a row or column is moved back to the edge."""
 
