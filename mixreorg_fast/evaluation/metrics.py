@@ -22,13 +22,10 @@ RARE, FREQUENT = 10, 30  # photos that show a class; IoU of rare classes is most
 
 
 def confusion_matrix(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
-    """Pixel counts by (true class, predicted class); pixels whose truth is no class (`IGNORE`) do not count.
+    """Pixel counts by (true class, predicted class): int64 ``[classes, classes]`` on the CPU.
 
-    Args:
-        truth: integer, any shape, 0..classes-1 or above.
-        prediction: integer, the same shape, 0..classes-1.
-    Returns:
-        int64 ``[classes, classes]`` on the CPU.
+    `truth` and `prediction`: integers of one shape, the latter 0..classes-1. Pixels whose truth is no class (`IGNORE`)
+    do not count.
     """
     return overlaps(truth, prediction, classes, classes).T
 
@@ -54,14 +51,12 @@ def one_class_matrix(matrix: Tensor, label: int = 0) -> Tensor:
 
 
 def boundary_counts(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
-    """Pixel counts for Boundary IoU (Cheng et al., CVPR 2021) of one photo.
+    """Pixel counts for Boundary IoU (Cheng et al., CVPR 2021) of one photo, from integer maps ``[H, W]``.
 
     The boundary region of a mask holds its pixels within d = `BOUNDARY` · diagonal (rounded, at least 1) of its
     contour, by the chessboard distance; the photo's edge is part of the contour. Pixels whose truth is no class belong
     to no mask of either map, so a prediction that equals the truth elsewhere scores 100.
 
-    Args:
-        truth, prediction: integer ``[H, W]``, as of :func:`confusion_matrix`.
     Returns:
         int64 ``[3, classes]`` on the CPU: pixels per class in the boundary regions of both maps, of the truth, and of
         the prediction. Boundary IoU is ``both / (truth + prediction - both)``, of the sums over the photos.

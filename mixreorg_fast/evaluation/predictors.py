@@ -54,7 +54,8 @@ def open_model(
     kind = hub.model_type(name)
     if kind == "clipseg":
         _refuse(options, *OWN_SIZES)
-        return CLIPSeg(name, dataset, options.get("templates") or "default", threshold, devices.choose(device), batch)
+        templates = options.get("templates") or "default"
+        return CLIPSeg(name, dataset, threshold, devices.choose(device), batch, templates=templates)
     if kind not in (None, "groupvit"):
         raise UserError(
             f"{name}: a model of type '{kind}' is not supported (choose from: weights of ours, groupvit, clipseg; or "
@@ -128,42 +129,32 @@ class PixelScores(ABC):
         return Labelled(relabelled(self.threshold), relabelled)
 
 
+@dataclass(eq=False)
 class CLIPSeg(PixelScores):
     """Hugging Face's CLIPSeg (Lüddecke and Ecker, CVPR 2022): the sigmoid of each class's map is its score.
 
     The photo goes through the model's own preprocessor. A class is the mean of its prompts' embeddings. The photo is
-    encoded once; the decoder runs per class.
-
-    Args:
-        source: a folder or repository. threshold: None: 0.5, where a class's probability passes that of its absence.
-        templates: as of :func:`~mixreorg_fast.names.parse_templates`.
-    Raises:
-        UserError: transformers is missing, or cannot read the model; as :func:`~mixreorg_fast.inference.hub.locate`.
+    encoded once; the decoder runs per class. The usual threshold is 0.5, where a class's probability passes that of its
+    absence. Errors: transformers is missing or cannot read the model; those of `hub.locate`.
     """
 
-    def __init__(
-        self,
-        source: str,
-        dataset: SegmentationDataset,
-        templates: str | Sequence[str],
-        threshold: float | None,
-        device: torch.device,
-        batch: int,
-    ) -> None:
-        super().__init__(source, dataset, threshold_for(dataset, threshold, 0.5), device, batch)
+    templates: str | tuple[str, ...] = "default"  # as of `parse_templates`
+
+    def __post_init__(self) -> None:
+        self.threshold = threshold_for(self.dataset, self.threshold, 0.5)
         try:
             import transformers
         except ImportError as error:
-            raise UserError(f"{source}: CLIPSeg needs transformers ({error}): {extra('hf')}") from None
+            raise UserError(f"{self.name}: CLIPSeg needs transformers ({error}): {extra('hf')}") from None
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        folder = hub.locate(source, "clipseg")
+        folder = hub.locate(self.name, "clipseg")
         try:
             processor = transformers.AutoProcessor.from_pretrained(folder)
             model: Any = transformers.CLIPSegForImageSegmentation.from_pretrained(folder)
         except (OSError, ValueError) as error:
-            raise UserError(f"{source}: not readable as CLIPSeg: {str(error).splitlines()[0]}") from None
-        self.model, self.templates = model.eval().to(device), parse_templates(templates)
+            raise UserError(f"{self.name}: not readable as CLIPSeg: {str(error).splitlines()[0]}") from None
+        self.model, self.templates = model.eval().to(self.device), parse_templates(self.templates)
         self._images = processor.image_processor
         self._texts = self._embedded(processor.tokenizer)
 
@@ -201,22 +192,19 @@ class CLIPSeg(PixelScores):
             yield torch.cat(logits).sigmoid()
 
 
+@dataclass(eq=False)
 class Function(PixelScores):
     """A Python function: ``function(photo, classes)`` gives labels or scores.
 
     It takes a Pillow image (RGB) and the data set's class names (a list, with "background" first where there is one).
     It gives integers ``[H, W]`` at the photo's size, label t for ``classes[t]``; or floats ``[T, h, w]`` of any size, a
-    map per class, with or without one for the background. NumPy arrays and tensors are taken.
-
-    Args:
-        name: ``module:function``; the module is looked for in the working directory too.
-        threshold: for scores without the background; None: the data set's usual one.
-    Raises:
-        UserError: no such module or function.
+    map per class, with or without one for the background. NumPy arrays and tensors are taken. The module of
+    ``module:function`` is looked for in the working directory too; a UserError says that it or the function is missing.
     """
 
-    def __init__(self, name: str, dataset: SegmentationDataset, threshold: float | None, device: torch.device) -> None:
-        super().__init__(name, dataset, threshold_for(dataset, threshold, dataset.background_threshold), device)
+    def __post_init__(self) -> None:
+        self.threshold = threshold_for(self.dataset, self.threshold, self.dataset.background_threshold)
+        name = self.name
         module_name, _, path = name.partition(":")
         if "" not in sys.path:
             sys.path.insert(0, "")

@@ -102,10 +102,8 @@ def faces() -> list[Face]:
         path = Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
         found += [Face(str(path))] if path.is_file() else []
     for name in SYSTEM:
-        try:
+        with contextlib.suppress(OSError):
             found.append(Face(str(ImageFont.truetype(name, CHECKED).path)))
-        except OSError:
-            continue
     return found
 
 

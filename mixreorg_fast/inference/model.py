@@ -78,9 +78,7 @@ class Model(GroupViT):
         Args:
             image: a path, bytes, a binary file, a Pillow image or an array (see
                 :func:`~mixreorg_fast.images.load_image`); or a list or tuple of them, which gives a list.
-            classes, options: as of :meth:`segmenter`.
-        Raises:
-            UserError: as :meth:`segmenter` and :func:`~mixreorg_fast.images.load_image`.
+            classes, options: as of :meth:`segmenter`; so are the errors, beside those of `load_image`.
         """
         segmenter = self.segmenter(classes, **options)
         if isinstance(image, list | tuple):
