@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser, *names: str, decoding: str | No
     }
     for name in names or InferenceConfig.model_fields:
         field, default = InferenceConfig.model_fields[name], decoding if name == "decoding" else None
-        kind = kinds.get(name, {"type": int, "metavar": "PX"})
+        kind: dict[str, Any] = kinds.get(name, {"type": int, "metavar": "PX"})
         if get_origin(field.annotation) is Literal:
             kind = {"choices": get_args(field.annotation)}
         also = SWEEP if sweep and name == "background_threshold" else ""
