@@ -106,11 +106,8 @@ def _end(number: int, frame: Any) -> None:
 
 
 def embedded_run(train: bool = False, device: str = "cpu") -> Path:
-    """The folder of the run that ``make train`` leaves; with `train` it is made on `device` where it is missing.
-
-    Raises:
-        UserError: it is not there, or its training failed.
-    """
+    """The folder of the run that ``make train`` leaves; with `train` it is made on `device` where it is missing. A
+    UserError where it is not there, or its training failed."""
     config = find_config(EMBEDDED)
     run = load_config(config).run_folder
     try:
@@ -150,11 +147,8 @@ class View(NamedTuple):
 
 
 def view(model: Model, path: str, names: str, threshold: float) -> View:
-    """Segment the photo at `path` by the class `names`; a `threshold` above 0 allows for background.
-
-    Raises:
-        UserError: not an image, too large an image, or no list of names.
-    """
+    """Segment the photo at `path` by the class `names`; a `threshold` above 0 allows for background. A UserError where
+    that is no image, too large an image, or no list of names."""
     classes = parse_classes(names, "class names", most=MASK_CLASSES)
     photo = load_image(path, max_pixels=MAX_PIXELS)
     photo.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
@@ -206,12 +200,8 @@ def build(model: Model, samples: list[list[str]]) -> gradio.Blocks:
 
     # Passes on the uploaded file: load_image reads more formats than Gradio and names the fault of a damaged file.
     # Made by type.__new__, since Gradio's metaclass would write a .pyi beside this file.
-    Photo = type.__new__(
-        type(gr.Image),
-        "Photo",
-        (gr.Image,),
-        {"preprocess": lambda self, payload: payload and payload.path, "get_block_name": lambda self: "image"},
-    )
+    methods = {"preprocess": lambda self, payload: payload and payload.path, "get_block_name": lambda self: "image"}
+    Photo = type.__new__(type(gr.Image), "Photo", (gr.Image,), methods)
     picture = {"format": "png", "interactive": False, "buttons": ["download", "fullscreen"]}
     with gr.Blocks(title="mixreorg", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown("# What is where?\nDrop a photo, name what may be in it. No mask was ever shown to the model.")
@@ -236,46 +226,34 @@ def build(model: Model, samples: list[list[str]]) -> gradio.Blocks:
             ]
         if samples:
             gr.Examples(samples, [photo, names], label="Scenes", cache_examples=False)
+        inputs, outputs = [photo, names, threshold], [message, result, *stages, areas]
         asked = "**Choose a photo first.**"  # a click or Enter needs a photo
         for missing, triggers in (("", [photo.change, threshold.release]), (asked, [names.submit, button.click])):
-            gr.on(
-                triggers,
-                partial(show, missing),
-                [photo, names, threshold],
-                [message, result, *stages, areas],
-                trigger_mode="always_last",
-                api_visibility="private",
-            )
+            show_it = partial(show, missing)
+            gr.on(triggers, show_it, inputs, outputs, trigger_mode="always_last", api_visibility="private")
     return page.queue(max_size=20)
 
 
 def serve(page: gradio.Blocks, host: str, port: int | None) -> str:
-    """Serve `page` from a thread; returns its address.
-
-    Raises:
-        UserError: no port is free.
-    """
+    """Serve `page` from a thread; returns its address. A UserError where no port is free."""
     from gradio.themes import Default
     from starlette.middleware import Middleware
     from starlette.middleware.base import BaseHTTPMiddleware
 
-    plain = ("system-ui", "sans-serif")
     try:
         _, url, _ = page.launch(
             server_name=host,
             server_port=port,
             share=False,
-            inbrowser=False,
             quiet=True,
             prevent_thread_lock=True,
-            show_error=False,
             ssr_mode=False,
             mcp_server=False,
             enable_monitoring=False,
             run_history=False,
             footer_links=[],
             max_file_size=MAX_UPLOAD,
-            theme=Default(font=plain, font_mono=("monospace",)),
+            theme=Default(font=("system-ui", "sans-serif"), font_mono=("monospace",)),
             app_kwargs={"middleware": [Middleware(BaseHTTPMiddleware, dispatch=guarded)]},
         )
     except OSError as error:

@@ -69,11 +69,7 @@ def load_image(source: Any, *, upright: bool = True, max_pixels: int | None = No
 
 def find_images(source: Path, recursive: bool = False) -> list[Path]:
     """`source` itself, or, of a folder, its pictures in order of name; `recursive`: those of sub-folders too, apart
-    from hidden ones.
-
-    Raises:
-        UserError: a folder without pictures, or one that cannot be read.
-    """
+    from hidden ones. A folder without pictures, or one that cannot be read, is a UserError."""
     if not source.is_dir():
         return [source]
 
@@ -106,8 +102,7 @@ def to_tensor(image: Image.Image, short_side: int, patch: int, mean: Sequence[fl
     Resizing is bilinear over the area that a pixel covers (Pillow's), which does not alias when it shrinks.
     """
     height, width = network_size((image.height, image.width), short_side, patch)
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
     # In NumPy: reader threads call this, and PyTorch would start a team of threads of its own in each of them.
     pixels = np.asarray(image, dtype=np.float32) / 255
     pixels = (pixels - np.asarray(mean, dtype=np.float32)) / np.asarray(std, dtype=np.float32)

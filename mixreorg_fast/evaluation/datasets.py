@@ -17,13 +17,10 @@ from .metrics import IGNORE, IGNORE_16
 
 
 class Sample(NamedTuple):
-    """A photo (RGB), its mask ``[H, W]`` and its name.
+    """A photo with its mask."""
 
-    The mask holds class ids and `IGNORE` in uint8; of more than 255 classes, class ids and `IGNORE_16` in int32.
-    """
-
-    image: Image.Image
-    mask: np.ndarray
+    image: Image.Image  # RGB
+    mask: np.ndarray  # [H, W], class ids and `IGNORE` in uint8; of more than 255 classes, ids and `IGNORE_16` in int32
     name: str
 
 
@@ -32,21 +29,15 @@ KINDS = ("plain", *LAYOUTS)
 
 @dataclass(eq=False)
 class SegmentationDataset:
-    """Photos and masks by index; files are read when asked for.
+    """Photos and masks by index; files are read when asked for."""
 
-    Attributes:
-        kind, root, split: as given to :func:`open_dataset`.
-        names: one per photo, in the order of the split.
-        photos: paths by name, of other splits too. masks: the folder of masks.
-    """
-
-    kind: str
+    kind: str  # kind, root and split are those that `open_dataset` took
     root: Path
     split: str
     layout: Layout
-    names: list[str]
-    photos: dict[str, Path]
-    masks: Path
+    names: list[str]  # one per photo, in the order of the split
+    photos: dict[str, Path]  # by name, of other splits too
+    masks: Path  # the folder of masks
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -77,11 +68,8 @@ class SegmentationDataset:
         return [number * len(self) // count for number in range(count)]
 
     def __getitem__(self, index: int) -> Sample:
-        """Read one photo and its mask.
-
-        Raises:
-            UserError: a missing or damaged file, a mask of another size than its photo, an id without a class.
-        """
+        """Read one photo and its mask; a missing or damaged file, a mask of another size than its photo and an id
+        without a class are UserErrors."""
         name = self.names[index]
         photo, mask_path, remap = self._paths(name)
         image = load_image(photo)
@@ -118,15 +106,7 @@ class SegmentationDataset:
 
 
 def open_dataset(kind: str, root: str | Path, split: str = "val") -> SegmentationDataset:
-    """The data set of layout `kind` under `root`.
-
-    Layouts:
-        plain: ``images/NAME.jpg`` (or .png, .webp), ``masks/NAME.png``, ``classes.txt`` (line t names mask id t, from
-            0; a first line "background" takes no prompt), ``splits/SPLIT.txt`` (names, one per line).
-        voc2012, voc20, context (60 classes), context59, coco_object, coco_stuff, ade20k, cityscapes: as downloaded, or
-            as mmsegmentation's and GroupViT's converters leave them. `root` is the data set's folder or its parent.
-        context459, ade847: as the converters for detectron2 leave them, and the class names in a file: ``labels.txt``
-            of Pascal Context; ``classes.txt``, line t for mask id t.
+    """The data set of layout `kind`, which docs/evaluate.md describes, under `root`: its folder or the parent of that.
 
     Raises:
         UserError: unknown kind or split, missing folder or file list, an empty split, doubled class names.
@@ -190,11 +170,7 @@ def _class_names(path: Path, expected: str, count: int | None = None) -> tuple[s
 
 
 def _read_mask(path: Path) -> np.ndarray:
-    """The values of a grey or palette picture: integers ``[H, W]``.
-
-    Raises:
-        UserError: damaged, or a picture with colours instead of ids.
-    """
+    """The values of a grey or palette picture: integers ``[H, W]``; a UserError where it is damaged or has colours."""
     try:
         with Image.open(path) as mask:
             if mask.mode not in ("P", "L", "1") and not mask.mode.startswith("I"):

@@ -52,11 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def joined_ranks(device: str | None) -> Iterator[str | None]:
-    """Join the ranks that torchrun or deepspeed started, if any; gives the device of this one.
-
-    Raises:
-        UserError: as :func:`mixreorg_fast.devices.choose`.
-    """
+    """Join the ranks that torchrun or deepspeed started, if any; gives this one's device, chosen by
+    :func:`mixreorg_fast.devices.choose`."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield device
         return

@@ -20,8 +20,8 @@ class Layout:
     """
 
     classes: tuple[str, ...]
-    images: str
-    masks: str
+    images: str = "images/{split}"
+    masks: str = "annotations/{split}"
     split_file: str | None = None  # None: every photo of the folder belongs to the split
     homes: tuple[str, ...] = ("",)  # where, under the root, the data set may start
     image_suffixes: tuple[str, ...] = (".jpg",)
@@ -81,8 +81,6 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "coco_object": Layout(
         names.COCO_OBJECT,
-        images="images/{split}",
-        masks="annotations/{split}",
         mask_suffixes={"_instanceTrainIds.png": None, ".png": _OBJECT},
         threshold=0.95,
         split_folders={"val": "val2017", "train": "train2017"},
@@ -90,16 +88,12 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "coco_stuff": Layout(
         names.COCO_STUFF,
-        images="images/{split}",
-        masks="annotations/{split}",
         mask_suffixes={"_labelTrainIds.png": None, ".png": _remap(_STUFF_IDS)},
         split_folders={"val": "val2017", "train": "train2017"},
         homes=("", "coco_stuff164k", "coco"),
     ),
     "ade20k": Layout(
         names.ADE20K,
-        images="images/{split}",
-        masks="annotations/{split}",
         mask_suffixes=_NO_BACKGROUND,
         split_folders={"val": "validation", "train": "training"},
         homes=("", "ADEChallengeData2016", "ade/ADEChallengeData2016"),

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..files import json_or_empty, write_json
+from ..inference.windows import Decoded, Labelled
 from ..ranks import sum_over_ranks
 
 IGNORE, IGNORE_16 = 255, 65535  # pixels that are not scored, in masks of 8 bits and of 16
@@ -21,13 +22,10 @@ RARE, FREQUENT = 10, 30  # photos that show a class; IoU of rare classes is most
 
 
 def confusion_matrix(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
-    """Pixel counts by (true class, predicted class); pixels whose truth is no class (`IGNORE`) do not count.
+    """Pixel counts by (true class, predicted class): int64 ``[classes, classes]`` on the CPU.
 
-    Args:
-        truth: integer, any shape, 0..classes-1 or above.
-        prediction: integer, the same shape, 0..classes-1.
-    Returns:
-        int64 ``[classes, classes]`` on the CPU.
+    `truth` and `prediction`: integers of one shape, the latter 0..classes-1. Pixels whose truth is no class (`IGNORE`)
+    do not count.
     """
     return overlaps(truth, prediction, classes, classes).T
 
@@ -53,14 +51,12 @@ def one_class_matrix(matrix: Tensor, label: int = 0) -> Tensor:
 
 
 def boundary_counts(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
-    """Pixel counts for Boundary IoU (Cheng et al., CVPR 2021) of one photo.
+    """Pixel counts for Boundary IoU (Cheng et al., CVPR 2021) of one photo, from integer maps ``[H, W]``.
 
     The boundary region of a mask holds its pixels within d = `BOUNDARY` · diagonal (rounded, at least 1) of its
     contour, by the chessboard distance; the photo's edge is part of the contour. Pixels whose truth is no class belong
     to no mask of either map, so a prediction that equals the truth elsewhere scores 100.
 
-    Args:
-        truth, prediction: integer ``[H, W]``, as of :func:`confusion_matrix`.
     Returns:
         int64 ``[3, classes]`` on the CPU: pixels per class in the boundary regions of both maps, of the truth, and of
         the prediction. Boundary IoU is ``both / (truth + prediction - both)``, of the sums over the photos.
@@ -154,33 +150,20 @@ class Tally:
         )
         self.done: set[int] = set()
 
-    def add(
-        self,
-        index: int,
-        truth: Tensor,
-        labels: Tensor,
-        segments: Tensor | None,
-        count: int = 0,
-        windows: int = 1,
-        whole: int | None = None,
-    ) -> None:
-        """Count photo `index`, of `count` possible segments in `windows` windows; all maps integer ``[H, W]``.
-
-        Args:
-            segments: None: of a model without segments. whole: the label of the whole photo, if the model tells one.
-        """
+    def add(self, index: int, truth: Tensor, found: Decoded | Labelled) -> None:
+        """Count photo `index`, whose mask is `truth`, integer ``[H, W]``."""
         classes = len(self.matrix)
-        matrix = confusion_matrix(truth, labels, classes)
+        matrix = confusion_matrix(truth, found.labels, classes)
         self.matrix += matrix
-        self.boundary += boundary_counts(truth, labels, classes)
+        self.boundary += boundary_counts(truth, found.labels, classes)
         self.photos += matrix.any(dim=1)
         used = 0
-        if segments is not None:
-            self.oracle += oracle_matrix(overlaps(truth, segments, classes, count))
-            used = len(segments.unique())
-        if whole is not None:
-            self.whole += one_class_matrix(matrix, whole)
-        self.used += torch.tensor([used, windows, 1])
+        if found.segments is not None:
+            self.oracle += oracle_matrix(overlaps(truth, found.segments, classes, found.count))
+            used = len(found.segments.unique())
+        if found.whole is not None:
+            self.whole += one_class_matrix(matrix, found.whole)
+        self.used += torch.tensor([used, found.windows, 1])
         self.done.add(index)
 
     @property

@@ -42,11 +42,8 @@ def segmentation_figure(
 def mixing_figure(
     original: Tensor, mixed: Tensor, restored: Tensor, path: str | Path, mean: Sequence[float], std: Sequence[float]
 ) -> None:
-    """A PNG at `path`: per row an image, the mixed image at its place in the group, the restored image.
-
-    Args:
-        original, mixed, restored: ``[B, 3, H, W]``, normalised by `mean` and `std`.
-    """
+    """A PNG at `path`: per row an image, the mixed image at its place in the group, the restored image; all three are
+    ``[B, 3, H, W]``, normalised by `mean` and `std`."""
     columns = [to_pixels(images, mean, std) for images in (original, mixed, restored)]
     cells = [[Image.fromarray(pixels) for pixels in row] for row in zip(*columns, strict=True)]
     save_grid(["original", "mixed", "restored"], cells, path)
@@ -56,17 +53,11 @@ def mixing_figure(
 def segments_figure(
     images: Tensor, assignment: Tensor, path: str | Path, mean: Sequence[float], std: Sequence[float]
 ) -> None:
-    """A PNG at `path`: per row an image and its segments.
-
-    Args:
-        images: ``[B, 3, H, W]``, normalised by `mean` and `std`. assignment: soft map of patches ``[B, G, h, w]``.
-    """
-    maps = F.interpolate(assignment.float(), images.shape[2:], mode="bilinear")
+    """A PNG at `path`: per row one of `images` ``[B, 3, H, W]``, normalised by `mean` and `std`, and its segments.
+    `assignment`: soft map of patches ``[B, G, h, w]``."""
+    segments = F.interpolate(assignment.float(), images.shape[2:], mode="bilinear").argmax(dim=1).cpu().numpy()
     photos = map(Image.fromarray, to_pixels(images, mean, std))
-    cells = [
-        [photo, segments_picture(photo, labels)]
-        for photo, labels in zip(photos, maps.argmax(dim=1).cpu().numpy(), strict=True)
-    ]
+    cells = [[photo, segments_picture(photo, own)] for photo, own in zip(photos, segments, strict=True)]
     save_grid(["image", "segments"], cells, path)
 
 

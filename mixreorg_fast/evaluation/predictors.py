@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
+import operator
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from ..errors import UserError, extra, nearest
 from ..inference import hub
 from ..inference.options import load_on_device
 from ..inference.segmenter import Segmenter
-from ..inference.windows import compact
+from ..inference.windows import Labelled, compact
 from ..names import parse_templates
 from ..ranks import on_main
 from .datasets import SegmentationDataset
@@ -53,7 +54,8 @@ def open_model(
     kind = hub.model_type(name)
     if kind == "clipseg":
         _refuse(options, *OWN_SIZES)
-        return CLIPSeg(name, dataset, options.get("templates") or "default", threshold, devices.choose(device), batch)
+        templates = options.get("templates") or "default"
+        return CLIPSeg(name, dataset, threshold, devices.choose(device), batch, templates=templates)
     if kind not in (None, "groupvit"):
         raise UserError(
             f"{name}: a model of type '{kind}' is not supported (choose from: weights of ours, groupvit, clipseg; or "
@@ -64,47 +66,24 @@ def open_model(
 
 
 def _refuse(options: Mapping[str, Any], *names: str) -> None:
-    for name in names:
-        if options.get(name) is not None:
-            raise UserError(
-                f"--{name.replace('_', '-')} does not apply: the model prepares its photos and texts itself"
-            )
+    if given := [name.replace("_", "-") for name in names if options.get(name) is not None]:
+        raise UserError(f"--{given[0]} does not apply: the model prepares its photos and texts itself")
 
 
-class Labelled(NamedTuple):
-    """One photo, labelled without segments; fields as of :class:`~mixreorg_fast.inference.windows.Decoded`."""
-
-    labels: Tensor
-    relabelled: Callable[[float], Tensor] | None = None
-    segments: None = None
-    count: int = 0
-    windows: int = 1
-    whole: None = None
-
-
+@dataclass(eq=False)
 class PixelScores(ABC):
     """A model that scores the classes of a data set at every pixel, or labels them.
 
     Maps of scores are resized bilinearly to the photo (align_corners=False) and a pixel takes its best class. Where the
     background has no scores, a pixel is background if its best score is below min(threshold, the photo's best score).
-
-    Args:
-        name: what results call the model.
-        threshold: of the background.
-        batch: photos per call.
     """
 
+    name: str  # what results call the model
+    dataset: SegmentationDataset
+    threshold: float | None  # of the background
+    device: torch.device
+    batch: int = 1  # photos per call
     model: Any = None  # the network, if there is one: its weights tell evaluations apart
-
-    def __init__(
-        self,
-        name: str,
-        dataset: SegmentationDataset,
-        threshold: float | None,
-        device: torch.device,
-        batch: int = 1,
-    ) -> None:
-        self.name, self.dataset, self.threshold, self.device, self.batch = name, dataset, threshold, device, batch
 
     @property
     def about(self) -> dict[str, Any]:
@@ -133,8 +112,8 @@ class PixelScores(ABC):
         classes = len(self.dataset.classes)
         if output.ndim == 2:
             return Labelled(compact(output, classes))
-        best, label = torch.full(size, -torch.inf), torch.zeros(size, dtype=torch.int64)
-        best, label = best.to(output.device), label.to(output.device)
+        best = torch.full(size, -torch.inf, device=output.device)
+        label = torch.zeros(size, dtype=torch.int64, device=output.device)
         for first in range(0, len(output), CLASSES_AT_ONCE):
             part = output[None, first : first + CLASSES_AT_ONCE].float()
             part, place = F.interpolate(part, size, mode="bilinear", align_corners=False)[0].max(dim=0)
@@ -150,42 +129,32 @@ class PixelScores(ABC):
         return Labelled(relabelled(self.threshold), relabelled)
 
 
+@dataclass(eq=False)
 class CLIPSeg(PixelScores):
     """Hugging Face's CLIPSeg (Lüddecke and Ecker, CVPR 2022): the sigmoid of each class's map is its score.
 
     The photo goes through the model's own preprocessor. A class is the mean of its prompts' embeddings. The photo is
-    encoded once; the decoder runs per class.
-
-    Args:
-        source: a folder or repository. threshold: None: 0.5, where a class's probability passes that of its absence.
-        templates: as of :func:`~mixreorg_fast.names.parse_templates`.
-    Raises:
-        UserError: transformers is missing, or cannot read the model; as :func:`~mixreorg_fast.inference.hub.locate`.
+    encoded once; the decoder runs per class. The usual threshold is 0.5, where a class's probability passes that of its
+    absence. Errors: transformers is missing or cannot read the model; those of `hub.locate`.
     """
 
-    def __init__(
-        self,
-        source: str,
-        dataset: SegmentationDataset,
-        templates: str | Sequence[str],
-        threshold: float | None,
-        device: torch.device,
-        batch: int,
-    ) -> None:
-        super().__init__(source, dataset, threshold_for(dataset, threshold, 0.5), device, batch)
+    templates: str | tuple[str, ...] = "default"  # as of `parse_templates`
+
+    def __post_init__(self) -> None:
+        self.threshold = threshold_for(self.dataset, self.threshold, 0.5)
         try:
             import transformers
         except ImportError as error:
-            raise UserError(f"{source}: CLIPSeg needs transformers ({error}): {extra('hf')}") from None
+            raise UserError(f"{self.name}: CLIPSeg needs transformers ({error}): {extra('hf')}") from None
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        folder = hub.locate(source, "clipseg")
+        folder = hub.locate(self.name, "clipseg")
         try:
             processor = transformers.AutoProcessor.from_pretrained(folder)
             model: Any = transformers.CLIPSegForImageSegmentation.from_pretrained(folder)
         except (OSError, ValueError) as error:
-            raise UserError(f"{source}: not readable as CLIPSeg: {str(error).splitlines()[0]}") from None
-        self.model, self.templates = model.eval().to(device), parse_templates(templates)
+            raise UserError(f"{self.name}: not readable as CLIPSeg: {str(error).splitlines()[0]}") from None
+        self.model, self.templates = model.eval().to(self.device), parse_templates(self.templates)
         self._images = processor.image_processor
         self._texts = self._embedded(processor.tokenizer)
 
@@ -223,22 +192,19 @@ class CLIPSeg(PixelScores):
             yield torch.cat(logits).sigmoid()
 
 
+@dataclass(eq=False)
 class Function(PixelScores):
     """A Python function: ``function(photo, classes)`` gives labels or scores.
 
     It takes a Pillow image (RGB) and the data set's class names (a list, with "background" first where there is one).
     It gives integers ``[H, W]`` at the photo's size, label t for ``classes[t]``; or floats ``[T, h, w]`` of any size, a
-    map per class, with or without one for the background. NumPy arrays and tensors are taken.
-
-    Args:
-        name: ``module:function``; the module is looked for in the working directory too.
-        threshold: for scores without the background; None: the data set's usual one.
-    Raises:
-        UserError: no such module or function.
+    map per class, with or without one for the background. NumPy arrays and tensors are taken. The module of
+    ``module:function`` is looked for in the working directory too; a UserError says that it or the function is missing.
     """
 
-    def __init__(self, name: str, dataset: SegmentationDataset, threshold: float | None, device: torch.device) -> None:
-        super().__init__(name, dataset, threshold_for(dataset, threshold, dataset.background_threshold), device)
+    def __post_init__(self) -> None:
+        self.threshold = threshold_for(self.dataset, self.threshold, self.dataset.background_threshold)
+        name = self.name
         module_name, _, path = name.partition(":")
         if "" not in sys.path:
             sys.path.insert(0, "")
@@ -247,7 +213,7 @@ class Function(PixelScores):
         except Exception as error:  # whatever its lines raise
             raise UserError(f"{name}: module {module_name} cannot be imported ({error})") from error
         try:
-            self._function: Any = functools.reduce(getattr, path.split("."), module)
+            self._function: Any = operator.attrgetter(path)(module)
         except AttributeError:
             raise UserError(f"{name}: no {path} in module {module_name}{nearest(path, vars(module), False)}") from None
         if not callable(self._function):

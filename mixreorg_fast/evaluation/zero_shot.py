@@ -49,15 +49,12 @@ def segmenter_for(
     threshold: float | None = None,
     batch: int = 8,
 ) -> Segmenter:
-    """A segmenter of the photos of `dataset` by its classes.
+    """A segmenter of the photos of `dataset` by its classes; errors are those of `threshold_for` and `Segmenter`.
 
     Args:
         settings: None: those that the model carries.
         threshold: background threshold; None: the settings' one, or else the data set's usual one.
         batch: photos of one network size, or windows, per forward pass.
-    Raises:
-        UserError: a `threshold` for a data set without background; as
-            :class:`~mixreorg_fast.inference.segmenter.Segmenter`.
     """
     settings = model.inference if settings is None else settings
     threshold = threshold_for(dataset, threshold, settings.background_threshold, dataset.background_threshold)
@@ -67,10 +64,7 @@ def segmenter_for(
 
 def threshold_for(dataset: SegmentationDataset, given: float | None, *usual: float | None) -> float | None:
     """The background threshold: `given`, or the first of the `usual` ones that is not None; without background None.
-
-    Raises:
-        UserError: one is given for a data set without background.
-    """
+    One given for a data set without background is a UserError."""
     if dataset.has_background:
         return next((value for value in (given, *usual) if value is not None), None)
     if given is not None:
@@ -93,28 +87,19 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a model zero-shot on `dataset`.
 
-    Under a process group every rank scores its share of the photos, each photo once, and all return the sum.
+    Under a process group every rank scores its share of the photos, each photo once, and all return the sum. Errors are
+    those of the data set and of the model.
 
     Args:
         segmenter: of :func:`segmenter_for`, or of :func:`~mixreorg_fast.evaluation.predictors.open_model`.
         limit: score only so many photos, evenly spread over the split.
         progress: show a bar (on rank 0).
-        predictions: folder that gets the labels of each photo as a palette PNG of its name (16-bit grey for more than
-            255 classes).
+        predictions: folder that gets the labels of each photo as a PNG of its name (see `save_labels`).
         keep: file (one per rank, its number appended) that holds the counts while this runs; removed at the end.
         resume: continue from the counts in `keep` if they belong to this model, data set and settings.
         sweep: try every background threshold of `THRESHOLDS` beside the settings' one.
     Returns:
-        ``mIoU`` in percent; ``per_class`` IoU in percent by name (None: in neither truth nor prediction, not counted);
-        ``per_class_images``, how many photos show each; ``frequent_mIoU`` over the classes that
-        at least 30 photos show, where fewer than 10 show another; ``pixel_accuracy``, ``mean_accuracy``,
-        ``boundary_mIoU`` (see :func:`.metrics.boundary_counts`); ``all_background_mIoU`` where there is a background;
-        of models with segments ``oracle_mIoU`` if each segment took its commonest true class, ``whole_photo_mIoU`` if
-        every pixel took the class most similar to the whole photo, and ``groups_used``: distinct final segments per
-        photo (where windows slide, per window) on average; of a sweep ``threshold_sweep``, the mIoU by threshold, and
-        ``best_threshold``; ``images``; ``settings``.
-    Raises:
-        UserError: as the data set and the model.
+        what docs/evaluate.md lists under "Scores", in percent; None for a class in neither truth nor prediction.
     """
     device, classes = segmenter.device, dataset.classes
     described = {"dataset": dataset.kind, "root": str(dataset.root), "split": dataset.split, **segmenter.about}
@@ -129,10 +114,9 @@ def evaluate(
         if resume:
             tally.restore(kept, about)
             if rank == 0:
-                from_there = f"{kept} holds no counts of this evaluation, so it begins at the first photo"
-                if tally.done:
-                    from_there = f"{len(tally.done)} photos are done already ({kept})"
-                print(f"--resume: {from_there}", file=sys.stderr, flush=True)
+                some = f"{len(tally.done)} photos are done already ({kept})"
+                none = f"{kept} holds no counts of this evaluation, so it begins at the first photo"
+                print(f"--resume: {some if tally.done else none}", file=sys.stderr, flush=True)
     try:
         indices = dataset.spread(limit)
         left = [index for index in indices[rank::world] if index not in tally.done]
@@ -144,9 +128,7 @@ def evaluate(
                 sizes = [sample.mask.shape for _, sample, _ in photos]
                 for (index, sample, _), decoded in zip(photos, segmenter(inputs, sizes), strict=True):
                     truth = torch.from_numpy(sample.mask).to(device)
-                    tally.add(
-                        index, truth, decoded.labels, decoded.segments, decoded.count, decoded.windows, decoded.whole
-                    )
+                    tally.add(index, truth, decoded)
                     for number, threshold in enumerate(thresholds):
                         if decoded.relabelled is None:
                             raise UserError("a threshold sweep needs a model that gives scores without the background")

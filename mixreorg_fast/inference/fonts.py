@@ -6,10 +6,10 @@ Cyrillic; fontconfig knows the rest), and what no font has is written as ASCII: 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import itertools
-import shutil
 import subprocess
 import unicodedata
 from pathlib import Path
@@ -102,10 +102,8 @@ def faces() -> list[Face]:
         path = Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
         found += [Face(str(path))] if path.is_file() else []
     for name in SYSTEM:
-        try:
+        with contextlib.suppress(OSError):
             found.append(Face(str(ImageFont.truetype(name, CHECKED).path)))
-        except OSError:
-            continue
     return found
 
 
@@ -122,25 +120,18 @@ def _face_of(character: str) -> Face | None:
     for face in faces():
         if has_glyph(face, character):
             return face
-    face = _ask_fontconfig(character)
-    try:
-        if face is not None and has_glyph(face, character):
+    with contextlib.suppress(OSError):  # of a font of bitmaps, in other sizes
+        if (face := _ask_fontconfig(character)) and has_glyph(face, character):
             faces().append(face)
             return face
-    except OSError:  # a font of bitmaps, in other sizes
-        pass
     return None
 
 
 def _ask_fontconfig(character: str) -> Face | None:
     """What fontconfig would draw `character` with, which may lack it."""
-    if (command := shutil.which("fc-match")) is None:
-        return None
-    pattern = f"sans:charset={ord(character):x}"
+    command = ["fc-match", "--format", "%{file}\n%{index}", f"sans:charset={ord(character):x}"]
     try:
-        done = subprocess.run(
-            [command, "--format", "%{file}\n%{index}", pattern], capture_output=True, text=True, timeout=10
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
         path, index = done.stdout.splitlines()
         return Face(path, int(index))
     except (OSError, ValueError, subprocess.TimeoutExpired):

@@ -30,14 +30,10 @@ _FIXED = {
 # NVIDIA's weights, in a folder of their name or in the hub's cache. Their preprocessor_config.json has CLIP's values.
 _OFFICIAL = {f"{owner}groupvit-gcc-{data}" for owner in ("", "models--nvidia--") for data in ("yfcc", "redcaps")}
 
-# ---------------------------------------------------------------------- reading
-
 
 def read(source: str | Path) -> Weights:
-    """Weights of any format, with their tokenizer where they have one.
+    """Weights of any format, with their tokenizer where they have one; `source` is as of `hub.locate`.
 
-    Args:
-        source: a file or folder, or a repository on the hub (see :func:`~mixreorg_fast.inference.hub.locate`).
     Raises:
         UserError: a missing or damaged file, an unknown format, tensors missing, unknown or of wrong sizes.
     """
@@ -53,10 +49,7 @@ def read(source: str | Path) -> Weights:
 
 def read_tokenizer(source: str | Path) -> Tokenizer:
     """A tokenizer from a ``tokenizer.json``, a folder with one or with CLIP's two files, or a repository on the hub.
-
-    Raises:
-        UserError: as :meth:`Tokenizer.load` and :func:`~mixreorg_fast.inference.hub.locate`.
-    """
+    Errors are those of :meth:`Tokenizer.load` and :func:`~mixreorg_fast.inference.hub.locate`."""
     return Tokenizer.load(locate(source, "tokenizer"))
 
 
@@ -94,11 +87,9 @@ def _read_huggingface(source: Path, values: dict[str, Any]) -> Weights:
     config, state, _ = from_foreign(_huggingface_tensors(source), "huggingface", str(source), heads)
     tokenizer = _tokenizer(source)
     # Text features are taken at the highest id; eos_token_id 2 is Hugging Face's older way to say the same.
-    end, highest = text.get("eos_token_id", 49407), tokenizer.end_id if tokenizer else config.text.vocab_size - 1
-    if end not in (2, highest):
-        raise UserError(
-            f"{source}: text_config.eos_token_id is {end}, but texts must end with the highest id {highest}"
-        )
+    end, last = text.get("eos_token_id", 49407), tokenizer.end_id if tokenizer else config.text.vocab_size - 1
+    if end not in (2, last):
+        raise UserError(f"{source}: text_config.eos_token_id is {end}, but texts must end with the highest id {last}")
     preprocessor = source / "preprocessor_config.json"
     pixels = read_json(preprocessor) if preprocessor.is_file() else {}
     mean, std = pixels.get("image_mean", IMAGENET_MEAN), pixels.get("image_std", IMAGENET_STD)
@@ -122,16 +113,11 @@ def _huggingface_tensors(source: Path) -> Mapping[str, Any]:
         raise UserError(f"{path}: not a readable file of tensors: {str(error).splitlines()[0]}") from None
 
 
-# ---------------------------------------------------------------------- writing Hugging Face's
-
-
 def save_huggingface(network: Any, folder: str | Path, state: Mapping[str, Tensor]) -> None:
     """Write a folder for ``GroupViTModel.from_pretrained`` and ``AutoProcessor.from_pretrained``, atomically.
 
-    Args:
-        network: a Model or Weights: sizes, normalisation, tokenizer. state: its tensors, the logit scale 0-d.
-    Raises:
-        UserError: the model's assignment is soft.
+    `network`: a Model or Weights: sizes, normalisation, tokenizer. `state`: its tensors, the logit scale 0-d. Soft
+    assignment is a UserError.
     """
     config, text, tokenizer = network.config, network.config.text, network.tokenizer
     if not config.hard_assignment:

@@ -25,6 +25,9 @@ from . import hub
 from .formats import read
 from .segmenter import Segmentation, Segmenter
 
+Photo = str | Path | bytes | BinaryIO | Image.Image | np.ndarray | Tensor
+Names = str | Sequence[str]  # of classes: "cat, dog" or ["cat", "dog"]
+
 
 class Model(GroupViT):
     """GroupViT with a tokenizer and settings, so that it takes photos and class names.
@@ -64,27 +67,18 @@ class Model(GroupViT):
         return hub.push(self, name, format, private=private, license=license)
 
     @overload
-    def segment(
-        self, image: list[Any] | tuple[Any, ...], classes: str | Sequence[str], **options: Any
-    ) -> list[Segmentation]: ...
+    def segment(self, image: list[Any] | tuple[Any, ...], classes: Names, **options: Any) -> list[Segmentation]: ...
 
     @overload
-    def segment(
-        self,
-        image: str | Path | bytes | BinaryIO | Image.Image | np.ndarray | Tensor,
-        classes: str | Sequence[str],
-        **options: Any,
-    ) -> Segmentation: ...
+    def segment(self, image: Photo, classes: Names, **options: Any) -> Segmentation: ...
 
-    def segment(self, image: Any, classes: str | Sequence[str], **options: Any) -> Segmentation | list[Segmentation]:
+    def segment(self, image: Any, classes: Names, **options: Any) -> Segmentation | list[Segmentation]:
         """Segment a photo, or a list of photos, by class names.
 
         Args:
             image: a path, bytes, a binary file, a Pillow image or an array (see
                 :func:`~mixreorg_fast.images.load_image`); or a list or tuple of them, which gives a list.
-            classes, options: as of :meth:`segmenter`.
-        Raises:
-            UserError: as :meth:`segmenter` and :func:`~mixreorg_fast.images.load_image`.
+            classes, options: as of :meth:`segmenter`; so are the errors, beside those of `load_image`.
         """
         segmenter = self.segmenter(classes, **options)
         if isinstance(image, list | tuple):
@@ -92,13 +86,12 @@ class Model(GroupViT):
         return segmenter.photo(image).long()
 
     def segmenter(
-        self, classes: str | Sequence[str], *, batch: int = 8, decoding: str | None = "direct", **options: Any
+        self, classes: Names, *, batch: int = 8, decoding: str | None = "direct", **options: Any
     ) -> Segmenter:
         """A segmenter of photos by class names.
 
         Args:
-            classes: names, such as ``"cat, dog, sofa"`` or ``["cat", "dog", "sofa"]``
-                (see :func:`~mixreorg_fast.names.parse_classes`).
+            classes: names (see :func:`~mixreorg_fast.names.parse_classes`).
             batch: windows per forward pass.
             decoding, options: settings (see :class:`~mixreorg_fast.config.InferenceConfig`) that overrule
                 :attr:`inference`, such as `short_side` in pixels; `templates`, one prompt template, several, or the

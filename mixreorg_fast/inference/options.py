@@ -32,10 +32,9 @@ def add_options(parser: argparse.ArgumentParser, *names: str, decoding: str | No
     }
     for name in names or InferenceConfig.model_fields:
         field, default = InferenceConfig.model_fields[name], decoding if name == "decoding" else None
+        kind: dict[str, Any] = kinds.get(name, {"type": int, "metavar": "PX"})
         if get_origin(field.annotation) is Literal:
-            kind: dict[str, Any] = {"choices": get_args(field.annotation)}
-        else:
-            kind = kinds.get(name, {"type": int, "metavar": "PX"})
+            kind = {"choices": get_args(field.annotation)}
         also = SWEEP if sweep and name == "background_threshold" else ""
         about = f"{field.description}{also} (default: {default or 'as in the weights'})"
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=about, **kind)
@@ -45,22 +44,15 @@ def add_options(parser: argparse.ArgumentParser, *names: str, decoding: str | No
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the options of :func:`add_options` give; None: the weights' setting.
-
-    Raises:
-        UserError: `--batch` below 1.
-    """
+    """The settings that the options of :func:`add_options` give; None: the weights' setting. A `--batch` below 1 is a
+    UserError."""
     if args.batch < 1:
         raise UserError(f"--batch must be at least 1, got {args.batch}")
     return {name: getattr(args, name) for name in InferenceConfig.model_fields}
 
 
 def load_on_device(weights: str, device: str | None) -> Model:
-    """The model in folder `weights`, on the `device` of :func:`mixreorg_fast.devices.choose`.
-
-    Raises:
-        UserError: as these two; weights without a tokenizer.
-    """
+    """The model of `weights`, on the `device` of `devices.choose`; a UserError where it has no tokenizer."""
     model = load(weights, devices.choose(device))
     if model.tokenizer is None:
         raise UserError(

@@ -37,8 +37,7 @@ def class_palette(has_background: bool) -> np.ndarray:
 
 def mask_palette(has_background: bool) -> np.ndarray:
     """Colours by label for masks, Pascal VOC's, uint8 ``[256, 3]``. Without a background the first class takes VOC's
-    second colour, since the first is black.
-    """
+    second colour, since the first is black."""
     palette = voc_palette() if has_background else np.roll(voc_palette(), -1, axis=0)
     palette[IGNORED] = UNKNOWN
     return palette
@@ -125,12 +124,9 @@ def overlay(photo: Image.Image, labels: Any, names: Sequence[str], palette: np.n
 def save_picture(
     path: str | Path, picture: Image.Image, kind: str = "PNG", about: dict[str, str] | None = None
 ) -> None:
-    """Write `picture` at `path`, whole or not at all; folders are made.
+    """Write `picture` at `path`, whole or not at all; folders are made. A UserError where it cannot be written.
 
-    Args:
-        kind: a format as Pillow names it. about: notes, for a PNG's text chunks.
-    Raises:
-        UserError: the place cannot be written.
+    `kind`: a format as Pillow names it. `about`: notes, for a PNG's text chunks.
     """
     notes = PngImagePlugin.PngInfo()
     for key, value in (about or {}).items():
@@ -140,11 +136,7 @@ def save_picture(
 
 
 def kind_of(path: str | Path) -> str:
-    """The format of pictures that the suffix of `path` names.
-
-    Raises:
-        UserError: none that can be written.
-    """
+    """The format of pictures that the suffix of `path` names; a UserError where none can be written so."""
     suffix = Path(path).suffix.lower()
     kind = Image.registered_extensions().get(suffix)
     if kind not in Image.SAVE:

@@ -73,17 +73,13 @@ def main(args: argparse.Namespace) -> int:
 def find_photos(sources: list[str], recursive: bool) -> dict[Path, Path]:
     """The photos to segment, each with its place below the folder that was named for it.
 
-    Overlays and masks of earlier runs are left out of folders.
-
-    Raises:
-        UserError: as :func:`~mixreorg_fast.images.find_images`; no photo but those.
+    Overlays and masks of earlier runs are left out of folders. A UserError as of
+    :func:`~mixreorg_fast.images.find_images`, and where no other photo is left.
     """
     found: dict[Path, Path] = {}
     for source in map(Path, sources):
         for photo in find_images(source, recursive):
-            if not source.is_dir():
-                found.setdefault(photo, Path())
-            elif _written_here(photo) is None:
+            if not source.is_dir() or _written_here(photo) is None:
                 found.setdefault(photo, photo.relative_to(source).parent)
     if not found:
         raise UserError(f"{', '.join(sources)}: no pictures but those that this command wrote")
@@ -93,16 +89,12 @@ def find_photos(sources: list[str], recursive: bool) -> dict[Path, Path]:
 class Outputs:
     """The folder of overlays, masks and ``areas.json``: nothing is written over a file of another origin.
 
-    Args:
-        folder: is made when first written to.
-        photos: all that will be segmented.
-        masks: whether masks are written too.
-    Raises:
-        UserError: `folder` is a file, or its ``areas.json`` is not one of this command.
+    `folder` is made when first written to. `photos`: all that will be segmented. A `folder` that is a file, or whose
+    ``areas.json`` is not of this command, is a UserError.
     """
 
     def __init__(self, folder: Path, photos: Iterable[Path], masks: bool) -> None:
-        self.folder, self.masks = folder, masks
+        self.folder, self.masks, self._listing = folder, masks, folder / AREAS
         self._taken = {path.resolve() for path in photos}
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--out {folder}: a file; a folder was expected")
@@ -131,27 +123,21 @@ class Outputs:
         return found[0]
 
     def areas(self) -> dict[str, dict[str, float]]:
-        """The shares by photo that are noted so far.
-
-        Raises:
-            UserError: ``areas.json`` is damaged or not of this command.
-        """
-        path = self.folder / AREAS
-        if not path.exists():
+        """The shares by photo that are noted so far; a damaged or foreign ``areas.json`` is a UserError."""
+        if not self._listing.exists():
             return {}
         try:
-            noted = read_json(path)
+            noted = read_json(self._listing)
         except (UserError, OSError) as error:
             raise UserError(f"{error}; move it away, or name another --out") from None
         if not all(isinstance(shares, dict) for shares in noted.values()):
-            raise UserError(f"{path}: not the areas of photos; move it away, or name another --out")
+            raise UserError(f"{self._listing}: not the areas of photos; move it away, or name another --out")
         return noted
 
     def note(self, photo: Path, shares: dict[str, float]) -> None:
         """Add the shares of a photo to ``areas.json``, which may have been written to meanwhile."""
-        path = self.folder / AREAS
-        with saving(path):
-            write_json(path, self.areas() | {str(photo): shares})
+        with saving(self._listing):
+            write_json(self._listing, self.areas() | {str(photo): shares})
 
 
 def _mask_of(overlay: Path) -> Path:

@@ -26,23 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """A photo, segmented.
+    """A photo, segmented."""
 
-    Attributes:
-        labels: integers ``[H, W]``: label t is ``classes[t]``. int64 from ``model.segment``, else uint8 or int32.
-        classes: names of the labels; with a background it is the first.
-        segments: integers ``[H, W]`` in the same dtype: the final segment of each pixel.
-        stages: fp32 ``[G, h, w]`` per grouping stage: probability of its segments per patch.
-        scores: per class its best score (0..1) among the segments in the picture; the background has none.
-        photo: RGB.
-    """
-
-    labels: Tensor
-    classes: list[str]
-    segments: Tensor
-    stages: tuple[Tensor, ...]
-    scores: dict[str, float]
-    photo: Image.Image
+    labels: Tensor  # integers [H, W]: label t is classes[t]; int64 from model.segment, else uint8 or int32
+    classes: list[str]  # names of the labels; with a background it is the first
+    segments: Tensor  # integers [H, W] in the same dtype: the final segment of each pixel
+    stages: tuple[Tensor, ...]  # fp32 [G, h, w] per grouping stage: probability of its segments per patch
+    scores: dict[str, float]  # per class its best score (0..1) among the segments in the picture, without background
+    photo: Image.Image  # RGB
 
     @property
     def has_background(self) -> bool:
@@ -59,20 +50,14 @@ class Segmentation:
         return overlay(self.photo, self.labels.cpu(), self.classes, class_palette(self.has_background))
 
     def save(self, path: str | Path) -> None:
-        """Write the overlay, in the format that the suffix names.
-
-        Raises:
-            UserError: an unknown suffix, or a place that cannot be written.
-        """
+        """Write the overlay, in the format that the suffix names; a UserError where that is unknown or `path` cannot
+        be written."""
         kind = kind_of(path)  # before the work
         save_picture(path, self.overlay(), kind)
 
     def save_mask(self, path: str | Path) -> None:
-        """Write a palette PNG whose values are the labels, in Pascal VOC's colours.
-
-        Raises:
-            UserError: more than 255 labels, or a place that cannot be written.
-        """
+        """Write a palette PNG whose values are the labels, in Pascal VOC's colours; a UserError where there are more
+        than 255 labels, or `path` cannot be written."""
         if len(self.classes) > 255:
             raise UserError(f"{path}: a mask holds at most 255 labels, got {len(self.classes)}")
         save_labels(path, self.labels.to(torch.uint8), self.has_background)
@@ -86,12 +71,9 @@ class Segmentation:
 def text_classifier(model: Model, classes: Sequence[str], templates: str | Sequence[str] = "default") -> Tensor:
     """One L2-normalised embedding per class: fp32 ``[T, D]`` on the model's device.
 
-    The prompts' embeddings are averaged over the templates before they are normalised, as GroupViT does.
-
-    Args:
-        classes: one name each; `templates` as of :func:`~mixreorg_fast.names.parse_templates`.
-    Raises:
-        UserError: no classes, an empty name, no templates, one without ``{}``, or weights without a tokenizer.
+    The prompts' embeddings are averaged over the templates before they are normalised, as GroupViT does. `templates`
+    and their errors are those of :func:`~mixreorg_fast.names.parse_templates`; no classes, an empty name, and weights
+    without a tokenizer are UserErrors too.
     """
     if model.tokenizer is None:
         raise UserError("these weights have no tokenizer; segment_labels takes text embeddings instead")
@@ -143,17 +125,11 @@ class Segmenter:
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor, sizes: Sequence[tuple[int, int]]) -> Iterator[Decoded]:
-        """Decode photos of one network size.
-
-        Args:
-            inputs: ``[B, 3, h, w]`` normalised.
-            sizes: (H, W) of each photo.
-        """
+        """Decode photos of one network size: normalised `inputs` ``[B, 3, h, w]``; `sizes`: (H, W) of each photo."""
         settings, network = self.settings, (inputs.shape[2], inputs.shape[3])
+        boxes = [Box(0, 0, *network)]
         if settings.mode == "sliding":
             boxes = window_boxes(*network, settings.window, settings.stride)
-        else:
-            boxes = [Box(0, 0, *network)]
         crops = [box.of(image) for image in inputs for box in boxes]
         maps, scores, stages, cosines = [], [], [], []
         for start in range(0, len(crops), self.batch):
@@ -193,13 +169,7 @@ class Segmenter:
         return next(iter(self(self.tensor(image)[None], [(image.height, image.width)])))
 
     def photo(self, source: Any) -> Segmentation:
-        """Segment one photo.
-
-        Args:
-            source: as of :func:`~mixreorg_fast.images.load_image`.
-        Raises:
-            UserError: as there.
-        """
+        """Segment one photo; `source` and errors are those of :func:`~mixreorg_fast.images.load_image`."""
         image = load_image(source)
         decoded = self.segment(image)
         stages = decoded.stages

@@ -39,28 +39,29 @@ class Box(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """One photo, decoded.
+    """One photo, decoded."""
 
-    Attributes:
-        labels: ``[H, W]``, uint8 or, past 256 values, int32; 0 is the background where there is one.
-        segments: ``[H, W]`` likewise, the final segment of each pixel: 0..G-1, or window · G + segment where windows
-            slide (of the windows over a pixel, the one whose middle is nearest).
-        count: how many segments there are in all.
-        windows: how many windows the photo was seen through.
-        scores: fp32 ``[count, T]``, every segment's class scores, the background apart.
-        stages: fp32 ``[G, h, w]`` per grouping stage, its segments' maps, where the photo was seen whole.
-        relabelled: the labels at another background threshold, where there is one.
-        whole: the label of the class whose text is most similar to the whole photo (to its windows on average).
-    """
+    labels: Tensor  # [H, W], uint8 or, past 256 values, int32; 0 is the background where there is one
+    # [H, W] likewise: the final segment of each pixel, 0..G-1; where windows slide, window · G + segment, of the window
+    # whose middle is nearest.
+    segments: Tensor
+    count: int  # of segments in all
+    windows: int  # how many the photo was seen through
+    scores: Tensor  # fp32 [count, T], every segment's class scores, the background apart
+    stages: tuple[Tensor, ...] = ()  # fp32 [G, h, w] per grouping stage: its segments' maps, of a photo seen whole
+    relabelled: Callable[[float], Tensor] | None = None  # labels at another background threshold, where there is one
+    whole: int | None = None  # label of the class whose text is most similar to the photo (to its windows on average)
+
+
+class Labelled(NamedTuple):
+    """One photo, labelled without segments; fields as of :class:`Decoded`."""
 
     labels: Tensor
-    segments: Tensor
-    count: int
-    windows: int
-    scores: Tensor
-    stages: tuple[Tensor, ...] = ()
     relabelled: Callable[[float], Tensor] | None = None
-    whole: int | None = None
+    segments: None = None
+    count: int = 0
+    windows: int = 1
+    whole: None = None
 
 
 def window_boxes(height: int, width: int, window: int, stride: int) -> list[Box]:
@@ -168,8 +169,7 @@ def decode(
         maps: ``[W, G, h, w]`` soft segment maps of the windows.
         scores: ``[W, G, T]`` their segments' class scores.
         boxes: where each window lies in the network's input of (height, width) `network`.
-        size: (H, W) of the photo.
-        threshold: background threshold.
+        size: (H, W) of the photo. threshold: of the background.
     """
     canvas = network if decoding == "groupvit" else _bounded(size)
     groups = scores.shape[1]
@@ -193,10 +193,8 @@ def decode(
 
 
 def segment_of_pixels(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """The most probable segment of every pixel: int64 ``[B, H, W]`` from soft maps ``[B, G, h, w]``.
-
-    The maps are upsampled bilinearly to `size` (align_corners=False).
-    """
+    """The most probable segment of every pixel: int64 ``[B, H, W]`` from soft maps ``[B, G, h, w]``, upsampled
+    bilinearly to `size` (align_corners=False)."""
     # Classes that are the segments themselves: the label of a pixel is then its segment.
     own = torch.eye(maps.shape[1], device=maps.device).expand(len(maps), -1, -1)
     return ops.decode_segments(maps, own, size)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mixreorg_fast.evaluation import metrics
+from mixreorg_fast.inference.windows import Decoded
 
 CLASSES = 7
 
@@ -73,11 +74,12 @@ def test_frequent_classes_are_those_that_many_photos_show():
     tally = metrics.Tally(3)
     both, first = torch.tensor([[0, 1, 255, 0]]), torch.tensor([[0, 0, 255, 0]])
     for index in range(metrics.FREQUENT):
-        tally.add(index, both, torch.tensor([[0, 1, 0, 0 if index else 2]]), torch.zeros_like(both), 1, 1)
+        labels = torch.tensor([[0, 1, 0, 0 if index else 2]])
+        tally.add(index, both, Decoded(labels, torch.zeros_like(both), 1, 1, torch.zeros(1, 3)))
     assert tally.photos.tolist() == [metrics.FREQUENT, metrics.FREQUENT, 0]
     assert metrics.mean_iou(tally.matrix) == pytest.approx((100 * 59 / 60 + 100 + 0) / 3)
     assert metrics.frequent_mean_iou(tally.matrix, tally.photos) == pytest.approx((100 * 59 / 60 + 100) / 2)
-    tally.add(metrics.FREQUENT, first, first, torch.zeros_like(first), 1, 1)
+    tally.add(metrics.FREQUENT, first, Decoded(first, torch.zeros_like(first), 1, 1, torch.zeros(1, 3)))
     assert tally.photos.tolist() == [metrics.FREQUENT + 1, metrics.FREQUENT, 0]
     assert metrics.frequent_mean_iou(tally.matrix, tally.photos - 1) is None  # one frequent class
     assert metrics.frequent_mean_iou(tally.matrix, tally.photos + metrics.RARE) is None  # no rare class

@@ -17,7 +17,7 @@ from mixreorg_fast.evaluation.datasets import open_dataset
 from mixreorg_fast.evaluation.zero_shot import evaluate, segmenter_for
 from mixreorg_fast.inference.model import Model
 from mixreorg_fast.inference.segmenter import Segmenter, text_classifier
-from mixreorg_fast.inference.windows import Box, decode, window_boxes
+from mixreorg_fast.inference.windows import Box, Decoded, decode, window_boxes
 from mixreorg_fast.models.groupvit import class_scores, image_threshold
 
 from ..inference.dense import decode_groupvit_reference
@@ -224,7 +224,8 @@ def test_an_interrupted_evaluation_goes_on(model, plain, tmp_path, monkeypatch):
 def test_counts_of_another_model_are_not_gone_on_from(model, plain, tmp_path):
     about = {"model": 1.0}
     tally = metrics.Tally(4)
-    tally.add(3, torch.zeros(2, 2, dtype=torch.uint8), torch.ones(2, 2), torch.zeros(2, 2), 1, 1)
+    decoded = Decoded(torch.ones(2, 2), torch.zeros(2, 2), 1, 1, torch.zeros(1, 4))
+    tally.add(3, torch.zeros(2, 2, dtype=torch.uint8), decoded)
     tally.keep(tmp_path / "counts", about)
     same, other = metrics.Tally(4), metrics.Tally(4)
     same.restore(tmp_path / "counts", about)
