@@ -26,14 +26,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """A photo, segmented."""
+    """A photo, segmented.
 
-    labels: Tensor  # integers [H, W]: label t is classes[t]; int64 from model.segment, else uint8 or int32
-    classes: list[str]  # names of the labels; with a background it is the first
-    segments: Tensor  # integers [H, W] in the same dtype: the final segment of each pixel
-    stages: tuple[Tensor, ...]  # fp32 [G, h, w] per grouping stage: probability of its segments per patch
-    scores: dict[str, float]  # per class its best score (0..1) among the segments in the picture, without background
-    photo: Image.Image  # RGB
+    Attributes:
+        labels: integers ``[H, W]``: label t is ``classes[t]``. int64 from ``model.segment``, else uint8 or int32.
+        classes: names of the labels; with a background it is the first.
+        segments: integers ``[H, W]`` in the same dtype: the final segment of each pixel.
+        stages: fp32 ``[G, h, w]`` per grouping stage: probability of its segments per patch.
+        scores: per class its best score (0..1) among the segments in the picture; the background has none.
+        photo: RGB.
+    """
+
+    labels: Tensor
+    classes: list[str]
+    segments: Tensor
+    stages: tuple[Tensor, ...]
+    scores: dict[str, float]
+    photo: Image.Image
 
     @property
     def has_background(self) -> bool:
