@@ -21,7 +21,7 @@ from ...config import CacheConfig
 from ...errors import UserError
 from ...files import saving
 from ..reading.decoder import Decoder
-from ..shards.index import Shard, indexed, open_shard
+from ..shards.index import NO_CAPTIONS, Shard, indexed, open_shard
 from ..shards.shard_set import Counts, counts_of
 from ..shards.verify import verifying
 from .download import DiskFull, Stopped, fetch, partial_path
@@ -232,7 +232,7 @@ class CachedShard:
         counts: as of :attr:`~mixreorg_fast.data.shards.shard_set.ShardSet.counts`; None: nobody asked yet.
     """
 
-    joined = None  # captions are joined to local shards
+    joined = NO_CAPTIONS  # captions are joined to local shards
     evictable = True
 
     def __init__(self, remote: RemoteShard, cache: Cache) -> None:
