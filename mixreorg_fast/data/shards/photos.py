@@ -79,11 +79,10 @@ def listed(
     usual = [table.parent / "images", table.parent / "Images", table.parent]
     root = _folder_of(captions, usual if images is None else [Path(images)])
     inside = os.path.join(os.path.abspath(root), "")
-    for name in list(captions):
-        if not os.path.normpath(os.path.join(inside, name)).startswith(inside):
-            reason = f"leads out of {root}, the folder of photos (--images names another)"
-            left_out.append(Bad(str(table), name, reason))
-            del captions[name]
+    away = [name for name in captions if not os.path.normpath(os.path.join(inside, name)).startswith(inside)]
+    for name in away:
+        left_out.append(Bad(str(table), name, f"leads out of {root}, the folder of photos (--images names another)"))
+        del captions[name]
     return Source(list(captions.items()), partial(_read, root, table), [table], left_out)
 
 
@@ -130,10 +129,8 @@ def _read_table(
     for row, (number, cells, problem) in enumerate(rows):
         if row == 0 and problem and not plain:
             raise UserError(f"{path}: line {number}: {problem}; expected the names of columns")
-        if row == 0 and not problem:
-            places = _places(path, cells, image_column, caption_column)
-            if places is not None:
-                continue
+        if row == 0 and not problem and (places := _places(path, cells, image_column, caption_column)):
+            continue
         if places is None:
             cells = [cells[0], delimiter.join(cells[1:])]
         name, caption = (cells[place] if place < len(cells) else "" for place in places or (0, 1))
