@@ -21,8 +21,7 @@ from ...config import CacheConfig
 from ...errors import UserError
 from ...files import saving
 from ..reading.decoder import Decoder
-from ..shards.index import NO_CAPTIONS, Shard, indexed, open_shard
-from ..shards.shard_set import Counts, counts_of
+from ..shards.index import NO_CAPTIONS, Counts, Shard, indexed, open_shard
 from ..shards.verify import verifying
 from .download import DiskFull, Stopped, fetch, partial_path
 from .sources import RemoteShard
@@ -229,7 +228,7 @@ class CachedShard:
     """A remote shard in the place of a local one: fetched when it is needed.
 
     Attributes:
-        counts: as of :attr:`~mixreorg_fast.data.shards.shard_set.ShardSet.counts`; None: nobody asked yet.
+        counts: as of :attr:`~mixreorg_fast.data.shards.index.Shard.counts`; None: nobody asked yet.
     """
 
     joined = NO_CAPTIONS  # captions are joined to local shards
@@ -242,8 +241,7 @@ class CachedShard:
     def __len__(self) -> int:
         """Its number of samples; it is fetched if that was never known."""
         if self.counts is None:
-            shard = self._cache.known(self.remote) or self._cache.get(self.remote)
-            self.counts = counts_of(shard)
+            self.counts = (self._cache.known(self.remote) or self._cache.get(self.remote)).counts
         return self.counts[0]
 
     @property

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
-import json
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError, nearest
-from ...files import held, json_or_empty, write_json, write_text
+from ...files import held, json_or_empty, read_json, write_json, write_text
 from . import photos
 from .img2dataset import finished_tars
 from .index import index_places, joined_places, report_places
@@ -171,7 +170,7 @@ def _state_of(files: Sequence[Path]) -> str:
 
 
 class Target:
-    """The names of a build's shards, from a pattern such as ``train-{000000..}.tar``, and the folder where they wait."""
+    """Names of a build's shards, from a pattern such as ``train-{000000..}.tar``, and the folder where they wait."""
 
     def __init__(self, pattern: str) -> None:
         found = PATTERN.fullmatch(os.path.expanduser(pattern))
@@ -194,7 +193,7 @@ class Target:
     def existing(self) -> list[Path]:
         """Shards of the pattern."""
         shape = re.compile(re.escape(self._before) + rf"\d{{{self._digits},}}" + re.escape(self._after))
-        return [p for p in self._folder.iterdir() if shape.fullmatch(p.name)] if self._folder.is_dir() else []
+        return [path for path in self._folder.iterdir() if shape.fullmatch(path.name)]
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -212,21 +211,19 @@ class Target:
     def record(self) -> dict:
         """What ``build.json`` of an unfinished build says: `arguments`, and whether it was `publishing`; else {}."""
         try:
-            return json.loads((self.hidden / "build.json").read_text())
+            return read_json(self.hidden / "build.json")
         except OSError:
             return {}
-        except ValueError:
+        except UserError:
             raise UserError(f"{self.hidden}: damaged; delete it to start the build again") from None
 
     def begin(self, arguments: dict[str, Any]) -> None:
         """Note the arguments of a build, or refuse those that an unfinished build did not have."""
-        unfinished = self.record()
-        if not unfinished:
+        if not (unfinished := self.record()):
             for path in {*self.hidden.iterdir()} - {self.hidden / "lock"}:  # a build was killed while it cleaned up
                 path.unlink()
             write_json(self.hidden / "build.json", {"arguments": arguments, "publishing": False})
-            return
-        for name, value in unfinished["arguments"].items():
+        for name, value in unfinished.get("arguments", {}).items():
             if arguments.get(name) != value:
                 what = "the source has changed since" if name in ("files", "samples") else f"it had {name} {value}"
                 raise UserError(

@@ -14,10 +14,7 @@ from .sources import Source, Stretches
 
 
 def finished_tars(root: Path, workers: int = 1) -> Source:
-    """The samples of the tars in a folder that img2dataset has finished, if their status is success.
-
-    As many as `workers` processes look through the tars.
-    """
+    """The samples with status success of the tars that img2dataset has finished; `workers` processes scan the tars."""
     tars = sorted(root.glob("*.tar"))
     # img2dataset writes a shard's statistics last.
     done = [tar for tar in tars if tar.with_name(f"{tar.stem}_stats.json").is_file()]

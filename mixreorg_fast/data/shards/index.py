@@ -30,6 +30,7 @@ INDEX_FORMAT, JOINED_FORMAT = 3, 1
 INDEX = ("start", "span", "image_at", "image_size", "text_at", "text_size", "json_at", "json_size")
 JOINED = ("start", "at", "size")
 DAMAGE = (OSError, ValueError, KeyError, TypeError)
+Counts = tuple[int, int, bool]
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ class Shard:
     def open(self) -> int:
         """A descriptor of the tar's file."""
         return os.open(self.path, os.O_RDONLY)
+
+    @property
+    def counts(self) -> Counts:
+        """Its samples, the broken ones that its index leaves out, whether parts of it are missing."""
+        return len(self.samples), self.broken, bool(self.problem)
 
     @property
     def bad(self) -> list[Bad]:
@@ -188,10 +194,8 @@ def write_joined(place: Path, size: int, samples: Iterable[tuple[bytes, int, lis
 
 
 def _load_index(path: Path, place: Path, status: os.stat_result | None) -> Shard | None:
-    """The shard by the index file at `place`; None where that is missing, damaged or of a tar of another `status`.
-
-    A tar without a status has vanished, and any index of it fits.
-    """
+    """The shard by the index file at `place`; None where that is missing, damaged or of a tar of another `status`. A
+    tar without a status has vanished, and any index of it fits."""
     try:
         header, samples, _ = _read_records(place, INDEX_FORMAT, INDEX)
         if status is not None and (header["size"], header["mtime_ns"]) != (status.st_size, status.st_mtime_ns):

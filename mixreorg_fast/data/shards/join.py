@@ -39,9 +39,8 @@ def join(
 ) -> list[str]:
     """Store the captions of `tables` beside the shards, for the samples whose keys the tables name.
 
-    The photos are not read. Captions that were joined before stay. The tables are read once, a few thousand rows at a
-    time; keys and captions wait in a temporary database on disk beside the first shard. So memory holds the captions of
-    one shard. The captions of all shards appear together at the end.
+    Captions that were joined before stay. Those of all shards appear together at the end. Keys and captions wait in a
+    temporary database on disk beside the first shard, so memory holds the captions of one shard.
 
     Args:
         tables: files (Parquet, JSONL, CSV, TSV), or folders with some.
@@ -58,8 +57,7 @@ def join(
     shards = [shard for shard in map(open_shard, expand(patterns)) if not shard.gone]
     total = sum(len(shard.samples) for shard in shards)
     counts: Counter[str] = Counter()
-    beside = shards[0].path.parent
-    beside = beside if os.access(beside, os.W_OK) else None
+    beside = shards[0].path.parent if os.access(shards[0].path.parent, os.W_OK) else None
     try:
         for left in beside.glob(f"{HIDDEN}*") if beside else ():
             with contextlib.suppress(OSError), held(left / "lock") as mine:

@@ -54,10 +54,8 @@ def image_extension(image: bytes) -> str:
 
 
 def write_shard(path: Path, pairs: Iterable[Pair]) -> int:
-    """Write one tar, which appears under its name when it is complete; returns its number of samples.
-
-    Repeated keys get a number appended.
-    """
+    """Write one tar, which appears under its name when it is complete; returns its number of samples. Repeated keys get
+    a number appended."""
     keys: Counter[str] = Counter()
     with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
         for pair in pairs:

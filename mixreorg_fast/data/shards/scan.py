@@ -89,10 +89,9 @@ def _group(key: bytes, members: dict[str, tuple[int, int]]) -> dict | str | None
     """Index fields of one sample, or what it lacks; None without an image and without a text."""
     image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
     text = members.get("txt")
-    if image is None and text is None:
-        return None
     if image is None:
-        return f"no image ({', '.join('.' + extension for extension in IMAGE_EXTENSIONS)})"
+        reason = f"no image ({', '.join('.' + extension for extension in IMAGE_EXTENSIONS)})"
+        return None if text is None else reason
     if text is None:
         return "no caption (.txt)"
     places = {"image": image, "text": text, "json": members.get("json", (text[0], 0))}

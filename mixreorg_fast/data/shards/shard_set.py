@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
-from .index import Shard, open_shard, with_captions
+from .index import Counts, Shard, open_shard, with_captions
 from .pair import captions_of, nouns_of
 from .patterns import expand
 from .scan import Bad, read_member
 
 log = logging.getLogger("mixreorg_fast")
-
-Counts = tuple[int, int, bool]
 
 
 @dataclass(frozen=True)
@@ -61,17 +59,9 @@ def open_shards(patterns: str | Sequence[str], *, warn: bool = True) -> ShardSet
     return ShardSet(shards)
 
 
-def counts_of(shard: Shard) -> Counts:
-    """As of :attr:`ShardSet.counts`."""
-    return len(shard.samples), shard.broken, bool(shard.problem)
-
-
 class ShardSet:
-    """Samples of several shards under one number, 0 … ``len(self) - 1``; thread-safe for reading.
-
-    Args:
-        sizes: numbers that the samples of each shard take, int64 ``[shards]``; default: as many as they are.
-    """
+    """Samples of several shards under one number, 0 … ``len(self) - 1``; thread-safe for reading. `sizes`, int64
+    ``[shards]``, says how many numbers each shard takes; default: as many as it has samples."""
 
     def __init__(self, shards: Sequence[Shard], sizes: np.ndarray | None = None) -> None:
         self.shards = list(shards)
@@ -83,10 +73,9 @@ class ShardSet:
         return int(self._ends[-1])
 
     @property
-    def counts(self) -> Sequence[Counts | None]:
-        """Of each shard: its samples, the broken ones that its index leaves out, whether parts of it are missing; None:
-        it was not reached yet, and may be remote."""
-        return [counts_of(shard) for shard in self.shards]
+    def counts(self) -> list[Counts | None]:
+        """Of each shard, as of :attr:`~.index.Shard.counts`; None: it was not reached yet, and may be remote."""
+        return [shard.counts for shard in self.shards]
 
     @property
     def samples(self) -> int:

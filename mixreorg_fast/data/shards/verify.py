@@ -48,10 +48,8 @@ def verify_shard(path: Path, kind: str = "cpu") -> Shard:
 
 
 def verifying(path: Path, decoder: Decoder) -> Iterator[int]:
-    """Verify one shard a batch at a time, for callers with other work in between.
-
-    Yields the bytes of the tar that have been read since the last time.
-    """
+    """Verify one shard a batch at a time, for callers with other work in between; yields the bytes of the tar that have
+    been read since the last time."""
     status = os.stat(path)
     samples, left_out = scan(path)
     sound: list[dict] = []
