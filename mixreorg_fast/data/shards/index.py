@@ -1,10 +1,10 @@
 """What lies beside a shard: its index, and the captions that were joined to it after it was built.
 
-Both files begin with a line of JSON, and a record per sample follows. The index (``SHARD.index``) holds key, place and
-size of each sample, from the tar's headers; the list of what it leaves out (``SHARD.broken.tsv``, key TAB reason) lies
-beside it. The captions (``SHARD.captions``) follow their records, a caption per line; the tar's size and the samples'
-keys and places tell whether they belong to the present state of the tar. Where the shard's folder is read-only, the
-files lie in the user's cache folder.
+Both files begin with a line of JSON, and a record per sample follows. ``SHARD.index`` holds the key of each sample and
+the places and sizes of its members, from the tar's headers; ``SHARD.broken.tsv`` lists what the index leaves out (key
+TAB reason). In ``SHARD.captions`` the texts follow, a caption per line. The tar's size and the samples' keys and places
+tell whether they belong to the present state of the tar. Where the shard's folder is read-only, the files lie in the
+user's cache folder.
 """
 
 from __future__ import annotations
