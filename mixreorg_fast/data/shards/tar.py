@@ -55,15 +55,13 @@ def members(data: mmap.mmap, lost: list[Lost]) -> Iterator[tuple[bytes, int, int
         at = content + -(-size // BLOCK) * BLOCK
         if kind == b"L":  # GNU: the next member's name
             long_name = data[content : content + min(size, 65536)].rstrip(b"\0")
-            continue
-        if kind == b"x":  # pax: the next member's attributes
+        elif kind == b"x":  # pax: the next member's attributes
             fields = _pax(data[content : content + min(size, 1 << 20)])
             long_name = fields.get(b"path", long_name)
             long_size = int(fields[b"size"]) if fields.get(b"size", b"").isdigit() else None
-            continue
-        if kind in b"0\0":
-            yield long_name or _name(header), content, size
-        if kind not in b"gK":  # those two describe others, and leave the next member's name alone
+        elif kind not in b"gK":  # those two describe others, and leave the next member's name alone
+            if kind in b"0\0":
+                yield long_name or _name(header), content, size
             long_name = long_size = None
     lost.append(Lost("cut short"))
 
@@ -120,8 +118,8 @@ def _name(header: bytes) -> bytes:
 def _pax(data: bytes) -> dict[bytes, bytes]:
     """Records ``LENGTH KEY=VALUE\\n`` of a pax header; stops at the first malformed record."""
     fields: dict[bytes, bytes] = {}
-    while (digits := re.match(rb"(\d+) ", data)) and (length := int(digits[1])) > digits.end():
-        key, _, value = data[digits.end() : length - 1].partition(b"=")
+    while (found := re.match(rb"(\d+) ", data)) and (length := int(found[1])) > found.end():
+        key, _, value = data[found.end() : length - 1].partition(b"=")
         fields[key] = value
         data = data[length:]
     return fields
