@@ -1,9 +1,8 @@
-"""Atomic writes: a reader sees a whole file or none. Locks. Reading JSON."""
+"""Atomic writes: a reader sees a whole file or none. Reading JSON."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -48,18 +47,6 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def held(lock: Path) -> Iterator[bool]:
-    """Hold a lock file for this process; False: another process holds it, or its file system knows no locks."""
-    with open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = True
-        except OSError:
-            mine = False
-        yield mine
 
 
 def new_folder(path: Path) -> None:

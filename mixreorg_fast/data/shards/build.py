@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError, nearest
-from ...files import held, json_or_empty, read_json, write_json, write_text
+from ...files import json_or_empty, read_json, write_json, write_text
 from . import photos
 from .img2dataset import finished_tars
 from .index import index_places, joined_places, report_places
 from .pair import NounFinder, Pair, write_shard
 from .parquet import rows_of_parquet
-from .processes import advance, in_processes
+from .processes import advance, held, in_processes
 from .scan import Bad
 from .sources import Source
 

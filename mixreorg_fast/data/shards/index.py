@@ -123,8 +123,7 @@ def write_index(
 ) -> Shard:
     """Store an index, and a list of what it leaves out, beside the shard, else in the cache folder.
 
-    Args:
-        status: the tar's, taken before it was scanned. A tar that changes meanwhile is scanned again.
+    `status` is the tar's, taken before it was scanned. A tar that changes meanwhile is scanned again.
     """
     array = np.zeros(len(samples), _record_type(max((len(s["key"]) for s in samples), default=1), INDEX))
     for name in ("key", *INDEX):
@@ -175,12 +174,8 @@ def with_captions(shard: Shard) -> Shard:
 
 
 def write_joined(place: Path, size: int, samples: Iterable[tuple[bytes, int, list[str]]]) -> None:
-    """Write the captions that are joined to a shard, not atomically.
-
-    Args:
-        size: of the tar, in bytes.
-        samples: key, start and further captions (each without line breaks) of samples in order of start.
-    """
+    """Write the captions that are joined to a tar of `size` bytes, not atomically. `samples` are key, start and further
+    captions (each without line breaks) of samples in order of start."""
     texts = [(key, start, "\n".join(captions).encode()) for key, start, captions in samples]
     records = np.zeros(len(texts), _record_type(max(len(key) for key, *_ in texts), JOINED))
     sizes = np.array([len(text) for *_, text in texts], np.int64)

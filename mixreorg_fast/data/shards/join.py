@@ -17,12 +17,13 @@ from typing import Any
 from tqdm import tqdm
 
 from ...errors import UserError, nearest
-from ...files import atomic_path, held
+from ...files import atomic_path
 from .index import NO_CAPTIONS, Shard, joined_places, open_shard, with_captions, write_joined
 from .pair import LONGEST_CAPTION
 from .parquet import columns_of, open_parquet, values_of
 from .patterns import expand
 from .photos import is_photo, key_of
+from .processes import held
 from .sources import CAPTION_COLUMNS, find_column
 
 HIDDEN = ".joining-"  # begins the name of the folder of temporary files
@@ -37,7 +38,8 @@ def join(
     texts: Sequence[str] = (),
     progress: bool = True,
 ) -> list[str]:
-    """Store the captions of `tables` beside the shards, for the samples whose keys the tables name.
+    """Store the captions of `tables` beside the shards, for the samples whose keys the tables name; returns lines that
+    say what was joined, and what was not.
 
     Captions that were joined before stay. Those of all shards appear together at the end. Keys and captions wait in a
     temporary database on disk beside the first shard, so memory holds the captions of one shard.
@@ -46,9 +48,6 @@ def join(
         tables: files (Parquet, JSONL, CSV, TSV), or folders with some.
         key: the column of keys. The name of a photo stands for the key that a build gives it.
         texts: the columns of captions, each a text or a list of texts; none: the first with a usual name.
-
-    Returns:
-        lines that say what was joined, and what was not.
 
     Raises:
         UserError: no shards or tables; a table cannot be read or has no such column; no key is a sample's.

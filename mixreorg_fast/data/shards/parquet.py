@@ -75,11 +75,10 @@ def values_of(batch: Any, name: str) -> Any:
 def _read(root: Path, image_column: str, caption_column: str, places: Stretches) -> Iterator[Pair | Bad]:
     for path, rows in places.parts:
         stem = key_of(path.relative_to(root))
-        table, row = open_parquet(path), 0
+        table, after = open_parquet(path), 0
         for group in range(table.num_row_groups):
-            size = table.metadata.row_group(group).num_rows
-            if row + size <= rows.start or row >= rows.stop:  # other row groups are not read
-                row += size
+            row, after = after, after + table.metadata.row_group(group).num_rows
+            if after <= rows.start or row >= rows.stop:  # other row groups are not read
                 continue
             # Small batches: a photo may have megabytes.
             for batch in table.iter_batches(32, row_groups=[group], columns=[image_column, caption_column]):

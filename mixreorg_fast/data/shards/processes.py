@@ -1,8 +1,9 @@
-"""Worker processes that report their progress, and end when the process that started them ends."""
+"""Worker processes that report their progress, and end when the process that started them ends; locks."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import sys
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -59,6 +61,18 @@ def in_processes(function: Callable[[Any], T], jobs: Sequence, workers: int, **b
             raise UserError("a worker process was killed (out of memory?); fewer workers need less memory") from None
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def held(lock: Path) -> Iterator[bool]:
+    """Hold a lock file for this process; False: another process holds it, or its file system knows no locks."""
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = True
+        except OSError:
+            mine = False
+        yield mine
 
 
 @contextlib.contextmanager

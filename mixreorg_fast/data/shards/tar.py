@@ -33,9 +33,6 @@ def members(data: mmap.mmap, lost: list[Lost]) -> Iterator[tuple[bytes, int, int
     does not stop it: that may be a stretch of zeros within a tar, or the end of the first of several joined tars.
     """
     end, at = len(data), 0
-    if end < BLOCK:
-        lost.append(NOT_TAR)
-        return
     long_name: bytes | None = None
     long_size: int | None = None
     while at + BLOCK <= end:
@@ -63,7 +60,7 @@ def members(data: mmap.mmap, lost: list[Lost]) -> Iterator[tuple[bytes, int, int
             if kind in b"0\0":
                 yield long_name or _name(header), content, size
             long_name = long_size = None
-    lost.append(Lost("cut short"))
+    lost.append(NOT_TAR if end < BLOCK else Lost("cut short"))
 
 
 def _next_header(data: mmap.mmap, at: int) -> int:
