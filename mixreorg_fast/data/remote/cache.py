@@ -20,8 +20,7 @@ from ...config import CacheConfig
 from ...errors import UserError
 from ...files import DiskFull, saving
 from ..reading.decoder import Decoder
-from ..shards.index import Shard, indexed, open_shard
-from ..shards.shard_set import Counts, counts_of
+from ..shards.index import NO_CAPTIONS, Counts, Shard, indexed, open_shard
 from ..shards.verify import verifying
 from .download import Stopped, fetch, partial_path
 from .sources import RemoteShard
@@ -204,18 +203,17 @@ class Cache:
 class CachedShard:
     """A remote shard in the place of a local one: fetched when it is needed."""
 
-    joined = None  # captions are joined to local shards
+    joined = NO_CAPTIONS  # captions are joined to local shards
     evictable = True
 
     def __init__(self, remote: RemoteShard, cache: Cache) -> None:
         self.remote, self.path, self._cache = remote, cache.path(remote), cache
-        self.counts: Counts | None = None  # as of ShardSet.counts; None: nobody asked yet
+        self.counts: Counts | None = None  # as of Shard.counts; None: nobody asked yet
 
     def __len__(self) -> int:
         """Its number of samples; it is fetched if that was never known."""
         if self.counts is None:
-            shard = self._cache.known(self.remote) or self._cache.get(self.remote)
-            self.counts = counts_of(shard)
+            self.counts = (self._cache.known(self.remote) or self._cache.get(self.remote)).counts
         return self.counts[0]
 
     @property

@@ -14,7 +14,7 @@ from ...errors import UserError
 from ..shards.index import Shard
 from ..shards.patterns import split, without_secrets
 from ..shards.scan import Bad
-from ..shards.shard_set import Counts, ShardSet
+from ..shards.shard_set import ShardSet
 from .cache import Cache, CachedShard
 from .order import STRIDE
 from .sources import RemoteShard, is_remote, list_shards
@@ -62,11 +62,7 @@ class RemoteSet(ShardSet):
         known = (self.cache.known(shard.remote) for shard in self.shards if shard.counts and shard.counts[1])
         return [bad for shard in known if shard is not None for bad in shard.bad]
 
-    @property
-    def counts(self) -> list[Counts | None]:
-        return [shard.counts for shard in self.shards]
-
-    @counts.setter
+    @ShardSet.counts.setter
     def counts(self, counts: Sequence[Sequence | None]) -> None:
         """Take over what an earlier process knew, so that nothing is fetched to be counted."""
         for shard, known in zip(self.shards, counts, strict=True):

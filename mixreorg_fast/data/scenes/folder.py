@@ -22,14 +22,13 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from ...config import Config, EvalDatasetConfig, ScenesConfig
 from ...errors import UserError
 from ...files import atomic_path, write_json
 from ...palette import voc_palette
 from ..shards.pair import Pair, write_shard
-from ..shards.processes import advance, pool
+from ..shards.processes import advance, in_processes
 from .painting import Painter
 from .planning import held_out_combinations, plan_scene
 from .scene import KINDS
@@ -115,11 +114,8 @@ def _replace(folder: Path, config: ScenesConfig, settings: dict, workers: int, p
         for split, total in totals.items()
         for first in range(0, total, PER_SHARD)
     ]
-    with (
-        tqdm(total=sum(totals.values()), unit="scene", desc="draw scenes", disable=not progress) as bar,
-        pool(min(workers, len(pieces)), bar) as run,
-        atomic_path(folder) as fresh,
-    ):
+    bar = {"total": sum(totals.values()), "unit": "scene", "desc": "draw scenes", "disable": not progress}
+    with atomic_path(folder) as fresh:
         fresh.mkdir()
         for split in SPLITS[1:]:
             for name in ("images", "masks", "splits"):
@@ -127,7 +123,7 @@ def _replace(folder: Path, config: ScenesConfig, settings: dict, workers: int, p
             (fresh / split / "classes.txt").write_text("\n".join(("background", *KINDS)) + "\n")
             stems = [f"{split}{number:06d}" for number in range(config.val)]
             (fresh / split / "splits" / "val.txt").write_text("\n".join(stems) + "\n")
-        for _ in run(partial(_draw_piece, fresh, config), pieces):
+        for _ in in_processes(partial(_draw_piece, fresh, config), pieces, workers, **bar):
             pass
         write_json(fresh / "settings.json", settings)
 

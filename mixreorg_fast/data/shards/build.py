@@ -8,10 +8,8 @@ under their names together when the last one is complete.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import inspect
-import json
 import os
 import re
 import shutil
@@ -21,16 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ...errors import UserError, nearest
-from ...files import json_or_empty, write_json, write_text
+from ...files import json_or_empty, read_json, write_json, write_text
 from . import photos
 from .img2dataset import finished_tars
 from .index import index_places, joined_places, report_places
 from .pair import NounFinder, Pair, write_shard
 from .parquet import rows_of_parquet
-from .processes import advance, pool
+from .processes import advance, held, in_processes
 from .scan import Bad
 from .sources import Source
 
@@ -77,34 +73,32 @@ def build(
     target = Target(out)
     finder = None if nouns is None else NounFinder.of(nouns)
     with target.locked():
-        unfinished = target.record()
         old = target.existing()
-        if unfinished is None and old and not overwrite:
+        if old and not overwrite and not target.record():
             raise UserError(
                 f"{min(old)} exists already ({len(old)} shards of {out}); "
                 f"add --overwrite to replace them, or choose another --out"
             )
         source = _open(Path(path).expanduser(), {"workers": workers, **options})
+        images = options.get("images")
         arguments = {
             "source": os.path.abspath(path),
             "files": _state_of(source.files),
             "samples": len(source.places),
             **options,
+            "images": None if images is None else os.path.abspath(images),
             "nouns": None if finder is None else hashlib.sha256("\n".join(finder.nouns).encode()).hexdigest(),
             "samples_per_shard": samples_per_shard,
             "out": os.path.abspath(out),
         }
-        if (images := options.get("images")) is not None:
-            arguments["images"] = os.path.abspath(images)
         target.begin(arguments)
         reports = _write_all(source, target, finder, samples_per_shard, workers, progress)
-        samples = sum(report["samples"] for report in reports)
+        samples = [report["samples"] for report in reports]
         skipped = [*source.left_out, *(Bad(*bad) for report in reports for bad in report["skipped"])]
-        if not samples:
+        if not any(samples):
             target.discard()
             raise UserError(f"{path}: none of {len(skipped)} samples can be used: {skipped[0].reason} (and so on)")
-        shards = target.publish([report["samples"] for report in reports], skipped)
-        return Built(shards, samples, skipped, target.skipped_list)
+        return Built(target.publish(samples, skipped), sum(samples), skipped, target.skipped_list)
 
 
 def _open(path: Path, options: dict[str, Any]) -> Source:
@@ -119,21 +113,17 @@ def _open(path: Path, options: dict[str, Any]) -> Source:
 
 def _kind(path: Path) -> tuple[str, Callable[..., Source]]:
     """What the source at `path` is, told by the files there (see docs/data.md), and the function that opens it."""
-    parquet = "Parquet", rows_of_parquet
     if not path.exists():
         raise UserError(f"no {path}{nearest(str(path), map(str, path.parent.glob('*')))}")
     if photos.table_of(path) is not None:
         return "a table of photos", photos.listed
-    if path.suffix == ".parquet" and path.is_file():
-        return parquet
-    if path.is_dir():
-        # img2dataset writes a table beside each of its tars, so tars come first.
-        if any(path.glob("*.tar")):
-            return "a folder of tars (img2dataset's)", finished_tars
-        if photos.beside_texts(path).places:
-            return "a folder of photos and text files", photos.beside_texts
-        if any(path.rglob("*.parquet")):
-            return parquet
+    # img2dataset writes a table beside each of its tars, so tars come first.
+    if any(path.glob("*.tar")):
+        return "a folder of tars (img2dataset's)", finished_tars
+    if photos.beside_texts(path).places:
+        return "a folder of photos and text files", photos.beside_texts
+    if any(path.rglob("*.parquet")) or (path.suffix == ".parquet" and path.is_file()):
+        return "Parquet", rows_of_parquet
     raise UserError(
         f"{path}: nothing to build shards from; expected photos with a NAME.txt beside each NAME.jpg, a CSV (or a "
         f"folder with {' or '.join(photos.TABLES)}), Parquet files, or img2dataset's output (webdataset)"
@@ -146,56 +136,41 @@ def _write_all(
     """Write the shards that are not there yet; returns the reports of all."""
     total = len(source.places)
     numbers = range(-(-total // per_shard))
-    missing = [number for number in numbers if target.report(number) is None]
+    missing = [number for number in numbers if not target.report(number)]
     jobs = [(source.places[k * per_shard : (k + 1) * per_shard], target.part(k)) for k in missing]
     done = total - sum(len(places) for places, _ in jobs)
-    with (
-        tqdm(total=total, initial=done, unit="photo", desc="build", disable=not progress) as bar,
-        pool(min(workers, max(len(jobs), 1)), bar) as run,
-    ):
-        for _ in run(partial(_write_part, source.read, finder), jobs):
-            pass
-    return [report for number in numbers if (report := target.report(number)) is not None]
+    bar = {"total": total, "initial": done, "unit": "photo", "desc": "build", "disable": not progress}
+    for _ in in_processes(partial(_write_part, source.read, finder), jobs, workers, **bar):
+        pass
+    return [target.report(number) for number in numbers]
 
 
 def _write_part(read: Callable, finder: NounFinder | None, job: tuple[Any, Path]) -> None:
     """Write one shard to the hidden folder, then its report."""
     places, path = job
-    written, skipped = 0, []
+    skipped: list[Bad] = []
 
     def pairs() -> Iterator[Pair]:
-        nonlocal written
         for pair in read(places):
             advance(1)
             if isinstance(pair, Bad):
                 skipped.append(pair)
-                continue
-            written += 1
-            yield pair if finder is None else replace(pair, fields={"nouns": finder.find(pair.captions)})
+            else:
+                yield pair if finder is None else replace(pair, fields={"nouns": finder.find(pair.captions)})
 
-    write_shard(path, pairs())
+    written = write_shard(path, pairs())
     write_json(path.with_suffix(".json"), {"samples": written, "bytes": path.stat().st_size, "skipped": skipped})
 
 
 def _state_of(files: Sequence[Path]) -> str:
     """A digest of names, sizes and times."""
-    digest = hashlib.sha256()
-    for path in files:
-        status = path.stat()
-        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+    states = ((path.name, path.stat()) for path in files)
+    text = "".join(f"{name} {status.st_size} {status.st_mtime_ns}\n" for name, status in states)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Target:
-    """The names of a build's shards, and the hidden folder in which they wait.
-
-    Args:
-        pattern: such as ``data/train-{000000..}.tar``.
-
-    Attributes:
-        hidden: the folder.
-        skipped_list: the file that lists what was skipped.
-    """
+    """Names of a build's shards, from a pattern such as ``train-{000000..}.tar``, and the folder where they wait."""
 
     def __init__(self, pattern: str) -> None:
         found = PATTERN.fullmatch(os.path.expanduser(pattern))
@@ -218,42 +193,37 @@ class Target:
     def existing(self) -> list[Path]:
         """Shards of the pattern."""
         shape = re.compile(re.escape(self._before) + rf"\d{{{self._digits},}}" + re.escape(self._after))
-        return [p for p in self._folder.iterdir() if shape.fullmatch(p.name)] if self._folder.is_dir() else []
+        return [path for path in self._folder.iterdir() if shape.fullmatch(path.name)]
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Make the hidden folder and lock it; afterwards remove it unless it holds an unfinished build."""
         self.hidden.mkdir(parents=True, exist_ok=True)
-        with open(self.hidden / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"{self.hidden}: another process is building these shards") from None
+        with held(self.hidden / "lock") as mine:
+            if not mine:
+                raise UserError(f"{self.hidden}: another process is building these shards")
             try:
                 yield
             finally:
-                if self.hidden.is_dir() and self.record() is None:
+                if not self.record():
                     self.discard()
 
-    def record(self) -> dict | None:
-        """What ``build.json`` of an unfinished build says: its `arguments`, and whether it was `publishing`."""
+    def record(self) -> dict:
+        """What ``build.json`` of an unfinished build says: `arguments`, and whether it was `publishing`; else {}."""
         try:
-            return json.loads((self.hidden / "build.json").read_text())
+            return read_json(self.hidden / "build.json")
         except OSError:
-            return None
-        except ValueError:
+            return {}
+        except UserError:
             raise UserError(f"{self.hidden}: damaged; delete it to start the build again") from None
 
     def begin(self, arguments: dict[str, Any]) -> None:
         """Note the arguments of a build, or refuse those that an unfinished build did not have."""
-        unfinished = self.record()
-        if unfinished is None:
-            for path in self.hidden.iterdir():  # remains of a build that was killed while it was cleaning up
-                if path.name != "lock":
-                    path.unlink()
+        if not (unfinished := self.record()):
+            for path in {*self.hidden.iterdir()} - {self.hidden / "lock"}:  # a build was killed while it cleaned up
+                path.unlink()
             write_json(self.hidden / "build.json", {"arguments": arguments, "publishing": False})
-            return
-        for name, value in unfinished["arguments"].items():
+        for name, value in unfinished.get("arguments", {}).items():
             if arguments.get(name) != value:
                 what = "the source has changed since" if name in ("files", "samples") else f"it had {name} {value}"
                 raise UserError(
@@ -261,20 +231,19 @@ class Target:
                     f"finish that one, or delete the folder"
                 )
 
-    def report(self, number: int) -> dict | None:
-        """The report on a finished shard; None where it is not finished."""
+    def report(self, number: int) -> dict:
+        """The report on a finished shard; {} where it is not finished."""
         part = self.part(number)
-        if not (report := json_or_empty(part.with_suffix(".json"))):
-            return None
-        published = (self.record() or {}).get("publishing")
-        return report if (part.stat().st_size == report["bytes"] if part.is_file() else published) else None
+        report = json_or_empty(part.with_suffix(".json"))
+        finished = part.stat().st_size == report.get("bytes") if part.is_file() else self.record().get("publishing")
+        return report if finished else {}
 
     def publish(self, samples: Sequence[int], skipped: list[Bad]) -> list[Path]:
         """Give the shards their names and remove older shards of the pattern; shards without a sample are left out.
 
         It may be killed at any point; a second call completes it.
         """
-        write_json(self.hidden / "build.json", {**(self.record() or {}), "publishing": True})
+        write_json(self.hidden / "build.json", {**self.record(), "publishing": True})
         shards = []
         for number in (number for number, count in enumerate(samples) if count):
             name = f"{self._before}{self._first + len(shards):0{self._digits}d}{self._after}"

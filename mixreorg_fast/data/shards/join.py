@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import json
 import os
 import shutil
 import sqlite3
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,12 @@ from tqdm import tqdm
 
 from ...errors import UserError, nearest
 from ...files import atomic_path
-from .index import Shard, joined_places, open_shard
-from .joined import write_joined
+from .index import NO_CAPTIONS, Shard, joined_places, open_shard, with_captions, write_joined
 from .pair import LONGEST_CAPTION
 from .parquet import columns_of, open_parquet, values_of
 from .patterns import expand
 from .photos import is_photo, key_of
-from .shard_set import with_captions
+from .processes import held
 from .sources import CAPTION_COLUMNS, find_column
 
 HIDDEN = ".joining-"  # begins the name of the folder of temporary files
@@ -40,19 +38,16 @@ def join(
     texts: Sequence[str] = (),
     progress: bool = True,
 ) -> list[str]:
-    """Store the captions of `tables` beside the shards, for the samples whose keys the tables name.
+    """Store the captions of `tables` beside the shards, for the samples whose keys the tables name; returns lines that
+    say what was joined, and what was not.
 
-    The photos are not read. Captions that were joined before stay. The tables are read once, a few thousand rows at a
-    time; keys and captions wait in a temporary database on disk beside the first shard. So memory holds the captions of
-    one shard. The captions of all shards appear together at the end.
+    Captions that were joined before stay. Those of all shards appear together at the end. Keys and captions wait in a
+    temporary database on disk beside the first shard, so memory holds the captions of one shard.
 
     Args:
         tables: files (Parquet, JSONL, CSV, TSV), or folders with some.
         key: the column of keys. The name of a photo stands for the key that a build gives it.
         texts: the columns of captions, each a text or a list of texts; none: the first with a usual name.
-
-    Returns:
-        lines that say what was joined, and what was not.
 
     Raises:
         UserError: no shards or tables; a table cannot be read or has no such column; no key is a sample's.
@@ -61,16 +56,15 @@ def join(
     shards = [shard for shard in map(open_shard, expand(patterns)) if not shard.gone]
     total = sum(len(shard.samples) for shard in shards)
     counts: Counter[str] = Counter()
-    beside = shards[0].path.parent
-    beside = beside if os.access(beside, os.W_OK) else None
+    beside = shards[0].path.parent if os.access(shards[0].path.parent, os.W_OK) else None
     try:
         for left in beside.glob(f"{HIDDEN}*") if beside else ():
-            with _held(left) as mine:
+            with contextlib.suppress(OSError), held(left / "lock") as mine:
                 if mine:  # a join that was killed has left it
                     shutil.rmtree(left, ignore_errors=True)
         with (
             tempfile.TemporaryDirectory(prefix=HIDDEN, dir=beside) as temporary,
-            _held(Path(temporary)),
+            held(Path(temporary, "lock")),
             contextlib.closing(sqlite3.connect(f"{temporary}/captions.db", isolation_level=None)) as database,
         ):
             # Nothing in the database is to survive this process.
@@ -95,25 +89,6 @@ def join(
     return [line for line in lines if not line.startswith("0 ")]
 
 
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[bool]:
-    """Hold a folder for this process; False: another process holds it, or its file system knows no locks."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        yield False
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine = True
-    except OSError:
-        mine = False
-    try:
-        yield mine
-    finally:
-        os.close(descriptor)
-
-
 def _files(tables: Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for table in map(Path, tables):
@@ -127,14 +102,15 @@ def _files(tables: Sequence[str | Path]) -> list[Path]:
 
 
 def _store_keys(shards: Sequence[Shard], database: sqlite3.Connection) -> None:
-    """The samples by key; several samples of a key get the number -1."""
-    database.execute("CREATE TABLE samples (key TEXT PRIMARY KEY, number INTEGER) WITHOUT ROWID")
-    database.execute("CREATE TABLE captions (number INTEGER, text TEXT)")
-    keys = (key.decode(errors="replace") for shard in shards for key in shard.samples["key"])
-    database.executemany(
-        "INSERT INTO samples VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET number = -1",
-        ((key, number) for number, key in enumerate(keys)),
-    )
+    """The samples by key: the number of the shard, and where the sample starts in it; -1: several have the key."""
+    database.execute("CREATE TABLE samples (key TEXT PRIMARY KEY, shard INTEGER, start INTEGER) WITHOUT ROWID")
+    database.execute("CREATE TABLE captions (shard INTEGER, start INTEGER, text TEXT)")
+    for number, shard in enumerate(shards):
+        samples = shard.samples[["key", "start"]].tolist()
+        database.executemany(
+            "INSERT INTO samples VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE SET start = -1",
+            [(key.decode(errors="replace"), number, start) for key, start in samples],
+        )
 
 
 def _store_captions(
@@ -146,20 +122,20 @@ def _store_captions(
         for found, *values in tqdm(_rows(file, key, texts), unit="row", desc=file.name, disable=not progress):
             name = _line(str(found))
             name = key_of(name) if is_photo(name) else name
-            (number,) = database.execute("SELECT number FROM samples WHERE key = ?", (name,)).fetchone() or (None,)
+            place = database.execute("SELECT shard, start FROM samples WHERE key = ?", (name,)).fetchone()
             lists = (value if isinstance(value, list) else [value] for value in values)
             captions = [_line(text) for many in lists for text in many if isinstance(text, str)]
             captions = [text for text in captions if 0 < len(text.encode()) <= LONGEST_CAPTION]
-            if number is None:
+            if place is None:
                 counts["unknown"] += 1
                 example = example or name
-            elif number < 0:
+            elif place[1] < 0:
                 counts["ambiguous"] += 1
             elif not captions:
                 counts["empty"] += 1
             else:
                 counts["captions"] += len(captions)
-                database.executemany("INSERT INTO captions VALUES (?, ?)", ((number, text) for text in captions))
+                database.executemany("INSERT INTO captions VALUES (?, ?, ?)", ((*place, text) for text in captions))
     return example
 
 
@@ -170,42 +146,38 @@ def _line(text: str) -> str:
 
 def _write_all(shards: Sequence[Shard], database: sqlite3.Connection, counts: Counter) -> None:
     """Write the files of all shards, then let them take their places."""
-    database.execute("CREATE INDEX by_number ON captions (number)")
-    first = 0
+    database.execute("CREATE INDEX by_shard ON captions (shard)")
     with contextlib.ExitStack() as stack:
-        for shard in shards:
-            last = first + len(shard.samples)
-            query = "SELECT number, text FROM captions WHERE number >= ? AND number < ? ORDER BY number, rowid"
-            captions: dict[int, list[str]] = {}
-            for number, text in database.execute(query, (first, last)):
-                captions.setdefault(number - first, []).append(text)
-            first = last
-            if not captions:
+        for number, shard in enumerate(shards):
+            new: defaultdict[int, list[str]] = defaultdict(list)
+            query = "SELECT start, text FROM captions WHERE shard = ? ORDER BY rowid"
+            for start, text in database.execute(query, (number,)):
+                new[start].append(text)
+            if not new:
                 continue
-            counts["samples"] += len(captions)
-            joined = None
+            counts["samples"] += len(new)
+            joined = NO_CAPTIONS
             with contextlib.suppress(UserError):  # those of another state of the shard are replaced
                 joined = with_captions(shard).joined
             samples = []
-            for place, record in enumerate(shard.samples):
-                start = int(record["start"])
-                both = [*(joined.of(start) if joined else ()), *captions.get(place, ())]
+            for key, start in shard.samples[["key", "start"]].tolist():
+                both = joined.of(start) + new[start]
                 kept = list(dict.fromkeys(both))
                 counts["repeated"] += len(both) - len(kept)
-                samples += [(bytes(record["key"]), start, kept)] if kept else []
+                samples += [(key, start, kept)] if kept else []
             beside, cached = joined_places(shard.path)
             place = beside if os.access(beside.parent, os.W_OK) else cached
             write_joined(stack.enter_context(atomic_path(place)), os.path.getsize(shard.path), samples)
     counts["captions"] -= counts["repeated"]
 
 
-def _rows(path: Path, key: str, texts: Sequence[str]) -> Iterator[list[Any]]:
+def _rows(path: Path, key: str, texts: Sequence[str]) -> Iterator[Sequence[Any]]:
     """Key and captions of each row of a table."""
 
     def columns(there: Sequence[str]) -> list[str]:
         return [
-            *(find_column(path, "column", name, (), there) for name in (key, *texts)),
-            *(() if texts else [find_column(path, "caption", None, CAPTION_COLUMNS, there, option="--text")]),
+            find_column(path, "key", key, (), there),
+            *(find_column(path, "caption", name, CAPTION_COLUMNS, there, "--text") for name in texts or (None,)),
         ]
 
     try:
@@ -213,13 +185,11 @@ def _rows(path: Path, key: str, texts: Sequence[str]) -> Iterator[list[Any]]:
             table = open_parquet(path)
             names = columns(columns_of(table))
             for batch in table.iter_batches(4096, columns=names):
-                yield from map(list, zip(*(values_of(batch, name).to_pylist() for name in names), strict=True))
+                yield from zip(*(values_of(batch, name).to_pylist() for name in names), strict=True)
             return
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix in (".csv", ".tsv"):
-                rows: Iterator[dict] = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            else:
-                rows = (json.loads(line) for line in file if line.strip())
+            delimiter = {".csv": ",", ".tsv": "\t"}.get(path.suffix)
+            rows = csv.DictReader(file, delimiter=delimiter) if delimiter else map(json.loads, filter(str.strip, file))
             names = None
             for row in rows:
                 names = names or columns(list(row))

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...errors import UserError
 from ...files import atomic_path
@@ -52,14 +53,15 @@ def image_extension(image: bytes) -> str:
     raise ValueError("not a JPEG, PNG or WebP image")
 
 
-def write_shard(path: Path, pairs: Iterable[Pair]) -> None:
-    """Write one tar; it appears under its name when it is complete. Repeated keys get a number appended."""
+def write_shard(path: Path, pairs: Iterable[Pair]) -> int:
+    """Write one tar, which appears under its name when it is complete; returns its number of samples. Repeated keys get
+    a number appended."""
     keys: Counter[str] = Counter()
     with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
         for pair in pairs:
             keys[pair.key] += 1
-            repeated = keys[pair.key] > 1  # members with the same name would be taken for one sample
-            key = f"{pair.key}-{keys[pair.key]}" if repeated else pair.key
+            # Members with the same name would be taken for one sample.
+            key = pair.key if keys[pair.key] == 1 else f"{pair.key}-{keys[pair.key]}"
             text = "\n".join(" ".join(caption.split()) for caption in pair.captions)
             members = {pair.extension: pair.image, "txt": text.encode()}
             if pair.fields is not None:
@@ -69,6 +71,7 @@ def write_shard(path: Path, pairs: Iterable[Pair]) -> None:
                 info = tarfile.TarInfo(f"{key}.{extension}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
+    return keys.total()
 
 
 def captions_of(text: bytes) -> list[str]:
@@ -89,12 +92,17 @@ def captions_of(text: bytes) -> list[str]:
     return usable
 
 
+def field_of(text: bytes, name: str, default: Any) -> Any:
+    """A field of a sample's json; `default` where there is none."""
+    try:
+        return json.loads(text)[name]
+    except (ValueError, KeyError, TypeError):
+        return default
+
+
 def nouns_of(text: bytes) -> list[str]:
     """The ``nouns`` of a sample's json; empty where there is no list of texts."""
-    try:
-        nouns = json.loads(text)["nouns"] if text else []
-    except (ValueError, KeyError, TypeError):
-        return []
+    nouns = field_of(text, "nouns", [])
     nouns = nouns if isinstance(nouns, list) else []
     return [noun for noun in nouns if isinstance(noun, str) and len(noun) <= LONGEST_CAPTION]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...errors import UserError, extra, nearest
 from .pair import Pair, checked
+from .photos import key_of
 from .scan import Bad
 from .sources import CAPTION_COLUMNS, Source, Stretches, find_column
 
@@ -36,7 +37,7 @@ def rows_of_parquet(
     stretches = []
     for file in files:
         table = open_parquet(file)
-        stretches.append((file, 0, table.metadata.num_rows))
+        stretches.append((file, range(table.metadata.num_rows)))
         columns = columns_of(table)
         image_column = find_column(file, "image", image_column, IMAGE_COLUMNS, columns)
         caption_column = find_column(file, "caption", caption_column, CAPTION_COLUMNS, columns)
@@ -72,20 +73,19 @@ def values_of(batch: Any, name: str) -> Any:
 
 
 def _read(root: Path, image_column: str, caption_column: str, places: Stretches) -> Iterator[Pair | Bad]:
-    for path, first, last in places.parts:
-        stem = path.relative_to(root).with_suffix("").as_posix().replace(".", "_")
-        table, row = open_parquet(path), 0
+    for path, rows in places.parts:
+        stem = key_of(path.relative_to(root))
+        table, after = open_parquet(path), 0
         for group in range(table.num_row_groups):
-            rows = table.metadata.row_group(group).num_rows
-            if row + rows <= first or row >= last:  # other row groups are not read
-                row += rows
+            row, after = after, after + table.metadata.row_group(group).num_rows
+            if after <= rows.start or row >= rows.stop:  # other row groups are not read
                 continue
             # Small batches: a photo may have megabytes.
             for batch in table.iter_batches(32, row_groups=[group], columns=[image_column, caption_column]):
                 images, captions = values_of(batch, image_column), values_of(batch, caption_column)
-                for place in range(max(first - row, 0), min(last - row, len(batch))):
-                    key = f"{stem}-{row + place:08d}"
-                    yield _sample(path, key, images[place].as_py(), captions[place].as_py())
+                for number, (image, caption) in enumerate(zip(images, captions, strict=True), row):
+                    if number in rows:
+                        yield _sample(path, f"{stem}-{number:08d}", image.as_py(), caption.as_py())
                 row += len(batch)
 
 

@@ -55,9 +55,7 @@ def listed(
 ) -> Source:
     """The photos that a table names, with the captions of all of their lines, in the order of their first lines.
 
-    Commas, tabs, semicolons or bars separate the columns: the most frequent one of the first line. Fields may be
-    quoted as in CSV. The first line names the columns, unless it begins with the name of a photo: then the lines are
-    photo, caption. ``captions.tsv`` may always do without a header, and a quote is a part of its captions.
+    docs/data.md tells which tables are understood ("Tables"); the most frequent separator of the first line is taken.
 
     Args:
         path: the table, or its folder.
@@ -70,7 +68,7 @@ def listed(
             has a caption.
     """
     table = table_of(path) or path
-    captions, left_out = _read_table(table, image_column, caption_column)
+    captions, left_out = _read_table(table, (image_column, caption_column))
     if split is not None:
         stems = _read_split(table.parent, split)
         captions = {name: texts for name, texts in captions.items() if Path(name).stem in stems}
@@ -79,11 +77,10 @@ def listed(
     usual = [table.parent / "images", table.parent / "Images", table.parent]
     root = _folder_of(captions, usual if images is None else [Path(images)])
     inside = os.path.join(os.path.abspath(root), "")
-    for name in list(captions):
-        if not os.path.normpath(os.path.join(inside, name)).startswith(inside):
-            reason = f"leads out of {root}, the folder of photos (--images names another)"
-            left_out.append(Bad(str(table), name, reason))
-            del captions[name]
+    away = [name for name in captions if not os.path.normpath(os.path.join(inside, name)).startswith(inside)]
+    for name in away:
+        left_out.append(Bad(str(table), name, f"leads out of {root}, the folder of photos (--images names another)"))
+        del captions[name]
     return Source(list(captions.items()), partial(_read, root, table), [table], left_out)
 
 
@@ -112,10 +109,8 @@ def _read(root: Path, source: Path, items: Sequence[tuple[str, Sequence[str] | N
             yield pair if isinstance(pair, Pair) else pair._replace(key=name)
 
 
-def _read_table(
-    path: Path, image_column: str | None, caption_column: str | None
-) -> tuple[dict[str, list[str]], list[Bad]]:
-    """Captions by photo, and the lines that lack a photo or a caption."""
+def _read_table(path: Path, columns: tuple[str | None, str | None]) -> tuple[dict[str, list[str]], list[Bad]]:
+    """Captions by photo, and the lines that lack a photo or a caption; `columns` of both, as for :func:`listed`."""
     plain = path.name == PLAIN
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -130,10 +125,8 @@ def _read_table(
     for row, (number, cells, problem) in enumerate(rows):
         if row == 0 and problem and not plain:
             raise UserError(f"{path}: line {number}: {problem}; expected the names of columns")
-        if row == 0 and not problem:
-            places = _places(path, cells, image_column, caption_column)
-            if places is not None:
-                continue
+        if row == 0 and not problem and (places := _places(path, cells, columns)):
+            continue
         if places is None:
             cells = [cells[0], delimiter.join(cells[1:])]
         name, caption = (cells[place] if place < len(cells) else "" for place in places or (0, 1))
@@ -170,22 +163,20 @@ def _rows(lines: Sequence[str], delimiter: str, quoting: Any) -> Iterator[tuple[
             at = first + 1
 
 
-def _places(
-    path: Path, first: Sequence[str], image_column: str | None, caption_column: str | None
-) -> tuple[int, int] | None:
+def _places(path: Path, first: Sequence[str], columns: tuple[str | None, str | None]) -> tuple[int, int] | None:
     """Which columns hold photos and captions, by the header; None where the `first` line is not a header."""
     names = [name.strip() for name in first]
     lower = {name.lower() for name in names}
-    if image_column is None and lower & {"url", "image_url"} and not lower & set(FILE_COLUMNS):
+    if columns[0] is None and lower & {"url", "image_url"} and not lower & set(FILE_COLUMNS):
         raise UserError(
             f"{path}: its photos are on the web (there are: {', '.join(names)}); download them with img2dataset and "
             f"build from its output, or name a column of files with --image-column"
         )
     try:
-        image = find_column(path, "image", image_column, FILE_COLUMNS, names)
-        caption = find_column(path, "caption", caption_column, CAPTION_COLUMNS, names)
+        image = find_column(path, "image", columns[0], FILE_COLUMNS, names)
+        caption = find_column(path, "caption", columns[1], CAPTION_COLUMNS, names)
     except UserError:
-        if image_column or caption_column or not (path.name == PLAIN or is_photo(names[0])):
+        if any(columns) or not (path.name == PLAIN or is_photo(names[0])):
             raise
         return None
     return names.index(image), names.index(caption)

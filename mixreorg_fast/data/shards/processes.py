@@ -1,68 +1,78 @@
-"""Worker processes that report their progress, and end when the process that started them ends."""
+"""Worker processes that report their progress, and end when the process that started them ends; locks."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from ...errors import UserError
 
+T = TypeVar("T")
 _advance: Callable[[int], Any] | None = None
 
 
 def advance(number: int) -> None:
-    """Count `number` items done, for the progress bar of the pool that runs this code, if there is one."""
+    """Count `number` items done, for the progress bar of :func:`in_processes` that runs this code, if there is one."""
     if _advance is not None:
         _advance(number)
 
 
-@contextlib.contextmanager
-def pool(workers: int, bar: tqdm | None = None) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
-    """A ``map`` over `workers` processes, results in order; with one worker it runs in this process.
+def in_processes(function: Callable[[Any], T], jobs: Sequence, workers: int, **bar: Any) -> Iterator[T]:
+    """`function` of each job, in order, by `workers` processes at most; a single one is this process.
 
     The processes are started afresh rather than forked: the caller may have threads. Where one of them is killed, a
-    :class:`UserError` says so.
+    :class:`UserError` says so. `bar` are tqdm's options; :func:`advance` moves the bar.
     """
     global _advance
-    bar = bar if bar is not None else tqdm(disable=True)
-    if workers == 1:
-        before, _advance = _advance, bar.update
+    workers = min(workers, len(jobs))
+    with tqdm(**bar) as shown:
+        if workers <= 1:
+            before, _advance = _advance, shown.update
+            try:
+                yield from map(function, jobs)
+            finally:
+                _advance = before
+            return
+        context, start = get_context("spawn"), shown.n
+        count = context.Value("q", 0)
+        executor = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(count,))
         try:
-            yield map
+            with _without_main():
+                results = deque(executor.submit(function, job) for job in jobs)
+            while results:
+                done = wait([results[0]], timeout=0.2).done
+                shown.update(start + count.value - shown.n)
+                if done:
+                    yield results.popleft().result()
+        except BrokenProcessPool:
+            raise UserError("a worker process was killed (out of memory?); fewer workers need less memory") from None
         finally:
-            _advance = before
-        return
-    context = get_context("spawn")
-    count = context.Value("q", 0)
-    start = bar.n
-    executor = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(count,))
+            executor.shutdown(wait=True, cancel_futures=True)
 
-    def run(function: Callable, jobs: Iterable) -> Iterator:
-        with _without_main():
-            results = deque(executor.submit(function, job) for job in jobs)
-        while results:
-            done = wait([results[0]], timeout=0.2).done
-            bar.update(start + count.value - bar.n)
-            if done:
-                yield results.popleft().result()
 
-    try:
-        yield run
-    except BrokenProcessPool:
-        raise UserError("a worker process was killed (out of memory?); fewer workers need less memory") from None
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+@contextlib.contextmanager
+def held(lock: Path) -> Iterator[bool]:
+    """Hold a lock file for this process; False: another process holds it, or its file system knows no locks."""
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = True
+        except OSError:
+            mine = False
+        yield mine
 
 
 @contextlib.contextmanager
@@ -76,7 +86,7 @@ def _without_main() -> Iterator[None]:
 
 
 def _begin(count: Any) -> None:
-    """Runs first in each process of a pool."""
+    """Runs first in each process."""
     global _advance
 
     def add(number: int) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .tar import Members, NotTar
+from .tar import Lost, members
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # Bytes. A larger member is not a photo, and reading it would only cost memory.
@@ -55,25 +55,21 @@ def scan(path: Path) -> tuple[list[dict], list[LeftOut]]:
     """
     samples: list[dict] = []
     left_out: list[LeftOut] = []
+    lost: list[Lost] = []
     if not os.path.getsize(path):
         return [], [LeftOut("", "empty file; expected a tar of images and captions")]
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:2] == b"\x1f\x8b":
             return [], [LeftOut("", "compressed tar; shards are read in place, so expand it first with gunzip")]
-        members = Members(data)
-        try:
-            keyed = ((*_split_name(name), offset, size) for name, offset, size in members)
-            for key, group in itertools.groupby(keyed, key=lambda member: member[0]):
-                sample = _group(key, {extension: (offset, size) for _, extension, offset, size in group})
-                if isinstance(sample, str):
-                    left_out.append(LeftOut(key.decode(errors="replace"), sample))
-                elif sample is not None:
-                    samples.append(sample)
-        except NotTar:
-            return [], [LeftOut("", "not a tar file; expected a tar of images and captions")]
-        readable = len(data) - sum(lost.size for lost in members.lost)
-    for lost in members.lost:
-        left_out.append(LeftOut("", lost.reason, max(1, round(lost.size * len(samples) / max(readable, 1)))))
+        keyed = ((*_split_name(name), offset, size) for name, offset, size in members(data, lost))
+        for key, group in itertools.groupby(keyed, key=lambda member: member[0]):
+            sample = _group(key, {extension: (offset, size) for _, extension, offset, size in group})
+            if isinstance(sample, str):
+                left_out.append(LeftOut(key.decode(errors="replace"), sample))
+            elif sample is not None:
+                samples.append(sample)
+        readable = max(1, len(data) - sum(gap.size for gap in lost))
+    left_out += [LeftOut("", gap.reason, max(1, round(gap.size * len(samples) / readable))) for gap in lost]
     return samples, left_out
 
 
@@ -93,10 +89,9 @@ def _group(key: bytes, members: dict[str, tuple[int, int]]) -> dict | str | None
     """Index fields of one sample, or what it lacks; None without an image and without a text."""
     image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
     text = members.get("txt")
-    if image is None and text is None:
-        return None
     if image is None:
-        return f"no image ({', '.join('.' + extension for extension in IMAGE_EXTENSIONS)})"
+        reason = f"no image ({', '.join('.' + extension for extension in IMAGE_EXTENSIONS)})"
+        return None if text is None else reason
     if text is None:
         return "no caption (.txt)"
     places = {"image": image, "text": text, "json": members.get("json", (text[0], 0))}

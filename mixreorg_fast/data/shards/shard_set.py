@@ -6,22 +6,18 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ...errors import UserError
-from .index import Shard, joined_places, open_shard
-from .joined import read_joined
+from .index import Counts, Shard, open_shard, with_captions
 from .pair import captions_of, nouns_of
 from .patterns import expand
 from .scan import Bad, read_member
 
 log = logging.getLogger("mixreorg_fast")
-
-Counts = tuple[int, int, bool]
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ def open_shards(patterns: str | Sequence[str], *, warn: bool = True) -> ShardSet
     """The shards of `patterns`, indexed; damaged, empty and vanished ones are named in a warning and listed as bad.
 
     Raises:
-        UserError: as :func:`~.patterns.expand` and :func:`with_captions`; no shard holds a sample.
+        UserError: as :func:`~.patterns.expand` and :func:`~.index.with_captions`; no shard holds a sample.
     """
     shards = [with_captions(open_shard(path)) for path in expand(patterns)]
     if not any(len(shard.samples) for shard in shards):
@@ -63,30 +59,9 @@ def open_shards(patterns: str | Sequence[str], *, warn: bool = True) -> ShardSet
     return ShardSet(shards)
 
 
-def with_captions(shard: Shard) -> Shard:
-    """A shard with the captions that were joined to it, if there are some.
-
-    Raises:
-        UserError: as :func:`~.joined.read_joined`.
-    """
-    place = next(filter(Path.is_file, joined_places(shard.path)), None)
-    if place is None:
-        return shard
-    size = None if shard.gone else os.path.getsize(shard.path)
-    return replace(shard, joined=read_joined(place, size, shard.samples))
-
-
-def counts_of(shard: Shard) -> Counts:
-    """As of :attr:`ShardSet.counts`."""
-    return len(shard.samples), shard.broken, bool(shard.problem)
-
-
 class ShardSet:
-    """Samples of several shards under one number, 0 … ``len(self) - 1``; thread-safe for reading.
-
-    Args:
-        sizes: numbers that the samples of each shard take, int64 ``[shards]``; default: as many as they are.
-    """
+    """Samples of several shards under one number, 0 … ``len(self) - 1``; thread-safe for reading. `sizes`, int64
+    ``[shards]``, says how many numbers each shard takes; default: as many as it has samples."""
 
     def __init__(self, shards: Sequence[Shard], sizes: np.ndarray | None = None) -> None:
         self.shards = list(shards)
@@ -98,10 +73,9 @@ class ShardSet:
         return int(self._ends[-1])
 
     @property
-    def counts(self) -> Sequence[Counts | None]:
-        """Of each shard: its samples, the broken ones that its index leaves out, whether parts of it are missing; None:
-        it was not reached yet, and may be remote."""
-        return [counts_of(shard) for shard in self.shards]
+    def counts(self) -> list[Counts | None]:
+        """Of each shard, as of :attr:`~.index.Shard.counts`; None: it was not reached yet, and may be remote."""
+        return [shard.counts for shard in self.shards]
 
     @property
     def samples(self) -> int:
@@ -111,9 +85,7 @@ class ShardSet:
     @property
     def fingerprint(self) -> str:
         """What must be alike on all ranks."""
-        joined = (0 if shard.joined is None else len(shard.joined.texts) for shard in self.shards)
-        shards = zip(self.shards, joined, strict=True)
-        return "".join(f"{s.path.name} {len(s.samples)} {s.broken} {texts}\n" for s, texts in shards)
+        return "".join(f"{s.path.name} {len(s.samples)} {s.broken} {len(s.joined.texts)}\n" for s in self.shards)
 
     @property
     def lost(self) -> int:
@@ -154,12 +126,12 @@ class ShardSet:
         shard, record = self._record(number)
         if shard not in self._files:
             raise OSError(f"{self.shards[shard].path} cannot be opened any more")
-        # Its fields in the order of index._record_type: one conversion costs less than a look-up of each by name.
+        # Its fields in the order of index.INDEX: one conversion costs less than a look-up of each by name.
         key, start, span, image_at, image_size, text_at, text_size, json_at, json_size = record.item()
         data = os.pread(self._files[shard], span, start)
         if len(data) < span:
             raise OSError(f"{self.shards[shard].path} is shorter than when it was indexed")
-        captions = captions_of(data[text_at : text_at + text_size]) + self._joined(self.shards[shard], record)
+        captions = captions_of(data[text_at : text_at + text_size]) + self.shards[shard].joined.of(start)
         image, json = data[image_at : image_at + image_size], data[json_at : json_at + json_size]
         return Sample(key.decode(errors="replace"), image, captions, json)
 
@@ -179,15 +151,11 @@ class ShardSet:
                 for record in shard.samples[::step]:
                     with contextlib.suppress(ValueError):
                         yield from captions_of(read_member(file.fileno(), record, "text"))
-                        yield from self._joined(shard, record)
+                        yield from shard.joined.of(int(record["start"]))
 
     def close(self) -> None:
         while self._files:
             os.close(self._files.popitem()[1])
-
-    @staticmethod
-    def _joined(shard: Shard, record: np.void) -> list[str]:
-        return [] if shard.joined is None else shard.joined.of(int(record["start"]))
 
     def _record(self, number: int) -> tuple[int, Any]:
         shard = int(np.searchsorted(self._ends, number, side="right"))

@@ -34,21 +34,20 @@ class Source:
 
 @dataclass(frozen=True)
 class Stretches:
-    """Numbered places in a few large files: of each file the first and the last + 1, counted through."""
+    """Numbered places in a few large files, counted through."""
 
-    parts: Sequence[tuple[Path, int, int]]
+    parts: Sequence[tuple[Path, range]]
 
     def __len__(self) -> int:
-        return sum(stop - start for _, start, stop in self.parts)
+        return sum(len(numbers) for _, numbers in self.parts)
 
     def __getitem__(self, part: slice) -> Stretches:
         first, last, _ = part.indices(len(self))
         kept, before = [], 0
-        for path, start, stop in self.parts:
-            begin, end = max(first - before, 0), min(last - before, stop - start)
-            if begin < end:
-                kept.append((path, start + begin, start + end))
-            before += stop - start
+        for path, numbers in self.parts:
+            chosen = numbers[max(first - before, 0) : max(last - before, 0)]
+            kept += [(path, chosen)] if chosen else []
+            before += len(numbers)
         return Stretches(kept)
 
 
@@ -63,12 +62,10 @@ def find_column(
         if asked not in there:
             raise UserError(f"{file}: no column '{asked}'{nearest(asked, there)}")
         return asked
-    for name in usual:
-        for column in there:
-            if column.lower() == name:
-                return column
-    raise UserError(
-        f"{file}: which column is the {what}? name it with {option or f'--{what}-column'} "
-        f"(there are: {', '.join(there)}); "
-        f"usual names are {', '.join(usual)}"
-    )
+    fitting = [column for name in usual for column in there if column.lower() == name]
+    if not fitting:
+        raise UserError(
+            f"{file}: which column is the {what}? name it with {option or f'--{what}-column'} "
+            f"(there are: {', '.join(there)}); usual names are {', '.join(usual)}"
+        )
+    return fitting[0]

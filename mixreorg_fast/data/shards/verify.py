@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ... import devices
 from ..reading.decoder import BATCH, Decoder
 from .index import Shard, indexed, open_shard, write_index
 from .pair import captions_of
 from .patterns import expand
-from .processes import advance, pool
+from .processes import advance, in_processes
 from .scan import LeftOut, read_member, scan
 
 
@@ -29,22 +28,16 @@ def verify(
 ) -> Iterator[Shard]:
     """Verify shards whether they were verified before or not, in `workers` processes (four a GPU at most).
 
-    Args:
-        device: "cpu" or "cuda", whose decoder to use; None: as training chooses.
-
-    Yields:
-        the shards in order, as they are indexed now.
+    Yields the shards in order, as they are indexed now. `device`, "cpu" or "cuda", tells whose decoder to use; None: as
+    training chooses.
     """
     kind = devices.choose(device).type
     paths = [path for path in expand(patterns) if path.is_file()]
     if kind == "cuda":  # each process has a context of its own there
         workers = min(workers, 4 * torch.cuda.device_count())
     total = sum(path.stat().st_size for path in paths)
-    with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not progress) as bar,
-        pool(min(workers, len(paths)), bar) as run,
-    ):
-        yield from run(partial(verify_shard, kind=kind), paths)
+    bar = {"total": total, "unit": "B", "unit_scale": True, "desc": "verify", "disable": not progress}
+    yield from in_processes(partial(verify_shard, kind=kind), paths, workers, **bar)
 
 
 def verify_shard(path: Path, kind: str = "cpu") -> Shard:
@@ -55,11 +48,8 @@ def verify_shard(path: Path, kind: str = "cpu") -> Shard:
 
 
 def verifying(path: Path, decoder: Decoder) -> Iterator[int]:
-    """Verify one shard a batch at a time, for callers with other work in between.
-
-    Yields:
-        bytes of the tar that have been read since the last time.
-    """
+    """Verify one shard a batch at a time, for callers with other work in between; yields the bytes of the tar that have
+    been read since the last time."""
     status = os.stat(path)
     samples, left_out = scan(path)
     sound: list[dict] = []
@@ -68,11 +58,9 @@ def verifying(path: Path, decoder: Decoder) -> Iterator[int]:
         for first in range(0, len(samples), BATCH):
             batch = samples[first : first + BATCH]
             problems = _problems(file.fileno(), batch, decoder)
-            for place, sample in enumerate(batch):
-                if place in problems:
-                    left_out.append(LeftOut(sample["key"].decode(errors="replace"), problems[place]))
-                else:
-                    sound.append(sample)
+            sound += [sample for place, sample in enumerate(batch) if place not in problems]
+            for place, reason in sorted(problems.items()):
+                left_out.append(LeftOut(batch[place]["key"].decode(errors="replace"), reason))
             at = batch[-1]["start"] + batch[-1]["span"]
             yield max(0, at - done)
             done = max(done, at)
