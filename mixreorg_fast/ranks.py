@@ -164,20 +164,15 @@ class Ring:
     """The ranks of a group in a circle."""
 
     def __init__(self, group: dist.ProcessGroup | None):
+        self._group = dist.group.WORLD if group is None else group
         self.size, rank = dist.get_world_size(group), dist.get_rank(group)
-        self._group = group
-        self._next, self._previous = (
-            other if group is None else dist.get_global_rank(group, other)
-            for other in ((rank + 1) % self.size, (rank - 1) % self.size)
-        )
+        neighbours = (rank + 1) % self.size, (rank - 1) % self.size
+        self._next, self._previous = (dist.get_global_rank(self._group, other) for other in neighbours)
 
     def pass_on(self, *tensors: Tensor, tag: int = 0) -> Callable[[], list[Tensor]]:
-        """Start sending `tensors` to the next rank.
+        """Start sending `tensors` to the next rank; returns a function that waits for those of the previous rank.
 
-        Args:
-            tag: the number of the first tensor. Transfers that overlap need different tags.
-        Returns:
-            a function that waits for the tensors of the previous rank and returns them.
+        `tag` is the number of the first tensor. Transfers that overlap need different tags.
         """
         sent = [x.contiguous() for x in tensors]
         received = [torch.empty_like(x) for x in sent]
