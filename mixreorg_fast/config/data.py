@@ -64,13 +64,11 @@ def _form_of_shards(value: Any) -> str:
     return ":sets" if isinstance(first, dict | ShardSetConfig) else ":list" if isinstance(value, list) else ":pattern"
 
 
+_Forms = (
+    Annotated[str, Tag(":pattern")] | Annotated[list[str], Tag(":list")] | Annotated[list[ShardSetConfig], Tag(":sets")]
+)
 # The form is chosen before validation, so that an error names the problem of that form instead of all forms' problems.
-Shards = Annotated[
-    Annotated[str, Tag(":pattern")]
-    | Annotated[list[str], Tag(":list")]
-    | Annotated[list[ShardSetConfig], Tag(":sets")],
-    Discriminator(_form_of_shards),
-]
+Shards = Annotated[_Forms, Discriminator(_form_of_shards)]
 
 
 def are_scenes(shards: Any, folder: str) -> bool:

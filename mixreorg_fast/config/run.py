@@ -45,8 +45,7 @@ class TrainConfig(Section):
     )
     log_every: Positive = key(10, "steps between reports")
     spike: NonNegativeFloat = key(
-        100.0,
-        "skip steps above this multiple of the mean gradient norm; 0 = only NaN and inf",
+        100.0, "skip steps above this multiple of the mean gradient norm; 0 = only NaN and inf"
     )
     max_skipped: Positive = key(3, "consecutive skipped steps that stop the run")
     # At most half of ranks.PATIENCE: collectives that give up do not name the missing rank.
@@ -101,7 +100,7 @@ class InferenceConfig(Section):
 
     def problems(self) -> Iterator[str]:
         if self.stride > self.window:
-            yield (f"stride {self.stride} leaves gaps between windows of {self.window} (at most {self.window})")
+            yield f"stride {self.stride} leaves gaps between windows of {self.window} (at most {self.window})"
 
     def with_options(self, **options: Any) -> InferenceConfig:
         """These settings, overridden by those of `options` that are not None.

@@ -119,4 +119,4 @@ def _type(annotation: Any) -> str:
     if origin is dict:
         return "object"
     names = {int: "integer", float: "number", str: "string", bool: "true | false", type(None): "null", Any: "any"}
-    return names.get(annotation) or re.sub(r"Config$", "", annotation.__name__)
+    return names.get(annotation) or annotation.__name__.removesuffix("Config")
