@@ -131,10 +131,9 @@ class StepGuard:
         # infinities, so this does not wait for the GPU again. After an overflow the optimizer is not called.
         @functools.cache
         def outcome() -> tuple[float, int]:
-            wrapper = engine.optimizer
             if norm is not None:
                 return norm.item(), int(asked)
-            return math.inf if wrapper.overflow else float(wrapper._global_grad_norm), int(asked)
+            return math.inf if engine.optimizer.overflow else float(engine.optimizer._global_grad_norm), int(asked)
 
         self._outcome = outcome
         engine.step()

@@ -68,8 +68,7 @@ def closing(scores: dict[str, Any], config: Config) -> str:
         lines.append(f"retrieval R@1: {found}")
     if not scores:
         lines.append("no scores: the configuration names neither eval.datasets nor data.val_shards")
-    pictures = [name for name in PICTURES if (run / name).is_file()]
-    if pictures:
+    if pictures := [name for name in PICTURES if (run / name).is_file()]:
         lines.append(f"pictures: {', '.join(pictures)} in {run}")
     return "\n".join([*lines, f"next: mixreorg demo --weights {run}"])
 

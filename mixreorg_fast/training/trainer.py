@@ -130,11 +130,8 @@ class Trainer:
             print(opening(config, len(self.training_set), module, self.steps), flush=True)
         module.to(ranks.device)
         steps = optimizer(module, config, self.guard)
-        engine, *_ = import_deepspeed().initialize(
-            model=module,
-            optimizer=steps,
-            config=deepspeed_config(config, ranks.size, on_gpu=ranks.device.type == "cuda"),
-        )
+        settings = deepspeed_config(config, ranks.size, on_gpu=ranks.device.type == "cuda")
+        engine, *_ = import_deepspeed().initialize(model=module, optimizer=steps, config=settings)
         wait_patiently()
         steps.lay_out(engine)
         checkpoint.start_moments(engine)
@@ -147,10 +144,7 @@ class Trainer:
     # ------------------------------------------------------------------ the loop
 
     def run(self) -> dict[str, Any]:
-        """Train to the last step, evaluate, draw; returns the final scores, {} after SIGTERM.
-
-        SIGINT ends the run with a checkpoint and a KeyboardInterrupt.
-        """
+        """Train to the last step, evaluate, draw; signals and the result are those of :func:`train`."""
         with full_disk_in_one_line(self.run_folder):
             with (
                 self.reports,
@@ -239,17 +233,10 @@ class Trainer:
         first = self.ranks.rank * self.micro_batch
         if self.grad_cache:
             first = pairs.position - self.step * self.config.train.batch
-        seed = micro_step_seed(self.config.seed, pairs.position - first)
-        return Batch(
-            pairs.images,
-            pairs.ids,
-            pairs.lengths,
-            torch.full((), seed, device=self.ranks.device),  # filled on the device: the host does not wait for a copy
-            first,
-            pairs.noun_ids,
-            pairs.noun_lengths,
-            self.step / self.steps,
-        )
+        # Filled on the device, so that the host does not wait for a copy.
+        seed = torch.full((), micro_step_seed(self.config.seed, pairs.position - first), device=self.ranks.device)
+        done = self.step / self.steps
+        return Batch(pairs.images, pairs.ids, pairs.lengths, seed, first, pairs.noun_ids, pairs.noun_lengths, done)
 
     # ------------------------------------------------------------------ forward and backward
 
@@ -298,10 +285,7 @@ class Trainer:
             group["lr"] = rate
 
     def _skip(self, norm: float, buffers: list[Tensor]) -> None:
-        """Restore the network's buffers after a skipped step.
-
-        Too many in a row end the run in a UserError, with the last step's batch in the run folder.
-        """
+        """Restore the network's buffers after a skipped step; too many in a row end the run in a UserError."""
         for buffer, before in zip(self.engine.module.buffers(), buffers, strict=True):
             buffer.copy_(before)
         self.reports.say(f"step {self.step} skipped: gradient norm {norm:.4g} ({self.guard.skipped} skipped so far)")

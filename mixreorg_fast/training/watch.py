@@ -26,15 +26,8 @@ from ..ranks import Ranks, max_over_ranks
 FINISHED = "finished"  # the place of a run with final scores
 REPEAT = 1.0  # seconds within which a repeated signal counts as one
 
-_LAUNCHERS = {
-    "mixreorg",
-    "deepspeed",
-    "ds",
-    "torchrun",
-    "deepspeed.launcher.launch",
-    "torch.distributed.run",
-    "torch.distributed.launch",
-}
+_LAUNCHERS = {"mixreorg", "deepspeed", "ds", "torchrun"}  # programs, and modules:
+_LAUNCHERS |= {"deepspeed.launcher.launch", "torch.distributed.run", "torch.distributed.launch"}
 
 
 class StopRequest:
@@ -215,16 +208,13 @@ def _store(ranks: Ranks) -> Store:
 
 def launchers() -> list[int]:
     """Process ids of the launchers above this process (``deepspeed`` starts ranks through a second launcher)."""
-    found = []
-    pid = os.getppid()
-    while pid > 1:
-        try:
+    found, pid = [], os.getppid()
+    with contextlib.suppress(OSError, ValueError):  # a process has ended
+        while pid > 1:
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:6]
+            if not any(os.path.basename(argument.decode(errors="replace")) in _LAUNCHERS for argument in arguments):
+                break
             parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            break
-        if not any(os.path.basename(argument.decode(errors="replace")) in _LAUNCHERS for argument in arguments):
-            break
-        found.append(pid)
-        pid = parent
+            found.append(pid)
+            pid = parent
     return found
