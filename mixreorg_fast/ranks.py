@@ -164,10 +164,9 @@ class Ring:
     """The ranks of a group in a circle."""
 
     def __init__(self, group: dist.ProcessGroup | None):
-        self._group = dist.group.WORLD if group is None else group
         self.size, rank = dist.get_world_size(group), dist.get_rank(group)
-        neighbours = (rank + 1) % self.size, (rank - 1) % self.size
-        self._next, self._previous = (dist.get_global_rank(self._group, other) for other in neighbours)
+        self._group = group
+        self._to, self._from = (rank + 1) % self.size, (rank - 1) % self.size
 
     def pass_on(self, *tensors: Tensor, tag: int = 0) -> Callable[[], list[Tensor]]:
         """Start sending `tensors` to the next rank; returns a function that waits for those of the previous rank.
@@ -176,8 +175,8 @@ class Ring:
         """
         sent = [x.contiguous() for x in tensors]
         received = [torch.empty_like(x) for x in sent]
-        transfers = [dist.P2POp(dist.isend, x, self._next, self._group, tag + i) for i, x in enumerate(sent)]
-        transfers += [dist.P2POp(dist.irecv, x, self._previous, self._group, tag + i) for i, x in enumerate(received)]
+        transfers = [dist.P2POp(dist.isend, x, None, self._group, tag + i, self._to) for i, x in enumerate(sent)]
+        transfers += [dist.P2POp(dist.irecv, x, None, self._group, tag + i, self._from) for i, x in enumerate(received)]
         works = dist.batch_isend_irecv(transfers)
 
         def wait() -> list[Tensor]:
