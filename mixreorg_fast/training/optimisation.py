@@ -87,13 +87,9 @@ class StepGuard:
 
     A non-finite loss gives a non-finite norm. The decision depends on the norms so far alone, so a resumed run decides
     as an uninterrupted one.
-
-    Args:
-        spike: refuse norms above this multiple of the running mean; 0: refuse non-finite norms only.
-        The others are those of :meth:`state`.
     """
 
-    spike: float
+    spike: float  # refuse norms above this multiple of the running mean; 0: refuse non-finite norms only
     taken: int = 0
     skipped: int = 0
     in_a_row: int = 0

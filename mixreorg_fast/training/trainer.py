@@ -153,12 +153,11 @@ class Trainer:
                 StopRequest() as stop,
             ):
                 stopped_by = self._loop(loader, stop)
-                if self._images is None:
-                    self._images = next(loader).images
+                images = next(loader).images if self._images is None else self._images
             self.watch.at(self.step, "final scores", timed=False)
             if self.ranks.is_main and not draw_losses(self.run_folder):
                 print("no losses.png: it needs matplotlib", file=sys.stderr, flush=True)
-            scores = {} if stopped_by else self._finish()
+            scores = {} if stopped_by else self._finish(images)
             self.watch.at(self.step, "stopped" if stopped_by else FINISHED)
         if stopped_by == signal.SIGINT:
             raise KeyboardInterrupt
@@ -333,14 +332,13 @@ class Trainer:
             if self.ranks.is_main:
                 model.save(self.run_folder / "best")
 
-    def _finish(self) -> dict[str, Any]:
-        """Score all evaluation data and draw the pictures."""
+    def _finish(self, images: Tensor) -> dict[str, Any]:
+        """Score all evaluation data and draw the pictures, some of them of training `images`."""
         model, scores = self._score(None)
         if self.ranks.is_main:
             if scores:
                 write_json(self.run_folder / "eval.json", scores)
-            assert self._images is not None, "no batch was read"
-            validation.draw(model, self.config, self._images, self.run_folder)
+            validation.draw(model, self.config, images, self.run_folder)
             print(closing(scores, self.config), flush=True)
         return scores
 

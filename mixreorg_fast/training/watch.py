@@ -16,12 +16,11 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch._dynamo.callback import callback_handler
 from torch.distributed import HashStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ..files import write_json
-from ..ranks import Ranks, max_over_ranks
+from ..ranks import Ranks, max_over_ranks, on_main
 
 FINISHED = "finished"  # the place of a run with final scores
 REPEAT = 1.0  # seconds within which a repeated signal counts as one
@@ -201,9 +200,8 @@ def _store(ranks: Ranks) -> Store:
         return HashStore()
     host = os.environ["MASTER_ADDR"]
     store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if ranks.is_main else None
-    port: list[Any] = [store.port if store else None]
-    dist.broadcast_object_list(port, src=0)
-    return store or TCPStore(host, port[0], is_master=False)
+    port = on_main(lambda: store.port if store else 0)
+    return store or TCPStore(host, port, is_master=False)
 
 
 def launchers() -> list[int]:
