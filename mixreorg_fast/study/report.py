@@ -40,8 +40,8 @@ def training_seconds(reports: Sequence[Mapping[str, Any]]) -> float:
 
     The later of two reports gives the time of the steps between them, since the run may have been interrupted.
     """
-    images = [b["samples"] - a["samples"] for a, b in zip([{"samples": 0}, *reports], reports, strict=False)]
-    return sum(count / line["images_per_s"] for count, line in zip(images, reports, strict=True))
+    pairs = zip([{"samples": 0}, *reports], reports, strict=False)
+    return sum((later["samples"] - earlier["samples"]) / later["images_per_s"] for earlier, later in pairs)
 
 
 def rows_of(run: Path, **about: Any) -> list[Row]:
