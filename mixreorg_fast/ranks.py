@@ -166,23 +166,17 @@ class Ring:
     def __init__(self, group: dist.ProcessGroup | None):
         self.size, rank = dist.get_world_size(group), dist.get_rank(group)
         self._group = group
-        self._next, self._previous = (
-            other if group is None else dist.get_global_rank(group, other)
-            for other in ((rank + 1) % self.size, (rank - 1) % self.size)
-        )
+        self._to, self._from = (rank + 1) % self.size, (rank - 1) % self.size
 
     def pass_on(self, *tensors: Tensor, tag: int = 0) -> Callable[[], list[Tensor]]:
-        """Start sending `tensors` to the next rank.
+        """Start sending `tensors` to the next rank; returns a function that waits for those of the previous rank.
 
-        Args:
-            tag: the number of the first tensor. Transfers that overlap need different tags.
-        Returns:
-            a function that waits for the tensors of the previous rank and returns them.
+        `tag` is the number of the first tensor. Transfers that overlap need different tags.
         """
         sent = [x.contiguous() for x in tensors]
         received = [torch.empty_like(x) for x in sent]
-        transfers = [dist.P2POp(dist.isend, x, self._next, self._group, tag + i) for i, x in enumerate(sent)]
-        transfers += [dist.P2POp(dist.irecv, x, self._previous, self._group, tag + i) for i, x in enumerate(received)]
+        transfers = [dist.P2POp(dist.isend, x, None, self._group, tag + i, self._to) for i, x in enumerate(sent)]
+        transfers += [dist.P2POp(dist.irecv, x, None, self._group, tag + i, self._from) for i, x in enumerate(received)]
         works = dist.batch_isend_irecv(transfers)
 
         def wait() -> list[Tensor]:

@@ -20,7 +20,7 @@ class AugmentConfig(Section):
     flip: Fraction = key(0.5, "probability of a horizontal flip")
     color_jitter: NonNegativeFloat = key(0.0, "strength; ignored with RandAugment")
     rand_augment_ops: NonNegative = key(2, "RandAugment: operations per image, 0 = off")
-    rand_augment_magnitude: Annotated[int, Field(ge=0, le=30)] = key(27, "RandAugment: 27 of 30 is timm's 9 of 10")
+    rand_augment_magnitude: int = key(27, "RandAugment: 27 of 30 is timm's 9 of 10", ge=0, le=30)
     rand_augment_probability: Fraction = key(0.5, "RandAugment: probability of an operation, as in timm")
     random_erasing: Fraction = key(0.25, "probability of erasing a rectangle")
 
@@ -42,8 +42,8 @@ class ScenesConfig(Section):
     objects: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = key(
         (3, 4, 3), "frequencies of 1, 2 and 3 objects in a scene"
     )
-    scale: Annotated[float, Field(ge=1.0, le=1.5)] = key(1.0, "factor of the objects' size")
-    grounds: Annotated[int, Field(ge=1, le=12)] = key(12, "kinds of ground in use")
+    scale: float = key(1.0, "factor of the objects' size", ge=1.0, le=1.5)
+    grounds: int = key(12, "kinds of ground in use", ge=1, le=12)
     typical: Fraction = key(0.0, "share of objects in the typical colour (or pattern) of their kind")
     detail: Fraction = key(1.0, "factor of how often captions mention colours, patterns and grounds")
 
@@ -64,13 +64,11 @@ def _form_of_shards(value: Any) -> str:
     return ":sets" if isinstance(first, dict | ShardSetConfig) else ":list" if isinstance(value, list) else ":pattern"
 
 
+_Forms = (
+    Annotated[str, Tag(":pattern")] | Annotated[list[str], Tag(":list")] | Annotated[list[ShardSetConfig], Tag(":sets")]
+)
 # The form is chosen before validation, so that an error names the problem of that form instead of all forms' problems.
-Shards = Annotated[
-    Annotated[str, Tag(":pattern")]
-    | Annotated[list[str], Tag(":list")]
-    | Annotated[list[ShardSetConfig], Tag(":sets")],
-    Discriminator(_form_of_shards),
-]
+Shards = Annotated[_Forms, Discriminator(_form_of_shards)]
 
 
 def are_scenes(shards: Any, folder: str) -> bool:

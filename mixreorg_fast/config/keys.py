@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> None:
     known = list(keys(Config))
     chosen = [key for key in known if not args.key or f"{key.name}.".startswith(f"{args.key}.")]
     if not chosen:
-        sections = {_section(key) for key in known} - {""}
+        sections = {key.name.rpartition(".")[0] for key in known} - {""}
         raise UserError(f"config: unknown key '{args.key}'{nearest(args.key, [*sections, *(k.name for k in known)])}")
     if args.markdown:
         from ..ledger import write_page
@@ -45,22 +45,12 @@ def tables(chosen: list[Key]) -> str:
     """Markdown: a heading and a table for each section."""
     from ..ledger import table
 
+    sections: dict[str, list[list[str]]] = {}
+    for key in chosen:
+        section, _, name = key.name.rpartition(".")
+        cells = [f"`{name}`", f"`{key.type}`", f"`{key.default}`" if key.default else "", key.meaning]
+        sections.setdefault(section, []).append([cell.replace("|", "\\|") for cell in cells])
     lines = []
-    for section in dict.fromkeys(map(_section, chosen)):
-        cells = [
-            [
-                f"`{key.name.rpartition('.')[2]}`",
-                f"`{key.type}`",
-                f"`{key.default}`" if key.default else "",
-                key.meaning,
-            ]
-            for key in chosen
-            if _section(key) == section
-        ]
-        escaped = [[cell.replace("|", "\\|") for cell in row] for row in cells]
-        lines += [f"## {section or 'a run'}", "", *table(["key", "type", "default", "meaning"], escaped), ""]
+    for section, rows in sections.items():
+        lines += [f"## {section or 'a run'}", "", *table(["key", "type", "default", "meaning"], rows), ""]
     return "\n".join(lines).rstrip()
-
-
-def _section(key: Key) -> str:
-    return key.name.rpartition(".")[0]

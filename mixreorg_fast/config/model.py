@@ -65,7 +65,7 @@ class MixingConfig(Section):
     context_share: Annotated[float, Field(gt=0.0, le=1.0)] = key(
         1.0, "share of the mixing groups whose patches are mixed with context; the others are mixed as embedded"
     )
-    group_size: Annotated[int, Field(ge=2)] = key(4, "images whose patches are mixed with each other")
+    group_size: int = key(4, "images whose patches are mixed with each other", ge=2)
     blend: Fraction = key(0.5, "share of the original features in each progressive blend")
     group_tokens: Literal["mean", "learned"] = key(
         "mean", "group tokens of the mixed and restored branches: the mixing group's mean, or learned"
@@ -85,8 +85,7 @@ class LossConfig(Section):
     )
     multi_label: NonNegativeFloat = key(0.0, "weight of the contrastive loss of nouns")
     exchange: Literal["gather", "ring"] = key(
-        "gather",
-        "how ranks exchange features; ring: one rank's at a time, with less memory for large batches",
+        "gather", "how ranks exchange features; ring: one rank's at a time, with less memory for large batches"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -45,14 +45,11 @@ class TrainConfig(Section):
     )
     log_every: Positive = key(10, "steps between reports")
     spike: NonNegativeFloat = key(
-        100.0,
-        "skip steps above this multiple of the mean gradient norm; 0 = only NaN and inf",
+        100.0, "skip steps above this multiple of the mean gradient norm; 0 = only NaN and inf"
     )
     max_skipped: Positive = key(3, "consecutive skipped steps that stop the run")
     # At most half of ranks.PATIENCE: collectives that give up do not name the missing rank.
-    timeout: Annotated[float, Field(gt=0.0, le=43_200.0)] = key(
-        600.0, "seconds without progress that end the run; compiling is not counted"
-    )
+    timeout: float = key(600.0, "seconds without progress that end the run; compiling is not counted", gt=0, le=43_200)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,7 +72,7 @@ class TrainConfig(Section):
 
 class LogConfig(Section):
     wandb: str | None = key(None, "Weights & Biases project for the metrics; null: none")
-    slow_rank: Annotated[float, Field(gt=0.0)] = key(0.2, "name a rank slower than the mean by more than this share")
+    slow_rank: PositiveFloat = key(0.2, "name a rank slower than the mean by more than this share")
 
 
 class InferenceConfig(Section):
@@ -101,7 +98,7 @@ class InferenceConfig(Section):
 
     def problems(self) -> Iterator[str]:
         if self.stride > self.window:
-            yield (f"stride {self.stride} leaves gaps between windows of {self.window} (at most {self.window})")
+            yield f"stride {self.stride} leaves gaps between windows of {self.window} (at most {self.window})"
 
     def with_options(self, **options: Any) -> InferenceConfig:
         """These settings, overridden by those of `options` that are not None.
@@ -138,9 +135,7 @@ class CheckpointConfig(Section):
 
 
 class DeepSpeedConfig(Section):
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = key(
-        2, "ZeRO stage: 1 partitions moments, 2 also gradients, 3 also parameters"
-    )
+    zero_stage: int = key(2, "ZeRO stage: 1 partitions moments, 2 also gradients, 3 also parameters", ge=0, le=3)
     offload_optimizer: bool = key(False, "keep moments in the CPU's memory")
     offload_parameters: bool = key(False, "keep parameters in the CPU's memory, with stage 3")
     options: dict[str, Any] = key({}, "further DeepSpeed keys, passed on unchanged")

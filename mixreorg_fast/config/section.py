@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticUndefined
 
 from ..errors import UserError, nearest
 
@@ -39,9 +38,9 @@ class Section(BaseModel):
         return self
 
 
-def key(default: Any, meaning: str) -> Any:
+def key(default: Any, meaning: str, **bounds: Any) -> Any:
     """A key of a section. Type checkers see its default, which they do not see in ``Field(default)``."""
-    return Field(default, description=meaning)
+    return Field(default, description=meaning, **bounds)
 
 
 def validated(schema: type[Schema], values: Mapping[str, Any], source: str) -> Schema:
@@ -91,7 +90,7 @@ def keys(section: type[BaseModel], prefix: str = "") -> Iterator[Key]:
         if inner is not None and inner is field.annotation:
             yield from keys(inner, f"{prefix}{name}.")
             continue
-        default = "" if field.default is PydanticUndefined else json.dumps(field.default, ensure_ascii=False)
+        default = "" if field.is_required() else json.dumps(field.default, ensure_ascii=False)
         yield Key(prefix + name, _type(field.annotation), default, field.description or "")
         if inner is not None:
             yield from keys(inner, f"{prefix}{name}[].")
@@ -119,4 +118,4 @@ def _type(annotation: Any) -> str:
     if origin is dict:
         return "object"
     names = {int: "integer", float: "number", str: "string", bool: "true | false", type(None): "null", Any: "any"}
-    return names.get(annotation) or re.sub(r"Config$", "", annotation.__name__)
+    return names.get(annotation) or annotation.__name__.removesuffix("Config")

@@ -8,6 +8,7 @@ tables of ``DOCS/results.md``; curves and pictures go into ``DOCS/images/``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -86,13 +87,10 @@ def _timed_run(study: Study, dataset: str, variant: str, like: str, seed: int) -
 
 def _state(run: Run) -> str:
     """What has become of the run, if its folder belongs to this very run."""
-    try:
-        is_this = run.folder.is_dir() and load_config(run.request) == run.config
-    except UserError:
-        is_this = False
-    if not is_this:
-        return "to train"
-    return FINISHED if (run.folder / "eval.json").is_file() else "begun"
+    with contextlib.suppress(UserError):
+        if run.folder.is_dir() and load_config(run.request) == run.config:
+            return FINISHED if (run.folder / "eval.json").is_file() else "begun"
+    return "to train"
 
 
 def _seconds(run: Run) -> float:
@@ -153,7 +151,6 @@ class Runner:
         if resume == "never":
             write_json(run.request, run.config.model_dump(mode="json"))
         log = run.folder.with_name(f"{run.folder.name}.log")
-        log.parent.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ)
         if self.device == "cuda" and "CUDA_VISIBLE_DEVICES" not in os.environ:
             environment["CUDA_VISIBLE_DEVICES"] = str(worker % torch.cuda.device_count())

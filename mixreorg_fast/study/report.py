@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,14 @@ def training_seconds(reports: Sequence[Mapping[str, Any]]) -> float:
 
     The later of two reports gives the time of the steps between them, since the run may have been interrupted.
     """
-    images = [b["samples"] - a["samples"] for a, b in zip([{"samples": 0}, *reports], reports, strict=False)]
-    return sum(count / line["images_per_s"] for count, line in zip(images, reports, strict=True))
+    pairs = zip([{"samples": 0}, *reports], reports, strict=False)
+    return sum((later["samples"] - earlier["samples"]) / later["images_per_s"] for earlier, later in pairs)
 
 
 def rows_of(run: Path, **about: Any) -> list[Row]:
     """One row per data set of a finished run folder (else a UserError); `about` overrides or adds columns."""
     try:
-        config = json.loads((run / "config.json").read_text())
-        scores = json.loads((run / "eval.json").read_text())
+        config, scores = (json.loads((run / name).read_text()) for name in ("config.json", "eval.json"))
         reports = [line for line in read_metrics(run) if "loss" in line]
     except (OSError, ValueError) as error:
         raise UserError(f"{run} is not a finished run: {error}") from None
@@ -78,24 +77,22 @@ def results_file(folder: Path) -> Path:
 
 
 def write_study_rows(
-    rows: Iterable[Row], path: Path, command: str, runs: Mapping[str, Collection[tuple[str, str]]] | None = None
+    rows: Sequence[Row], path: Path, command: str, runs: Mapping[str, Collection[tuple[str, str]]] | None = None
 ) -> None:
     """Put `rows` into the results file `path`. They replace the rows of the same runs; other rows stay.
 
-    Args:
-        runs: for each study, the data set and name of the runs that its file lists. Rows of its other runs are dropped.
+    `runs`: for each study, the data set and name of the runs that its file lists. Rows of its other runs are dropped.
     """
-    rows = list(rows)
     replaced = {_run(row) for row in rows}
 
-    def stays(row: ledger.Row) -> bool:
+    def stays(row: Row) -> bool:
         listed = (runs or {}).get(str(row.get("study")))
         return _run(row) not in replaced and (listed is None or (row["trained_on"], row["run"]) in listed)
 
     ledger.write_rows(path, ledger.versions(command), rows, stays)
 
 
-def _run(row: ledger.Row) -> tuple:
+def _run(row: Row) -> tuple:
     return (row.get("study"), row.get("trained_on"), row["run"])
 
 
@@ -116,8 +113,7 @@ def section(file: Row, docs: Path) -> str:
     """A device: runs that belong to no study, then a table per study and training set, the longest table last."""
     rows = [row for row in file["rows"] if row["suite"] == "study"]
     lines = [f"### {file['device']}", "", f"{file['date'][:10]}, commit {file['commit']}, torch {file['torch']}."]
-    single = [row for row in rows if "study" not in row]
-    if single:
+    if single := [row for row in rows if "study" not in row]:
         lines += ["", "**Single runs**", "", *run_table(single)]
     studies: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -169,8 +165,7 @@ def study_table(rows: Sequence[Row]) -> list[str]:
         body.append([*cells, *(_spread(first, way) for way in ways)])
     lines = ledger.table(head, body)
     for dataset in datasets:
-        background = {row["all_background_miou"] for row in rows if row["world"] == dataset} - {None}
-        if background:
+        if background := {row["all_background_miou"] for row in rows if row["world"] == dataset} - {None}:
             lines += ["", f"Calling every pixel of {dataset} background scores {max(background):.2f}."]
     return lines
 
@@ -181,9 +176,8 @@ def run_table(rows: Sequence[Row]) -> list[str]:
     head += [f"classes in {FREQUENT} photos", "all background", "oracle mIoU", "segments used"]
     columns = ("run", "variant", "seed", "steps", "images_seen", "seconds", "world", "images", "miou")
     columns += ("frequent_miou", "all_background_miou", "oracle_miou", "groups_used")
-    absent = {"frequent_miou": "–", "all_background_miou": "–"}
-    shown = ({**absent, **row, "seconds": f"{row['seconds']:.0f}"} for row in rows)
-    return ledger.table(head, (["–" if row[name] is None else row[name] for name in columns] for row in shown))
+    shown = ({**row, "seconds": f"{row['seconds']:.0f}"} for row in rows)
+    return ledger.table(head, (["–" if row.get(name) is None else row[name] for name in columns] for row in shown))
 
 
 def _values(rows: Sequence[Row], name: str) -> list[float]:
@@ -255,8 +249,6 @@ def pictures_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path, 
 
     `runs`: a finished one per column, on one data set. `count`: photos of the first data set that scores them.
     """
-    if not runs:
-        return
     config = json.loads((runs[0].folder / "config.json").read_text())
     entry = config["eval"]["datasets"][0]
     dataset = open_dataset(entry["dataset"], entry["root"], entry["split"])

@@ -76,11 +76,7 @@ def restore_weights(module: Any, checkpoint: Path) -> None:
     Those of another model end in a UserError.
     """
     weights.fill(module.backbone, weights.read_tensors(checkpoint / weights.WEIGHTS), checkpoint)
-    others = {
-        f"parameter/{name}": parameter
-        for name, parameter in module.named_parameters()
-        if not name.startswith(_BACKBONE)
-    }
+    others = {f"parameter/{name}": p for name, p in module.named_parameters() if not name.startswith(_BACKBONE)}
     saved = _saved(checkpoint, {name: parameter.shape for name, parameter in others.items()}) if others else {}
     with torch.no_grad():
         for name, parameter in others.items():

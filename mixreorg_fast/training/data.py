@@ -193,16 +193,15 @@ def _open_alike(config: Config, ranks: Ranks, state: Mapping) -> TrainingSet:
 
     A rank that cannot, or that has other samples or another order than rank 0, ends all of them in a UserError.
     """
-    training_set, error, digest = None, None, hashlib.sha256()
+    training_set, error, digest = None, None, ""
     try:
         training_set = TrainingSet.open(config, warn=ranks.is_main)
-        for part in training_set.sets:
-            digest.update(part.fingerprint.encode())
+        digest = hashlib.sha256("".join(part.fingerprint for part in training_set.sets).encode()).hexdigest()
         known = state.get("remote", ()) if state.get("order") == training_set.digest else ()
         training_set.begin(known, progress=local_rank() == 0)
     except UserError as failure:
         error = str(failure)
-    answers = gather_objects((error, digest.hexdigest(), len(training_set or ()), socket.gethostname()))
+    answers = gather_objects((error, digest, len(training_set or ()), socket.gethostname()))
     _, first, samples, host = answers[0]
     for rank, (problem, other, count, name) in enumerate(answers):
         if problem is not None:

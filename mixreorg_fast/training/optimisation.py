@@ -87,13 +87,9 @@ class StepGuard:
 
     A non-finite loss gives a non-finite norm. The decision depends on the norms so far alone, so a resumed run decides
     as an uninterrupted one.
-
-    Args:
-        spike: refuse norms above this multiple of the running mean; 0: refuse non-finite norms only.
-        The others are those of :meth:`state`.
     """
 
-    spike: float
+    spike: float  # refuse norms above this multiple of the running mean; 0: refuse non-finite norms only
     taken: int = 0
     skipped: int = 0
     in_a_row: int = 0
@@ -131,10 +127,9 @@ class StepGuard:
         # infinities, so this does not wait for the GPU again. After an overflow the optimizer is not called.
         @functools.cache
         def outcome() -> tuple[float, int]:
-            wrapper = engine.optimizer
             if norm is not None:
                 return norm.item(), int(asked)
-            return math.inf if wrapper.overflow else float(wrapper._global_grad_norm), int(asked)
+            return math.inf if engine.optimizer.overflow else float(engine.optimizer._global_grad_norm), int(asked)
 
         self._outcome = outcome
         engine.step()

@@ -35,12 +35,9 @@ def draw_losses(run: Path) -> Path | None:
 def draw_panels(
     path: Path, panels: Mapping[str, Mapping[str, Curve]], *, title: str = "", logarithmic: str = ""
 ) -> Path | None:
-    """Draw panels of curves as a PNG.
+    """Draw `panels` (title -> label -> curve) as a PNG; returns its path, or None without matplotlib.
 
-    Args:
-        panels: title -> label -> curve; the first panel holds the legend. logarithmic: the panel with such an axis.
-    Returns:
-        The picture's path; None without matplotlib.
+    The first panel holds the legend; `logarithmic` is the title of the panel with such an axis.
     """
     try:
         from matplotlib.figure import Figure

@@ -90,10 +90,9 @@ def finished(config: Config, resume: str) -> dict[str, Any] | None:
     beat, was = json_or_empty(run / "heartbeat.json"), json_or_empty(run / "config.json").get("train", {})
     if resume != "auto" or not beat.get("finished") or not checkpoint.complete(run):
         return None
+    whole = was.get("steps") is None and was.get("epochs") == config.train.epochs
     if config.train.steps is not None:
         whole = beat["step"] >= config.train.steps
-    else:
-        whole = was.get("steps") is None and was.get("epochs") == config.train.epochs
     return json_or_empty(run / "eval.json") if whole else None
 
 
@@ -162,9 +161,8 @@ def state_to_resume(config: Config, resume: str) -> dict[str, Any]:
 def prepare(config: Config, training_set: TrainingSet, resuming: bool, start: str | None = None) -> Config:
     """Train the tokenizer if necessary, resolve `config` with its size, write both into the run folder; on one rank.
 
-    `start`: the weights that a new run starts from, whose tokenizer it takes; None: random ones.
-
-    Too many bad samples end in a UserError.
+    `start`: the weights that a new run starts from, whose tokenizer it takes; None: random ones. Too many bad samples
+    end in a UserError.
     """
     check_bad(training_set, config)
     _refuse_few(len(training_set), config)
@@ -213,6 +211,5 @@ def _tokenizer(config: Config, start: str | None, resuming: bool) -> Tokenizer |
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    text = without_secrets(text)
+    text = without_secrets(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -70,14 +70,14 @@ class Reports:
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Time the wait for a micro-batch; this rank's own time begins here and ends at :meth:`at_exchange`."""
+        """Time the wait for a micro-batch; this rank's own time begins here."""
         self._own_time.start()
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
 
     def at_exchange(self) -> None:
-        """Note that this rank has come to the first exchange between ranks."""
+        """End this rank's own time, at the first exchange between ranks."""
         self._own_time.stop()
 
     def add(self, losses: Sequence[dict[str, Tensor]]) -> None:
@@ -91,13 +91,10 @@ class Reports:
             self._log.bar.update()
 
     def write(self, step: int, bad: list[Bad], measures: dict[str, float | None]) -> None:
-        """Report the steps since the last report; call on every rank.
+        """Report the steps since the last report, at the run's `step`; call on every rank.
 
-        Args:
-            step: how many steps the run has taken. bad: the bad samples that this rank has found.
-            measures: further values of this step, the same on every rank.
-        Raises:
-            UserError: more than ``data.max_bad`` of the samples are bad.
+        `bad` are the bad samples that this rank has found; more than ``data.max_bad`` of all end in a UserError.
+        `measures` are further values of this step, the same on every rank.
         """
         means: dict[str, float] = {}  # over all ranks and micro-steps; empty if every step was skipped
         if self._micro_steps:
@@ -105,7 +102,6 @@ class Reports:
             means = dict(zip(self._sums, (sum_over_ranks(sums) / self._ranks.size).tolist(), strict=True))
         found = self._bad_samples.count(bad)
         seconds, waited, steps = time.perf_counter() - self._began, self._waited, self._steps_since
-        first = step - steps
         times = self._rank_times.gather(self._own_time.seconds() / steps)
         self.restart()
         if self._log is None:
@@ -128,7 +124,7 @@ class Reports:
         }
         self._log.write(step, values)
         losses = {name: value for name, value in means.items() if name.startswith("loss")}
-        left = None if first < self._steady_from else (self._steps - step) * batch / images_per_s
+        left = None if step - steps < self._steady_from else (self._steps - step) * batch / images_per_s
         self._log.show(step, {**losses, "images/s": images_per_s}, left)
         if left is not None and not self._told_time and step < self._steps:
             self._told_time = True
@@ -143,9 +139,6 @@ class Reports:
         if self._log is not None and figures:
             self._log.write(step, {"validation": figures})
             self.say(f"step {step}: " + ", ".join(f"{name} {value:.1f}" for name, value in figures.items()))
-
-
-# ---------------------------------------------------------------------- a slow rank
 
 
 class Stopwatch:
@@ -221,9 +214,6 @@ class RankTimes:
         )
 
 
-# ---------------------------------------------------------------------- where reports are written
-
-
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's ``metrics.jsonl``."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -234,9 +224,8 @@ class MetricsLog:
     bar; only rank 0 makes one.
 
     Args:
-        run: the run folder. start: the step that the run starts or resumes at; lines of later steps, from before an
-            interruption, are dropped. steps: of the whole run.
-        wandb: the Weights & Biases project to report to; None: none.
+        start: the step that the run starts or resumes at; lines of later steps, from before an interruption, are
+            dropped. steps: of the whole run. wandb: the Weights & Biases project to report to.
     Raises:
         UserError: Weights & Biases is not installed or cannot be reached.
     """
@@ -252,7 +241,6 @@ class MetricsLog:
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
         # A terminal gets a bar; a log file gets a line per report.
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
-        self._steps = steps
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Write one line of ``metrics.jsonl``; numbers also go to TensorBoard and wandb, nested ones by path."""
@@ -264,13 +252,12 @@ class MetricsLog:
             self._wandb.log({**numbers, "step": step})
 
     def show(self, step: int, values: dict[str, float], seconds_left: float | None) -> None:
-        """Show the losses and the speed in the progress bar, or print them as a line. `seconds_left`: None where the
-        speed tells nothing of the steps to come, because compilation is in it."""
+        """Show the losses and the speed in the progress bar, or print them as a line; `seconds_left`: None: unknown."""
         text = " ".join(f"{name.removeprefix('loss_')} {value:.4g}" for name, value in values.items())
         if self.bar.disable:
             if seconds_left is not None:
                 text += f" | {tqdm.format_interval(seconds_left)} left"
-            print(f"step {step}/{self._steps} {text}", file=sys.stderr, flush=True)
+            print(f"step {step}/{self.bar.total} {text}", file=sys.stderr, flush=True)
         else:
             self.bar.set_postfix_str(text)
 
@@ -298,15 +285,10 @@ def _start_wandb(run: Path, project: str) -> Any:
     known = json.loads(memory.read_text()) if memory.exists() else {"project": project, "id": secrets.token_hex(8)}
     if known["project"] != project:
         raise UserError(f"{run} reports to the project {known['project']}; log.wandb is now {project}")
+    # A resumed run may have another learning rate or number of steps, so its configuration may change.
+    options = {"config": json.loads((run / "config.json").read_text()), "allow_val_change": True}
     try:
-        online = wandb.init(
-            **known,
-            name=run.name,
-            resume="allow",
-            dir=str(run),
-            config=json.loads((run / "config.json").read_text()),
-            allow_val_change=True,  # a resumed run may have another learning rate or number of steps
-        )
+        online = wandb.init(**known, name=run.name, resume="allow", dir=str(run), **options)
     except wandb.Error as error:
         raise UserError(f"log.wandb: {error} (WANDB_MODE=offline keeps the reports in {run / 'wandb'})") from None
     write_json(memory, known)

@@ -23,16 +23,15 @@ def summary(config: Config, ranks: Ranks) -> str:
     compilation = "compiled, CUDA graphs" if config.replays(ranks.device.type) else "compiled"
     images = f"{ranks.size} ranks × " if ranks.size > 1 else ""
     images += f"{train.accumulation} × " if train.accumulation > 1 else ""
-    return ", ".join(
-        [
-            f"{ranks.size} × {devices.describe(ranks.device)}",
-            train.precision + (" (TF32)" if train.tf32 and ranks.device.type == "cuda" else ""),
-            compilation if config.compiles(ranks.device.type) else "not compiled",
-            f"attention: {'/'.join(_attention(config, ranks.device))}",
-            f"ZeRO-{config.deepspeed.zero_stage}",
-            f"{train.batch} images a step" + (f" ({images}{config.micro_batch(ranks.size)})" if images else ""),
-        ]
-    )
+    parts = [
+        f"{ranks.size} × {devices.describe(ranks.device)}",
+        train.precision + (" (TF32)" if train.tf32 and ranks.device.type == "cuda" else ""),
+        compilation if config.compiles(ranks.device.type) else "not compiled",
+        f"attention: {'/'.join(_attention(config, ranks.device))}",
+        f"ZeRO-{config.deepspeed.zero_stage}",
+        f"{train.batch} images a step" + (f" ({images}{config.micro_batch(ranks.size)})" if images else ""),
+    ]
+    return ", ".join(parts)
 
 
 def opening(config: Config, samples: int, module: nn.Module, steps: int) -> str:
@@ -68,8 +67,7 @@ def closing(scores: dict[str, Any], config: Config) -> str:
         lines.append(f"retrieval R@1: {found}")
     if not scores:
         lines.append("no scores: the configuration names neither eval.datasets nor data.val_shards")
-    pictures = [name for name in PICTURES if (run / name).is_file()]
-    if pictures:
+    if pictures := [name for name in PICTURES if (run / name).is_file()]:
         lines.append(f"pictures: {', '.join(pictures)} in {run}")
     return "\n".join([*lines, f"next: mixreorg demo --weights {run}"])
 

@@ -130,11 +130,8 @@ class Trainer:
             print(opening(config, len(self.training_set), module, self.steps), flush=True)
         module.to(ranks.device)
         steps = optimizer(module, config, self.guard)
-        engine, *_ = import_deepspeed().initialize(
-            model=module,
-            optimizer=steps,
-            config=deepspeed_config(config, ranks.size, on_gpu=ranks.device.type == "cuda"),
-        )
+        settings = deepspeed_config(config, ranks.size, on_gpu=ranks.device.type == "cuda")
+        engine, *_ = import_deepspeed().initialize(model=module, optimizer=steps, config=settings)
         wait_patiently()
         steps.lay_out(engine)
         checkpoint.start_moments(engine)
@@ -147,10 +144,7 @@ class Trainer:
     # ------------------------------------------------------------------ the loop
 
     def run(self) -> dict[str, Any]:
-        """Train to the last step, evaluate, draw; returns the final scores, {} after SIGTERM.
-
-        SIGINT ends the run with a checkpoint and a KeyboardInterrupt.
-        """
+        """Train to the last step, evaluate, draw; signals and the result are those of :func:`train`."""
         with full_disk_in_one_line(self.run_folder):
             with (
                 self.reports,
@@ -159,12 +153,11 @@ class Trainer:
                 StopRequest() as stop,
             ):
                 stopped_by = self._loop(loader, stop)
-                if self._images is None:
-                    self._images = next(loader).images
+                images = next(loader).images if self._images is None else self._images
             self.watch.at(self.step, "final scores", timed=False)
             if self.ranks.is_main and not draw_losses(self.run_folder):
                 print("no losses.png: it needs matplotlib", file=sys.stderr, flush=True)
-            scores = {} if stopped_by else self._finish()
+            scores = {} if stopped_by else self._finish(images)
             self.watch.at(self.step, "stopped" if stopped_by else FINISHED)
         if stopped_by == signal.SIGINT:
             raise KeyboardInterrupt
@@ -239,17 +232,10 @@ class Trainer:
         first = self.ranks.rank * self.micro_batch
         if self.grad_cache:
             first = pairs.position - self.step * self.config.train.batch
-        seed = micro_step_seed(self.config.seed, pairs.position - first)
-        return Batch(
-            pairs.images,
-            pairs.ids,
-            pairs.lengths,
-            torch.full((), seed, device=self.ranks.device),  # filled on the device: the host does not wait for a copy
-            first,
-            pairs.noun_ids,
-            pairs.noun_lengths,
-            self.step / self.steps,
-        )
+        # Filled on the device, so that the host does not wait for a copy.
+        seed = torch.full((), micro_step_seed(self.config.seed, pairs.position - first), device=self.ranks.device)
+        done = self.step / self.steps
+        return Batch(pairs.images, pairs.ids, pairs.lengths, seed, first, pairs.noun_ids, pairs.noun_lengths, done)
 
     # ------------------------------------------------------------------ forward and backward
 
@@ -298,10 +284,7 @@ class Trainer:
             group["lr"] = rate
 
     def _skip(self, norm: float, buffers: list[Tensor]) -> None:
-        """Restore the network's buffers after a skipped step.
-
-        Too many in a row end the run in a UserError, with the last step's batch in the run folder.
-        """
+        """Restore the network's buffers after a skipped step; too many in a row end the run in a UserError."""
         for buffer, before in zip(self.engine.module.buffers(), buffers, strict=True):
             buffer.copy_(before)
         self.reports.say(f"step {self.step} skipped: gradient norm {norm:.4g} ({self.guard.skipped} skipped so far)")
@@ -349,14 +332,13 @@ class Trainer:
             if self.ranks.is_main:
                 model.save(self.run_folder / "best")
 
-    def _finish(self) -> dict[str, Any]:
-        """Score all evaluation data and draw the pictures."""
+    def _finish(self, images: Tensor) -> dict[str, Any]:
+        """Score all evaluation data and draw the pictures, some of them of training `images`."""
         model, scores = self._score(None)
         if self.ranks.is_main:
             if scores:
                 write_json(self.run_folder / "eval.json", scores)
-            assert self._images is not None, "no batch was read"
-            validation.draw(model, self.config, self._images, self.run_folder)
+            validation.draw(model, self.config, images, self.run_folder)
             print(closing(scores, self.config), flush=True)
         return scores
 

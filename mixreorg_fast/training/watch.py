@@ -16,25 +16,17 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch._dynamo.callback import callback_handler
 from torch.distributed import HashStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ..files import write_json
-from ..ranks import Ranks, max_over_ranks
+from ..ranks import Ranks, max_over_ranks, on_main
 
 FINISHED = "finished"  # the place of a run with final scores
 REPEAT = 1.0  # seconds within which a repeated signal counts as one
 
-_LAUNCHERS = {
-    "mixreorg",
-    "deepspeed",
-    "ds",
-    "torchrun",
-    "deepspeed.launcher.launch",
-    "torch.distributed.run",
-    "torch.distributed.launch",
-}
+_LAUNCHERS = {"mixreorg", "deepspeed", "ds", "torchrun"}  # programs, and modules:
+_LAUNCHERS |= {"deepspeed.launcher.launch", "torch.distributed.run", "torch.distributed.launch"}
 
 
 class StopRequest:
@@ -208,23 +200,19 @@ def _store(ranks: Ranks) -> Store:
         return HashStore()
     host = os.environ["MASTER_ADDR"]
     store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if ranks.is_main else None
-    port: list[Any] = [store.port if store else None]
-    dist.broadcast_object_list(port, src=0)
-    return store or TCPStore(host, port[0], is_master=False)
+    port = on_main(lambda: store.port if store else 0)
+    return store or TCPStore(host, port, is_master=False)
 
 
 def launchers() -> list[int]:
     """Process ids of the launchers above this process (``deepspeed`` starts ranks through a second launcher)."""
-    found = []
-    pid = os.getppid()
-    while pid > 1:
-        try:
+    found, pid = [], os.getppid()
+    with contextlib.suppress(OSError, ValueError):  # a process has ended
+        while pid > 1:
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:6]
+            if not any(os.path.basename(argument.decode(errors="replace")) in _LAUNCHERS for argument in arguments):
+                break
             parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            break
-        if not any(os.path.basename(argument.decode(errors="replace")) in _LAUNCHERS for argument in arguments):
-            break
-        found.append(pid)
-        pid = parent
+            found.append(pid)
+            pid = parent
     return found
