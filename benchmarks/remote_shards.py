@@ -149,7 +149,7 @@ def streaming(shards: int) -> dict[str, Any]:
         config = configuration(url, shards, folder, {"window": 8, "workers": 2, "size": f"{20 * size} B"})
         training_set = TrainingSet.open(config)
         training_set.begin()
-        reader = SampleReader(training_set.shards, 1, torch.device("cpu"), training_set.alternatives)
+        reader = SampleReader(training_set.shards, 1, torch.device("cpu"))
         ahead = training_set.fetch_ahead(0)
         seen = np.zeros(shards * 100, np.int64)
         memory, held, start = [], 0, time.perf_counter()

@@ -12,7 +12,7 @@ import torch
 from mixreorg_fast.config import AugmentConfig, DataConfig
 from mixreorg_fast.data.reading import augment, loaders
 from mixreorg_fast.data.reading.augment import training_graph, validation_graph
-from mixreorg_fast.data.reading.decoder import feed, take
+from mixreorg_fast.data.reading.decoder import take
 from mixreorg_fast.data.reading.loaders import ValidationLoader
 from mixreorg_fast.data.reading.samples import MOST_THREADS, reading_threads
 from mixreorg_fast.data.shards.shard_set import open_shards
@@ -94,7 +94,7 @@ def test_batches_are_copied_and_not_lent(monkeypatch):
     pipeline = validation_graph(32, device=torch.device("cpu"), batch=2, threads=1)
     taken = []
     for number in (0, 1, 0):
-        feed(pipeline, {"encoded": [np.frombuffer(photo(number + i), np.uint8) for i in range(2)]})
+        pipeline.feed_input("encoded", [np.frombuffer(photo(number + i), np.uint8) for i in range(2)])
         pipeline.schedule_run()
         taken.append(take(pipeline, torch.device("cpu")))
     first, second, again = taken  # each in memory of its own, which later batches leave alone

@@ -1,9 +1,8 @@
 """Augmentation: its random numbers drawn on the host, its pixels computed by DALI.
 
 ``draw`` turns (seed, position) into one row of parameters per image; ``training_graph`` is the DALI graph that takes
-those rows as inputs beside the encoded images. Nothing inside the graph is random. The recipe is GroupViT's (timm's
-``rand-m9-mstd0.5-inc1`` with random erasing): random resized crop, flip, RandAugment or colour jitter, normalise,
-erase.
+those rows as inputs beside the encoded images. The graph draws nothing. The recipe is GroupViT's (timm's
+``rand-m9-mstd0.5-inc1``): random resized crop, flip, RandAugment or colour jitter, normalise, random erasing.
 """
 
 from __future__ import annotations
@@ -28,11 +27,8 @@ JITTER = ("brightness", "contrast", "saturation", "hue")
 
 
 def draw(config: AugmentConfig, seed: int, position: int, sizes: np.ndarray) -> dict[str, np.ndarray]:
-    """Parameters of the images at positions position … position + B - 1, by the graph's input names.
-
-    Args:
-        sizes: height and width of each photo, int ``[B, 2]``.
-    """
+    """Parameters of the images at positions position … position + B - 1, by the graph's input names; `sizes` are the
+    heights and widths of the photos, int ``[B, 2]``."""
     count = len(sizes)
     start, extent = crop_boxes(uniforms(seed, Purpose.CROP, position, count, 2 * ATTEMPTS + 2), sizes, config)
     flips = uniforms(seed, Purpose.FLIP, position, count, 1)[:, 0] < config.flip
@@ -47,19 +43,15 @@ def draw(config: AugmentConfig, seed: int, position: int, sizes: np.ndarray) -> 
         drawn |= dict(zip(JITTER, (*factors[:, :3].T.copy(), hue), strict=True))
     if config.random_erasing:
         numbers = uniforms(seed, Purpose.ERASE, position, count, 2 * ATTEMPTS + 3)
-        drawn |= dict(zip(("erase_start", "erase_extent"), _erased(numbers, config.random_erasing), strict=True))
+        drawn["erase_start"], drawn["erase_extent"] = _erased(numbers, config.random_erasing)
     return drawn
 
 
 def crop_boxes(numbers: np.ndarray, sizes: np.ndarray, config: AugmentConfig) -> tuple[np.ndarray, np.ndarray]:
     """torchvision's RandomResizedCrop: top-left corner and size of each crop, as shares of the photo.
 
-    Args:
-        numbers: uniform ``[B, 22]``.
-        sizes: height and width, int ``[B, 2]``.
-
-    Returns:
-        start, extent: float32 ``[B, 2]`` (vertical, horizontal).
+    `numbers` are uniform ``[B, 22]``, `sizes` heights and widths, int ``[B, 2]``. Corners and sizes are float32
+    ``[B, 2]`` (vertical, horizontal).
     """
     height, width = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
     low, high = config.crop_scale
@@ -111,14 +103,7 @@ def _erased(numbers: np.ndarray, probability: float) -> tuple[np.ndarray, np.nda
 
 
 def training_graph(
-    config: AugmentConfig,
-    size: int,
-    *,
-    device: torch.device,
-    batch: int,
-    threads: int,
-    depth: int,
-    hw_decoder_load: float | None = None,
+    config: AugmentConfig, size: int, *, device: torch.device, hw_decoder_load: float | None = None, **options: int
 ) -> Any:
     """The built DALI pipeline from encoded photos and drawn parameters to fp32 ``[3, size, size]``.
 
@@ -126,11 +111,11 @@ def training_graph(
 
     Args:
         hw_decoder_load: share of the JPEGs that a GPU's JPEG hardware decodes, where it has some; None: DALI's own.
+        options: batch, threads and depth (batches in flight).
     """
-    from nvidia.dali import fn
     from nvidia.dali.auto_aug.core import select, signed_bin
 
-    types = _types()
+    fn, types = _dali()
 
     def source(name: str, kind: Any, ndim: int) -> Any:
         return fn.external_source(name=name, dtype=kind, ndim=ndim)
@@ -144,74 +129,61 @@ def training_graph(
             **_decoder(device, hw_decoder_load),
         )
         images = fn.resize(images, size=(size, size), interp_type=types.INTERP_CUBIC, antialias=True)
-        images: Any = fn.flip(images, horizontal=source("flip", types.INT32, 0))
+        images = fn.flip(images, horizontal=source("flip", types.INT32, 0))
         if config.rand_augment_ops:
             operation = source("operation", types.INT32, 1)
             magnitude = signed_bin(source("magnitude", types.INT32, 1), source("sign", types.INT32, 1))
+            settings = {"num_magnitude_bins": MAGNITUDES, "shape": (size, size), "fill_value": 128}
             for level in range(config.rand_augment_ops):
-                images = select(
-                    _suite(),
-                    operation[level],
-                    data=images,
-                    magnitude_bin=magnitude[level],
-                    num_magnitude_bins=MAGNITUDES,
-                    shape=(size, size),
-                    fill_value=128,
-                )
+                images = select(_suite(), operation[level], data=images, magnitude_bin=magnitude[level], **settings)
         elif config.color_jitter:
             images = fn.color_twist(images, **{name: source(name, types.FLOAT, 0) for name in JITTER})
         images = _normalised(images)
         if config.random_erasing:
-            images = fn.erase(
-                images,
-                anchor=source("erase_start", types.FLOAT, 1),
-                shape=source("erase_extent", types.FLOAT, 1),
-                normalized=True,
-                axis_names="HW",
-                fill_value=0.0,  # the mean colour
-            )
+            start, extent = source("erase_start", types.FLOAT, 1), source("erase_extent", types.FLOAT, 1)
+            # 0 is the mean colour.
+            images = fn.erase(images, anchor=start, shape=extent, normalized=True, axis_names="HW", fill_value=0.0)
         return images
 
-    return _built(graph, device=device, batch=batch, threads=threads, depth=depth)
+    return _built(graph, device, **options)
 
 
-def validation_graph(
-    size: int, *, device: torch.device, batch: int, threads: int, hw_decoder_load: float | None = None
-) -> Any:
+def validation_graph(size: int, *, device: torch.device, hw_decoder_load: float | None = None, **options: int) -> Any:
     """As :func:`training_graph` with the one input ``encoded``: short side to `size`, the middle square."""
-    from nvidia.dali import fn
+    fn, types = _dali()
 
     def graph() -> Any:
-        images = fn.external_source(name="encoded", dtype=_types().UINT8, ndim=1)
+        images = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
         images = fn.decoders.image(images, **_decoder(device, hw_decoder_load))
-        images = fn.resize(images, resize_shorter=size, interp_type=_types().INTERP_CUBIC, antialias=True)
+        images = fn.resize(images, resize_shorter=size, interp_type=types.INTERP_CUBIC, antialias=True)
         return _normalised(images, crop=(size, size))
 
-    return _built(graph, device=device, batch=batch, threads=threads, depth=1)
+    return _built(graph, device, depth=1, **options)
 
 
-def _types() -> Any:
-    """DALI's constants, which its annotations leave out."""
-    from nvidia.dali import types
+def _dali() -> tuple[Any, Any]:
+    """DALI's operators and constants, which its annotations leave out."""
+    from nvidia.dali import fn, types
 
-    return types
+    return fn, types
 
 
 def _decoder(device: torch.device, hw_decoder_load: float | None) -> dict[str, Any]:
-    """Arguments of DALI's decoders. By default a GPU's interpolates colours more coarsely than a CPU's."""
-    arguments = {"device": "mixed" if device.type == "cuda" else "cpu", "output_type": _types().RGB}
-    load = {} if hw_decoder_load is None else {"hw_decoder_load": hw_decoder_load}
-    return {**arguments, "jpeg_fancy_upsampling": True, **load}
+    """Arguments of DALI's decoders."""
+    return {
+        "device": "mixed" if device.type == "cuda" else "cpu",
+        "jpeg_fancy_upsampling": True,  # else a GPU's interpolates colours more coarsely than a CPU's
+        "hw_decoder_load": hw_decoder_load,
+    }
 
 
 def _normalised(images: Any, **crop: Any) -> Any:
-    from nvidia.dali import fn
-
+    fn, types = _dali()
     mean, std = ([255 * value for value in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return fn.crop_mirror_normalize(images, dtype=_types().FLOAT, output_layout="CHW", mean=mean, std=std, **crop)
+    return fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std, **crop)
 
 
-def _built(graph: Callable, *, device: torch.device, batch: int, threads: int, depth: int) -> Any:
+def _built(graph: Callable, device: torch.device, *, batch: int, threads: int, depth: int) -> Any:
     from nvidia.dali.pipeline import pipeline_def
 
     pipeline: Any = pipeline_def(enable_conditionals=True)(graph)(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ...errors import UserError, extra
@@ -74,17 +75,12 @@ class Decoder:
         if self._pipeline is None:
             self._pipeline = validation_graph(32, device=self._device, batch=BATCH, threads=self._threads)
         try:
-            feed(self._pipeline, {"encoded": list(photos)})
+            self._pipeline.feed_input("encoded", list(photos))
             self._pipeline.schedule_run()
             take(self._pipeline, self._device)
         except RuntimeError:
             return False
         return True
-
-
-def feed(pipeline: Any, inputs: dict[str, Any]) -> None:
-    for name, data in inputs.items():
-        pipeline.feed_input(name, data)
 
 
 def take(pipeline: Any, device: torch.device) -> Tensor:
@@ -107,10 +103,7 @@ def take(pipeline: Any, device: torch.device) -> Tensor:
 
 def _turned(photo: bytes) -> bool:
     """Whether the EXIF orientation, which the decoder applies, swaps height and width."""
-    if b"Exif\0\0" not in photo[:4096]:
-        return False
-    from PIL import Image
-
-    with contextlib.suppress(Exception):  # a damaged EXIF block only makes the crop's shape a little wrong
-        return Image.open(io.BytesIO(photo)).getexif().get(0x0112, 1) >= 5
+    if b"Exif\0\0" in photo[:4096]:
+        with contextlib.suppress(Exception):  # a damaged EXIF block only makes the crop's shape a little wrong
+            return Image.open(io.BytesIO(photo)).getexif().get(0x0112, 1) >= 5
     return False

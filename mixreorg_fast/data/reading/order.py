@@ -38,28 +38,23 @@ class WindowedOrder(ABC):
 
     Args:
         shards: how many there are.
-        seed: of the run.
         window: shards whose samples are shuffled together.
         stream: a further number to shuffle by, for several orders under one seed.
-
-    Attributes:
-        span: sample numbers are below it.
-        windows: of an epoch.
     """
 
-    span: int
+    span: int  # sample numbers are below it
 
     def __init__(self, shards: int, seed: int, window: int, stream: int) -> None:
-        self._shards, self._seed, self._window, self._stream = shards, seed, window, stream
-        self.windows = -(-shards // window)
+        self._seed, self._window, self._stream = seed, window, stream
+        self.windows = -(-shards // window)  # of an epoch
         # Neighbouring batches fall into the same window; two of each are in use where one ends.
-        self._epoch = functools.lru_cache(maxsize=2)(self._shuffle_shards)
-        self._shuffled = functools.lru_cache(maxsize=2)(self._shuffle_window)
+        self._epoch = functools.lru_cache(2)(lambda epoch: permutation(shards, seed, Purpose.SHARDS, epoch, 0, stream))
+        self._shuffled = functools.lru_cache(2)(self._shuffle_window)
 
     @property
-    @abstractmethod
     def samples(self) -> int:
         """Of an epoch."""
+        return self.span
 
     @abstractmethod
     def _find(self, position: int) -> tuple[int, int]:
@@ -83,9 +78,6 @@ class WindowedOrder(ABC):
         epoch, part = divmod(window, self.windows)
         return self._epoch(epoch)[part * self._window : (part + 1) * self._window].tolist()
 
-    def _shuffle_shards(self, epoch: int) -> np.ndarray:
-        return permutation(self._shards, self._seed, Purpose.SHARDS, epoch, 0, self._stream)
-
     def _shuffle_window(self, window: int) -> np.ndarray:
         numbers = np.concatenate([self._numbers(shard) for shard in self.shards_of(window)])
         epoch, part = divmod(window, self.windows)
@@ -93,32 +85,20 @@ class WindowedOrder(ABC):
 
 
 class Order(WindowedOrder):
-    """The order of shards whose samples are counted.
-
-    Args:
-        sizes: samples of each shard. seed, window, stream: as of :class:`WindowedOrder`.
-    """
+    """The order of shards with `sizes` samples; the other arguments are as of :class:`WindowedOrder`."""
 
     def __init__(self, sizes: np.ndarray, seed: int, *, window: int = 16, stream: int = 0) -> None:
         super().__init__(len(sizes), seed, window, stream)
         self._sizes = np.asarray(sizes, dtype=np.int64)
         self._starts = np.cumsum(self._sizes) - self._sizes
         self.span = int(self._sizes.sum())
-        self._ends = functools.lru_cache(maxsize=2)(self._window_ends)
-
-    @property
-    def samples(self) -> int:
-        return self.span
 
     def _find(self, position: int) -> tuple[int, int]:
         epoch, place = divmod(position, self.span)
-        ends = self._ends(epoch)
-        part = int(np.searchsorted(ends, place, side="right"))
-        return epoch * self.windows + part, epoch * self.span + (int(ends[part - 1]) if part else 0)
-
-    def _window_ends(self, epoch: int) -> np.ndarray:
-        sizes = self._sizes[self._epoch(epoch)]
-        return np.cumsum(np.add.reduceat(sizes, np.arange(0, len(sizes), self._window)))
+        sizes = np.add.reduceat(self._sizes[self._epoch(epoch)], np.arange(0, len(self._sizes), self._window))
+        starts = np.cumsum(sizes) - sizes
+        part = int(np.searchsorted(starts, place, side="right")) - 1
+        return epoch * self.windows + part, epoch * self.span + int(starts[part])
 
     def _numbers(self, shard: int) -> np.ndarray:
         return np.arange(self._sizes[shard], dtype=np.int64) + self._starts[shard]
@@ -134,7 +114,6 @@ class Mixture:
     Args:
         orders: of the sets, with their number as `stream`; the sets' samples are numbered one set after the other.
         weights: of the sets, positive; their sum does not matter.
-        seed: of the run.
 
     Raises:
         ValueError: a weight is too small for its set to appear in a block.
@@ -151,7 +130,7 @@ class Mixture:
         self._per_block = np.diff(ends, prepend=0)  # positions of each set
         if (self._per_block < 1).any():
             raise ValueError(f"a weight is less than 1/{self.BLOCK} of their sum")
-        self._block = functools.lru_cache(maxsize=2)(self._shuffle_block)
+        self._block = functools.lru_cache(2)(self._shuffle_block)
 
     @property
     def samples(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -21,7 +20,7 @@ from .order import stand_in
 
 log = logging.getLogger("mixreorg_fast")
 
-Alternatives = Callable[[int], tuple[int, int]]
+Found = tuple[int, Sample, tuple[int, int]]  # a sample with its number, and its photo's height and width
 MOST_THREADS = 16  # more threads than this find no work beside a GPU's decoder
 
 
@@ -33,23 +32,13 @@ def reading_threads(data: DataConfig) -> int:
 
 
 class SampleReader:
-    """Reads samples with a small pool of threads and lists the samples that it finds bad.
+    """Reads samples with a small pool of threads. Readers may share `shards`: each opens files of its own."""
 
-    Args:
-        shards: shared with other readers; each reader opens files of its own.
-        alternatives: for a sample's number, first and count of those that may replace it; default: as `shards` say.
-
-    Attributes:
-        bad: the bad samples found so far, by number.
-    """
-
-    def __init__(
-        self, shards: ShardSet, threads: int, device: torch.device, alternatives: Alternatives | None = None
-    ) -> None:
-        self.bad: dict[int, Bad] = {}
+    def __init__(self, shards: ShardSet, threads: int, device: torch.device) -> None:
+        self.bad: dict[int, Bad] = {}  # the bad samples found so far, by number
         self._shards = ShardSet(shards.shards, shards.sizes)
         self._threads = threads
-        self._alternatives = alternatives or shards.alternatives
+        self._alternatives = shards.alternatives
         self._decoder = Decoder(device, 1)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mixreorg-read")
         self._warned: set[str] = set()
@@ -67,11 +56,11 @@ class SampleReader:
         """
         self._shards.open_for(numbers)
         parts = np.array_split(numbers, self._threads)  # one task per thread: a task costs more than a cached read
-        read = [pair for part in self._pool.map(self._read_part, parts) for pair in part]
-        pairs = list(zip(numbers.tolist(), read, strict=True))
+        tasks = self._pool.map(lambda part: [self._read(number) for number in part.tolist()], parts)
+        read = [found for task in tasks for found in task]
         if substitute:
-            pairs = [(number, pair) if pair else self._replacement(number) for number, pair in pairs]
-        kept = [(number, *pair) for number, pair in pairs if pair]
+            read = [found or self._replacement(number) for number, found in zip(numbers.tolist(), read, strict=True)]
+        kept = [found for found in read if found]
         encoded = [np.frombuffer(sample.image, np.uint8) for _, sample, _ in kept]
         sizes = np.array([size for *_, size in kept], dtype=np.int64).reshape(-1, 2)
         return [number for number, *_ in kept], [sample for _, sample, _ in kept], encoded, sizes
@@ -94,33 +83,26 @@ class SampleReader:
         self._pool.shutdown(wait=True)
         self._shards.close()
 
-    def _replacement(self, number: int) -> tuple[int, tuple[Sample, tuple[int, int]]]:
+    def _replacement(self, number: int) -> Found:
         first, count = self._alternatives(number)
         for attempt in range(64 + count):
             other = stand_in(number, attempt, first, count)
             if other not in self.bad:
                 self._shards.open_for(np.array([other]))
-                (pair,) = self._read_part(np.array([other]))
-                if pair is not None:
-                    return other, pair
+                if found := self._read(other):
+                    return found
         folder = self._shards.bad_sample(number, "").shard
         raise UserError(f"not one sample of the shards can be used ({folder} …); see `mixreorg shards verify`")
 
-    def _read_part(self, numbers: np.ndarray) -> list[tuple[Sample, tuple[int, int]] | None]:
-        """Samples with their photos' heights and widths; None for a bad one."""
-
-        def pair(number: int) -> tuple[Sample, tuple[int, int]] | None:
-            if number not in self.bad:
-                try:
-                    sample = self._shards.read(number)
-                    return sample, self._decoder.size(sample.image)
-                except ValueError as error:  # not a photo, or no caption
-                    self._mark(number, str(error))
-                except OSError as error:  # the shard is cut or gone
-                    self._mark(number, str(error), shard_wide=True)
-            return None
-
-        return [pair(number) for number in numbers.tolist()]
+    def _read(self, number: int) -> Found | None:
+        """None for a bad sample."""
+        if number not in self.bad:
+            try:
+                sample = self._shards.read(number)
+                return number, sample, self._decoder.size(sample.image)
+            except (ValueError, OSError) as error:  # not a photo, or no caption; the shard is cut or gone
+                self._mark(number, str(error), shard_wide=isinstance(error, OSError))
+        return None
 
     def _mark(self, number: int, reason: str, *, shard_wide: bool = False) -> None:
         """Note a bad sample. A `shard_wide` reason is logged once."""

@@ -28,24 +28,33 @@ TOKENIZER_SAMPLES = 500_000
 _caches: dict[str, Cache] = {}
 
 
+class JoinedSets(ShardSet):
+    """The samples of several sets, numbered one set after the other."""
+
+    def __init__(self, sets: Sequence[ShardSet]) -> None:
+        super().__init__([s for part in sets for s in part.shards], np.concatenate([part.sizes for part in sets]))
+        self._sets = sets
+
+    def alternatives(self, number: int) -> tuple[int, int]:
+        """First and count of the samples of which one may replace sample `number`: of its set, or its remote shard."""
+        ends = np.cumsum([len(part) for part in self._sets])
+        part = int(np.searchsorted(ends, number, side="right"))
+        start = int(ends[part]) - len(self._sets[part])
+        first, count = self._sets[part].alternatives(number - start)
+        return start + first, count
+
+
 @dataclass(frozen=True)
 class TrainingSet:
-    """The samples that a run trains on, from one set of shards or several, opened once.
-
-    Attributes:
-        sets: local and remote ones.
-        orders: of each set.
-        order: which sample stands at which position of a run.
-        shards: of all sets, one set after the other.
-        digest: of all that the order depends on besides the seed. When it changes, positions mean other samples.
-    """
+    """The samples that a run trains on, from one set of shards or several, opened once."""
 
     config: Config
-    sets: Sequence[ShardSet]
-    orders: Sequence[Order | RemoteOrder]
-    order: Order | RemoteOrder | Mixture
-    shards: ShardSet
-    digest: str
+    sets: Sequence[ShardSet]  # local and remote ones
+    remote: Sequence[tuple[RemoteSet, RemoteOrder]]  # the remote ones, each with its order
+    cache: Cache | None  # of the remote ones
+    order: Order | RemoteOrder | Mixture  # which sample stands at which position of a run
+    shards: ShardSet  # of all sets
+    digest: str  # of all that the order depends on besides the seed; when it changes, positions mean other samples
 
     @classmethod
     def open(cls, config: Config, *, warn: bool = False) -> TrainingSet:
@@ -58,25 +67,25 @@ class TrainingSet:
         patterns, weights = zip(*shard_sets(config.data), strict=True)
         sets: list[ShardSet] = []
         orders: list[Order | RemoteOrder] = []
-        lines, cache = [], None
+        remote, cache, digest = [], None, hashlib.sha256()
         for number, (pattern, weight) in enumerate(zip(patterns, weights, strict=True)):
-            remote = remote_shards(pattern, config.data.cache)
-            if remote is None:
+            listed = remote_shards(pattern, config.data.cache)
+            if listed is None:
                 sets.append(open_shards(pattern, warn=warn))
                 orders.append(Order(sets[-1].sizes, config.seed, stream=number))
-                lines.append(f"{weight} {sets[-1].sizes.tolist()}\n")
+                digest.update(f"{weight} {sets[-1].sizes.tolist()}\n".encode())
             else:
-                cache, window = cache or open_cache(config.data), config.data.cache.window
-                part = RemoteSet(remote, cache)
-                sets.append(part)
-                orders.append(RemoteOrder(part.shards, config.seed, window=window, stream=number))
-                lines.append(f"{weight} {window} {[(str(shard.place), shard.size) for shard in remote]}\n")
+                cache, window = open_cache(config.data), config.data.cache.window
+                sets.append(part := RemoteSet(listed, cache))
+                orders.append(order := RemoteOrder(part.shards, config.seed, window=window, stream=number))
+                remote.append((part, order))
+                places = [(str(shard.place), shard.size) for shard in listed]
+                digest.update(f"{weight} {window} {places}\n".encode())
         try:
             order = orders[0] if len(orders) == 1 else Mixture(orders, weights, config.seed)
         except ValueError as error:
             raise UserError(f"data.shards: {error}; leave that set out") from None
-        shards = ShardSet([s for part in sets for s in part.shards], np.concatenate([part.sizes for part in sets]))
-        return cls(config, sets, orders, order, shards, hashlib.sha256("".join(lines).encode()).hexdigest())
+        return cls(config, sets, remote, cache, order, JoinedSets(sets), digest.hexdigest())
 
     def __len__(self) -> int:
         """Samples of an epoch; those of remote shards by the mean of their first window, which is fetched for it."""
@@ -97,25 +106,16 @@ class TrainingSet:
         """What the shards' indexes leave out: broken samples, lost ends of tars, files that are not tars."""
         return [bad for part in self.sets for bad in part.bad]
 
-    def alternatives(self, number: int) -> tuple[int, int]:
-        """First and count of the samples of which one may replace sample `number`: of its set, or its remote shard."""
-        ends = np.cumsum([order.span for order in self.orders])
-        part = int(np.searchsorted(ends, number, side="right"))
-        start = int(ends[part]) - self.orders[part].span
-        first, count = self.sets[part].alternatives(number - start)
-        return start + first, count
-
     def train_tokenizer(self, vocab_size: int) -> Tokenizer:
         """A tokenizer of the captions, as :meth:`Tokenizer.train`; of remote shards those of the first window."""
-        first = [part.shards if numbers is None else [part.shards[n] for n in numbers] for part, numbers in self._first]
-        return Tokenizer.train(ShardSet([s for part in first for s in part]).captions(TOKENIZER_SAMPLES), vocab_size)
-
-    # ------------------------------------------------------------------ remote shards
+        first: dict[ShardSet, list] = {p: [p.shards[n] for n in order.shards_of(0)] for p, order in self.remote}
+        shards = [shard for part in self.sets for shard in first.get(part, part.shards)]
+        return Tokenizer.train(ShardSet(shards).captions(TOKENIZER_SAMPLES), vocab_size)
 
     @property
     def is_remote(self) -> bool:
         """Whether some shards are fetched while the run reads."""
-        return self._cache is not None
+        return self.cache is not None
 
     @property
     def counts(self) -> list[list[Counts | None] | None]:
@@ -131,53 +131,37 @@ class TrainingSet:
         for part, known in zip(self.sets, counts, strict=False):
             if isinstance(part, RemoteSet) and known is not None:
                 part.counts = known
-        if (cache := self._cache) is None:
-            return
-        self._check_room(cache)
-        for part, numbers in self._first:
-            if isinstance(part, RemoteSet) and numbers is not None:
-                own = numbers[local_rank() :: local_size()]  # then those of the node's other ranks, if they are slower
-                part.fetch([*own, *(n for n in numbers if n not in own)], max(1, self._workers), progress=progress)
-        self._check_room(cache)  # sizes that no source lists are known now
+        self._check_room()
+        for part, order in self.remote:
+            numbers = order.shards_of(0)
+            own = numbers[local_rank() :: local_size()]  # then those of the node's other ranks, if they are slower
+            part.fetch([*own, *(n for n in numbers if n not in own)], max(1, self._workers), progress=progress)
+        self._check_room()  # sizes that no source lists are known now
 
     def fetch_ahead(self, behind: int) -> ShardAhead | None:
-        """Fetch remote shards ahead of the run, shared by the processes of a node; None without remote shards.
-
-        Args:
-            behind: samples by which another rank may be behind this one.
-        """
-        if (cache := self._cache) is None:
+        """Fetch remote shards ahead of the run, shared by the processes of a node; None without remote shards. Another
+        rank may be `behind` this one by so many samples."""
+        if self.cache is None:
             return None
-        remote = [order for order in self.orders if isinstance(order, RemoteOrder)]
-        return ShardAhead(cache, remote, self._workers, behind)
+        return ShardAhead(self.cache, [order for _, order in self.remote], self._workers, behind)
 
     @property
     def _workers(self) -> int:
         """This rank's part of the node's workers: verifying takes as long as reading does, so it should be shared."""
         return len(range(local_rank(), self.config.data.cache.workers, local_size()))
 
-    @property
-    def _cache(self) -> Cache | None:
-        return next((part.cache for part in self.sets if isinstance(part, RemoteSet)), None)
-
-    @property
-    def _first(self) -> list[tuple[ShardSet, list[int] | None]]:
-        """The sets, each remote one with the shards of its first window."""
-        orders = zip(self.sets, self.orders, strict=True)
-        return [(part, order.shards_of(0) if isinstance(order, RemoteOrder) else None) for part, order in orders]
-
-    def _check_room(self, cache: Cache) -> None:
+    def _check_room(self) -> None:
+        if (cache := self.cache) is None:
+            return
         settings, need, least = self.config.data.cache, 0, 0
-        for part, order in zip(self.sets, self.orders, strict=True):
-            if isinstance(order, RemoteOrder) and isinstance(part, RemoteSet):
-                shards = {n: part.shards[n].remote for window in (0, 1) for n in order.shards_of(window)}
-                sizes = [cache.size_of(shard) for shard in shards.values()]
-                need, least = need + sum(sizes), least + 2 * max(sizes)
+        for part, order in self.remote:
+            numbers = {*order.shards_of(0), *order.shards_of(1)}
+            sizes = [cache.size_of(part.shards[number].remote) for number in numbers]
+            need, least = need + sum(sizes), least + 2 * max(sizes)
         if need > (room := cache.room):
             fits = f"data.cache.window {room // least} or " if room >= least else ""
-            limit = (
-                f"data.cache.size {settings.size}" if room == cache.size else f"{cache.folder}: the disk's free space"
-            )
+            free = f"{cache.folder}: the disk's free space"
+            limit = f"data.cache.size {settings.size}" if room == cache.size else free
             raise UserError(
                 f"{limit} is less than two windows of {settings.window} shards ({need / 1e9:.3g} GB); "
                 f"nearest: {fits}{-(-need // 10**6)} MB"

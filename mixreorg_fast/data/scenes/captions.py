@@ -94,9 +94,8 @@ def caption(things: Sequence[Thing], ground: str, detail: float, rng: random.Ran
 
 def _describe(thing: Thing, detail: float, rng: random.Random) -> str:
     """A noun phrase: article, perhaps size, pattern and colour in either order, the kind or a synonym."""
-    noun = thing.kind
-    if thing.kind in KIND_WORDS and rng.random() < 0.25:
-        noun = rng.choice(KIND_WORDS[thing.kind])
+    words = KIND_WORDS.get(thing.kind, [])
+    noun = rng.choice(words) if words and rng.random() < 0.25 else thing.kind
     adjectives, after = [], ""
     if rng.random() < 0.85 * detail:
         words = COLOUR_WORDS.get(thing.colour, [])

@@ -5,27 +5,24 @@ a colour. Captions name them in varying words and leave things out, as people do
 held out of training and make the second evaluation folder, ``unseen``. The third, ``small``, shows single objects at
 half the area: where an object fills much of its picture, naming the whole picture after it scores well without any
 segmentation, and here it does not.
-
-The same shards and the same evaluation layout as real data, written by the same code.
 """
 
 from __future__ import annotations
 
 import fcntl
 import io
-import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
 from ...config import Config, EvalDatasetConfig, ScenesConfig
 from ...errors import UserError
-from ...files import atomic_path, write_json
+from ...files import atomic_path, json_or_empty, write_json
 from ...palette import voc_palette
 from ..shards.pair import Pair, write_shard
 from ..shards.processes import advance, in_processes
@@ -36,14 +33,12 @@ from .scene import KINDS
 FORMAT = 3  # raised when the same settings would draw other scenes
 PER_SHARD = 1000
 JPEG_QUALITY = 95
-# Like GroupViT's, set for the data. At VOC's 0.95 nearly every segment is background. Both methods score best at 0.2
-# or 0.3.
+# Set for the data. At VOC's 0.95 nearly every segment is background. Both methods score best at 0.2 or 0.3.
 BACKGROUND_THRESHOLD = 0.3
 SPLITS = ("train", "val", "unseen", "small")
 
 
-@dataclass(frozen=True)
-class ScenePaths:
+class ScenePaths(NamedTuple):
     """What :func:`ensure_scenes` leaves: shards, and folders in the plain evaluation layout."""
 
     train: tuple[Path, ...]
@@ -83,61 +78,48 @@ def ensure_scenes(config: ScenesConfig, *, workers: int | None = None, progress:
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
         with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released even when this process dies
-            if _settings_of(folder) != settings:
+            if json_or_empty(folder / "settings.json") != settings:
                 _replace(folder, config, settings, workers or os.cpu_count() or 1, progress)
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot hold the scenes: {error.strerror or error}; set data.scenes.folder"
-        ) from None
+        reason = error.strerror or error
+        raise UserError(f"{folder}: cannot hold the scenes: {reason}; set data.scenes.folder") from None
     shards = {split: tuple(sorted(folder.glob(f"{split}-*.tar"))) for split in ("train", "val")}
     return ScenePaths(shards["train"], shards["val"], folder / "val", folder / "unseen", folder / "small")
 
 
-def _settings_of(folder: Path) -> dict | None:
-    try:
-        return json.loads((folder / "settings.json").read_text())
-    except (OSError, ValueError):
-        return None
-
-
 def _replace(folder: Path, config: ScenesConfig, settings: dict, workers: int, progress: bool) -> None:
     """Draw everything beside `folder`, by several processes, then let it take the folder's place."""
-    if folder.exists() and _settings_of(folder) is None and any(folder.iterdir()):
+    if folder.exists() and not json_or_empty(folder / "settings.json") and any(folder.iterdir()):
         raise UserError(
             f"{folder} exists and does not hold embedded scenes; move it, or set data.scenes.folder to another"
         )
     for left in folder.parent.glob(f".{folder.name}.*.partial"):
         shutil.rmtree(left, ignore_errors=True)  # of a run that was killed; this process holds the lock
-    totals = {split: config.train if split == "train" else config.val for split in SPLITS}
-    pieces = [
-        (split, first, min(PER_SHARD, total - first))
-        for split, total in totals.items()
-        for first in range(0, total, PER_SHARD)
-    ]
-    bar = {"total": sum(totals.values()), "unit": "scene", "desc": "draw scenes", "disable": not progress}
+    scenes = {split: range(config.train if split == "train" else config.val) for split in SPLITS}
+    pieces = [(split, every[at : at + PER_SHARD]) for split, every in scenes.items() for at in every[::PER_SHARD]]
+    bar = {"total": sum(map(len, scenes.values())), "unit": "scene", "desc": "draw scenes", "disable": not progress}
     with atomic_path(folder) as fresh:
         fresh.mkdir()
         for split in SPLITS[1:]:
             for name in ("images", "masks", "splits"):
                 (fresh / split / name).mkdir(parents=True)
             (fresh / split / "classes.txt").write_text("\n".join(("background", *KINDS)) + "\n")
-            stems = [f"{split}{number:06d}" for number in range(config.val)]
+            stems = [f"{split}{number:06d}" for number in scenes[split]]
             (fresh / split / "splits" / "val.txt").write_text("\n".join(stems) + "\n")
-        for _ in in_processes(partial(_draw_piece, fresh, config), pieces, workers, **bar):
-            pass
+        list(in_processes(partial(_draw_piece, fresh, config), pieces, workers, **bar))  # waits for all of them
         write_json(fresh / "settings.json", settings)
 
 
 _painter = lru_cache(maxsize=1)(Painter)  # its textures take longer than a small piece
 
 
-def _draw_piece(folder: Path, config: ScenesConfig, piece: tuple[str, int, int]) -> None:
-    """Draw scenes first … first + count - 1 of a split: a shard, and for evaluation their pictures and masks."""
-    split, first, count = piece
+def _draw_piece(folder: Path, config: ScenesConfig, piece: tuple[str, range]) -> None:
+    """Draw the scenes of a split with some numbers: a shard, and for evaluation their pictures and masks."""
+    split, numbers = piece
     painter, held_out = _painter(config.size, config.seed), held_out_combinations(config.seed)
 
     def pairs() -> Iterator[Pair]:
-        for number in range(first, first + count):
+        for number in numbers:
             scene = plan_scene(config, split, number, held_out)
             picture, mask = painter.paint(scene)
             encoded = io.BytesIO()
@@ -154,4 +136,4 @@ def _draw_piece(folder: Path, config: ScenesConfig, piece: tuple[str, int, int])
             yield pair
 
     # The held-out combinations are shards too: retrieval can be scored on them as on any others.
-    write_shard(folder / f"{split}-{first // PER_SHARD:06d}.tar", pairs())
+    write_shard(folder / f"{split}-{numbers.start // PER_SHARD:06d}.tar", pairs())

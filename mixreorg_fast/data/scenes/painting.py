@@ -29,28 +29,21 @@ PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray] | None] = {
 
 
 class Canvas:
-    """A square to fill with a texture in about -1 … 1, fp32 ``[side, side]``; lengths are in units of side / 32.
-
-    Attributes:
-        x, y: coordinates of the pixels, fp32 ``[side, side]``.
-    """
+    """A square to fill with a texture in about -1 … 1, and its pixels' coordinates `x` and `y`, fp32 ``[side, side]``
+    each; lengths are in units of side / 32."""
 
     def __init__(self, rng: np.random.Generator, side: int) -> None:
         self.rng, self.side, self.unit = rng, side, side / 32
-        line = np.arange(side, dtype=np.float32) / self.unit
-        self.x, self.y = np.broadcast_to(line, (side, side)), np.broadcast_to(line[:, None], (side, side))
+        self.y, self.x = np.mgrid[:side, :side].astype(np.float32) / self.unit
 
     def filled(self, texture: Callable[[Canvas], np.ndarray]) -> np.ndarray:
         """The texture, uint8 ``[side, side]``."""
         return np.clip(127.5 * (texture(self) + 1), 0, 255).astype(np.uint8)
 
-    def noise(self, across: float, down: float) -> np.ndarray:
-        """Smooth noise in about -1 … 1 with grains `across` x `down` large."""
-        return self.noise_of(self.unit * across, self.unit * down)
-
-    def noise_of(self, across: float, down: float) -> np.ndarray:
-        """As :meth:`noise`, with grains in pixels."""
-        shape = (max(2, int(self.side / down)), max(2, int(self.side / across)))
+    def noise(self, across: float, down: float, unit: float | None = None) -> np.ndarray:
+        """Smooth noise in about -1 … 1 with grains `across` x `down` large, in the canvas's units or `unit` pixels."""
+        unit = unit or self.unit
+        shape = (max(2, int(self.side / (unit * down))), max(2, int(self.side / (unit * across))))
         coarse = Image.fromarray(self.rng.standard_normal(shape).astype(np.float32))
         fine = np.asarray(coarse.resize((self.side, self.side), Image.Resampling.BICUBIC))
         return np.clip(fine / 1.6, -1.2, 1.2)
@@ -69,12 +62,11 @@ class Canvas:
         y, x = np.mgrid[: self.side, : self.side].astype(np.float32) / (self.side / count)
         jitter, shades = self.shades(0.1, 0.9, 2, count + 2, count + 2), self.shades(-0.8, 0.6, count + 2, count + 2)
         nearest, shade = np.full(x.shape, np.inf, np.float32), np.zeros(x.shape, np.float32)
-        for dy in (-1, 0, 1):
-            for dx in (-1, 0, 1):
-                row, column = np.floor(y).astype(int) + dy + 1, np.floor(x).astype(int) + dx + 1
-                distance = np.hypot(row - 1 + jitter[0, row, column] - y, column - 1 + jitter[1, row, column] - x)
-                closer = distance < nearest
-                nearest, shade = np.where(closer, distance, nearest), np.where(closer, shades[row, column], shade)
+        for dy, dx in np.ndindex(3, 3):
+            row, column = np.floor(y).astype(int) + dy, np.floor(x).astype(int) + dx
+            distance = np.hypot(row - 1 + jitter[0, row, column] - y, column - 1 + jitter[1, row, column] - x)
+            closer = distance < nearest
+            nearest, shade = np.where(closer, distance, nearest), np.where(closer, shades[row, column], shade)
         return nearest, shade
 
 
@@ -82,7 +74,7 @@ def _brick(c: Canvas) -> np.ndarray:
     shades = c.shades(-0.5, 0.4, c.side, c.side)
     row = np.floor(c.y / 1.2).astype(int)
     column = np.floor((c.x + 1.3 * (row % 2)) / 2.6).astype(int)
-    return np.where(c.joints(2.6, 1.2, 0.5, 0.22), 1.0, shades[row, column] - 0.1) + 0.2 * c.noise_of(2, 2)
+    return np.where(c.joints(2.6, 1.2, 0.5, 0.22), 1.0, shades[row, column] - 0.1) + 0.2 * c.noise(2, 2, unit=1)
 
 
 def _wood(c: Canvas) -> np.ndarray:
@@ -152,7 +144,6 @@ class Painter:
 
     def __init__(self, size: int, seed: int) -> None:
         self._side = OVERSAMPLING * size
-        self._size = size
         # Two pictures' width of each texture, so that windows of it rarely coincide.
         rng = np.random.default_rng(seed)
         self._textures = {
@@ -193,13 +184,11 @@ class Painter:
         return shades.take(window, axis=0)
 
     def _paint_thing(self, canvas: np.ndarray, labels: np.ndarray, thing: Thing, rng: random.Random) -> None:
-        length = thing.size * self._side
         middle = np.array([thing.x, thing.y]) * self._side
-        matrix = _turn(thing.angle) * length
+        matrix = _turn(thing.angle) * (thing.size * self._side)
         if thing.mirrored:
             matrix = np.array([[-1.0], [1.0]]) * matrix
-        shape = SHAPES[thing.kind]
-        outlines = [(points @ matrix + middle, filled) for points, filled in shape.parts]
+        outlines = [(points @ matrix + middle, filled) for points, filled in SHAPES[thing.kind].parts]
         every = np.concatenate([points for points, _ in outlines])
         left, top = np.maximum(np.floor(every.min(axis=0)).astype(int) - 2, 0)
         right, bottom = np.minimum(np.ceil(every.max(axis=0)).astype(int) + 3, self._side)
@@ -219,8 +208,7 @@ class Painter:
         self, thing: Thing, shape: tuple[int, ...], corner: tuple[int, int], middle: np.ndarray, rng: random.Random
     ) -> np.ndarray:
         """Colours of an object over its box, fp32 ``[h, w, 3]``: patterned, lit from one side."""
-        colour = np.array(COLOURS[thing.colour], np.float32) + [rng.gauss(0, 6) for _ in range(3)]
-        colour = colour.astype(np.float32)
+        colour = (np.array(COLOURS[thing.colour]) + [rng.gauss(0, 6) for _ in range(3)]).astype(np.float32)
         y = np.arange(shape[0], dtype=np.float32)[:, None] + np.float32(corner[1] - middle[1])
         x = np.arange(shape[1], dtype=np.float32) + np.float32(corner[0] - middle[0])
         slope = 0.24 / (thing.size * self._side)

@@ -22,17 +22,12 @@ def plan_scene(config: ScenesConfig, split: str, number: int, held_out: frozense
     """Scene `number` of a split: ``train``, ``val``, ``unseen`` (every object a held-out combination) or ``small``."""
     rng = random.Random(f"{config.seed}/{split}/{number}")  # a string's hash there is the same on every machine
     combinations: list[tuple[str, str, str]] = []
-    small = split == "small"
+    small, unseen = split == "small", split == "unseen"
     wanted = 1 if small else rng.choices((1, 2, 3), weights=config.objects)[0]
-    pool = sorted(held_out) if split == "unseen" else None
     while len(combinations) < wanted:
-        if pool is not None:
-            candidate = rng.choice(pool)
-        else:
-            candidate = _combination(config.typical, rng)
-            if candidate in held_out:
-                continue
-        if candidate[0] not in [kind for kind, *_ in combinations]:
+        candidate = rng.choice(sorted(held_out)) if unseen else _combination(config.typical, rng)
+        new_kind = candidate[0] not in [kind for kind, *_ in combinations]
+        if new_kind and (candidate in held_out) == unseen:
             combinations.append(candidate)
     things = _placed(combinations, config.scale * (0.5**0.5 if small else 1.0), rng)
     ground = rng.choice(tuple(GROUNDS)[: config.grounds])

@@ -29,10 +29,6 @@ def _regular(corners: int, first: float = -90.0) -> np.ndarray:
     return np.stack([np.cos(t), np.sin(t)], axis=1)
 
 
-def _star(points: int, inner: float) -> np.ndarray:
-    return _regular(2 * points) * np.where(np.arange(2 * points) % 2, inner, 1.0)[:, None]
-
-
 def _heart() -> np.ndarray:
     t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
@@ -66,7 +62,7 @@ SHAPES: dict[str, Shape] = {
     "circle": _shape(180, _ellipse()),
     "square": _shape(12, _box(-1, -1, 1, 1)),
     "triangle": _shape(15, _polygon(0, -1, 1.05, 0.8, -1.05, 0.8)),
-    "star": _shape(36, _star(5, 0.42)),
+    "star": _shape(36, _regular(10) * np.tile([[1], [0.42]], (5, 1))),
     "heart": _shape(25, _heart()),
     "cross": _shape(20, _box(-0.36, -1, 0.36, 1), _box(-1, -0.36, 1, 0.36)),
     "crescent": _shape(40, _ellipse(points=64), holes=[_ellipse(0.82, x=0.5, points=64)]),

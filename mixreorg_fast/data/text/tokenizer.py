@@ -39,9 +39,7 @@ class Tokenizer:
                 f"{backend.token_to_id(START)} and {backend.token_to_id(END)}; "
                 f"use CLIP's tokenizer.json or one that training wrote"
             )
-        self.vocab_size: int = size
-        self.start_id: int = size - 2
-        self.end_id: int = size - 1
+        self.vocab_size, self.start_id, self.end_id = size, size - 2, size - 1
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -77,8 +75,7 @@ class Tokenizer:
         """
         file = Path(path)
         if file.is_dir():
-            files = [file / name for name in FILES if (file / name).is_file()]
-            file = files[0] if files else file / FILES[0]
+            file = next(filter(Path.is_file, (file / name for name in FILES)), file / FILES[0])
         if not file.is_file():
             raise UserError(f"no tokenizer {file}; expected a tokenizer.json, or a folder with one")
         try:
