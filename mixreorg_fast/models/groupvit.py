@@ -37,9 +37,7 @@ def class_scores(embeddings: Tensor, image: Tensor, texts: Tensor, logit_scale: 
     are the `TOP` ones whose text is most similar to the whole image; every other class scores exactly 0.
 
     Args:
-        embeddings: ``[B, G, D]`` L2-normalised segment embeddings.
-        image: ``[B, D]`` L2-normalised image embeddings.
-        texts: ``[T, D]`` L2-normalised class embeddings.
+        embeddings: of segments, ``[B, G, D]``. image: ``[B, D]``. texts: of classes, ``[T, D]``. All L2-normalised.
         logit_scale: the multiplier s.
     Returns:
         fp32 ``[B, G, T]`` in 0..1.
@@ -88,8 +86,7 @@ class GroupViT(nn.Module):
         self.text_encoder = TextEncoder(config.text)
         self.image_projection = Projection(config.width, config.projection_hidden, config.embed_dim)
         self.text_projection = Projection(config.text.width, config.projection_hidden, config.embed_dim)
-        # The logarithm of the logit scale, of shape [1]: DeepSpeed crashes on 0-d parameters. Weight files hold a 0-d
-        # tensor, as other programs' files do.
+        # The logarithm of the logit scale, [1]: DeepSpeed crashes on 0-d parameters. Files of all programs hold it 0-d.
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
 
     @property
@@ -139,8 +136,7 @@ class GroupViT(nn.Module):
     @torch.no_grad()
     def grouping(self, images: Tensor) -> Tensor:
         """Soft map of patches to final segments, fp32 ``[B, G, h, w]`` (sums to 1 over G)."""
-        _, _, maps = self.image_encoder(images)
-        return maps[-1]
+        return self.image_encoder(images)[2][-1]
 
     @torch.no_grad()
     def segments(self, images: Tensor) -> Segments:
