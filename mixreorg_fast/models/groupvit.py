@@ -108,11 +108,8 @@ class GroupViT(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings of images and of texts, ``[B, D]`` and ``[T, D]``, L2-normalised, and the logit scale, 0-d; fp32.
 
-        The original branch alone, without noise: the evaluation network, differentiable.
-
-        Args:
-            images: ``[B, 3, H, W]``, as for :meth:`image_embeddings`.
-            ids, lengths: as for :meth:`text_embeddings`.
+        The original branch alone, without noise: the evaluation network, differentiable. The arguments are those of
+        :meth:`image_embeddings` and :meth:`text_embeddings`.
         """
         _, pooled, _ = self.image_encoder(images)
         texts = self.text_encoder(ids, self.dtype, lengths)

@@ -150,12 +150,8 @@ class ImageEncoder(nn.Module):
         return *run(self.end, tokens), assignments
 
     def advance(self, tokens: Tensor, queries: Tensor, collected: Tensor, number: int) -> Tensor:
-        """Tokens of stage `number` + 1.
-
-        Args:
-            tokens: of stage `number`, ``[B, N + G, C]``. queries: its group tokens, ``[B, G, C]``.
-            collected: the output of its grouping attention, ``[B, G, C]``.
-        """
+        """Tokens of stage `number` + 1 from those of stage `number`, ``[B, N + G, C]``, its group tokens `queries` and
+        the output `collected` of its grouping attention, both ``[B, G, C]``."""
         stage, following = self.stages[number], self.stages[number + 1]
         assert stage.grouping is not None, "the last stage has no grouping block"
         return following.tokens(stage.grouping.finish(queries, collected), stage.split(tokens)[1])
