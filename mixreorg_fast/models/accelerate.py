@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from .groupvit import Segments, label_pixels
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def accelerate(model: GroupViTModel, *, undo: bool = False) -> GroupViTModel:
-    """Put the fast grouping attention into a Hugging Face ``GroupViTModel``, in place, and add ``segment_labels``.
+    """Put the fast grouping attention into `model`, in place, and add ``segment_labels``; returns `model`.
 
     Outputs and gradients are the same; parameters, their names and what ``save_pretrained`` writes are untouched. In
     training, the Gumbel noise is of the same distribution but other draws: its seed comes from torch's generator of
@@ -25,8 +25,6 @@ def accelerate(model: GroupViTModel, *, undo: bool = False) -> GroupViTModel:
 
     Args:
         undo: restore Hugging Face's own methods instead.
-    Returns:
-        `model`.
     Raises:
         TypeError: `model` is no ``GroupViTModel``.
     """
@@ -34,12 +32,10 @@ def accelerate(model: GroupViTModel, *, undo: bool = False) -> GroupViTModel:
 
     if not isinstance(model, GroupViTModel):
         raise TypeError(f"accelerate: expected transformers' GroupViTModel, got {type(model).__name__}")
-    methods: dict[nn.Module, tuple] = {model: ("segment_labels", _segment_labels)}
     stages: Any = model.vision_model.encoder.stages
-    for stage in stages:
-        if stage.downsample is not None:
-            methods[stage.downsample.assign] = ("forward", _assign)
-    for module, (name, method) in methods.items():
+    assigning = [stage.downsample.assign for stage in stages if stage.downsample is not None]
+    methods = [(model, "segment_labels", _segment_labels), *((module, "forward", _assign) for module in assigning)]
+    for module, name, method in methods:
         if undo:
             vars(module).pop(name, None)
         else:
@@ -50,14 +46,9 @@ def accelerate(model: GroupViTModel, *, undo: bool = False) -> GroupViTModel:
 def _assign(self: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """``GroupViTAssignAttention.forward``: segments ``[B, G, C]`` and soft assignment ``[B, G, N]``."""
     seed = torch.randint(2**62, (), device=query.device) if self.training else None
+    q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(key)
     out, soft = ops.grouping_attention(
-        self.q_proj(query),
-        self.k_proj(key),
-        self.v_proj(key),
-        scale=self.scale,
-        eps=self.assign_eps,
-        seed=seed,
-        return_assignment="soft",
+        q, k, v, scale=self.scale, eps=self.assign_eps, seed=seed, return_assignment="soft"
     )
     return self.proj(out), soft.to(query.dtype)
 

@@ -37,9 +37,7 @@ def class_scores(embeddings: Tensor, image: Tensor, texts: Tensor, logit_scale: 
     are the `TOP` ones whose text is most similar to the whole image; every other class scores exactly 0.
 
     Args:
-        embeddings: ``[B, G, D]`` L2-normalised segment embeddings.
-        image: ``[B, D]`` L2-normalised image embeddings.
-        texts: ``[T, D]`` L2-normalised class embeddings.
+        embeddings: of segments, ``[B, G, D]``. image: ``[B, D]``. texts: of classes, ``[T, D]``. All L2-normalised.
         logit_scale: the multiplier s.
     Returns:
         fp32 ``[B, G, T]`` in 0..1.
@@ -88,8 +86,7 @@ class GroupViT(nn.Module):
         self.text_encoder = TextEncoder(config.text)
         self.image_projection = Projection(config.width, config.projection_hidden, config.embed_dim)
         self.text_projection = Projection(config.text.width, config.projection_hidden, config.embed_dim)
-        # The logarithm of the logit scale, of shape [1]: DeepSpeed crashes on 0-d parameters. Weight files hold a 0-d
-        # tensor, as other programs' files do.
+        # The logarithm of the logit scale, [1]: DeepSpeed crashes on 0-d parameters. Files of all programs hold it 0-d.
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
 
     @property
@@ -111,11 +108,8 @@ class GroupViT(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings of images and of texts, ``[B, D]`` and ``[T, D]``, L2-normalised, and the logit scale, 0-d; fp32.
 
-        The original branch alone, without noise: the evaluation network, differentiable.
-
-        Args:
-            images: ``[B, 3, H, W]``, as for :meth:`image_embeddings`.
-            ids, lengths: as for :meth:`text_embeddings`.
+        The original branch alone, without noise: the evaluation network, differentiable. The arguments are those of
+        :meth:`image_embeddings` and :meth:`text_embeddings`.
         """
         _, pooled, _ = self.image_encoder(images)
         texts = self.text_encoder(ids, self.dtype, lengths)
@@ -139,8 +133,7 @@ class GroupViT(nn.Module):
     @torch.no_grad()
     def grouping(self, images: Tensor) -> Tensor:
         """Soft map of patches to final segments, fp32 ``[B, G, h, w]`` (sums to 1 over G)."""
-        _, _, maps = self.image_encoder(images)
-        return maps[-1]
+        return self.image_encoder(images)[2][-1]
 
     @torch.no_grad()
     def segments(self, images: Tensor) -> Segments:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import ModelConfig
-from .layers import Block, GroupingBlock, LayerNorm, LearnedTokens, Linear, PatchEmbed, TokenMixer, call, module_list
+from .layers import Block, GroupingBlock, LayerNorm, LearnedTokens, Linear, PatchEmbed, TokenMixer, call
 
 
 class Stage(nn.Module):
@@ -25,7 +26,8 @@ class Stage(nn.Module):
         groups = config.groups[number] if number < len(config.groups) else 0
         self.groups = groups
         self.first = sum(config.depths[:number])  # its first block's number among the blocks of all stages
-        self.blocks = module_list(Block(config.width, config.heads) for _ in range(config.depths[number]))
+        blocks = (Block(config.width, config.heads) for _ in range(config.depths[number]))
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
         self.group_tokens = LearnedTokens(groups, config.width) if groups else None
         self.group_projector = None
         if groups and number:  # carries the group tokens of the stage before to this one, [B, G2, C] <- [B, G1, C]
@@ -55,19 +57,16 @@ class Stage(nn.Module):
 class ImageEncoder(nn.Module):
     """Patch embedding and three stages; a grouping block after each of the first two merges patches into segments.
 
-    :meth:`forward` is the evaluation network. Training (:mod:`.mixreorg`) calls :meth:`begin`, its own sequence of
-    stage-1 blocks, and :meth:`finish`.
+    :meth:`forward` is the evaluation network. Training (:mod:`.mixreorg`) has its own between `begin` and `finish`.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.patch_size = config.patch_size
-        self.side = config.image_size // config.patch_size
         self.patch_embed = PatchEmbed(config.width, config.patch_size)
         self.patch_norm = LayerNorm(config.width)
         self.positions = LearnedTokens(config.patches, config.width)
-        self.stages = module_list(Stage(config, number) for number in range(len(config.depths)))
+        self.stages = cast("Sequence[Stage]", nn.ModuleList(Stage(config, i) for i in range(len(config.depths))))
         self.norm = LayerNorm(config.width)
         # Stochastic depth grows linearly with the block's number, as in DeiT.
         depth = sum(config.depths)
@@ -79,15 +78,10 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Final segments ``[B, G2, C]`` and their mean ``[B, C]``, in the dtype of the weights, of images
-        ``[B, 3, H, W]``; and fp32 soft maps of patches to the segments of both stages, ``[B, G1, h, w]`` and
-        ``[B, G2, h, w]``.
-
-        Raises:
-            ValueError: H or W is no multiple of the patch size.
-        """
+        ``[B, 3, H, W]``; and fp32 soft maps of patches to the segments of both stages, ``[B, G1 or G2, h, w]``."""
         tokens = self.run_blocks(self.begin(images, self.norm.weight.dtype), 0)
         segments, pooled, (first, second) = self.finish(tokens, self.assign)
-        height = images.shape[2] // self.patch_size
+        height = images.shape[2] // self.config.patch_size
         second = second @ first  # [B, G2, N] <- [B, G2, G1] @ [B, G1, N]
         return segments, pooled, (first.unflatten(2, (height, -1)), second.unflatten(2, (height, -1)))
 
@@ -104,10 +98,10 @@ class ImageEncoder(nn.Module):
         """Patch tokens ``[B, N, C]`` in `dtype` of images ``[B, 3, H, W]``; positions are interpolated (bicubic)
         where the grid of patches is not the trained one."""
         patches = self.patch_norm(self.patch_embed(images.to(dtype)))
-        grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
+        patch, trained = self.config.patch_size, self.config.image_size
         positions = self.positions(torch.float32)
-        if torch.compiler.is_exporting() or grid != (self.side, self.side):  # one program for any grid
-            positions = resize_positions(positions, *grid)
+        if torch.compiler.is_exporting() or images.shape[2:] != (trained, trained):  # one program for any grid
+            positions = resize_positions(positions, images.shape[2] // patch, images.shape[3] // patch)
         return patches + positions.to(dtype)
 
     def run_blocks(
@@ -156,12 +150,8 @@ class ImageEncoder(nn.Module):
         return *run(self.end, tokens), assignments
 
     def advance(self, tokens: Tensor, queries: Tensor, collected: Tensor, number: int) -> Tensor:
-        """Tokens of stage `number` + 1.
-
-        Args:
-            tokens: of stage `number`, ``[B, N + G, C]``. queries: its group tokens, ``[B, G, C]``.
-            collected: the output of its grouping attention, ``[B, G, C]``.
-        """
+        """Tokens of stage `number` + 1 from those of stage `number`, ``[B, N + G, C]``, its group tokens `queries` and
+        the output `collected` of its grouping attention, both ``[B, G, C]``."""
         stage, following = self.stages[number], self.stages[number + 1]
         assert stage.grouping is not None, "the last stage has no grouping block"
         return following.tokens(stage.grouping.finish(queries, collected), stage.split(tokens)[1])

@@ -7,8 +7,7 @@ decided once, at the embedding. Normalisation and softmax compute in fp32.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar, cast
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -52,16 +51,12 @@ class Linear(nn.Linear):
     """Linear layer whose fp32 weights follow the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return ops.linear(x, self.weight.to(x.dtype), bias)
+        return ops.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class PatchEmbed(nn.Conv2d):
     """Non-overlapping patches to tokens, ``[B, N, C] <- [B, 3, H, W]``; fp32 weights follow the dtype of the images.
-
-    Raises:
-        ValueError: H or W is no multiple of the patch size.
-    """
+    A ValueError where H or W is no multiple of the patch size."""
 
     def __init__(self, width: int, patch_size: int):
         super().__init__(3, width, patch_size, patch_size)
@@ -72,14 +67,6 @@ class PatchEmbed(nn.Conv2d):
         assert self.bias is not None
         x = F.conv2d(images, self.weight.to(images.dtype), self.bias.to(images.dtype), self.stride)
         return x.flatten(2).mT
-
-
-ModuleType = TypeVar("ModuleType", bound=nn.Module)
-
-
-def module_list(modules: Iterable[ModuleType]) -> Sequence[ModuleType]:
-    """An ``nn.ModuleList``, typed by its elements."""
-    return cast("Sequence[ModuleType]", nn.ModuleList(modules))
 
 
 class LearnedTokens(nn.Module):
@@ -225,27 +212,17 @@ class GroupingBlock(nn.Module):
         return segments + self.mlp(self.norm2(segments))
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation over the rows of all ranks, in fp32, differentiable, on any device.
 
     Statistics come from the first `statistics_rows` rows of each rank (equally many on all); the other rows are
-    normalised with these statistics and do not enter the running averages. Buffers and their update are those of
-    ``nn.BatchNorm1d``.
+    normalised with these statistics and do not enter the running averages.
     """
 
+    momentum: float
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-
-    def __init__(self, features: int, eps: float = 1e-5, momentum: float = 0.1):
-        super().__init__()
-        self.eps = eps
-        self.momentum = momentum
-        self.weight = nn.Parameter(torch.ones(features))
-        self.bias = nn.Parameter(torch.zeros(features))
-        self.register_buffer("running_mean", torch.zeros(features))
-        self.register_buffer("running_var", torch.ones(features))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def forward(self, x: Tensor, statistics_rows: int | None = None) -> Tensor:
         """``[R, C]`` in any floating dtype, returned in it."""

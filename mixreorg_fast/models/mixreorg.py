@@ -58,13 +58,12 @@ class MixReorg(nn.Module):
         # A branch without a loss is computed only as far as another branch needs it.
         asked = (True, mixing and config.loss.mixed > 0, mixing and config.loss.restored > 0)
         self.branches = [branch for branch in (_ORIGINAL, _MIXED, _RESTORED) if asked[branch]]
-        if self.mixing and config.mixing.group_tokens == "learned":
+        self.branch_tokens = None
+        if mixing and config.mixing.group_tokens == "learned":
             # One set for each branch but the original; dropped on export.
             made = 2 if _RESTORED in self.branches else 1
             size = (config.model.groups[0], config.model.width)
             self.branch_tokens = nn.ModuleList(LearnedTokens(*size) for _ in range(made))
-        else:
-            self.branch_tokens = None
         for parameter in self.parameters():
             parameter.register_hook(self._kept)
 
@@ -121,66 +120,56 @@ class MixReorg(nn.Module):
     def _touched(self, features: Features) -> Tensor:
         """A number that depends on every parameter of :meth:`losses`.
 
-        With an offloaded optimizer, DeepSpeed 0.19 forgets the gradients of earlier micro-steps for parameters without
-        a gradient in the last micro-step.
+        With an offloaded optimizer, DeepSpeed 0.19 forgets gradients of parameters without one in the last micro-step.
         """
         total = self.backbone.logit_scale.sum()
-        for name in ("image", "text"):
-            projection: Projection = getattr(self.backbone, f"{name}_projection")
+        for projection, name in ((self.backbone.image_projection, "images"), (self.backbone.text_projection, "texts")):
             projection.norm.eval()  # no statistics, no exchange
-            total = total + projection(features.tensors[f"{name}s"][:1].detach()).sum()
+            total = total + projection(features.tensors[name][:1].detach()).sum()
             projection.norm.train()
         return total
 
     def losses(self, features: Features, progress: float = 1.0) -> dict[str, Tensor]:
         """Losses and measures of a whole batch, as :meth:`forward` returns them; `progress`: of config.schedule."""
         loss, tensors = self.config.loss, features.tensors
-        images = len(tensors["images"])
-        named = self._text_embeddings(tensors)
-        texts, nouns = named["texts"], named.get("nouns")
-        multiplier, exchange = self.backbone.logit_multiplier(), loss.exchange
-        # One call of the projection: its batch statistics come from the pooled original features, the first rows.
-        rows = {name: tensors[name].flatten(0, -2) for name in ("images", "restored", "segments") if name in tensors}
-        projected = self.backbone.image_projection(torch.cat(list(rows.values())), images, run=self._runner())
-        embeddings = dict(zip(rows, projected.split([len(x) for x in rows.values()]), strict=True))
+        texts = self._embeddings(self.backbone.text_projection, tensors, "texts", "nouns")
+        multiplier = self.backbone.logit_multiplier()
+        images = self._embeddings(self.backbone.image_projection, tensors, "images", "restored", "segments")
 
-        original = embeddings["images"]
-        out = {"loss_original": ops.contrastive_loss(original, texts, multiplier, exchange=exchange)}
+        def contrastive(image: str, text: str) -> Tensor:
+            return ops.contrastive_loss(images[image], texts[text], multiplier, exchange=loss.exchange)
+
+        out = {"loss_original": contrastive("images", "texts")}
         total = loss.original * out["loss_original"]
-        if "restored" in embeddings:
-            restored = embeddings["restored"]
-            out["loss_restored"] = ops.contrastive_loss(restored, texts, multiplier, exchange=exchange)
+        if "restored" in images:
+            out["loss_restored"] = contrastive("restored", "texts")
             total = total + loss.restored * out["loss_restored"]
-        if "segments" in embeddings:
-            negatives = loss.mixed_negatives
-            all_texts, first_text = (texts, 0) if negatives == "group" else gather_rows(texts)
+        if "segments" in images:
+            negatives, captions = loss.mixed_negatives, texts["texts"]
+            captions, first = (captions, 0) if negatives == "group" else gather_rows(captions)
+            maps = (tensors["first"], tensors["second"], images["segments"])
             out["loss_mixed"], out["mixed_accuracy"] = ops.mixed_segmentation_loss(
-                tensors["first"],
-                tensors["second"],
-                embeddings["segments"].unflatten(0, (images, -1)),
-                all_texts,
-                features.plan,
-                multiplier,
-                negatives=negatives,
-                first_text=first_text,
-                return_accuracy=True,
+                *maps, captions, features.plan, multiplier, negatives=negatives, first_text=first, return_accuracy=True
             )
             total = total + loss.mixed * self.config.schedule.mixed(progress) * out["loss_mixed"]
-        if nouns is not None:
-            out["loss_multi_label"] = ops.contrastive_loss(original, nouns, multiplier, exchange=exchange)
+        if "nouns" in texts:
+            out["loss_multi_label"] = contrastive("images", "nouns")
             total = total + loss.multi_label * out["loss_multi_label"]
         return {"loss": total, **out, **features.measures}
 
+    def _embeddings(self, projection: Projection, tensors: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+        """Embeddings of those `names` that `tensors` has, L2-normalised, from one call of the projection: its batch
+        statistics come from the first, the pooled original features."""
+        rows = {name: tensors[name].flatten(0, -2) for name in names if name in tensors}
+        sizes = [len(x) for x in rows.values()]
+        parts = projection(torch.cat(list(rows.values())), sizes[0], run=self._runner()).split(sizes)
+        return {name: x.unflatten(0, tensors[name].shape[:-1]) for name, x in zip(rows, parts, strict=True)}
+
     def _plan(self, batch: Batch) -> ops.MixPlan:
         group_size = self.config.mixing.group_size
-        return ops.MixPlan.sample(
-            len(batch.images),
-            self.config.model.patches,
-            group_size,
-            device=batch.images.device,
-            seed=batch.seed + _MIXING,
-            first_group=batch.first_image // group_size,
-        )
+        sizes = (len(batch.images), self.config.model.patches, group_size)
+        seed, first_group = batch.seed + _MIXING, batch.first_image // group_size
+        return ops.MixPlan.sample(*sizes, seed=seed, first_group=first_group, device=batch.images.device)
 
     # ------------------------------------------------------------------ stage 1, the three stages of the paper
 
@@ -229,16 +218,14 @@ class MixReorg(nn.Module):
         return tokens
 
     def restoration(self, tokens: Tensor, plan: ops.MixPlan) -> Tensor:
-        """``[original | mixed | restored]``: mixed patches go back to their own images. A branch without a loss is
-        left out."""
+        """``[original | mixed | restored]``, those with a loss: mixed patches go back to their own images."""
         if _RESTORED not in self.branches:
             return tokens
         groups = self._branch_groups(tokens.dtype, _RESTORED)
         return ops.restore_tokens(tokens, plan, groups, keep_mixed=_MIXED in self.branches)
 
     def _contextual(self, batch: Batch) -> Tensor | None:
-        """The argument of :meth:`contextual_mixing`: ``mixing.context_share`` of the groups are True, evenly over all
-        ranks."""
+        """See :meth:`contextual_mixing`; ``mixing.context_share`` of the groups are True, evenly over all ranks."""
         mixing, images = self.config.mixing, len(batch.images)
         if mixing.context_share == 1.0:
             return None
@@ -319,13 +306,9 @@ class MixReorg(nn.Module):
         rates = self.backbone.image_encoder.drop_rates
         if not self.training or not any(rates):
             return None
+        seed, images = batch.seed + _DROP_PATH, batch.images
         return ops.stochastic_depth(
-            batch.seed + _DROP_PATH,
-            rates,
-            len(batch.images),
-            branches=3,
-            first_image=batch.first_image,
-            device=batch.images.device,
+            seed, rates, len(images), branches=3, first_image=batch.first_image, device=images.device
         )
 
     # ------------------------------------------------------------------ texts
@@ -337,13 +320,10 @@ class MixReorg(nn.Module):
             rows = torch.cat([rows, batch.noun_ids.flatten(0, 1)])
             lengths += batch.noun_lengths
         features = self.backbone.text_encoder(rows, self.dtype, lengths, partial(self._run, dynamic=True))
-        return _captions_and_nouns(features, len(batch.ids))
-
-    def _text_embeddings(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Embeddings of the captions ``[B, D]`` and of the noun prompts ``[B, P, D]``, L2-normalised."""
-        texts, nouns = tensors["texts"], tensors.get("nouns")
-        rows = texts if nouns is None else torch.cat([texts, nouns.flatten(0, 1)])
-        return _captions_and_nouns(self.backbone.text_projection(rows, len(texts), run=self._runner()), len(texts))
+        if batch.noun_ids is None:
+            return {"texts": features}
+        texts, nouns = features.split([len(batch.ids), len(features) - len(batch.ids)])
+        return {"texts": texts, "nouns": nouns.unflatten(0, batch.noun_ids.shape[:2])}
 
 
 @lru_cache(maxsize=64)
@@ -352,14 +332,6 @@ def _spread(share: float, group_size: int, first_image: int, images: int, device
     groups = torch.arange(first_image, first_image + images, dtype=torch.float64) // group_size
     chosen = ((groups + 1) * share).floor() > (groups * share).floor()
     return upload(chosen[:, None, None], device)
-
-
-def _captions_and_nouns(rows: Tensor, captions: int) -> dict[str, Tensor]:
-    """``texts [B, C]``, and ``nouns [B, P, C]`` where there are more rows than `captions`."""
-    if len(rows) == captions:
-        return {"texts": rows}
-    texts, nouns = rows.split([captions, len(rows) - captions])
-    return {"texts": texts, "nouns": nouns.unflatten(0, (captions, -1))}
 
 
 @torch.no_grad()

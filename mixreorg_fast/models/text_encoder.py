@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..config import TextConfig
 from ..ops.attention import BUCKETED, Packing
-from .layers import Block, LayerNorm, call, module_list, quick_gelu
+from .layers import Block, LayerNorm, call, quick_gelu
 
 
 class TextEncoder(nn.Module):
@@ -20,20 +21,18 @@ class TextEncoder(nn.Module):
         self.context = config.context
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.context, config.width)
-        self.blocks = module_list(
-            Block(config.width, config.heads, causal=True, activation=quick_gelu) for _ in range(config.layers)
-        )
+        blocks = (Block(config.width, config.heads, causal=True, activation=quick_gelu) for _ in range(config.layers))
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
         self.norm = LayerNorm(config.width)
         # CLIP's initialisation
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position_embedding.weight, std=0.01)
         narrow = config.width**-0.5 * (2 * config.layers) ** -0.5
+        stds = (config.width**-0.5, narrow, (2 * config.width) ** -0.5, narrow)
         for block in self.blocks:
-            nn.init.normal_(block.attention.qkv.weight, std=config.width**-0.5)
-            nn.init.normal_(block.attention.out.weight, std=narrow)
-            nn.init.normal_(block.mlp.fc1.weight, std=(2 * config.width) ** -0.5)
-            nn.init.normal_(block.mlp.fc2.weight, std=narrow)
-            for linear in (block.attention.qkv, block.attention.out, block.mlp.fc1, block.mlp.fc2):
+            linears = (block.attention.qkv, block.attention.out, block.mlp.fc1, block.mlp.fc2)
+            for linear, std in zip(linears, stds, strict=True):
+                nn.init.normal_(linear.weight, std=std)
                 nn.init.zeros_(linear.bias)
 
     def forward(
@@ -46,8 +45,6 @@ class TextEncoder(nn.Module):
         Args:
             lengths: tokens up to and with the end of text, host integers; None: read from `ids`, which waits for a GPU.
             run: calls a block with its arguments.
-        Raises:
-            ValueError: L is beyond the context length, or a length beyond L.
         """
         if ids.shape[1] > self.context:
             raise ValueError(f"captions of {ids.shape[1]} tokens are longer than the context of {self.context}")

@@ -26,19 +26,18 @@ VARLEN_INSTALLED = TorchVersion(torch.__version__) >= "2.11"
 # A constant, because torch.compile cannot trace the call.
 CPU_HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
-# The order in which "auto" tries implementations: UNMEASURED, which begins with PyTorch's own, except where
-# benchmarks/test_attention.py has measured another order, by device, form and dtype.
+# The order in which "auto" tries implementations, except where benchmarks/test_attention.py has measured another one,
+# by device, form and dtype.
 UNMEASURED = ("varlen", "torch", "xformers", "products")
 MEASURED: dict[tuple[str, str, torch.dtype], tuple[str, ...]] = {
     # Flash attention's backward has no bf16 matmul on a CPU: 3 times as long on images, 7 times on captions.
-    ("cpu", "dense", torch.bfloat16): ("products", "torch", "varlen", "xformers"),
-    ("cpu", "packed", torch.bfloat16): ("products", "torch", "varlen", "xformers"),
+    ("cpu", form, torch.bfloat16): ("products", "torch", "varlen", "xformers")
+    for form in ("dense", "packed")
 }
 
 # The plain-PyTorch packed form pads every sequence to a multiple of this many rows and computes sequences of one padded
-# length together: narrow buckets compute less, wide ones make fewer calls. Measured on a CPU for captions of 10 to 40
-# tokens, forward and backward: 8 takes 0.7 of the time of equal lengths and 0.4 to 0.6 of that of one bucket. Not
-# measured on other devices.
+# length together: narrow buckets compute less, wide ones make fewer calls. Measured on a CPU alone, for captions of 10
+# to 40 tokens, forward and backward: 8 takes 0.7 of the time of equal lengths and 0.4 to 0.6 of that of one bucket.
 BUCKET_WIDTH = {"cpu": 8}
 UNMEASURED_WIDTH = 32
 
@@ -51,11 +50,11 @@ BUCKETED = {"cuda"}
 class Packing:
     """How sequences of different lengths lie end to end in ``[1, S, ...]``; made once, used by every layer.
 
-    S is at least the sum of the lengths. Rows beyond the sum are padding, cut into sequences of their own: they are
-    computed like all others, and no other sequence attends to them. They hold copies of the first sequence's first row.
+    Rows beyond the sum of the lengths are padding, cut into sequences of their own: they are computed like all others,
+    and no other sequence attends to them. They hold copies of the first sequence's first row.
     """
 
-    rows: int  # S
+    rows: int  # S, at least the sum of the lengths
     max_seqlen: int  # at least the longest sequence; a multiple of 8 where S is padded, so that it repeats
     cu_seqlens: Tensor  # int32 [sequences + 1], first row of each sequence, padding included; ends with S
     sequence: Tensor  # int64 [S], which sequence a row belongs to (padding: 0)
@@ -78,26 +77,25 @@ class Packing:
 
         Args:
             lengths: host integers, each at least 1.
-            rows: S; None: the sum of the lengths, or with `bucket` a little more, one of 16 values per power of two,
-                so that shapes repeat from step to step.
-        Raises:
-            ValueError: no lengths, one below 1, or more than `rows` in all.
+            rows: S, at least the sum of the lengths; None: the sum.
+            bucket: S is one of 16 values per power of two, so that shapes repeat from step to step.
         """
         lengths, device = list(lengths), torch.device(device)
         if not lengths or min(lengths) < 1:
             raise ValueError(f"lengths must be one or more numbers above 0, got {lengths[:8]}")
         total, max_seqlen = sum(lengths), max(lengths)
         if bucket:
-            max_seqlen = -(-max_seqlen // 8) * 8
-            step = _bucket_step(total)
-            rows = -(-total // step) * step
-        elif rows is None:
-            rows = total
+            # One of 16 sizes per power of two: at most 1/16 of the rows are padding (of fewer than 128 rows, 7).
+            most_padding = max(8, 1 << max(total.bit_length() - 5, 0))
+            rows, max_seqlen = -(-total // most_padding) * most_padding, -(-max_seqlen // 8) * 8
+        else:
+            rows = total if rows is None else rows
+            most_padding = rows - total
         if rows < total:
             raise ValueError(f"{total} rows of {len(lengths)} sequences do not fit into {rows}")
         # As many sequences as the most padding of a bucket needs, so that their number repeats too; some may be empty.
-        padding, pieces = rows - total, -(-(_bucket_step(total) if bucket else rows - total) // max_seqlen)
-        sequences = [*lengths, *(min(max_seqlen, max(0, padding - i * max_seqlen)) for i in range(pieces))]
+        starts = range(0, most_padding, max_seqlen)
+        sequences = [*lengths, *(min(max_seqlen, max(0, rows - total - start)) for start in starts)]
 
         size = torch.tensor(sequences)
         ends = size.cumsum(0)
@@ -117,17 +115,11 @@ class Packing:
         parts = [F.pad(ends, (1, 0)), *row, ends[: len(lengths)] - 1, slots]
         together = upload(torch.cat(parts), device)  # one copy
         cu_seqlens, sequence, position, last, slots = together.split([len(part) for part in parts])
-        layout = (cu_seqlens.int(), sequence, position, last, slots)
-        return cls(rows, max_seqlen, *layout, buckets, tuple(sequences))
+        return cls(rows, max_seqlen, cu_seqlens.int(), sequence, position, last, slots, buckets, tuple(sequences))
 
     def pack(self, x: Tensor) -> Tensor:
         """``[1, S, ...]`` of padded ``[B, L, ...]``; rows of padding hold the first row."""
         return x[self.sequence, self.position][None]
-
-
-def _bucket_step(total: int) -> int:
-    """One of 16 sizes per power of two: at most 1/16 of the rows are padding (of fewer than 128 rows, 7)."""
-    return max(8, 1 << max(total.bit_length() - 5, 0))
 
 
 def attention(
@@ -145,16 +137,13 @@ def attention(
         q: ``[B, N, H, D]``; k, v: ``[B, M, H, D]``; fp32, bf16 or fp16.
         causal: position n attends to positions up to n.
         lengths: host integers: the tensors are packed ``[1, S, H, D]``, sequence i being the next ``lengths[i]`` rows,
-            and each attends within itself. Rows beyond their sum are padding: finite, and no sequence attends to them.
-            Pass a :class:`Packing` to reuse one layout in many calls.
+            and each attends within itself; rows beyond their sum are finite. A :class:`Packing` serves many calls.
         impl: "torch": PyTorch's SDPA, over buckets of padded sequences where packed; "products": two batched matmuls
             around a softmax, over the same buckets (logits `[B, H, N, M]` are kept for backward); "varlen": PyTorch's
             variable-length attention; "xformers": its memory-efficient attention, block-diagonal where packed; "auto":
             the first in the measured order (`MEASURED`) that can run.
     Returns:
         ``[B, N, H, D]``.
-    Raises:
-        ValueError: packed tensors whose shape `lengths` does not fit. RuntimeError: `impl` cannot run here.
     """
     packing: Packing | None = None
     if lengths is not None:
@@ -169,11 +158,7 @@ def attention(
 
 
 def chosen(q: Tensor, packing: Packing | None = None, impl: AttentionImpl = "auto") -> str:
-    """The implementation that :func:`attention` takes on queries like `q`; keys and values change nothing.
-
-    Raises:
-        RuntimeError: `impl` cannot run here.
-    """
+    """What :func:`attention` takes on queries like `q`, whatever the keys and values; raises as it does."""
     form = "dense" if packing is None else "packed"
     order = MEASURED.get((q.device.type, form, q.dtype), UNMEASURED)
     reasons = {name: partial(_IMPLEMENTATIONS[name][0], q, packing) for name in order}

@@ -1,12 +1,8 @@
 """Symmetric image-text contrastive loss (InfoNCE) over the global batch (GroupViT, CVPR 2022, equations 9 to 11).
 
-Overview (docs/losses.md has the maths): every rank gathers all features, computes the log-sum-exps of its own rows and
-columns of the logits, and gathers those too, a few numbers per sample. Backward needs nothing else, so gradients are
-never communicated, and no B x B matrix is ever stored.
-
-If even all features are too large, images go round in a ring, one rank's images at a time (docs/scaling.md). Each block
-of logits is then computed by one rank only. That rank passes the images on, together with their log-sum-exps so far
-and, in backward, their gradients so far.
+Every rank gathers all features, computes the log-sum-exps of its own rows and columns of the logits, and gathers those
+too. Backward needs nothing else, and no B x B matrix is ever stored (docs/losses.md has the maths). Where all features
+are too large, images go round in a ring, with their log-sum-exps and gradients so far (docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -72,8 +68,6 @@ def contrastive_loss(
         Every gradient is world_size times this rank's share of the true one: data parallelism averages over ranks, and
         the average is then the gradient of the global batch's loss. Rows of `image` and `text` lie on one rank, so
         their gradient is world_size times the true one. The gradient cannot be differentiated again.
-    Raises:
-        ValueError: shapes that do not fit together, an unknown `exchange`. RuntimeError: `impl` cannot run here.
     """
     if exchange not in ("gather", "ring"):
         raise ValueError(f"contrastive_loss: exchange '{exchange}' is neither 'gather' nor 'ring'")

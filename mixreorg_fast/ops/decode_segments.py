@@ -38,10 +38,8 @@ def decode_segments(
 ) -> Tensor:
     """Label every pixel with the best class of its segment.
 
-    The class depends on the pixel only through its segment: an arg-max over G upsampled maps and a look-up, never an
-    ``[H, W, T]`` tensor.
-
-    Equivalent to ``interpolate(assignment, size, mode="bilinear").argmax(1)`` looked up in ``scores.argmax(2)``.
+    Equivalent to ``interpolate(assignment, size, mode="bilinear").argmax(1)`` looked up in ``scores.argmax(2)``: never
+    an ``[H, W, T]`` tensor.
 
     Args:
         assignment: ``[B, G, h, w]``, upsampled bilinearly (align_corners=False) to `size` = (H, W) in fp32.
@@ -50,19 +48,12 @@ def decode_segments(
             and class t is t + 1; without it, class t is t.
     Returns:
         int64 ``[B, H, W]``. Deterministic, not differentiable. Ties take the lowest segment and class.
-    Raises:
-        ValueError: shapes that do not fit together. RuntimeError: `impl` cannot run here.
     """
-    height, width = size
-    if (
-        assignment.dim() != 4
-        or scores.dim() != 3
-        or assignment.shape[:2] != scores.shape[:2]
-        or 0 in (*assignment.shape[1:], scores.shape[2])
-    ):
+    (height, width), maps, classes = size, assignment.shape, scores.shape
+    if (len(maps), len(classes)) != (4, 3) or maps[:2] != classes[:2] or 0 in (*maps[1:], classes[2]):
         raise ValueError(
             f"decode_segments: expected assignment [B, G, h, w] and scores [B, G, T], none of them empty, got "
-            f"{list(assignment.shape)} and {list(scores.shape)}"
+            f"{list(maps)} and {list(classes)}"
         )
     if height < 1 or width < 1:
         raise ValueError(f"decode_segments: size must be two positive numbers, got {tuple(size)}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.settings import Grouping
 from .dispatch import Impl, autocast, falls_back, uses_triton, without_autocast
-from .philox import gumbel, philox, seed_tensor
+from .philox import draws, gumbel, seed_tensor
 from .registration import kernel
 
 ReturnAssignment = Literal["none", "soft", "used", "winner"]
@@ -19,15 +19,8 @@ MOST_GROUPS = 128  # of the kernels: a tile holds all groups
 def grouping_noise(
     batch: int, groups: int, patches: int, seed: int | Tensor, first_image: int = 0, device: torch.device | None = None
 ) -> Tensor:
-    """Gumbel noise fp32 ``[B, G, N]``, a pure function of (seed, first_image + b, g, n).
-
-    One Philox call gives four consecutive groups.
-    """
-    image = first_image + torch.arange(batch, device=device)[:, None, None]
-    quad = torch.arange((groups + 3) // 4, device=device)[:, None]
-    patch = torch.arange(patches, device=device)
-    bits = torch.stack(philox(seed, patch, quad, image & 0xFFFFFFFF, image >> 32), dim=2)  # [B, quads, 4, N]
-    return gumbel(bits.flatten(1, 2)[:, :groups])
+    """Gumbel noise fp32 ``[B, G, N]``, a pure function of (seed, first_image + b, g, n)."""
+    return gumbel(draws(seed, first_image, batch, groups, patches, device))
 
 
 def grouping_attention_reference(
@@ -40,11 +33,9 @@ def grouping_attention_reference(
     upcast: torch.dtype | None = None,
     operands: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, soft and used assignment by the definition, computed and returned in `upcast` (default: fp32, or the
-    inputs' dtype if that is wider).
+    """Output, soft and used assignment by the definition, computed and returned in `upcast` (default: at least fp32).
 
-    With `operands` the reference rounds to that dtype what the kernels multiply with 16-bit inputs: the assignment, and
-    the gradient of the logits.
+    The assignment and the gradient of the logits, which the kernels multiply with 16-bit inputs, round to `operands`.
     """
     scale, hard, first_image, tau, eps, _ = settings
     upcast = torch.promote_types(q.dtype, torch.float32) if upcast is None else upcast
@@ -95,22 +86,17 @@ def grouping_attention(
         scale: of the logits; default ``C ** -0.5``.
         hard: one-hot assignment (ties take the lowest group); its gradient is the soft one's.
         seed: int or 0-d int64 tensor; switches Gumbel noise on. The noise depends on (seed, first_image + b, g, n)
-            alone and is never stored. The kernel reads a tensor on its device, so a graph need not be compiled again
-            for another value.
+            alone and is never stored. Another value of a tensor needs no new compilation.
         tau: temperature of the softmax. eps: added to each group's number of patches.
         return_assignment: "soft" adds ``softmax(logits / tau)`` without noise, "used" the assignment that formed the
             output, fp32 ``[B, G, N]``; both differentiable. "winner" adds the group with most of each patch in the
             assignment that formed the output, int64 ``[B, N]``; no map is written for it where that was hard.
     Returns:
         ``[B, G, C]`` in the dtype of `v`, or a pair with the assignment. Deterministic.
-    Raises:
-        ValueError: shapes that do not fit together. RuntimeError: `impl` cannot run here.
     """
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"grouping_attention: expected q [B, G, C] and k, v [B, N, C], got {list(q.shape)}, {list(k.shape)}, "
-            f"{list(v.shape)}"
-        )
+        shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
+        raise ValueError(f"grouping_attention: expected q [B, G, C] and k, v [B, N, C], got {shapes}")
     if return_assignment not in get_args(ReturnAssignment):
         raise ValueError(
             f"grouping_attention: return_assignment must be none, soft, used or winner, got {return_assignment!r}"

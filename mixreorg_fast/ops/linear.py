@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import cache
+from timeit import timeit
 from typing import Literal
 
 import torch
@@ -27,10 +26,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Linea
     """``torch.nn.functional.linear``, of the same precision.
 
     PyTorch calls Intel's MKL in fp32. On some processors of other vendors oneDNN takes half its time, on others more
-    (benchmarks/test_linear.py). So "auto" measures both at the first call of a
-    process, for each number of threads. The two round differently. Each gives the same bits in every call, but the
-    choice may differ between ranks, and between a run and its continuation in another process, and with it the last
-    digits; force `impl` where that matters.
+    (benchmarks/test_linear.py). So "auto" measures both at the first call of a process, for each number of threads.
+    Each gives the same bits in every call. The two round differently, and the choice may differ between ranks, and
+    between a run and its continuation in another process; force `impl` where that matters.
 
     Args:
         x: ``[..., C]``. weight: ``[O, C]``. bias: ``[O]``. All of one floating dtype.
@@ -38,21 +36,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Linea
             measured faster (`onednn_wins`).
     Returns:
         ``[..., O]``. Differentiable, once.
-    Raises:
-        RuntimeError: `impl` cannot run here.
     """
     candidate = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
     if impl == "auto" and not candidate:  # the common case, before anything is listed
         return F.linear(x, weight, bias)
-    slower = _slower if impl == "auto" else list
-    reasons = {"onednn": lambda: _onednn_reasons(x, weight) or slower(), "torch": list}
+    reasons = {"onednn": lambda: _onednn_reasons(x, weight, impl), "torch": list}
     if choose("linear", impl, reasons, (x, weight)) == "onednn":
         return _OneDnn.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
-
-
-def _slower() -> list[str]:
-    return [] if onednn_wins(torch.get_num_threads()) else ["it is not faster here"]
 
 
 @cache
@@ -62,17 +53,13 @@ def onednn_wins(threads: int) -> bool:
     # Constants leave the caller's random numbers alone. Modes would count the products, or fake them.
     with torch.no_grad(), _disable_current_modes():
         x, weight = (torch.ones(n, CHANNELS, dtype=torch.float32, device="cpu") for n in (ROWS, OUT))
-        products: list[Callable[[Tensor, Tensor], Tensor]] = [F.linear, _product]
-        best = [float("inf")] * 2
-        for _ in range(1 + REPEATS):
-            for number, product in enumerate(products):
-                start = time.perf_counter()
-                product(x, weight)
-                best[number] = min(best[number], time.perf_counter() - start)
-    return best[0] > GAIN * best[1]
+        products = (lambda: F.linear(x, weight), lambda: _product(x, weight))
+        rounds = [[timeit(product, number=1) for product in products] for _ in range(1 + REPEATS)]
+    usual, onednn = map(min, zip(*rounds, strict=True))
+    return usual > GAIN * onednn
 
 
-def _onednn_reasons(x: Tensor, weight: Tensor) -> list[str]:
+def _onednn_reasons(x: Tensor, weight: Tensor, impl: LinearImpl) -> list[str]:
     reasons = []
     if x.device.type != "cpu":
         reasons.append(f"tensors on {x.device}, it computes on a CPU")
@@ -86,6 +73,8 @@ def _onednn_reasons(x: Tensor, weight: Tensor) -> list[str]:
         reasons.append("no elements")
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         reasons.append(f"PyTorch {torch.__version__} comes without it")
+    if impl == "auto" and not reasons and not onednn_wins(torch.get_num_threads()):
+        reasons.append("it is not faster here")
     return reasons
 
 

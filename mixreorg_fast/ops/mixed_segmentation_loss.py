@@ -48,8 +48,7 @@ def mixed_segmentation_loss_reference(
     return_accuracy: bool = False,
     upcast: torch.dtype = torch.float32,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The mean cross-entropy, and the accuracy if wanted, computed in `upcast`; `source` ``[B, N]`` are absolute image
-    indices."""
+    """The mean cross-entropy, and the accuracy if wanted, computed in `upcast`; `source`: of a :class:`MixPlan`."""
     maps, labels = (first, second, segments), (source % group_size).long()
     own_texts = texts_of_groups(texts[first_text : first_text + len(first)], group_size)
     of_group = mixed_segmentation_logits(*maps, own_texts, logit_scale, upcast)
@@ -104,35 +103,24 @@ def mixed_segmentation_loss(
         logit_scale: factor of the cosines, a number or a tensor of one element.
         negatives: "group" compares every patch with the texts of its mixing group, "batch" with all texts. "attributed"
             interpolates the loss of each patch from the first to the second by how surely the patch is attributed to
-            its image within the group (:func:`attribution`). With the latter two, texts may be those of more images
-            (of other ranks), ``[T, D]``; those of the B images begin at number `first_text`. They run in PyTorch only
-            and hold ``[B, N, T]``.
+            its image within the group (:func:`attribution`). The latter two run in PyTorch only and hold ``[B, N, T]``;
+            their texts may be those of more images, ``[T, D]``, where those of the B images begin at `first_text`.
         return_accuracy: adds the share of patches whose largest logit over the texts of their mixing group is that of
             their image, for either kind of `negatives`; ties take the lowest text.
     Returns:
-        0-d fp32, the mean over B·N patches, or a pair with the accuracy, 0-d fp32; computed in fp32 from inputs of any
-        dtype, under autocast too. The loss is differentiable in the five tensors; deterministic. Backward recomputes:
-        only the inputs are kept.
-    Raises:
-        ValueError: shapes that do not fit together, a batch that does not split into groups of the plan's size.
-        RuntimeError: `impl` cannot run here.
+        0-d fp32, the mean over B·N patches, or a pair with the accuracy, 0-d fp32; both in fp32, under autocast too.
+        The loss is differentiable in the five tensors; deterministic. Backward recomputes: only the inputs are kept.
     """
     own_texts = texts if negatives == "group" else texts[first_text : first_text + len(first)]
     _check(first, second, segments, own_texts, plan)
-    inputs, group_size = (first, second, segments, texts, plan.source), plan.group_size
+    inputs, size = (first, second, segments, texts, plan.source), plan.group_size
     scale = scale_tensor(logit_scale, first.device)
-    limits = lambda: _limits(first, second, group_size, negatives)  # noqa: E731
-    if uses_triton("mixed_segmentation_loss", impl, *inputs, limits=limits):
-        losses, correct = _mixed_segmentation(*inputs, scale.float(), group_size)
+    if uses_triton("mixed_segmentation_loss", impl, *inputs, limits=lambda: _limits(first, second, plan, negatives)):
+        losses, correct = _mixed_segmentation(*inputs, scale.float(), size)
         return (losses.mean(), correct.float().mean()) if return_accuracy else losses.mean()
+    wide = torch.promote_types(first.dtype, torch.float32)
     return mixed_segmentation_loss_reference(
-        *inputs,
-        group_size,
-        scale,
-        negatives=negatives,
-        first_text=first_text,
-        return_accuracy=return_accuracy,
-        upcast=torch.promote_types(first.dtype, torch.float32),
+        *inputs, size, scale, negatives=negatives, first_text=first_text, return_accuracy=return_accuracy, upcast=wide
     )
 
 
@@ -156,8 +144,8 @@ def _check(first: Tensor, second: Tensor, segments: Tensor, texts: Tensor, plan:
         )
 
 
-def _limits(first: Tensor, second: Tensor, group_size: int, negatives: str) -> list[str]:
-    sizes = {"G1": first.shape[1], "G2": second.shape[1], "group_size": group_size}
+def _limits(first: Tensor, second: Tensor, plan: MixPlan, negatives: str) -> list[str]:
+    sizes = {"G1": first.shape[1], "G2": second.shape[1], "group_size": plan.group_size}
     reasons = [f"{name} = {size} is above {LIMITS[name]}" for name, size in sizes.items() if size > LIMITS[name]]
     return reasons if negatives == "group" else ["negatives of the whole batch", *reasons]
 

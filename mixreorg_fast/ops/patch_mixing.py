@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import Impl, falls_back, uses_triton
-from .philox import philox, seed_tensor
+from .philox import draws, seed_tensor
 from .registration import kernel
 
 
@@ -46,17 +46,14 @@ class MixPlan:
 
         With `seed` (int or 0-d int64 tensor) the plan is a pure function of (seed, first_group + group, position), the
         same for every `impl`, so that any number of ranks draws the same plan. Without it the seed is drawn from
-        `generator`. `device` defaults to that of `seed` or `generator`, else the CPU.
-
-        Raises:
-            ValueError: `group_size` does not divide `batch`, or is below 1. RuntimeError: `impl` cannot run there.
+        `generator`. `device` defaults to that of `seed` or `generator`, else the CPU. `group_size` divides `batch`.
         """
         _check_groups(batch, group_size)
         if device is None:
             device = next((x.device for x in (seed, generator) if isinstance(x, (Tensor, torch.Generator))), "cpu")
         if seed is None:
             seed = torch.randint(2**62, (), generator=generator, device=device)
-        seed = seed_tensor(seed, torch.device(device))
+        seed = seed_tensor(seed, device)
         draw = _sample_plan if uses_triton("MixPlan.sample", impl, seed) else sample_plan_reference
         source, inverse = draw(seed, first_group, batch, patches, group_size)
         return cls(source, inverse, group_size)
@@ -86,22 +83,14 @@ class MixPlan:
 
 
 def sample_plan_reference(
-    seed: int | Tensor, first_group: int, batch: int, patches: int, group_size: int
+    seed: Tensor, first_group: int, batch: int, patches: int, group_size: int
 ) -> tuple[Tensor, Tensor]:
-    """`source` and `inverse` of a plan: at each position the group's images in the order of their random keys.
-
-    One Philox call under the key `seed` and the counter (position, quad, group's low and high half) gives the keys of
-    the images ``4 * quad .. 4 * quad + 3`` of a group.
-    """
-    device = seed.device if isinstance(seed, Tensor) else None
-    groups = torch.arange(batch // group_size, device=device)[:, None, None]
-    position = torch.arange(patches, device=device)
-    quad = torch.arange((group_size + 3) // 4, device=device)[:, None]
-    number = first_group + groups
-    keys = torch.stack(philox(seed, position, quad, number & 0xFFFFFFFF, number >> 32), dim=2).flatten(1, 2)
-    order = keys[:, :group_size].argsort(dim=1, stable=True)  # [groups, K, N]
-    source, inverse = (groups * group_size + index for index in (order, order.argsort(dim=1)))
-    return source.flatten(0, 1).int(), inverse.flatten(0, 1).int()
+    """`source` and `inverse` of a plan: at each position the group's images in the order of their random keys."""
+    keys = draws(seed, first_group, batch // group_size, group_size, patches, seed.device)
+    order = keys.argsort(dim=1, stable=True)  # [groups, K, N]
+    offset = torch.arange(0, batch, group_size, device=seed.device)[:, None, None]
+    source, inverse = ((offset + index).flatten(0, 1).int() for index in (order, order.argsort(dim=1)))
+    return source, inverse
 
 
 def patch_mix_reference(x: Tensor, source: Tensor, inverse: Tensor | None = None) -> Tensor:
@@ -126,10 +115,7 @@ def patch_mix(x: Tensor, plan: MixPlan, *, impl: Impl = "auto") -> Tensor:
         x: ``[B, N, C]``, fp32, bf16 or fp16, any strides (read in place where the channels lie together).
         plan: for B images of N patches.
     Returns:
-        ``[B, N, C]``, the dtype of `x`, under autocast too. Deterministic; the gradient is a gather by the inverse
-        plan.
-    Raises:
-        ValueError: a plan for other sizes. RuntimeError: `impl` cannot run here.
+        ``[B, N, C]``, the dtype of `x`, under autocast too. Deterministic, as is the gradient.
     """
     return _permute("patch_mix", x, plan, plan.source, plan.inverse, impl)
 
@@ -151,10 +137,7 @@ def patch_blend(mixed: Tensor, original: Tensor, plan: MixPlan, alpha: float, *,
         mixed, original: ``[B, N, C]`` of one dtype, any strides.
         alpha: share of the original features, 0 to 1.
     Returns:
-        ``[B, N, C]``, the dtype of the inputs (blended in fp32), under autocast too; differentiable in both tensors.
-        Deterministic.
-    Raises:
-        ValueError: a plan for other sizes, or inputs of two dtypes. RuntimeError: `impl` cannot run here.
+        ``[B, N, C]``, the dtype of the inputs (blended in fp32), under autocast too. Deterministic, differentiable.
     """
     _check("patch_blend", mixed, plan)
     _check("patch_blend", original, plan)

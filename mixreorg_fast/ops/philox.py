@@ -14,22 +14,24 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
-    """`seed` as a 0-d int64 tensor on `device`, as kernels read it; an int's 64 bits, without synchronising."""
+def seed_tensor(seed: int | Tensor, device: torch.device | str | None = None) -> Tensor:
+    """`seed` as a 0-d int64 tensor, as kernels read it; an int's 64 bits, without synchronising.
+
+    `device` defaults to that of `seed`, else the CPU.
+    """
     if isinstance(seed, Tensor):
         return seed.to(device, torch.int64).reshape(())
     if not -(2**63) <= seed < 2**63:  # a seed that torch.compile holds symbolic is an int64, and must not overflow
         seed = (seed + 2**63) % 2**64 - 2**63
-    return (_opaque_fill if torch.compiler.is_compiling() else _fill)(seed, device)
+    return (_opaque_fill if torch.compiler.is_compiling() else _fill)(seed, torch.device(device or "cpu"))
 
 
 def _fill(seed: int, device: torch.device) -> Tensor:
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
-# Inductor copies constants, and all values computed without reading memory, into each of their uses. Every round of
-# Philox uses its numbers several times, so with a constant key Inductor's code grows exponentially. It reads the output
-# of a custom op from memory.
+# Inductor copies values computed without reading memory, such as constants, into each of their uses. Every round of
+# Philox uses its numbers several times: with a constant key the code would grow exponentially. A custom op is read.
 _opaque_fill = torch.library.custom_op("mixreorg::seed", _fill, mutates_args=())
 _opaque_fill.register_fake(_fill)
 
@@ -51,6 +53,20 @@ def philox(seed: int | Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -
     return c0, c1, c2, c3
 
 
+def draws(
+    seed: int | Tensor, first: int, images: int, rows: int, columns: int, device: torch.device | None = None
+) -> Tensor:
+    """Uint32 numbers ``[images, rows, columns]``, a pure function of (seed, first + image, row, column).
+
+    One Philox call with the counter (column, quad, image's low and high half) gives rows ``4 * quad .. 4 * quad + 3``.
+    """
+    image = first + torch.arange(images, device=device)[:, None, None]
+    quad = torch.arange((rows + 3) // 4, device=device)[:, None]
+    column = torch.arange(columns, device=device)
+    lanes = torch.stack(philox(seed, column, quad, image & _MASK, image >> 32), dim=2)  # [images, quads, 4, columns]
+    return lanes.flatten(1, 2)[:, :rows]
+
+
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of the 64-bit product of two uint32 numbers, without int64 overflow."""
     a_high, a_low = a >> 16, a & 0xFFFF
@@ -62,8 +78,7 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 def gumbel(bits: Tensor) -> Tensor:
     """Standard Gumbel noise (fp32) from uint32 numbers.
 
-    The uniform is taken at the middle of one of 2**23 cells, exact in fp32: it is never 0 or 1, so the noise is finite
-    (from -2.8 to 16.6).
+    The uniform is taken at the middle of one of 2**23 cells, exact in fp32: never 0 or 1. So noise is in -2.8 to 16.6.
     """
     uniform = ((bits >> 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))

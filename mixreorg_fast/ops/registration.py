@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..kernels.variants import on_device
-
-_KERNELS = f"{__name__.split('.')[0]}.kernels"
 
 
 class Kernel:
@@ -50,31 +49,20 @@ class Kernel:
     ) -> None:
         functools.update_wrapper(self, declaration)
         name = declaration.__name__.lstrip("_")
-        module, _, function = launcher.partition(".")
-        module = f"{_KERNELS}.{module}"
+        module, _, function = f"{kernels.__name__}.{launcher}".rpartition(".")
         signature = inspect.signature(declaration, eval_str=True)
         *others, last = signature.parameters.values()
         tensors = sum(x.annotation in (Tensor, Tensor | None) for x in (*others, last))
-        count = spread_count = len(signature.parameters)
         self._settings = settings = last.annotation if hasattr(last.annotation, "_fields") else None
         if settings is not None:
             fields = typing.get_type_hints(settings).items()
-            spread = [*others, *(inspect.Parameter(name, last.kind, annotation=kind) for name, kind in fields)]
-            signature, spread_count = signature.replace(parameters=spread), len(spread)
+            spread = (inspect.Parameter(name, last.kind, annotation=kind) for name, kind in fields)
+            signature = signature.replace(parameters=[*others, *spread])
 
         def bundled(arguments: tuple) -> tuple:
             """The declaration's arguments from the custom op's."""
-            first = count - 1
+            first = len(others)
             return arguments if settings is None else (*arguments[:first], settings(*arguments[first:]))
-
-        def of_op(called: Callable[..., Any]) -> Callable[..., Any]:
-            """`called` with the custom op's arguments."""
-
-            def with_fields(*arguments: Any) -> Any:
-                return called(*bundled(arguments))
-
-            with_fields.__signature__ = signature
-            return with_fields
 
         def launch(*arguments: Any) -> Any:
             output = declaration(*arguments)
@@ -83,8 +71,12 @@ class Kernel:
                 run(*arguments, *(output if isinstance(output, tuple) else (output,)))
             return output
 
-        self.op = torch.library.custom_op(f"mixreorg::{name}", of_op(launch), mutates_args=())
-        self.op.register_fake(of_op(declaration))
+        def launch_spread(*arguments: Any) -> Any:
+            return launch(*bundled(arguments))
+
+        launch_spread.__signature__ = signature
+        self.op = torch.library.custom_op(f"mixreorg::{name}", launch_spread, mutates_args=())
+        self.op.register_fake(lambda *arguments: declaration(*bundled(arguments)))
         self._launch = self._differentiable = self._transformable = launch
         if gradient is None:
             return
@@ -102,24 +94,19 @@ class Kernel:
             save(ctx, inputs, output)
             return output
 
-        def backward(count: int) -> Callable[..., tuple]:
-            """`gradient`, followed by None for those of `count` inputs that it leaves out."""
-            rest = (None,) * count
-
-            def of_inputs(ctx: Any, *gradients: Tensor | None) -> tuple:
-                # Saved tensors are read once: under activation checkpointing every access unpacks them.
-                found = gradient(*gradients, *ctx.saved_tensors, *ctx.numbers)
-                found = found if isinstance(found, tuple) else (found,)
-                return (*found, *rest[len(found) :])
-
-            return of_inputs
+        def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
+            """`gradient`, followed by None for the inputs that it leaves out."""
+            # Saved tensors are read once: under activation checkpointing every access unpacks them.
+            found = gradient(*gradients, *ctx.saved_tensors, *ctx.numbers)
+            found = found if isinstance(found, tuple) else (found,)
+            return (*found, *[None] * (len(ctx.needs_input_grad) - len(found)))
 
         # torch.func asks for a setup_context. With one, PyTorch inspects a signature at every call, 14 µs of host
         # time, so that calls outside of torch.func do without.
-        self._transformable = _autograd(name, launch, backward(count), setup_context=save)
-        self._differentiable = _autograd(name, forward, backward(count))
+        self._transformable = _autograd(name, launch, backward, setup_context=save)
+        self._differentiable = _autograd(name, forward, backward)
         self.op.register_autograd(
-            backward(spread_count), setup_context=lambda ctx, inputs, output: save(ctx, bundled(inputs), output)
+            backward, setup_context=lambda ctx, inputs, output: save(ctx, bundled(inputs), output)
         )
 
     def __call__(self, *arguments: Any) -> Any:

@@ -32,15 +32,11 @@ def stochastic_depth(
         device: that of `seed` unless given, else the CPU.
     Returns:
         fp32 ``[2, len(rates), branches * images]``, the same from every `impl`: a block has two residuals.
-    Raises:
-        ValueError: a rate outside [0, 1). RuntimeError: `impl` cannot run there.
     """
     rates = list(rates)
     if not all(0 <= rate < 1 for rate in rates):
         raise ValueError(f"stochastic_depth: rates must lie in [0, 1), got {rates}")
-    if device is None:
-        device = seed.device if isinstance(seed, Tensor) else "cpu"
-    seed = seed_tensor(seed, torch.device(device))
+    seed = seed_tensor(seed, device)
     draw = _stochastic_depth if uses_triton("stochastic_depth", impl, seed) else stochastic_depth_reference
     return draw(seed, rates, images, branches, first_image)
 

@@ -15,8 +15,7 @@ from .dispatch import Impl, falls_back, uses_triton
 from .patch_mixing import MixPlan, patch_blend_reference, patch_mix_reference
 from .registration import kernel
 
-# The references take the gradient of a gather by `source` as a gather by `inverse`, where they are given it, and the
-# other way round.
+# The gradient of a gather by `source` is a gather by `inverse`, where the references are given it, and vice versa.
 
 
 def mix_tokens_reference(
@@ -68,10 +67,7 @@ def mix_tokens(x: Tensor, plan: MixPlan, groups: Tensor | None = None, *, impl: 
         groups: group tokens of the mixed branch, ``[1, G, C]`` or ``[B, G, C]`` in the dtype of `x`. None: each mixing
             group's mean of those in `x`.
     Returns:
-        ``[2B, N + G, C]``, `x` first; the dtype of `x`, under autocast too. Deterministic, differentiable in `x` and
-        `groups`.
-    Raises:
-        ValueError: sizes that do not fit the plan, or `groups` of another dtype. RuntimeError: `impl` cannot run here.
+        ``[2B, N + G, C]``, `x` first; the dtype of `x`, under autocast too. Deterministic, differentiable.
     """
     groups = _checked("mix_tokens", x, 1, plan, groups)
     if uses_triton("mix_tokens", impl, x, plan.source, groups):
@@ -111,8 +107,6 @@ def blend_tokens(x: Tensor, plan: MixPlan, alpha: float, *, impl: Impl = "auto")
     Returns:
         A new tensor of the shape and dtype of `x` (blended in fp32), under autocast too. The original branch and all
         group tokens are unchanged. Deterministic, differentiable in `x`.
-    Raises:
-        ValueError: a plan for other sizes. RuntimeError: `impl` cannot run here.
     """
     _checked("blend_tokens", x, 2, plan)
     if uses_triton("blend_tokens", impl, x, plan.source):
