@@ -1,8 +1,7 @@
 """The public fast ops. Shapes: B images, N patches, G groups, C channels, K images in a mixing group, T texts.
 
 Every op takes ``impl="auto" | "triton" | "torch"``; its plain-PyTorch reference stands beside it and is the oracle of
-tests and benchmarks. An op raises a ValueError for arguments that do not fit its docstring, and a RuntimeError where
-`impl` cannot run here.
+tests and benchmarks.
 """
 
 from .attention import attention

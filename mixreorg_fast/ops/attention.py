@@ -79,6 +79,8 @@ class Packing:
             lengths: host integers, each at least 1.
             rows: S, at least the sum of the lengths; None: the sum.
             bucket: S is one of 16 values per power of two, so that shapes repeat from step to step.
+        Raises:
+            ValueError: no lengths, one below 1, or more than `rows` in all.
         """
         lengths, device = list(lengths), torch.device(device)
         if not lengths or min(lengths) < 1:
@@ -144,6 +146,8 @@ def attention(
             the first in the measured order (`MEASURED`) that can run.
     Returns:
         ``[B, N, H, D]``.
+    Raises:
+        ValueError: packed tensors whose shape `lengths` does not fit. RuntimeError: `impl` cannot run here.
     """
     packing: Packing | None = None
     if lengths is not None:

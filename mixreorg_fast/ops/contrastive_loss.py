@@ -68,6 +68,8 @@ def contrastive_loss(
         Every gradient is world_size times this rank's share of the true one: data parallelism averages over ranks, and
         the average is then the gradient of the global batch's loss. Rows of `image` and `text` lie on one rank, so
         their gradient is world_size times the true one. The gradient cannot be differentiated again.
+    Raises:
+        ValueError: shapes that do not fit together, an unknown `exchange`. RuntimeError: `impl` cannot run here.
     """
     if exchange not in ("gather", "ring"):
         raise ValueError(f"contrastive_loss: exchange '{exchange}' is neither 'gather' nor 'ring'")

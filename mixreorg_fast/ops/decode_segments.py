@@ -48,12 +48,15 @@ def decode_segments(
             and class t is t + 1; without it, class t is t.
     Returns:
         int64 ``[B, H, W]``. Deterministic, not differentiable. Ties take the lowest segment and class.
+    Raises:
+        ValueError: shapes that do not fit together. RuntimeError: `impl` cannot run here.
     """
-    (height, width), maps, classes = size, assignment.shape, scores.shape
-    if (len(maps), len(classes)) != (4, 3) or maps[:2] != classes[:2] or 0 in (*maps[1:], classes[2]):
+    height, width = size
+    fit = assignment.dim() == 4 and scores.dim() == 3 and assignment.shape[:2] == scores.shape[:2]
+    if not fit or 0 in (*assignment.shape[1:], scores.shape[2]):
         raise ValueError(
             f"decode_segments: expected assignment [B, G, h, w] and scores [B, G, T], none of them empty, got "
-            f"{list(maps)} and {list(classes)}"
+            f"{list(assignment.shape)} and {list(scores.shape)}"
         )
     if height < 1 or width < 1:
         raise ValueError(f"decode_segments: size must be two positive numbers, got {tuple(size)}")

@@ -93,6 +93,8 @@ def grouping_attention(
             assignment that formed the output, int64 ``[B, N]``; no map is written for it where that was hard.
     Returns:
         ``[B, G, C]`` in the dtype of `v`, or a pair with the assignment. Deterministic.
+    Raises:
+        ValueError: shapes that do not fit together. RuntimeError: `impl` cannot run here.
     """
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))

@@ -36,6 +36,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Linea
             measured faster (`onednn_wins`).
     Returns:
         ``[..., O]``. Differentiable, once.
+    Raises:
+        RuntimeError: `impl` cannot run here.
     """
     candidate = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
     if impl == "auto" and not candidate:  # the common case, before anything is listed

@@ -110,6 +110,9 @@ def mixed_segmentation_loss(
     Returns:
         0-d fp32, the mean over B·N patches, or a pair with the accuracy, 0-d fp32; both in fp32, under autocast too.
         The loss is differentiable in the five tensors; deterministic. Backward recomputes: only the inputs are kept.
+    Raises:
+        ValueError: shapes that do not fit together, a batch that does not split into groups of the plan's size.
+        RuntimeError: `impl` cannot run here.
     """
     own_texts = texts if negatives == "group" else texts[first_text : first_text + len(first)]
     _check(first, second, segments, own_texts, plan)

@@ -46,7 +46,10 @@ class MixPlan:
 
         With `seed` (int or 0-d int64 tensor) the plan is a pure function of (seed, first_group + group, position), the
         same for every `impl`, so that any number of ranks draws the same plan. Without it the seed is drawn from
-        `generator`. `device` defaults to that of `seed` or `generator`, else the CPU. `group_size` divides `batch`.
+        `generator`. `device` defaults to that of `seed` or `generator`, else the CPU.
+
+        Raises:
+            ValueError: `group_size` does not divide `batch`, or is below 1. RuntimeError: `impl` cannot run there.
         """
         _check_groups(batch, group_size)
         if device is None:
@@ -116,6 +119,8 @@ def patch_mix(x: Tensor, plan: MixPlan, *, impl: Impl = "auto") -> Tensor:
         plan: for B images of N patches.
     Returns:
         ``[B, N, C]``, the dtype of `x`, under autocast too. Deterministic, as is the gradient.
+    Raises:
+        ValueError: a plan for other sizes. RuntimeError: `impl` cannot run here.
     """
     return _permute("patch_mix", x, plan, plan.source, plan.inverse, impl)
 
@@ -138,6 +143,8 @@ def patch_blend(mixed: Tensor, original: Tensor, plan: MixPlan, alpha: float, *,
         alpha: share of the original features, 0 to 1.
     Returns:
         ``[B, N, C]``, the dtype of the inputs (blended in fp32), under autocast too. Deterministic, differentiable.
+    Raises:
+        ValueError: a plan for other sizes, or inputs of two dtypes. RuntimeError: `impl` cannot run here.
     """
     _check("patch_blend", mixed, plan)
     _check("patch_blend", original, plan)

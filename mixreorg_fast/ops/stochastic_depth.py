@@ -32,6 +32,8 @@ def stochastic_depth(
         device: that of `seed` unless given, else the CPU.
     Returns:
         fp32 ``[2, len(rates), branches * images]``, the same from every `impl`: a block has two residuals.
+    Raises:
+        ValueError: a rate outside [0, 1). RuntimeError: `impl` cannot run there.
     """
     rates = list(rates)
     if not all(0 <= rate < 1 for rate in rates):

@@ -68,6 +68,8 @@ def mix_tokens(x: Tensor, plan: MixPlan, groups: Tensor | None = None, *, impl: 
             group's mean of those in `x`.
     Returns:
         ``[2B, N + G, C]``, `x` first; the dtype of `x`, under autocast too. Deterministic, differentiable.
+    Raises:
+        ValueError: sizes that do not fit the plan, or `groups` of another dtype. RuntimeError: `impl` cannot run here.
     """
     groups = _checked("mix_tokens", x, 1, plan, groups)
     if uses_triton("mix_tokens", impl, x, plan.source, groups):
@@ -107,6 +109,8 @@ def blend_tokens(x: Tensor, plan: MixPlan, alpha: float, *, impl: Impl = "auto")
     Returns:
         A new tensor of the shape and dtype of `x` (blended in fp32), under autocast too. The original branch and all
         group tokens are unchanged. Deterministic, differentiable in `x`.
+    Raises:
+        ValueError: a plan for other sizes. RuntimeError: `impl` cannot run here.
     """
     _checked("blend_tokens", x, 2, plan)
     if uses_triton("blend_tokens", impl, x, plan.source):
