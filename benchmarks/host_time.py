@@ -19,7 +19,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from mixreorg_fast import ops
@@ -37,21 +36,13 @@ CALLS, ROUNDS = 50, 20
 @contextlib.contextmanager
 def launches_stubbed(architecture: int = 90) -> Iterator[None]:
     """Within it kernels take tensors of the CPU, as on sm_`architecture`, and leave their outputs as they are."""
-    run, active = JITFunction.run, driver._active
+    run = JITFunction.run
 
     def bound(self: JITFunction, *args: Any, warmup: bool, **kwargs: Any) -> Any:
         return run(self, *args, warmup=True, **kwargs)
 
-    with (
-        mock.patch.object(JITFunction, "run", bound),
-        mock.patch.object(variants, "launches_on", lambda device: True),
-        mock.patch.object(variants, "offline_architecture", architecture),
-    ):
-        driver.set_active(offline.Driver(architecture))
-        try:
-            yield
-        finally:
-            driver._active = active
+    with offline.compiling(architecture, bound), mock.patch.object(variants, "launches_on", lambda device: True):
+        yield
 
 
 def cases() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:

@@ -1,15 +1,13 @@
 """Contrastive loss: log-sum-exps over rows and columns of ``scale * rows @ columns.T``, and the gradient from them.
 
 The matrix of logits is never stored. Both kernels are matmuls over [BLOCK_M, BLOCK_N] tiles. Their epilogue reduces
-the tile to one log-sum-exp per row and per column (forward) or turns it into gradient weights (backward). The rows are
-processed in strips: one launch writes the tiles' log-sum-exps, or a strip of weights in the inputs' dtype, within a
-fixed budget of bytes at any batch (docs/losses.md counts bytes and operations). Plain matmuls that accumulate in fp32
-multiply the weights with the features. No atomics: every partial result has one writer.
+the tile to one log-sum-exp per row and per column (forward) or turns it into gradient weights (backward), which plain
+matmuls multiply with the features. The rows are processed in strips: one launch writes the tiles' log-sum-exps, or a
+strip of weights in the inputs' dtype, within a fixed budget of bytes at any batch (docs/losses.md counts).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -18,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .precision import exp2, rounded, upcast
+from .precision import LOG2_E, exp2, rounded, upcast
 from .settings import LogitBlock
 from .variants import Config, cdiv, tuned, with_unit_channel_stride
 
@@ -29,10 +27,10 @@ CONFIGS_16 = {
     100: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 64}, num_warps=8, num_stages=3),
 }
 CONFIGS_MASKED = {80: CONFIGS_16[80]}  # masked loads of 64 features take too many registers
-_TILE_32 = Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=8, num_stages=2)
-# Without a limit of its own ptxas takes 80 registers, and spills.
-_TILE_32_128 = dataclasses.replace(_TILE_32, most_registers=128)
-CONFIGS_32 = {80: _TILE_32, 86: _TILE_32_128, 90: _TILE_32, 100: _TILE_32_128}
+CONFIGS_32 = {  # where there is a limit, ptxas would take 80 registers without it, and spill
+    architecture: Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=8, most_registers=limit)
+    for architecture, limit in ((80, None), (86, 128), (90, None), (100, 128))
+}
 CANDIDATES_16 = [
     Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": d}, num_warps=warps, num_stages=stages)
     for m, n, warps in ((128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8), (64, 128, 4))
@@ -49,20 +47,12 @@ MERGE_BLOCK = {"BLOCK_N": 128, "BLOCK_PARTS": 16}
 
 PARTIALS_BYTES = 2**24  # the tiles' log-sum-exps of one strip
 STRIP_BYTES = 2**26  # the weights of one strip
-LOG2_E = tl.constexpr(1.4426950408889634)
 SMALLEST_TOTAL = tl.constexpr(2.0**-64)  # of exponentials, none of which has lost more than 2**-126
 
 
 @triton.jit
 def _tile(
-    rows_ptr,
-    columns_ptr,
-    sizes,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    rows_ptr, columns_ptr, sizes, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """This program's rows [BLOCK_M], columns [BLOCK_N] and their products [BLOCK_M, BLOCK_N] in fp32.
 
@@ -86,7 +76,7 @@ def _tile(
         else:
             a = tl.load(row_ptr + start, mask=(start + d < D)[None, :], other=0.0)
             b = tl.load(column_ptr + start, mask=(start + d < D)[None, :], other=0.0)
-        products = tl.dot(upcast(a), tl.trans(upcast(b)), products, input_precision=PRECISION)
+        products = tl.dot(upcast(a), tl.trans(upcast(b)), products, input_precision="ieee")
     return row, column, products
 
 
@@ -111,11 +101,10 @@ def _log_sum_exp_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """row_parts[column block, row], column_parts[row block, column]: the tile's log-sum-exps, to base 2."""
     rows, columns = sizes[0], sizes[1]
-    row, column, products = _tile(rows_ptr, columns_ptr, sizes, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
+    row, column, products = _tile(rows_ptr, columns_ptr, sizes, D, BLOCK_M, BLOCK_N, BLOCK_D)
     scale = tl.load(scale_ptr).to(tl.float32) * LOG2_E
     logits = products * scale
     row_exists, column_exists = row < rows, column < columns
@@ -130,7 +119,7 @@ def _log_sum_exp_kernel(
             row_lse, column_lse = largest + tl.log2(row_total), largest + tl.log2(column_total)
         else:
             # The products are computed again: holding them takes registers.
-            _, _, products = _tile(rows_ptr, columns_ptr, sizes, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
+            _, _, products = _tile(rows_ptr, columns_ptr, sizes, D, BLOCK_M, BLOCK_N, BLOCK_D)
             logits = products * scale
             row_lse = _log_sum_exp(tl.where(column_exists[None, :], logits, float("-inf")), 1)
             column_lse = _log_sum_exp(tl.where(row_exists[:, None], logits, float("-inf")), 0)
@@ -182,12 +171,11 @@ def _weights_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """2^-row_shift · softmax over the row + 2^-column_shift · softmax over the column - positive, at own columns."""
     rows, columns = sizes[0], sizes[1]
     weights_stride, first_row, row_prompts, column_prompts, row_shift, column_shift, positive = numbers
-    row, column, products = _tile(rows_ptr, columns_ptr, sizes, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
+    row, column, products = _tile(rows_ptr, columns_ptr, sizes, D, BLOCK_M, BLOCK_N, BLOCK_D)
     logits = products * (tl.load(scale_ptr).to(tl.float32) * LOG2_E)
     row_exists, column_exists = row < rows, column < columns
     row_shift += tl.load(row_lse_ptr + row, mask=row_exists, other=float("inf")) * LOG2_E
@@ -195,11 +183,9 @@ def _weights_kernel(
     weights = tl.exp2(logits - row_shift[:, None]) + tl.exp2(logits - column_shift[None, :])
     own = ((first_row + row) // row_prompts)[:, None] == (column // column_prompts)[None, :]
     weights = tl.where(own, weights - positive, weights)
-    tl.store(
-        weights_ptr + row.to(tl.int64)[:, None] * weights_stride + column[None, :],
-        rounded(weights, weights_ptr.dtype.element_ty),
-        mask=row_exists[:, None] & column_exists[None, :],
-    )
+    exist = row_exists[:, None] & column_exists[None, :]
+    weights_tile = weights_ptr + row.to(tl.int64)[:, None] * weights_stride + column[None, :]
+    tl.store(weights_tile, rounded(weights, weights_ptr.dtype.element_ty), mask=exist)
 
 
 def _strips(rows: int, bytes_per_row: float, budget: int) -> list[slice]:
@@ -217,8 +203,7 @@ def _tiles(rows: Tensor, columns: Tensor, config: Config) -> tuple[tuple[int], t
     """Grid, sizes and constexprs of a kernel over tiles."""
     grid = (cdiv(rows.shape[0], config.blocks["BLOCK_M"]) * cdiv(columns.shape[0], config.blocks["BLOCK_N"]),)
     sizes = (rows.shape[0], columns.shape[0], rows.stride(0), columns.stride(0))
-    precision = "ieee" if rows.dtype == torch.float32 else "tf32"  # fp32 means fp32
-    return grid, sizes, {"D": rows.shape[1], "PRECISION": precision, **config.kwargs}
+    return grid, sizes, {"D": rows.shape[1], **config.kwargs}
 
 
 def _tuned(name: str, sweep: Callable[[Config], None], rows: Tensor, columns: Tensor) -> None:
@@ -241,8 +226,8 @@ def log_sum_exp_forward(
     """Log-sum-exps of the logits ``scale * rows @ columns.T`` over the columns of every row ``[M]`` and, if `both`,
     over the rows of every column ``[N]``, of rows ``[M, D]`` and columns ``[N, D]`` of one dtype, scale 0-d."""
     rows, columns = with_unit_channel_stride(rows), with_unit_channel_stride(columns)
-    smallest = 64  # block, for the budget
-    strips = _strips(rows.shape[0], 4 * columns.shape[0] * (1 + both) / smallest, PARTIALS_BYTES)
+    # 64: the smallest block of rows and of columns
+    strips = _strips(rows.shape[0], 4 * columns.shape[0] * (1 + both) / 64, PARTIALS_BYTES)
 
     def sweep(config: Config) -> None:
         column_blocks = cdiv(columns.shape[0], config.blocks["BLOCK_N"])
@@ -252,8 +237,7 @@ def log_sum_exp_forward(
             row_parts = row_lse.new_empty(column_blocks, part.shape[0])
             column_parts = row_lse.new_empty(row_blocks, columns.shape[0])
             grid, sizes, constexprs = _tiles(part, columns, config)
-            arguments = (part, columns, scale, row_parts, column_parts, sizes)
-            _log_sum_exp_kernel[grid](*arguments, BOTH=both, **constexprs)
+            _log_sum_exp_kernel[grid](part, columns, scale, row_parts, column_parts, sizes, BOTH=both, **constexprs)
             _merge(row_parts, _cut(row_lse, strip), False)
             if both:
                 _merge(column_parts, column_lse, strip.start > 0)
@@ -300,10 +284,9 @@ def gradient_backward(
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
     """``out (+)= a @ b``, accumulated and written in fp32 from operands of any dtype."""
-    if a.device.type != "cpu" and a.dtype != torch.float32:
-        if add:
-            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-        else:
-            torch.mm(a, b, out_dtype=torch.float32, out=out)
-    else:
+    if a.device.type == "cpu" or a.dtype == torch.float32:
         torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)

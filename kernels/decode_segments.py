@@ -4,9 +4,8 @@ A pixel's class depends on the pixel only through its segment. So a small first 
 The pixel kernel upsamples the maps bilinearly, keeps the largest value and its segment's label in registers, and stores
 the label.
 
-Bilinear upsampling reads two rows of a map per row of pixels. A block of pixel rows not taller than the upsampling
-factor touches at most three rows of a map. Those three are interpolated along x once for the whole block, which leaves
-two products, a comparison and the selections per pixel and group.
+A block of pixel rows not taller than the upsampling factor touches at most three rows of a map. Those three are
+interpolated along x once for the whole block.
 """
 
 from __future__ import annotations
@@ -27,19 +26,12 @@ CLASS_BLOCK = 256
 
 @triton.jit
 def _segment_label_kernel(
-    scores_ptr,
-    threshold_ptr,
-    labels_ptr,
-    groups,
-    classes,
-    strides,
-    BACKGROUND: tl.constexpr,
-    BLOCK_CLASSES: tl.constexpr,
+    score_ptr, threshold_ptr, label_ptr, groups, classes, strides, BACKGROUND: tl.constexpr, BLOCK_CLASSES: tl.constexpr
 ):
     """The best class of each segment; with BACKGROUND it moves up by one, 0 where its score is below the threshold."""
     segment = tl.program_id(0).to(tl.int64)
     image = segment // groups
-    scores = scores_ptr + image * strides[0] + (segment % groups) * strides[1]
+    scores = score_ptr + image * strides[0] + (segment % groups) * strides[1]
     best = tl.full((), float("-inf"), tl.float32)
     label = tl.full((), 0, tl.int32)
     for first in range(0, classes, BLOCK_CLASSES):
@@ -50,7 +42,7 @@ def _segment_label_kernel(
         best = tl.maximum(best, block_best)
     if BACKGROUND:
         label = tl.where(best < tl.load(threshold_ptr + image), 0, label + 1)
-    tl.store(labels_ptr + segment, label)
+    tl.store(label_ptr + segment, label)
 
 
 @triton.jit
@@ -111,14 +103,6 @@ def _decode_kernel(
     tl.store(out, label.to(tl.int64), mask=(y < height)[:, None] & (x < width))
 
 
-def _row_block(map_height: int, height: int) -> int:
-    """The tallest block of pixel rows that lies between three rows of a map."""
-    block = 1
-    while 2 * block <= min(MAX_ROWS, height // map_height):
-        block *= 2
-    return block
-
-
 def decode_forward(
     assignment: Tensor, scores: Tensor, threshold: Tensor | None, height: int, width: int, out: Tensor
 ) -> None:
@@ -127,18 +111,12 @@ def decode_forward(
     if out.numel() == 0:
         return
     labels = torch.empty((batch, groups), dtype=torch.int32, device=out.device)
-    _segment_label_kernel[(batch * groups,)](
-        scores,
-        scores if threshold is None else threshold.contiguous(),
-        labels,
-        groups,
-        scores.shape[2],
-        scores.stride(),
-        BACKGROUND=threshold is not None,
-        BLOCK_CLASSES=CLASS_BLOCK,
-        num_warps=1,
-    )
-    block_y = _row_block(map_height, height)
+    thresholds = scores if threshold is None else threshold.contiguous()
+    arguments = (scores, thresholds, labels, groups, scores.shape[2], scores.stride())
+    constexprs = {"BACKGROUND": threshold is not None, "BLOCK_CLASSES": CLASS_BLOCK}
+    _segment_label_kernel[(batch * groups,)](*arguments, **constexprs, num_warps=1)
+    # The tallest block of pixel rows, a power of two, that lies between three rows of a map
+    block_y = 1 << (max(1, min(MAX_ROWS, height // map_height)).bit_length() - 1)
     sizes = (map_height, map_width, height, width, map_height / height, map_width / width)
 
     def launch(config: Config) -> None:

@@ -14,27 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import grouping_tiles as tiles
 from .grouping_problem import CANDIDATES, Problem, prefetch_bytes, rows_together, strides
-from .grouping_tiles import (
-    group_of_column,
-    inner_products,
-    load_map,
-    load_rows,
-    mask_groups,
-    one_hot,
-    prefetch_rows,
-    softmax,
-    store_map,
-    store_rows,
-    weighted_sums,
-    winners,
-)
 from .philox import gumbel_noise
-from .precision import operand, reciprocal
+from .precision import LOG2_E, operand, reciprocal
 from .settings import Grouping
 from .variants import Config, cdiv, tuned
 
-_PER_LOG_2: tl.constexpr = tl.constexpr(1.4426950408889634)
 _ONCE: tl.constexpr = tl.constexpr("evict_first")  # cache policy of tensors that are read once, which leaves room for k
 
 
@@ -70,45 +56,43 @@ def _grouping_forward_kernel(
     image = tl.program_id(0).to(tl.int64)
     patch = tl.program_id(1) * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
     patch_exists = patch < patches
-    group = group_of_column(BLOCK_GROUPS)
+    group = tiles.group_of_column(BLOCK_GROUPS)
     group_exists = group < GROUPS
-    q_ptr += image * q_stride_image
-    k_ptr += image * k_stride_image
-    v_ptr += image * v_stride_image
-    q_row, k_row, v_row = group * q_stride_group, patch * k_stride_patch, patch * v_stride_patch
+    q_rows = (q_ptr + image * q_stride_image, group * q_stride_group, group_exists)
+    k_rows = (k_ptr + image * k_stride_image, patch * k_stride_patch, patch_exists)
+    v_rows = (v_ptr + image * v_stride_image, patch * v_stride_patch, patch_exists)
     map_start = image * GROUPS * patches
 
     zero = tl.zeros((BLOCK_PATCHES, BLOCK_GROUPS), tl.float32)
-    k_rows, q_rows = (k_ptr, k_row, patch_exists), (q_ptr, q_row, group_exists)
-    logits = inner_products(zero, k_rows, q_rows, CHANNELS, BLOCK_CHANNELS)
+    logits = tiles.inner_products(zero, k_rows, q_rows, CHANNELS, BLOCK_CHANNELS)
     if PREFETCH:
-        prefetch_rows(v_ptr, v_row, patch_exists, PREFETCH)
-    logits *= scale * inverse_tau * _PER_LOG_2
+        tiles.prefetch_rows(v_rows, PREFETCH)
+    logits *= scale * inverse_tau * LOG2_E
     noisy = logits
     if seed_ptr is not None:
         noisy += gumbel_noise(tl.load(seed_ptr), first_image + image, patch, inverse_tau, BLOCK_GROUPS // 4)
-    noisy = mask_groups(noisy, group, GROUPS)
+    noisy = tiles.mask_groups(noisy, group, GROUPS)
     if winner_ptr is not None:
-        winner = winners(noisy, group)
+        winner = tiles.winners(noisy, group)
         tl.store(winner_ptr + image * patches + patch, winner.to(tl.int16), mask=patch_exists)
-        used, total = one_hot(tl.where(patch_exists, winner, -1), group)
+        used, total = tiles.one_hot(tl.where(patch_exists, winner, -1), group)
     else:
-        used = tl.where(patch_exists[:, None], softmax(noisy), 0.0)
+        used = tl.where(patch_exists[:, None], tiles.softmax(noisy), 0.0)
         total = tl.sum(used, axis=0)
     if soft_ptr is not None:
-        soft = softmax(mask_groups(logits, group, GROUPS))
-        store_map(soft_ptr + map_start, patch, group, soft, patches, GROUPS)
+        soft = tiles.softmax(tiles.mask_groups(logits, group, GROUPS))
+        tiles.store_map(soft_ptr + map_start, patch, group, soft, patches, GROUPS)
     if used_ptr is not None:
-        store_map(used_ptr + map_start, patch, group, used, patches, GROUPS)
+        tiles.store_map(used_ptr + map_start, patch, group, used, patches, GROUPS)
     if ONE_TILE:
         tl.store(total_ptr + image * GROUPS + group, total, mask=group_exists)
         out_ptr += image * GROUPS * CHANNELS
         weights = operand(used, v_ptr.dtype.element_ty)
         inverse_total = reciprocal(total + eps)
         for first in range(0, CHANNELS, BLOCK_CHANNELS):
-            v = load_rows(v_ptr, v_row, patch_exists, first, CHANNELS, BLOCK_CHANNELS, _ONCE)
-            out = weighted_sums(weights, v) * inverse_total[:, None]
-            store_rows(out_ptr, group * CHANNELS, group_exists, first, out, CHANNELS, BLOCK_CHANNELS)
+            v = tiles.load_rows(v_rows, first, CHANNELS, BLOCK_CHANNELS, _ONCE)
+            out = tiles.weighted_sums(weights, v) * inverse_total[:, None]
+            tiles.store_rows((out_ptr, group * CHANNELS, group_exists), first, out, CHANNELS, BLOCK_CHANNELS)
 
 
 @triton.jit
@@ -143,23 +127,23 @@ def _aggregate_kernel(
     for first_patch in range(0, patches, BLOCK_PATCHES):
         patch = first_patch + tl.arange(0, BLOCK_PATCHES)
         patch_exists = patch < patches
-        x = load_rows(x_ptr, patch * x_strides[1], patch_exists, first, CHANNELS, BLOCK_CHANNELS)
+        x = tiles.load_rows((x_ptr, patch * x_strides[1], patch_exists), first, CHANNELS, BLOCK_CHANNELS)
         if winner_ptr is not None:
             winner = tl.load(winner_ptr + image * patches + patch, mask=patch_exists, other=0).to(tl.int32)
-            weights, total = one_hot(tl.where(patch_exists, winner, -1), group)
+            weights, total = tiles.one_hot(tl.where(patch_exists, winner, -1), group)
         else:
-            weights = load_map(map_ptr + image * GROUPS * patches, patch, group, patches, GROUPS)
+            weights = tiles.load_map(map_ptr + image * GROUPS * patches, patch, group, patches, GROUPS)
             total = tl.sum(weights.to(tl.float32), axis=0)
         totals += total
-        out += weighted_sums(operand(weights, x_ptr.dtype.element_ty), x)
+        out += tiles.weighted_sums(operand(weights, x_ptr.dtype.element_ty), x)
     if total_ptr is not None:
         # every program of the image writes the same numbers
         tl.store(total_ptr + image * GROUPS + group, totals, mask=group_exists)
         out = out * reciprocal(totals + eps)[:, None]
     else:
         out = out * scale
-    out_ptr += image * GROUPS * CHANNELS
-    store_rows(out_ptr, group * CHANNELS, group_exists, first, out, CHANNELS, BLOCK_CHANNELS)
+    out_rows = (out_ptr + image * GROUPS * CHANNELS, group * CHANNELS, group_exists)
+    tiles.store_rows(out_rows, first, out, CHANNELS, BLOCK_CHANNELS)
 
 
 @triton.jit(do_not_specialize=["first_image"])
@@ -201,47 +185,44 @@ def _grouping_backward_kernel(
     image = tl.program_id(0).to(tl.int64)
     patch = tl.program_id(1) * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
     patch_exists = patch < patches
-    group = group_of_column(BLOCK_GROUPS)
+    group = tiles.group_of_column(BLOCK_GROUPS)
     group_exists = group < GROUPS
-    q_ptr += image * q_stride_image
-    k_ptr += image * k_stride_image
-    v_ptr += image * v_stride_image
-    grad_out_ptr += image * grad_stride_image
+    q_rows = (q_ptr + image * q_stride_image, group * q_stride_group, group_exists)
+    k_rows = (k_ptr + image * k_stride_image, patch * k_stride_patch, patch_exists)
+    v_rows = (v_ptr + image * v_stride_image, patch * v_stride_patch, patch_exists)
+    grad_rows = (grad_out_ptr + image * grad_stride_image, group * grad_stride_group, group_exists)
     grad_k_ptr += image * patches * CHANNELS
     grad_v_ptr += image * patches * CHANNELS
-    q_row, grad_row = group * q_stride_group, group * grad_stride_group
-    k_row, v_row = patch * k_stride_patch, patch * v_stride_patch
     map_start = image * GROUPS * patches
 
     zero = tl.zeros((BLOCK_PATCHES, BLOCK_GROUPS), tl.float32)
-    k_rows, q_rows = (k_ptr, k_row, patch_exists), (q_ptr, q_row, group_exists)
-    logits = inner_products(zero, k_rows, q_rows, CHANNELS, BLOCK_CHANNELS)
+    logits = tiles.inner_products(zero, k_rows, q_rows, CHANNELS, BLOCK_CHANNELS)
     if PREFETCH:
-        prefetch_rows(grad_out_ptr, grad_row, group_exists, PREFETCH)
-        prefetch_rows(v_ptr, v_row, patch_exists, PREFETCH)
-    logits *= scale * inverse_tau * _PER_LOG_2
+        tiles.prefetch_rows(grad_rows, PREFETCH)
+        tiles.prefetch_rows(v_rows, PREFETCH)
+    logits *= scale * inverse_tau * LOG2_E
     if grad_soft_ptr is not None:
-        soft = softmax(mask_groups(logits, group, GROUPS))
+        soft = tiles.softmax(tiles.mask_groups(logits, group, GROUPS))
     if seed_ptr is not None:
         logits += gumbel_noise(tl.load(seed_ptr), first_image + image, patch, inverse_tau, BLOCK_GROUPS // 4)
-    probability = softmax(mask_groups(logits, group, GROUPS))
+    probability = tiles.softmax(tiles.mask_groups(logits, group, GROUPS))
 
     # The gradient of the assignment: of the weighted mean (the total's share is -mean), and its own
     total = tl.load(total_ptr + image * GROUPS + group, mask=group_exists, other=1.0) + eps
     inverse_total = reciprocal(total)
     products = zero
     if grad_used_ptr is not None:
-        products = load_map(grad_used_ptr + map_start, patch, group, patches, GROUPS) * total[None, :]
-    v_rows, grad_rows = (v_ptr, v_row, patch_exists), (grad_out_ptr, grad_row, group_exists)
-    products = inner_products(products, v_rows, grad_rows, CHANNELS, BLOCK_CHANNELS, _ONCE)
+        products = tiles.load_map(grad_used_ptr + map_start, patch, group, patches, GROUPS) * total[None, :]
+    products = tiles.inner_products(products, v_rows, grad_rows, CHANNELS, BLOCK_CHANNELS, _ONCE)
     if winner_ptr is not None:
         winner = tl.load(winner_ptr + image * patches + patch, mask=patch_exists, other=0).to(tl.int32)
     if out_ptr is not None:
         out_ptr += image * GROUPS * CHANNELS
         mean = tl.zeros((BLOCK_GROUPS,), tl.float32)
         for first in range(0, CHANNELS, BLOCK_CHANNELS):
-            grad = load_rows(grad_out_ptr, grad_row, group_exists, first, CHANNELS, BLOCK_CHANNELS).to(tl.float32)
-            out = load_rows(out_ptr, group * CHANNELS, group_exists, first, CHANNELS, BLOCK_CHANNELS).to(tl.float32)
+            grad = tiles.load_rows(grad_rows, first, CHANNELS, BLOCK_CHANNELS).to(tl.float32)
+            out_rows = (out_ptr, group * CHANNELS, group_exists)
+            out = tiles.load_rows(out_rows, first, CHANNELS, BLOCK_CHANNELS).to(tl.float32)
             mean += tl.sum(grad * out, axis=1)
     elif winner_ptr is not None:
         mean = tl.sum(tl.where(winner[:, None] == group[None, :], products, 0.0), axis=0) * inverse_total
@@ -252,19 +233,19 @@ def _grouping_backward_kernel(
     grad_used = products * factor[None, :] - (mean * factor)[None, :]
     grad_logits = probability * (grad_used - tl.sum(probability * grad_used, axis=1)[:, None])
     if grad_soft_ptr is not None:
-        grad_soft = inverse_tau * load_map(grad_soft_ptr + map_start, patch, group, patches, GROUPS)
+        grad_soft = inverse_tau * tiles.load_map(grad_soft_ptr + map_start, patch, group, patches, GROUPS)
         grad_logits += soft * (grad_soft - tl.sum(soft * grad_soft, axis=1)[:, None])
     dtype: tl.constexpr = k_ptr.dtype.element_ty
     grad_logits = operand(grad_logits, dtype)
     for first in range(0, CHANNELS, BLOCK_CHANNELS):
-        q = load_rows(q_ptr, q_row, group_exists, first, CHANNELS, BLOCK_CHANNELS)
+        q = tiles.load_rows(q_rows, first, CHANNELS, BLOCK_CHANNELS)
         grad_k = tl.dot(grad_logits, q, input_precision="ieee") * scale
-        store_rows(grad_k_ptr, patch * CHANNELS, patch_exists, first, grad_k, CHANNELS, BLOCK_CHANNELS)
+        tiles.store_rows((grad_k_ptr, patch * CHANNELS, patch_exists), first, grad_k, CHANNELS, BLOCK_CHANNELS)
         if ONE_TILE:
-            k = load_rows(k_ptr, k_row, patch_exists, first, CHANNELS, BLOCK_CHANNELS)
-            grad_q = weighted_sums(grad_logits, k) * scale
-            grad_q_row = image * GROUPS * CHANNELS
-            store_rows(grad_q_ptr + grad_q_row, group * CHANNELS, group_exists, first, grad_q, CHANNELS, BLOCK_CHANNELS)
+            k = tiles.load_rows(k_rows, first, CHANNELS, BLOCK_CHANNELS)
+            grad_q = tiles.weighted_sums(grad_logits, k) * scale
+            grad_q_rows = (grad_q_ptr + image * GROUPS * CHANNELS, group * CHANNELS, group_exists)
+            tiles.store_rows(grad_q_rows, first, grad_q, CHANNELS, BLOCK_CHANNELS)
     if winner_ptr is not None:
         # A row of the one-hot picks a row of grad_out exactly; its total divides in fp32 behind the product. The added
         # 0 has the compiler build the one-hot in the registers where the product wants it.
@@ -276,11 +257,11 @@ def _grouping_backward_kernel(
         weights = operand(probability * inverse_total[None, :], dtype)
         row_factor = tl.full((BLOCK_PATCHES,), 1.0, tl.float32)
     for first in range(0, CHANNELS, BLOCK_CHANNELS):
-        grad = load_rows(grad_out_ptr, grad_row, group_exists, first, CHANNELS, BLOCK_CHANNELS)
+        grad = tiles.load_rows(grad_rows, first, CHANNELS, BLOCK_CHANNELS)
         grad_v = tl.dot(weights, grad, input_precision="ieee") * row_factor[:, None]
-        store_rows(grad_v_ptr, patch * CHANNELS, patch_exists, first, grad_v, CHANNELS, BLOCK_CHANNELS)
+        tiles.store_rows((grad_v_ptr, patch * CHANNELS, patch_exists), first, grad_v, CHANNELS, BLOCK_CHANNELS)
     if not ONE_TILE:
-        store_map(grad_logits_ptr + map_start, patch, group, grad_logits, patches, GROUPS)
+        tiles.store_map(grad_logits_ptr + map_start, patch, group, grad_logits, patches, GROUPS)
 
 
 def _aggregate(

@@ -10,11 +10,8 @@ from .settings import Grouping
 from .variants import ARCHITECTURES, INTERPRET, Config, architecture, cdiv, next_power_of_2
 
 
-def _on(
-    *architectures: int, channels: int, warps: int, stages: int = 2, most_registers: int | None = None
-) -> dict[int, Config]:
-    config = Config({"BLOCK_CHANNELS": channels}, warps, stages, most_registers)
-    return dict.fromkeys(architectures or ARCHITECTURES, config)
+def _on(*architectures: int, channels: int, warps: int, **options: int) -> dict[int, Config]:
+    return dict.fromkeys(architectures or ARCHITECTURES, Config({"BLOCK_CHANNELS": channels}, warps, **options))
 
 
 # On sm_90, loops over channels of one or two rounds are unrolled. There ptxas 12.8, which Triton 3.6 and 3.7 bring,
@@ -30,30 +27,27 @@ CONFIGS = {
     ("forward", 2): {
         2**12: _SMALL_16,
         2**13: _on(channels=64, warps=8),
-        2**14: {
-            **_on(80, 86, 89, 120, channels=64, warps=16),
-            **_on(90, channels=128, warps=16),
-        },
+        2**14: {**_on(80, 86, 89, 120, channels=64, warps=16), **_on(90, channels=128, warps=16)},
     },
     ("backward", 2): {
         2**12: _SMALL_16,
         2**13: {**_on(channels=32, warps=8), **_on(90, channels=64, warps=8)},
         2**14: {
             **_on(80, 120, channels=32, warps=8),
-            **_on(86, 89, channels=32, warps=8, stages=3),
-            **_on(90, channels=64, warps=8, stages=3),
+            **_on(86, 89, channels=32, warps=8, num_stages=3),
+            **_on(90, channels=64, warps=8, num_stages=3),
         },
     },
     ("backward with map", 2): {
         2**12: {**_SMALL_16, **_on(80, channels=64, warps=4, most_registers=255)},  # ptxas would stop at 128 and spill
         2**13: {**_on(channels=32, warps=8), **_on(90, channels=64, warps=8)},
-        2**14: {**_on(80, channels=32, warps=8, stages=3), **_on(86, 89, 90, 120, channels=32, warps=8)},
+        2**14: {**_on(80, channels=32, warps=8, num_stages=3), **_on(86, 89, 90, 120, channels=32, warps=8)},
     },
     ("aggregate", 2): {2**13: {**_on(channels=32, warps=8), **_on(90, channels=128, warps=8)}},
     ("forward", 4): {2**12: _on(channels=32, warps=8)},
     ("backward", 4): {2**12: _BACKWARD_32},
     ("backward with map", 4): {2**12: _BACKWARD_32},
-    ("aggregate", 4): {2**12: {**_on(channels=32, warps=8), **_on(100, channels=32, warps=8, stages=1)}},
+    ("aggregate", 4): {2**12: {**_on(channels=32, warps=8), **_on(100, channels=32, warps=8, num_stages=1)}},
 }
 CANDIDATES = [
     Config({"BLOCK_CHANNELS": channels}, num_warps=warps, num_stages=stages)
@@ -93,15 +87,15 @@ class Problem:
         """The whole image if it fits a program's registers, as the model's does at 224 px in 16 bits."""
         tensor_memory = self.architecture // 10 == 10  # results pass through it, which costs registers
         if self.itemsize == 4:
-            whole = part = 2**12 if self.architecture < 100 else 2**11
+            whole = 2**12 if self.architecture < 100 else 2**11
         elif self.channels <= 64 and self.architecture == 90:  # below the 64 rows of a wgmma, see _SMALL_16
-            whole = part = 2**11
+            whole = 2**11
         elif self.with_soft or self.block_groups > 64 or self.channels % 64 > 0 or tensor_memory:
-            whole = part = 2**13
+            whole = 2**13
         else:
-            whole, part = 2**14, 2**13
+            whole = 2**14
         block = max(16, next_power_of_2(self.patches))
-        return block if block * self._width <= whole else part // self._width
+        return block if block * self._width <= whole else min(whole, 2**13) // self._width
 
     @property
     def _width(self) -> int:

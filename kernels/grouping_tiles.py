@@ -1,7 +1,7 @@
 """Functions of the grouping attention's kernels on a tile of patches by groups, or of rows by channels.
 
 Columns of a tile are groups in the order of :func:`group_of_column`, in which noise is drawn; memory is in natural
-order.
+order. `rows` of a tensor are a pointer, the offset from it at which each row starts, and which rows exist.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ def group_of_column(BLOCK_GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _tile(row, row_exists, first, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """Offsets and mask of channels ``first`` to ``first + BLOCK_CHANNELS`` of the rows that start at offsets `row`."""
+def _tile(rows, first, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """Pointers and mask of channels ``first`` to ``first + BLOCK_CHANNELS`` of `rows`."""
+    base, offset, exists = rows
     channel = first + tl.arange(0, BLOCK_CHANNELS)[None, :]
-    mask = row_exists[:, None]
+    mask = exists[:, None]
     if CHANNELS % BLOCK_CHANNELS > 0:
         mask &= channel < CHANNELS
-    return row[:, None] + channel, mask
+    return base + (offset[:, None] + channel), mask
 
 
 @triton.jit
-def load_rows(
-    base, row, row_exists, first, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, EVICT: tl.constexpr = _NORMAL
-):
-    """A tile of rows that start at ``base + row``; 0 outside."""
-    offset, mask = _tile(row, row_exists, first, CHANNELS, BLOCK_CHANNELS)
-    return upcast(tl.load(base + offset, mask=mask, other=0.0, eviction_policy=EVICT))
+def load_rows(rows, first, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, EVICT: tl.constexpr = _NORMAL):
+    """A tile of `rows`; 0 outside."""
+    pointers, mask = _tile(rows, first, CHANNELS, BLOCK_CHANNELS)
+    return upcast(tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICT))
 
 
 @triton.jit
-def store_rows(base, row, row_exists, first, x, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    offset, mask = _tile(row, row_exists, first, CHANNELS, BLOCK_CHANNELS)
-    tl.store(base + offset, rounded(x, base.dtype.element_ty), mask=mask)
+def store_rows(rows, first, x, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    pointers, mask = _tile(rows, first, CHANNELS, BLOCK_CHANNELS)
+    tl.store(pointers, rounded(x, rows[0].dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def prefetch_rows(base, row, row_exists, BYTES: tl.constexpr):
+def prefetch_rows(rows, BYTES: tl.constexpr):
     """Prefetch whole rows of BYTES bytes into the L2 cache."""
+    base, offset, exists = rows
     tl.inline_asm_elementwise(
         """{
             .reg .pred exists;
@@ -58,7 +58,7 @@ def prefetch_rows(base, row, row_exists, BYTES: tl.constexpr):
             mov.b32 $0, 0;
         }""",
         "=r,l,r,r",
-        [(base + row).to(tl.int64), row_exists.to(tl.int32), BYTES],
+        [(base + offset).to(tl.int64), exists.to(tl.int32), BYTES],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -82,11 +82,11 @@ def store_map(base, patch, group, x, patches, GROUPS: tl.constexpr):
 def inner_products(
     products, patches, groups, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, EVICT: tl.constexpr = _NORMAL
 ):
-    """fp32 ``[P, G] <- products + [P, C] @ [C, G]``, each row read once. Patches, groups: pointer, offsets and mask of
-    their rows. EVICT: the cache policy of the patches."""
+    """fp32 ``[P, G] <- products + [P, C] @ [C, G]``, of rows of patches and groups, each read once. EVICT: the cache
+    policy of the patches."""
     for first in range(0, CHANNELS, BLOCK_CHANNELS):
-        x = load_rows(patches[0], patches[1], patches[2], first, CHANNELS, BLOCK_CHANNELS, EVICT)
-        y = load_rows(groups[0], groups[1], groups[2], first, CHANNELS, BLOCK_CHANNELS)
+        x = load_rows(patches, first, CHANNELS, BLOCK_CHANNELS, EVICT)
+        y = load_rows(groups, first, CHANNELS, BLOCK_CHANNELS)
         products = tl.dot(x, tl.trans(y), products, input_precision="ieee")
     return products
 

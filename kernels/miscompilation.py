@@ -27,8 +27,7 @@ def wide_operands(ttgir: str) -> Iterator[str]:
     """
     mma = set(re.findall(r"(#mma\d*) = #ttg\.nvidia_mma<\{versionMajor = 2", ttgir))
     for shape, index, parent, width in _OPERAND.findall(ttgir):
-        sizes = shape.split("x")
-        inner = int(sizes[-1] if index == "0" else sizes[-2])
+        inner = int(shape.split("x")[-1 - int(index)])
         if parent in mma and 4 * int(width) > inner:
             yield f"an operand {shape} of mma has kWidth {width}, which needs an inner dimension of {4 * int(width)}"
 
@@ -55,8 +54,7 @@ def unwritten_registers(sass: str) -> Iterator[str]:
                 both = "gdesc" in operand and place == 1 and re.match(r"[A-Z]GMMA", name)
                 two = pair or re.search(r"\bg?desc\[", operand) or re.match(r"U\w+\.64\b", name)
                 size = 4 if both else 2 if two else 1
-                missing = [f"UR{n}" for n in range(int(number), int(number) + size) if n not in written]
-                if missing:
+                if missing := [f"UR{n}" for n in range(int(number), int(number) + size) if n not in written]:
                     yield f"{address} {name} {arguments} reads {', '.join(missing)}, which nothing has written"
         if writes:
             size = 4 if ".128" in name else 2 if re.search(r"\.(64|WIDE)\b", name) else 1

@@ -8,8 +8,8 @@ For image b of a mixing group with the texts t_0..t_{K-1} (derived in docs/losse
 
 A small kernel computes the scores of each image. A program then holds a few patches of an image by all G1 groups in
 registers and computes the K logits of each patch as plain sums of products in fp32. Backward stores the gradient of the
-scores in one part per program; further small kernels add the parts and compute the other gradients. No atomics: each
-number has one writer. The small kernels' matmuls are fp32-accurate for inputs of any dtype (three tf32 products each).
+scores in one part per program; further small kernels add the parts and compute the other gradients. Their matmuls are
+fp32-accurate for inputs of any dtype (three tf32 products each).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from .precision import rounded
 from .variants import Config, cdiv, next_power_of_2, tuned
 
-# By the most logits that BLOCK_G1 groups and COUNT texts have between them, then by architecture.
+# By the most logits that a power of two of groups and COUNT texts have between them, then by architecture.
 CONFIGS = {
     2**8: {80: Config({"BLOCK_N": 32}, num_warps=1)},
     2**9: {80: Config({"BLOCK_N": 32}, num_warps=2)},
@@ -73,14 +73,12 @@ def _mixed_segmentation_scores_kernel(
     G2: tl.constexpr,
     K: tl.constexpr,
     COUNT: tl.constexpr,
-    BLOCK_G1: tl.constexpr,
-    BLOCK_G2: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """cosines [K, G2] and scores [K, G1] of an image."""
     image = tl.program_id(0).to(tl.int64)
-    g1, g2 = tl.arange(0, BLOCK_G1), tl.arange(0, BLOCK_G2)
+    g1, g2 = tl.arange(0, triton.next_power_of_2(G1)), tl.arange(0, triton.next_power_of_2(G2))
     second = _load(second_ptr + image * G2 * G1, g2, g1, G2, G1)
     segments_ptr += image * G2 * D
     texts_ptr += image // K * K * D  # of the mixing group
@@ -97,12 +95,16 @@ def _mixed_segmentation_scores_kernel(
 
 
 @triton.jit
-def _patches(N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """This program's image, number within the image and patches; an image's programs share sectors of memory."""
+def _block(first_ptr, source_ptr, N: tl.constexpr, G1: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This program's image, number within the image (whose programs share sectors of memory), groups, patches, map of
+    patches to groups, and labels."""
     parts: tl.constexpr = tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
-    part = program % parts
-    return (program // parts).to(tl.int64), part, part * BLOCK_N + tl.arange(0, BLOCK_N)
+    part, image = program % parts, (program // parts).to(tl.int64)
+    n, g1 = part * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, triton.next_power_of_2(G1))
+    first = _load(first_ptr + image * G1 * N, g1, n, G1, N)
+    label = tl.load(source_ptr + image * N + n, mask=n < N, other=0) % K
+    return image, part, g1, n, first, label
 
 
 @triton.jit
@@ -142,13 +144,9 @@ def _mixed_segmentation_forward_kernel(
     G1: tl.constexpr,
     K: tl.constexpr,
     COUNT: tl.constexpr,
-    BLOCK_G1: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    image, part, n = _patches(N, BLOCK_N)
-    g1 = tl.arange(0, BLOCK_G1)
-    first = _load(first_ptr + image * G1 * N, g1, n, G1, N)
-    label = tl.load(source_ptr + image * N + n, mask=n < N, other=0) % K
+    image, part, g1, n, first, label = _block(first_ptr, source_ptr, N, G1, K, BLOCK_N)
     scores_ptr += image * K * G1
     largest = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total, own = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
@@ -178,14 +176,10 @@ def _mixed_segmentation_backward_kernel(
     G1: tl.constexpr,
     K: tl.constexpr,
     COUNT: tl.constexpr,
-    BLOCK_G1: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """The gradient of first [G1, BLOCK_N], and this program's part of the gradient of the scores, of [K, parts, G1]."""
-    image, part, n = _patches(N, BLOCK_N)
-    g1 = tl.arange(0, BLOCK_G1)
-    first = _load(first_ptr + image * G1 * N, g1, n, G1, N)
-    label = tl.load(source_ptr + image * N + n, mask=n < N, other=0) % K
+    image, part, g1, n, first, label = _block(first_ptr, source_ptr, N, G1, K, BLOCK_N)
     scores_ptr += image * K * G1
     largest = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
@@ -193,7 +187,7 @@ def _mixed_segmentation_backward_kernel(
         largest, total = _exponentials(_logits(first, scores_ptr, g1, start, G1, COUNT), largest, total, COUNT)
     grad = tl.load(grad_ptr + image * grad_strides[0] + n * grad_strides[1], mask=n < N, other=0.0)
     share = grad / total
-    grad_first = tl.zeros([BLOCK_G1, BLOCK_N], tl.float32)
+    grad_first = tl.zeros_like(first)
     parts: tl.constexpr = tl.cdiv(N, BLOCK_N)
     grad_scores_ptr += (image * K * parts + part) * G1
     for start in range(0, K, COUNT):
@@ -204,14 +198,6 @@ def _mixed_segmentation_backward_kernel(
             grad_score = tl.sum(first * grad_logit[None, :], 1)
             tl.store(grad_scores_ptr + (start + k) * parts * G1 + g1, grad_score, mask=g1 < G1)
     _store(grad_first_ptr + image * G1 * N, g1, n, grad_first, G1, N)
-
-
-@triton.jit
-def _sum_of_rows(pointer, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    total = tl.zeros([BLOCK_ROWS, column.shape[0]], tl.float32)
-    for start in range(0, ROWS, BLOCK_ROWS):
-        total += _load(pointer, start + tl.arange(0, BLOCK_ROWS), column, ROWS, COLUMNS)
-    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -227,23 +213,24 @@ def _mixed_segmentation_cosines_kernel(
     G2: tl.constexpr,
     K: tl.constexpr,
     COUNT: tl.constexpr,
-    BLOCK_G1: tl.constexpr,
-    BLOCK_G2: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
     """Of an image: the gradients of second and of the cosines [G2, K], and its part of the scale's."""
     image = tl.program_id(0).to(tl.int64)
-    g1, g2 = tl.arange(0, BLOCK_G1), tl.arange(0, BLOCK_G2)
+    g1, g2 = tl.arange(0, triton.next_power_of_2(G1)), tl.arange(0, triton.next_power_of_2(G2))
     second = _load(second_ptr + image * G2 * G1, g2, g1, G2, G1)
     scale = tl.load(scale_ptr)
-    grad_second = tl.zeros([BLOCK_G2, BLOCK_G1], tl.float32)
-    grad_scale = tl.zeros([BLOCK_G2], tl.float32)
+    grad_second = tl.zeros_like(second)
+    grad_scale = tl.zeros([g2.shape[0]], tl.float32)
     for start in range(0, K, COUNT):
         grad_scores = ()
         for k in tl.static_range(COUNT):
             parts_ptr = grad_scores_ptr + (image * K + start + k) * PARTS * G1
-            grad_scores = grad_scores + (_sum_of_rows(parts_ptr, g1, PARTS, G1, BLOCK_PARTS),)
+            parts = tl.zeros([BLOCK_PARTS, g1.shape[0]], tl.float32)
+            for first in range(0, PARTS, BLOCK_PARTS):
+                parts += _load(parts_ptr, first + tl.arange(0, BLOCK_PARTS), g1, PARTS, G1)
+            grad_scores = grad_scores + (tl.sum(parts, 0),)
         for k in tl.static_range(COUNT):
             cosines = tl.load(cosines_ptr + (image * K + start + k) * G2 + g2, mask=g2 < G2, other=0.0)
             grad_second += (cosines * scale)[:, None] * grad_scores[k][None, :]
@@ -252,11 +239,6 @@ def _mixed_segmentation_cosines_kernel(
             tl.store(grad_cosines_ptr + (image * G2 + g2) * K + start + k, grad_scaled * scale, mask=g2 < G2)
     _store(grad_second_ptr + image * G2 * G1, g2, g1, grad_second, G2, G1)
     tl.store(grad_scale_ptr + image, tl.sum(grad_scale))
-
-
-@triton.jit
-def _product(a, b):
-    return tl.dot(a, b, input_precision="tf32x3")
 
 
 @triton.jit
@@ -282,8 +264,10 @@ def _mixed_segmentation_embeddings_kernel(
     for start in range(0, ROWS, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
         grad_cosines = _load(grad_cosines_ptr + group * ROWS * K, row, k, ROWS, K)
-        grad_texts += _product(tl.trans(grad_cosines), _load(segments_ptr + group * ROWS * D, row, d, ROWS, D))
-        _store(grad_segments_ptr + group * ROWS * D, row, d, _product(grad_cosines, texts), ROWS, D)
+        segments = _load(segments_ptr + group * ROWS * D, row, d, ROWS, D)
+        grad_texts += tl.dot(tl.trans(grad_cosines), segments, input_precision="tf32x3")
+        grad_segments = tl.dot(grad_cosines, texts, input_precision="tf32x3")
+        _store(grad_segments_ptr + group * ROWS * D, row, d, grad_segments, ROWS, D)
     _store(grad_texts_ptr + group * K * D, k, d, grad_texts, K, D)
 
 
@@ -301,24 +285,20 @@ def _sizes(groups: int, second_groups: int, group_size: int, width: int) -> _Siz
     count = max(count for count in range(1, MOST_TEXTS + 1) if group_size % count == 0)
     block, second_block = next_power_of_2(groups), next_power_of_2(second_groups)
     warps = min(8, max(1, block * second_block * count // 2048))
-    patches = {"G1": groups, "K": group_size, "COUNT": count, "BLOCK_G1": block}
-    images = {**patches, "G2": second_groups, "BLOCK_G2": second_block, "num_warps": warps}
+    patches = {"G1": groups, "K": group_size, "COUNT": count}
+    images = {**patches, "G2": second_groups, "num_warps": warps}
     scores = {**images, "D": width, "BLOCK_D": min(next_power_of_2(width), 2048 * warps // second_block)}
     rows = group_size * second_groups  # at least 16 on each side of a matmul
-    rows_block, texts_block, width_block = (max(16, next_power_of_2(size)) for size in (rows, group_size, width))
-    blocks = {
-        "BLOCK_ROWS": min(32, rows_block),
-        "BLOCK_K": texts_block,
-        "BLOCK_D": min(64, width_block, 2048 // texts_block),
-    }
+    block_rows, block_k, block_d = (max(16, next_power_of_2(size)) for size in (rows, group_size, width))
+    blocks = {"BLOCK_ROWS": min(32, block_rows), "BLOCK_K": block_k, "BLOCK_D": min(64, block_d, 2048 // block_k)}
     return _Sizes(patches, images, scores, {"ROWS": rows, "K": group_size, "D": width, **blocks})
 
 
 def _scores(second: Tensor, segments: Tensor, texts: Tensor, scale: Tensor, sizes: _Sizes) -> tuple[Tensor, Tensor]:
     """Cosines ``[B, K, G2]`` and scores ``[B, K, G1]``, fp32."""
     images, second_groups, groups = second.shape
-    options = {"dtype": torch.float32, "device": second.device}
-    cosines, scores = (torch.empty((images, sizes.images["K"], size), **options) for size in (second_groups, groups))
+    shapes = [(images, sizes.images["K"], size) for size in (second_groups, groups)]
+    cosines, scores = (second.new_empty(shape, dtype=torch.float32) for shape in shapes)
     arguments = (second, segments, texts, scale, cosines, scores)
     _mixed_segmentation_scores_kernel[(images,)](*arguments, **sizes.scores)
     return cosines, scores
@@ -327,7 +307,8 @@ def _scores(second: Tensor, segments: Tensor, texts: Tensor, scale: Tensor, size
 def _over_patches(name: str, launch: Callable[[Config, int], Any], first: Tensor, sizes: _Sizes) -> Any:
     """``launch(config, parts)``: `parts` is the number of blocks of an image's patches."""
     patches = first.shape[2]
-    table = CONFIGS[min(most for most in CONFIGS if most >= sizes.patches["BLOCK_G1"] * sizes.patches["COUNT"])]
+    logits = next_power_of_2(sizes.patches["G1"]) * sizes.patches["COUNT"]
+    table = CONFIGS[min(most for most in CONFIGS if most >= logits)]
     key = (first.shape, sizes.patches["K"])
     return tuned(name, lambda c: launch(c, cdiv(patches, c.blocks["BLOCK_N"])), first, table, CANDIDATES, key)
 

@@ -7,14 +7,18 @@ compiles; nothing is launched. Kernels do not compile in a process with ``TRITON
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -23,9 +27,6 @@ from triton.runtime.jit import JITFunction
 
 from . import variants
 from .miscompilation import faults
-
-# The most shared memory that one block may take, in bytes (CUDA C++ Programming Guide, compute capabilities).
-SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,24 @@ class Launch:
     faults: tuple[str, ...]  # where a compiler has it compute something else, see miscompilation.py
 
 
-class Driver:
-    """Triton's driver, as far as a launch needs it. Devices are numbered by architecture, so each has its own cache."""
+@contextlib.contextmanager
+def compiling(architecture: int, run: Callable[..., Any]) -> Iterator[None]:
+    """Within it, launches choose their configuration for sm_`architecture` and call `run` for :meth:`JITFunction.run`.
 
-    def __init__(self, architecture: int) -> None:
-        self._architecture = architecture
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self._architecture, 32)
-
-    def get_current_device(self) -> int:
-        return self._architecture
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+    Devices are numbered by architecture, so that each has its own cache of compiled kernels.
+    """
+    target = GPUTarget("cuda", architecture, 32)
+    driver = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: architecture,
+        get_current_stream=lambda device: 0,
+    )
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(variants, "offline_architecture", architecture),
+        mock.patch.object(triton.runtime.driver, "_active", driver),
+    ):
+        yield
 
 
 @contextlib.contextmanager
@@ -69,39 +74,21 @@ def offline(architecture: int) -> Iterator[list[Launch]]:
     if variants.INTERPRET:
         raise RuntimeError("kernels do not compile in an interpreting process; unset TRITON_INTERPRET")
     launches: list[Launch] = []
-    known: dict[str, dict[str, Any]] = {}  # by a compiled kernel's hash
-    run, driver = JITFunction.run, triton.runtime.driver
+    run = JITFunction.run
 
     def compiled(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel: Any = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if kernel.hash not in known:
-            known[kernel.hash] = _describe(self, kernel)
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-        size = sum(x.numel() * x.element_size() for x in tensors)
         named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-        launches.append(
-            Launch(
-                architecture=architecture,
-                programs=math.prod(grid),
-                bytes=size,
-                sizes={name: value for name, value in named.items() if type(value) is int},
-                **known[kernel.hash],
-            )
-        )
+        size = sum(x.nbytes for x in named.values() if isinstance(x, torch.Tensor))
+        sizes = {name: value for name, value in named.items() if type(value) is int}
+        launches.append(Launch(**_describe(self, kernel), programs=math.prod(grid), bytes=size, sizes=sizes))
         return kernel
 
-    before, active = variants.offline_architecture, driver._active
-    variants.offline_architecture = architecture
-    driver.set_active(Driver(architecture))  # pyright: ignore[reportArgumentType]
-    JITFunction.run = compiled
-    try:
+    with compiling(architecture, compiled):
         yield launches
-    finally:
-        JITFunction.run = run
-        driver._active = active
-        variants.offline_architecture = before
 
 
+@functools.cache
 def _describe(function: JITFunction, kernel: Any) -> dict[str, Any]:
     """Fields of :class:`Launch` from a compiled kernel's metadata and from the tools in Triton's package."""
     names = [parameter.name for parameter in function.params]
@@ -117,6 +104,7 @@ def _describe(function: JITFunction, kernel: Any) -> dict[str, Any]:
     return {
         "kernel": function.fn.__name__.strip("_").removesuffix("_kernel"),
         "variant": ", ".join([*types, *constants]),
+        "architecture": kernel.metadata.target.arch,
         "num_warps": kernel.metadata.num_warps,
         "shared_bytes": kernel.metadata.shared,
         "registers": int(registers),
@@ -143,13 +131,11 @@ def _count(code: str) -> tuple[int, tuple[int, ...]]:
                 branches.append((target[1], number))
             number += 1
     # A branch to itself stands behind the end of every program.
-    spans = sorted({(labels[target], end + 1) for target, end in branches if labels[target] < end})
-    inside = [sum(first <= place < end for first, end in spans) for place in range(number)]
-    own = []
-    for first, end in spans:
-        nested = [span for span in spans if first <= span[0] and span[1] <= end and span != (first, end)]
-        own.append(sum(not any(a <= place < b for a, b in nested) for place in range(first, end)))
-    return inside.count(0), tuple(own)
+    spans = sorted({(labels[target], end) for target, end in branches if labels[target] < end})
+    loops = [range(first, end + 1) for first, end in spans]
+    innermost = [min((loop for loop in loops if place in loop), key=len, default=None) for place in range(number)]
+    counts = Counter(innermost)
+    return counts[None], tuple(counts[loop] for loop in loops)
 
 
 def _tool(name: str, *arguments: str) -> str:

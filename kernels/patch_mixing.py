@@ -21,10 +21,11 @@ CANDIDATES = [Config({"BLOCK_ROWS": rows}, num_warps=warps) for rows in (4, 8, 1
 
 
 @triton.jit
-def _rows(rows, patches, BLOCK_ROWS: tl.constexpr):
-    """This program's rows [BLOCK_ROWS] as (row, image, patch), int64, and which of them exist."""
+def _rows(source_ptr, rows, patches, BLOCK_ROWS: tl.constexpr):
+    """This program's rows [BLOCK_ROWS] as (row, image, patch), int64, which of them exist, and their source images."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    return row, row // patches, row % patches, row < rows
+    image, patch, exists = row // patches, row % patches, row < rows
+    return row, image, patch, exists, tl.load(source_ptr + row, mask=exists, other=0).to(tl.int64)
 
 
 @triton.jit
@@ -32,8 +33,7 @@ def _gather_forward_kernel(
     x_ptr, source_ptr, out_ptr, sizes, CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
 ):
     rows, patches, stride_image, stride_patch = sizes
-    row, _, patch, exists = _rows(rows, patches, BLOCK_ROWS)
-    source = tl.load(source_ptr + row, mask=exists, other=0).to(tl.int64)
+    row, _, patch, exists, source = _rows(source_ptr, rows, patches, BLOCK_ROWS)
     x_row = x_ptr + source * stride_image + patch * stride_patch
     out_row = out_ptr + row * CHANNELS
     for first in tl.static_range(0, CHANNELS, BLOCK_CHANNELS):
@@ -58,8 +58,7 @@ def _blend_forward_kernel(
 ):
     rows, patches = sizes
     mixed_stride_image, mixed_stride_patch, original_stride_image, original_stride_patch = strides
-    row, image, patch, exists = _rows(rows, patches, BLOCK_ROWS)
-    source = tl.load(source_ptr + row, mask=exists, other=0).to(tl.int64)
+    row, image, patch, exists, source = _rows(source_ptr, rows, patches, BLOCK_ROWS)
     mixed_row = mixed_ptr + image * mixed_stride_image + patch * mixed_stride_patch
     original_row = original_ptr + source * original_stride_image + patch * original_stride_patch
     out_row = out_ptr + row * CHANNELS
@@ -85,8 +84,7 @@ def _blend_backward_kernel(
     BLOCK_CHANNELS: tl.constexpr,
 ):
     rows, patches, stride_image, stride_patch = sizes
-    row, image, patch, exists = _rows(rows, patches, BLOCK_ROWS)
-    source = tl.load(source_ptr + row, mask=exists, other=0).to(tl.int64)
+    row, image, patch, exists, source = _rows(source_ptr, rows, patches, BLOCK_ROWS)
     grad_row = grad_ptr + image * stride_image + patch * stride_patch
     grad_mixed_row = grad_mixed_ptr + row * CHANNELS
     # The source of a patch has no other reader, so its gradient has no other writer: one read, two writes.
@@ -101,21 +99,13 @@ def _blend_backward_kernel(
 
 
 @triton.jit
-def _preceding(key, member, key0, key1, key2, key3, first, group_size):
-    """How many of the members first .. first + 3 come before `member`: smaller key, ties by number."""
-    count = ((key0 < key) | ((key0 == key) & (first < member))).to(tl.int32)
-    count += (((key1 < key) | ((key1 == key) & (first + 1 < member))) & (first + 1 < group_size)).to(tl.int32)
-    count += (((key2 < key) | ((key2 == key) & (first + 2 < member))) & (first + 2 < group_size)).to(tl.int32)
-    count += (((key3 < key) | ((key3 == key) & (first + 3 < member))) & (first + 3 < group_size)).to(tl.int32)
+def _preceding(key, member, keys, first, group_size):
+    """How many of the members first .. first + 3, which have `keys`, precede `member`: smaller key, ties by number."""
+    count = ((keys[0] < key) | ((keys[0] == key) & (first < member))).to(tl.int32)
+    for lane in tl.static_range(1, 4):
+        precedes = (keys[lane] < key) | ((keys[lane] == key) & (first + lane < member))
+        count += (precedes & (first + lane < group_size)).to(tl.int32)
     return count
-
-
-@triton.jit
-def _store_member(source_ptr, inverse_ptr, group, member, rank, patch, group_size, patches):
-    mask = (member < group_size) & (patch < patches)
-    image, place = group * group_size + member, group * group_size + rank
-    tl.store(inverse_ptr + image * patches + patch, place.to(tl.int32), mask=mask)
-    tl.store(source_ptr + place * patches + patch, image.to(tl.int32) + tl.zeros_like(rank), mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_group"])
@@ -131,42 +121,44 @@ def _sample_plan_kernel(
     seed = tl.load(seed_ptr)
     number = group + first_group
     low, high = number.to(tl.int32), (number >> 32).to(tl.int32)
-    key0, key1, key2, key3 = tl.philox(seed, patch, quad, low, high)
-    rank0 = tl.zeros((BLOCK_PATCHES,), tl.int32)
-    rank1, rank2, rank3 = rank0, rank0, rank0
-    first = 4 * quad
+    keys = tl.philox(seed, patch, quad, low, high)
+    zero = tl.zeros((BLOCK_PATCHES,), tl.int32)
+    ranks = (zero, zero, zero, zero)
     for other in range(0, quads):
-        other0, other1, other2, other3 = tl.philox(seed, patch, other, low, high)
-        rank0 += _preceding(key0, first, other0, other1, other2, other3, 4 * other, group_size)
-        rank1 += _preceding(key1, first + 1, other0, other1, other2, other3, 4 * other, group_size)
-        rank2 += _preceding(key2, first + 2, other0, other1, other2, other3, 4 * other, group_size)
-        rank3 += _preceding(key3, first + 3, other0, other1, other2, other3, 4 * other, group_size)
-    _store_member(source_ptr, inverse_ptr, group, first, rank0, patch, group_size, patches)
-    _store_member(source_ptr, inverse_ptr, group, first + 1, rank1, patch, group_size, patches)
-    _store_member(source_ptr, inverse_ptr, group, first + 2, rank2, patch, group_size, patches)
-    _store_member(source_ptr, inverse_ptr, group, first + 3, rank3, patch, group_size, patches)
+        others, counted = tl.philox(seed, patch, other, low, high), ()
+        for lane in tl.static_range(4):
+            before = _preceding(keys[lane], 4 * quad + lane, others, 4 * other, group_size)
+            counted = counted + (ranks[lane] + before,)
+        ranks = counted
+    for lane in tl.static_range(4):
+        member = 4 * quad + lane
+        mask = (member < group_size) & (patch < patches)
+        image, place = group * group_size + member, group * group_size + ranks[lane]
+        tl.store(inverse_ptr + image * patches + patch, place.to(tl.int32), mask=mask)
+        tl.store(source_ptr + place * patches + patch, image.to(tl.int32) + tl.zeros_like(zero), mask=mask)
 
 
 @functools.cache
-def channel_block(channels: int) -> int:
+def _channel_block(channels: int) -> int:
     """The largest power of two up to 128 that divides `channels`, so that no lane is masked; 128 if it is below 32
     (384 -> 128, 100 -> 128)."""
     block = min(channels & -channels, 128)
     return block if block >= 32 else min(next_power_of_2(channels), 128)
 
 
-def launch(name: str, kernel, arguments: tuple, out: Tensor, rows: int, programs: int = 1, **constexprs: int) -> None:
-    """Run `kernel` over blocks of `rows`, `programs` for each block, with the channels of `out` ``[..., C]``."""
-    if out.numel() == 0:
-        return
+def launch(kernel, arguments: tuple, out: Tensor, rows: int, groups: int | None = None, **constexprs: int) -> None:
+    """Run `kernel` with the channels of `out` ``[..., C]``: a program for each block of `rows`, or with mixing `groups`
+    for each block of rows and of channels of every group."""
     channels = out.shape[-1]
+    block = _channel_block(channels)
+    programs = 1 if groups is None else groups * cdiv(channels, block)
 
     def run(config: Config) -> None:
         grid = (programs * cdiv(rows, config.blocks["BLOCK_ROWS"]),)
-        blocks = {"CHANNELS": channels, "BLOCK_CHANNELS": channel_block(channels)}
-        kernel[grid](*arguments, **blocks, **constexprs, **config.kwargs)
+        kernel[grid](*arguments, CHANNELS=channels, BLOCK_CHANNELS=block, **constexprs, **config.kwargs)
 
-    tuned(name, run, out, CONFIGS, CANDIDATES, out.shape)
+    if out.numel() > 0:
+        tuned(kernel.fn.__name__.strip("_").removesuffix("_kernel"), run, out, CONFIGS, CANDIDATES, out.shape)
 
 
 def gather_forward(x: Tensor, source: Tensor, inverse: Tensor, out: Tensor) -> None:
@@ -174,7 +166,7 @@ def gather_forward(x: Tensor, source: Tensor, inverse: Tensor, out: Tensor) -> N
     x = with_unit_channel_stride(x)
     rows = source.numel()
     arguments = (x, source.contiguous(), out, (rows, x.shape[1], *x.stride()[:2]))
-    launch("gather_forward", _gather_forward_kernel, arguments, out, rows)
+    launch(_gather_forward_kernel, arguments, out, rows)
 
 
 def blend_forward(mixed: Tensor, original: Tensor, source: Tensor, alpha: float, out: Tensor) -> None:
@@ -183,7 +175,7 @@ def blend_forward(mixed: Tensor, original: Tensor, source: Tensor, alpha: float,
     rows = source.numel()
     strides = (*mixed.stride()[:2], *original.stride()[:2])
     arguments = (mixed, original, source.contiguous(), out, alpha, (rows, mixed.shape[1]), strides)
-    launch("blend_forward", _blend_forward_kernel, arguments, out, rows)
+    launch(_blend_forward_kernel, arguments, out, rows)
 
 
 def blend_backward(grad: Tensor, source: Tensor, alpha: float, grad_mixed: Tensor, grad_original: Tensor) -> None:
@@ -192,7 +184,7 @@ def blend_backward(grad: Tensor, source: Tensor, alpha: float, grad_mixed: Tenso
     rows = source.numel()
     sizes = (rows, grad.shape[1], *grad.stride()[:2])
     arguments = (grad, source.contiguous(), grad_mixed, grad_original, alpha, sizes)
-    launch("blend_backward", _blend_backward_kernel, arguments, grad_mixed, rows)
+    launch(_blend_backward_kernel, arguments, grad_mixed, rows)
 
 
 def sample_plan(

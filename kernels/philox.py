@@ -5,10 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .precision import log2
-from .variants import INTERPRET
-
-_INTERPRET: tl.constexpr = tl.constexpr(INTERPRET)
+from .precision import INTERPRETED, log2
 
 
 @triton.jit
@@ -29,7 +26,7 @@ def _minus_log2(uniform):
 @triton.jit
 def _wide_product(a, b):
     """Low and high half of the product of two uint32 numbers, of one multiplication."""
-    if _INTERPRET:
+    if INTERPRETED:
         return a * b, tl.umulhi(a, b)
     else:
         return tl.inline_asm_elementwise(

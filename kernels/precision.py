@@ -12,19 +12,20 @@ from triton.language.extra import libdevice
 
 from .variants import INTERPRET
 
-_INTERPRET: tl.constexpr = tl.constexpr(INTERPRET)
+LOG2_E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(INTERPRET)
 
 
 @triton.jit
 def upcast(x):
     """`x` as an operand of a product: as it is; in fp32 when interpreted."""
-    return x.to(tl.float32) if _INTERPRET else x
+    return x.to(tl.float32) if INTERPRETED else x
 
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
     """`x`, fp32 or `dtype`, in `dtype`."""
-    if _INTERPRET and x.dtype == tl.float32 and dtype == tl.bfloat16:
+    if INTERPRETED and x.dtype == tl.float32 and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
@@ -40,16 +41,16 @@ def operand(x, dtype: tl.constexpr):
 @triton.jit
 def log2(x):
     """The hardware's logarithm: to 2**-22 of the result or absolutely, whichever is more."""
-    return tl.log2(x) if _INTERPRET else libdevice.fast_log2f(x)
+    return tl.log2(x) if INTERPRETED else libdevice.fast_log2f(x)
 
 
 @triton.jit
 def exp2(x):
     """The hardware's exponential, 0 where it would be subnormal: one instruction."""
-    return tl.exp2(x) if _INTERPRET else libdevice.exp2(x)
+    return tl.exp2(x) if INTERPRETED else libdevice.exp2(x)
 
 
 @triton.jit
 def reciprocal(x):
     """``1 / x`` to two units in the last place, for ``|x| < 2**126``: a sixth of a division's instructions."""
-    return 1.0 / x if _INTERPRET else libdevice.fast_dividef(1.0, x)
+    return 1.0 / x if INTERPRETED else libdevice.fast_dividef(1.0, x)

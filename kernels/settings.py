@@ -1,7 +1,7 @@
 """The numbers that ops hand to their kernels beside tensors: one type for each op that takes several.
 
 An op's public function makes one; autograd, custom op and launcher pass it on whole (``ops/registration.py`` spreads it
-for the custom op's schema). A new number is a field here, and an argument of the op.
+for the custom op's schema).
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 Tokens ``[B, N + G, C]`` are N patches, then G group tokens. Each kernel writes the whole input of the next block, group
 tokens included: no slices, no concatenations. A program takes the same tokens and channels of all images of a mixing
-group, so it reads every row once and has the mean of the group tokens in registers. Sources are a permutation, so a
-scatter has no conflicts and needs no atomics.
+group, so it reads every row once and has the mean of the group tokens in registers. Sources are a permutation.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .patch_mixing import channel_block, launch
+from .patch_mixing import launch
 from .settings import Appending, Blending
-from .variants import cdiv, with_unit_channel_stride
+from .variants import with_unit_channel_stride
 
 
 @triton.jit
@@ -162,40 +161,32 @@ def _blend_tokens_kernel(
         tl.store(out_tile + (batch + image) * out_stride_image, mixed.to(dtype), mask=mask)
 
 
-def _programs(source: Tensor, group_size: int, channels: int) -> int:
-    """Programs for each block of tokens: one for every mixing group and block of channels."""
-    return source.shape[0] // group_size * cdiv(channels, channel_block(channels))
-
-
 def append_branch_forward(x: Tensor, groups: Tensor | None, source: Tensor, settings: Appending, out: Tensor) -> None:
     """Append a branch to tokens ``[branches * B, N + G, C]``: the last branch's patches from ``source [B, N]``, and as
     group tokens `groups` ``[B, G, C]`` or the mixing group's mean. Without ``settings.keep`` it replaces the last."""
     x = with_unit_channel_stride(x)
-    (images, tokens, channels), (batch, patches), (group_size, keep, _) = x.shape, source.shape, settings
+    (images, tokens, _), (batch, patches), (group_size, keep, _) = x.shape, source.shape, settings
     groups = groups if groups is None else with_unit_channel_stride(groups)
     groups_strides = (0, 0) if groups is None else groups.stride()[:2]
     sizes = (batch, patches, tokens)
     arguments = (x, groups, source.contiguous(), out, sizes, group_size, x.stride()[:2], groups_strides)
     constexprs = {"HEAD": images // batch - 1, "KEEP": int(keep)}
-    programs = _programs(source, group_size, channels)
-    launch("append_branch_forward", _append_branch_forward_kernel, arguments, out, tokens, programs, **constexprs)
+    launch(_append_branch_forward_kernel, arguments, out, tokens, batch // group_size, **constexprs)
 
 
 def append_branch_backward(grad: Tensor, source: Tensor, settings: Appending, out: Tensor) -> None:
     """Gradient of the `x` of :func:`append_branch_forward`."""
     grad = with_unit_channel_stride(grad)
-    (_, tokens, channels), (batch, patches), (group_size, keep, mean) = grad.shape, source.shape, settings
+    tokens, (batch, patches), (group_size, keep, mean) = grad.shape[1], source.shape, settings
     arguments = (grad, source.contiguous(), out, (batch, patches, tokens), group_size, grad.stride()[:2])
     constexprs = {"HEAD": out.shape[0] // batch - 1, "KEEP": int(keep), "MEAN": mean}
-    programs = _programs(source, group_size, channels)
-    launch("append_branch_backward", _append_branch_backward_kernel, arguments, out, tokens, programs, **constexprs)
+    launch(_append_branch_backward_kernel, arguments, out, tokens, batch // group_size, **constexprs)
 
 
 def blend_tokens(x: Tensor, source: Tensor, settings: Blending, out: Tensor) -> None:
     """Blend original patches from ``source [B, N]`` into the mixed ones of tokens ``[2B, N + G, C]``, original branch
     then mixed; or with ``settings.adjoint`` the gradient of the input from that of the output."""
     x = with_unit_channel_stride(x)
-    (_, tokens, channels), (batch, patches), (group_size, alpha, adjoint) = x.shape, source.shape, settings
+    tokens, (batch, patches), (group_size, alpha, adjoint) = x.shape[1], source.shape, settings
     arguments = (x, source.contiguous(), out, alpha, (batch, patches, tokens), group_size, x.stride()[:2])
-    programs = _programs(source, group_size, channels)
-    launch("blend_tokens", _blend_tokens_kernel, arguments, out, tokens, programs, ADJOINT=adjoint)
+    launch(_blend_tokens_kernel, arguments, out, tokens, batch // group_size, ADJOINT=adjoint)

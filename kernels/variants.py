@@ -11,14 +11,17 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # compute capabilities that configurations are checked for
+# The most shared memory that one block may take, in bytes (CUDA C++ Programming Guide, compute capabilities).
+SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+ARCHITECTURES = tuple(SHARED_BYTES)  # compute capabilities that configurations are checked for
 offline_architecture: int | None = None  # that launches on meta tensors are compiled for, set by offline.offline
 
 
@@ -34,12 +37,11 @@ class Config:
 
     @functools.cached_property
     def kwargs(self) -> dict[str, int | None]:
-        return {
-            **self.blocks,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "maxnreg": self.most_registers,
-        }
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.most_registers}
+        return {**self.blocks, **options}
+
+
+Table = Mapping[int, Config]  # by architecture
 
 
 def flag(name: str) -> bool:
@@ -64,21 +66,16 @@ def _capability(device: torch.device) -> int:
 
 def launches_on(device: torch.device) -> bool:
     """Whether kernels take tensors of `device`: CUDA; the CPU under the interpreter; meta while compiling offline."""
-    interpreted = INTERPRET and device.type == "cpu"
-    return device.type == "cuda" or interpreted or (offline_architecture is not None and device.type == "meta")
+    return {"cuda": True, "cpu": INTERPRET, "meta": offline_architecture is not None}.get(device.type, False)
 
 
-def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Make the tensor's device the current one, on which Triton launches."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return _HERE
+    elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+    return torch.cuda.device(tensor.device) if elsewhere else contextlib.nullcontext()
 
 
-_HERE = contextlib.nullcontext()
-
-
-def with_unit_channel_stride(x: torch.Tensor) -> torch.Tensor:
+def with_unit_channel_stride(x: Tensor) -> Tensor:
     """`x`, copied only if its channels, the last dimension, are not adjacent: views are read in place."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -93,56 +90,43 @@ def next_power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _nearest(table: Mapping[int, Config], capability: int) -> Config:
-    """The entry of the newest architecture that is not newer than `capability`."""
-    if capability in table:
-        return table[capability]
-    return table[max((known for known in table if known <= capability), default=min(table))]
-
-
 _winners: dict[Hashable, Config] = {}
 
 
 def tuned(
-    name: str,
-    launch: Callable[[Config], Any],
-    like: torch.Tensor,
-    table: Mapping[int, Config],
-    candidates: Sequence[Config],
-    shape: Hashable,
+    name: str, launch: Callable[[Config], Any], like: Tensor, table: Table, candidates: list[Config], shape: Hashable
 ) -> Any:
-    """``launch(config)`` with the checked-in configuration of kernel `name` for the device of `like`.
+    """``launch(config)`` with the checked-in configuration of kernel `name` for the device of `like`. If `table` lacks
+    its architecture, that is the newest one below.
 
     When retuning it is the fastest of `candidates` for tensors of the dtype of `like` and this `shape`. `launch` must
     be free of side effects other than its own output. Candidates that need more than the device has are skipped.
     """
     capability = architecture(like.device)
     if INTERPRET or not RETUNE:
-        return launch(_nearest(table, capability))
+        older = (known for known in table if known <= capability)
+        return launch(table.get(capability) or table[max(older, default=min(table))])
     key = (name, capability, like.dtype, shape)
     if key not in _winners:
+        from triton.testing import do_bench
+
+        milliseconds = functools.partial(do_bench, return_mode="median")
         calls = [functools.partial(launch, config) for config in candidates]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            fitting = list(pool.map(functools.partial(_fits, like.device), calls))  # compiles, several at a time
-        times = [_milliseconds(call) if fits else float("inf") for call, fits in zip(calls, fitting, strict=True)]
+            fitting = list(pool.map(functools.partial(_fits, like), calls))  # compiles, several at a time
+        times = [milliseconds(call) if fits else float("inf") for call, fits in zip(calls, fitting, strict=True)]
         _winners[key] = best = candidates[times.index(min(times))]
         print(f"{name} sm_{capability} {like.dtype} {shape}: {best} {min(times):.4f} ms", file=sys.stderr)
     return launch(_winners[key])
 
 
-def _fits(device: torch.device, call: Callable[[], Any]) -> bool:
-    """Whether `device` can launch it; in any thread."""
-    import triton
+def _fits(like: Tensor, call: Callable[[], Any]) -> bool:
+    """Whether the device of `like` can launch it; in any thread."""
+    from triton.runtime.errors import OutOfResources
 
     try:
-        with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else _HERE:
+        with torch.no_grad(), on_device(like):
             call()
-    except triton.runtime.errors.OutOfResources:
+    except OutOfResources:
         return False
     return True
-
-
-def _milliseconds(call: Callable[[], Any]) -> Any:
-    import triton
-
-    return triton.testing.do_bench(call, return_mode="median")

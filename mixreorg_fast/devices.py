@@ -22,15 +22,9 @@ _NVML_DRIVER_NOT_LOADED = 9
 class Driver:
     """NVIDIA's driver as its management library (NVML) describes it."""
 
-    version: str  # such as "580.65.06"
+    version: str  # such as "580.65.06", or "unknown"
     gpus: int  # of this machine, those that CUDA_VISIBLE_DEVICES hides included
     problem: str | None = None  # what NVML reports instead of a version
-
-    @property
-    def major(self) -> int:
-        """580 of "580.65.06"; 0 of a version that is not known."""
-        digits = self.version.partition(".")[0]
-        return int(digits) if digits.isdigit() else 0
 
     def __str__(self) -> str:
         return f"driver {self.version}"
@@ -53,11 +47,9 @@ def driver() -> Driver | None:
         nvml.nvmlErrorString.restype = ctypes.c_char_p
         return Driver("unknown", 1, (nvml.nvmlErrorString(code) or b"unknown error").decode())
     version, count = ctypes.create_string_buffer(80), ctypes.c_uint()
-    try:
-        nvml.nvmlSystemGetDriverVersion(version, ctypes.c_uint(len(version)))
-        nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
-    finally:
-        nvml.nvmlShutdown()
+    nvml.nvmlSystemGetDriverVersion(version, ctypes.c_uint(len(version)))
+    nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+    nvml.nvmlShutdown()
     return Driver(version.value.decode() or "unknown", count.value) if count.value else None
 
 
@@ -65,22 +57,19 @@ def cuda_problem() -> str | None:
     """Why PyTorch cannot use this machine's GPUs; None: it can, there are none, or the environment hides them."""
     if hidden() or cuda_available() or (found := driver()) is None:
         return None
-    there = (
-        f"this machine has {found.gpus} NVIDIA GPU{'s' * (found.gpus > 1)} ({found}), but PyTorch {torch.__version__}"
-    )
+    gpus = f"{found.gpus} NVIDIA GPU{'s' * (found.gpus > 1)}"
+    there = f"this machine has {gpus} ({found}), but PyTorch {torch.__version__}"
     if torch.version.cuda is None:
         return f"{there} is built without CUDA: install a build with CUDA"
     needed = OLDEST_DRIVER.get(int(torch.version.cuda.partition(".")[0]), 0)
-    if 0 < found.major < needed:
+    major = found.version.partition(".")[0]
+    if major.isdigit() and int(major) < needed:
         older = ", or install PyTorch for CUDA 12: make env CUDA=12 (docs/install.md)"
-        return (
-            f"{there} for CUDA {torch.version.cuda} needs driver {needed} or newer: update the driver"
-            f"{older if OLDEST_DRIVER[12] <= found.major else ''}"
-        )
+        advice = "update the driver" + older * (int(major) >= OLDEST_DRIVER[12])
+        return f"{there} for CUDA {torch.version.cuda} needs driver {needed} or newer: {advice}"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return f"{there} cannot use them: {found.problem or 'see nvidia-smi'}" + (
-        f" (CUDA_VISIBLE_DEVICES={visible})" if visible else ""
-    )
+    selection = f" (CUDA_VISIBLE_DEVICES={visible})" if visible else ""
+    return f"{there} cannot use them: {found.problem or 'see nvidia-smi'}{selection}"
 
 
 def choose(name: str | None = None) -> torch.device:
@@ -120,15 +109,15 @@ def cuda_available() -> bool:
 
 def hidden() -> bool:
     """Whether the environment hides the GPUs on purpose: CUDA_VISIBLE_DEVICES is empty, or DS_ACCELERATOR is cpu."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (visible is not None and visible.strip() in ("", "-1")) or os.environ.get("DS_ACCELERATOR") == "cpu"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    return visible.strip() in ("", "-1") or os.environ.get("DS_ACCELERATOR") == "cpu"
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor to `device`; from pinned memory, so that the host does not wait for a GPU."""
-    if device.type == "cpu" or tensor.device.type != "cpu":  # the latter: made under a default device
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def has_bf16_products(device: torch.device) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
         greedy = sum(bool(row["spill_bytes"]) or not row["fits"] for row in rows)
         print(f"\n{greedy} of {len(rows)} variants spill registers or take more shared memory than their GPU has")
         told = ["compiled to something else:", *wrong] if wrong else ["none is known to compile to something else"]
-        print("\n".join(told))
+        print(*told, sep="\n")
         return int(greedy > 0 or bool(wrong))
     return 0
 
@@ -86,10 +88,8 @@ def library(module: str, distributions: Sequence[str]) -> str:
     if not found:
         return "no: not installed"
     for distribution in distributions:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return "yes"
 
 
@@ -102,41 +102,39 @@ def implementations() -> list[tuple[str, str, str]]:
     with FakeTensorMode(), device:
         for op, call in _calls(device).items():
             try:
-                call("which?")
+                call(impl="which?")
             except UnknownImplementation as error:
                 known = error.known
             for name in known:
                 try:
-                    call(name)
+                    call(impl=name)
                     rows.append((op, name, "yes"))
                 except CannotRun as error:
                     rows.append((op, name, "no: " + "; ".join(error.reasons)))
     return rows
 
 
-def _calls(device: torch.device) -> dict[str, Callable[[Any], Any]]:
-    """Every op on small inputs, waiting for the implementation's name."""
+def _calls(device: torch.device) -> dict[str, Callable[..., Any]]:
+    """Every op on small inputs, waiting for `impl`."""
     plan = ops.MixPlan.sample(4, 16, 4, device=device, impl="torch")
     x, q, maps = torch.empty(4, 16, 64), torch.empty(4, 8, 64), torch.empty(4, 8, 4, 4)
     first, second, texts = torch.empty(4, 8, 16), torch.empty(4, 8, 8), torch.empty(4, 64)
-    heads = torch.empty(4, 16, 2, 32)
+    heads, branches = torch.empty(4, 16, 2, 32), torch.empty(8, 16, 64)
     return {
-        "MixPlan.sample": lambda impl: ops.MixPlan.sample(4, 16, 4, device=device, impl=impl),
-        "patch_mix": lambda impl: ops.patch_mix(x, plan, impl=impl),
-        "patch_restore": lambda impl: ops.patch_restore(x, plan, impl=impl),
-        "patch_blend": lambda impl: ops.patch_blend(x, x, plan, 0.5, impl=impl),
-        "mix_tokens": lambda impl: ops.mix_tokens(x, plan, impl=impl),
-        "restore_tokens": lambda impl: ops.restore_tokens(x.repeat(2, 1, 1), plan, impl=impl),
-        "blend_tokens": lambda impl: ops.blend_tokens(x.repeat(2, 1, 1), plan, 0.5, impl=impl),
-        "stochastic_depth": lambda impl: ops.stochastic_depth(1, [0.1], 4, device=device, impl=impl),
-        "grouping_attention": lambda impl: ops.grouping_attention(q, x, x, impl=impl),
-        "mixed_segmentation_loss": lambda impl: ops.mixed_segmentation_loss(
-            first, second, q, texts, plan, 1.0, impl=impl
-        ),
-        "contrastive_loss": lambda impl: ops.contrastive_loss(texts, texts, 1.0, impl=impl),
-        "decode_segments": lambda impl: ops.decode_segments(maps, q, (8, 8), impl=impl),
-        "attention": lambda impl: ops.attention(heads, heads, heads, impl=impl),
-        "linear": lambda impl: ops.linear(texts, texts, impl=impl),
+        "MixPlan.sample": partial(ops.MixPlan.sample, 4, 16, 4, device=device),
+        "patch_mix": partial(ops.patch_mix, x, plan),
+        "patch_restore": partial(ops.patch_restore, x, plan),
+        "patch_blend": partial(ops.patch_blend, x, x, plan, 0.5),
+        "mix_tokens": partial(ops.mix_tokens, x, plan),
+        "restore_tokens": partial(ops.restore_tokens, branches, plan),
+        "blend_tokens": partial(ops.blend_tokens, branches, plan, 0.5),
+        "stochastic_depth": partial(ops.stochastic_depth, 1, [0.1], 4, device=device),
+        "grouping_attention": partial(ops.grouping_attention, q, x, x),
+        "mixed_segmentation_loss": partial(ops.mixed_segmentation_loss, first, second, q, texts, plan, 1.0),
+        "contrastive_loss": partial(ops.contrastive_loss, texts, texts, 1.0),
+        "decode_segments": partial(ops.decode_segments, maps, q, (8, 8)),
+        "attention": partial(ops.attention, heads, heads, heads),
+        "linear": partial(ops.linear, texts, texts),
     }
 
 
@@ -148,9 +146,8 @@ def kernel_resources(architectures: Sequence[int] = ARCHITECTURES, only: str = "
     """
     if not TRITON_INSTALLED:
         raise UserError("info --kernels: Triton is not installed; expected triton >= 3.6 (pip install triton)")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = str(Path(__file__).resolve().parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
     def compile_for(architecture: int) -> list[dict[str, Any]]:
         command = [sys.executable, "-m", "mixreorg_fast.resources", "--architectures", str(architecture)]

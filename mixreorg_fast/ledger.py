@@ -1,7 +1,6 @@
 """Results files and the Markdown tables made from them, for benchmarks and studies.
 
-A results file says what was measured, on which device, by which command and from which commit. Every figure in the
-documentation comes from the rows of a results file.
+A results file says what was measured, on which device, by which command and from which commit.
 """
 
 from __future__ import annotations
@@ -48,8 +47,9 @@ def commit() -> str:
     """The checkout's commit, followed by "+" where tracked files differ from it; "unknown" outside a checkout."""
 
     def git(*arguments: str) -> str:
+        folder = Path(__file__).parent
         return subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:
@@ -124,6 +124,5 @@ def between_markers(text: str, content: str) -> str:
         text = f"{text.rstrip()}\n\n{BEGIN}\n{END}\n"
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise UserError(f"the page must hold {BEGIN} and, after it, {END}, each once")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
+    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
     return before + "\n\n".join(filter(None, (BEGIN, content, END))) + after

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import ops
 from .config import Config, merged, parse_config
 from .kernels.settings import LogitBlock
-from .kernels.variants import ARCHITECTURES
+from .kernels.variants import ARCHITECTURES, SHARED_BYTES
 from .models import Batch, GroupViT, MixReorg
 from .ops.contrastive_blocks import TRITON
 
@@ -81,13 +81,7 @@ def _evaluate(config: Config, dtype: torch.dtype) -> None:
 
 def _ops(dtype: torch.dtype) -> None:
     """Modes and shapes of the public ops that the network does not ask for."""
-    for groups, patches, channels in (
-        (64, 196, 384),
-        (8, 64, 384),
-        (128, 300, 100),
-        (7, 13, 40),
-        (64, 100, 128),
-    ):
+    for groups, patches, channels in ((64, 196, 384), (8, 64, 384), (128, 300, 100), (7, 13, 40), (64, 100, 128)):
         for hard in (True, False):
             for wanted in ("none", "soft", "used"):
                 q, k, v = (_leaf(IMAGES, rows, channels, dtype=dtype) for rows in (groups, patches, patches))
@@ -137,7 +131,7 @@ def _backward(out: Tensor | tuple[Tensor, ...]) -> None:
 
 def main() -> int:
     """Print one JSON object per architecture and variant of a kernel, with the call that runs it first."""
-    from .kernels.offline import SHARED_BYTES, offline
+    from .kernels.offline import offline
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--architectures", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
@@ -153,8 +147,8 @@ def main() -> int:
                     continue
                 call()
                 for launch in launches:
-                    if (launch.kernel, launch.variant, launch.num_warps) not in known:
-                        known.add((launch.kernel, launch.variant, launch.num_warps))
+                    if (variant := (launch.kernel, launch.variant, launch.num_warps)) not in known:
+                        known.add(variant)
                         fits = launch.shared_bytes <= SHARED_BYTES[architecture]
                         wrong += not fits or bool(launch.faults)
                         for fault in launch.faults:
