@@ -160,10 +160,12 @@ class MixReorg(nn.Module):
     def _embeddings(self, projection: Projection, tensors: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
         """Embeddings of those `names` that `tensors` has, L2-normalised, from one call of the projection: its batch
         statistics come from the first, the pooled original features."""
-        rows = {name: tensors[name].flatten(0, -2) for name in names if name in tensors}
-        sizes = [len(x) for x in rows.values()]
-        parts = projection(torch.cat(list(rows.values())), sizes[0], run=self._runner()).split(sizes)
-        return {name: x.unflatten(0, tensors[name].shape[:-1]) for name, x in zip(rows, parts, strict=True)}
+        shapes = {name: tensors[name].shape[:-1] for name in names if name in tensors}
+        rows = [tensors[name].flatten(0, -2) for name in shapes]
+        sizes, several = [len(x) for x in rows], len(rows) > 1  # a single one without copies
+        out = projection(torch.cat(rows) if several else rows[0], sizes[0], run=self._runner())
+        parts = out.split(sizes) if several else [out]
+        return {name: x.unflatten(0, shape) for (name, shape), x in zip(shapes.items(), parts, strict=True)}
 
     def _plan(self, batch: Batch) -> ops.MixPlan:
         group_size = self.config.mixing.group_size
