@@ -66,13 +66,18 @@ def _capability(device: torch.device) -> int:
 
 def launches_on(device: torch.device) -> bool:
     """Whether kernels take tensors of `device`: CUDA; the CPU under the interpreter; meta while compiling offline."""
-    return {"cuda": True, "cpu": INTERPRET, "meta": offline_architecture is not None}.get(device.type, False)
+    interpreted = INTERPRET and device.type == "cpu"
+    return device.type == "cuda" or interpreted or (offline_architecture is not None and device.type == "meta")
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Make the tensor's device the current one, on which Triton launches."""
-    elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
-    return torch.cuda.device(tensor.device) if elsewhere else contextlib.nullcontext()
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return _HERE
+
+
+_HERE = contextlib.nullcontext()  # made once: every launch enters it
 
 
 def with_unit_channel_stride(x: Tensor) -> Tensor:
@@ -104,8 +109,9 @@ def tuned(
     """
     capability = architecture(like.device)
     if INTERPRET or not RETUNE:
-        older = (known for known in table if known <= capability)
-        return launch(table.get(capability) or table[max(older, default=min(table))])
+        if capability not in table:
+            capability = max((known for known in table if known <= capability), default=min(table))
+        return launch(table[capability])
     key = (name, capability, like.dtype, shape)
     if key not in _winners:
         from triton.testing import do_bench
