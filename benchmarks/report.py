@@ -23,7 +23,6 @@ PROFILE, CURVES, COUNTED = "profile", "curves", "counted"
 SUITES = ("op", "inference", "step", "loader", PROFILE, CURVES)  # that have a table here
 LARGEST_BATCH, WAITING = "largest batch", "waiting for data"
 
-
 # The rows of the summary: what is timed, its op in the ledger, dtype, and the baseline. Of an op: forward and backward
 # in a CUDA graph, so the time of the device.
 SUMMARY = (
@@ -385,11 +384,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="fail if a page differs from the results")
     check = parser.parse_args(argv).check
     results = HERE / "results"
-    changed = [
-        page
-        for page, (title, content) in pages().items()
-        if ledger.write_page(DOCS / page, content, title=title, check=check)
-    ]
+    found = pages().items()
+    changed = [name for name, (title, text) in found if ledger.write_page(DOCS / name, text, title=title, check=check)]
     changed += [study_report.PAGE] * study_report.write_page(results, DOCS, check=check)
     if not check:
         draw(results, DOCS / "images")

@@ -57,7 +57,7 @@ COMMANDS: list[tuple[str, str, str]] = [
     (r"mixreorg shards (build|scenes|verify)\b", RUN, ""),
     (r"mixreorg convert SOURCE TARGET \[", PARSE, "a synopsis"),
     (r"mixreorg push DIR owner/name \[", PARSE, "a synopsis"),
-    (r"mixreorg convert group_vit_gcc_yfcc_30e\.pth", PARSE, "a download of 200 MB; tests/models/test_convert.py"),
+    (r"mixreorg convert group_vit_gcc_yfcc_30e\.pth", PARSE, "a download of 200 MB; tests/models/test_pth.py"),
     (r"mixreorg convert", RUN, ""),
     (r"mixreorg export", PARSE, "compiles for half a minute; tests/models/test_export.py"),
     (r"mixreorg evaluate .*--dataset (context|coco_object|ade20k)", PARSE, "these sets have tests/evaluation"),
