@@ -147,8 +147,10 @@ class View(NamedTuple):
 
 
 def view(model: Model, path: str, names: str, threshold: float) -> View:
-    """Segment the photo at `path` by the class `names`; a `threshold` above 0 allows for background. A UserError where
-    that is no image, too large an image, or no list of names."""
+    """Segment the photo at `path` by the class `names`; a `threshold` above 0 allows for background.
+
+    A file that is not an image or is too large, and `names` that are not a list of names, raise a UserError.
+    """
     classes = parse_classes(names, "class names", most=MASK_CLASSES)
     photo = load_image(path, max_pixels=MAX_PIXELS)
     photo.thumbnail((SHOWN_SIDE, SHOWN_SIDE))

@@ -134,7 +134,7 @@ class Cache:
                     del self._coming[path]
 
     def _usable(self, path: Path) -> Shard:
-        """The shard by its index; a UserError, which is not cached, if there is none that serves."""
+        """The shard by its index. Without a usable index it raises a UserError, which is not cached."""
         found = indexed(path)
         if found is None or not (found.verified or self._decoder is None):
             raise UserError(f"{path} is not indexed")
