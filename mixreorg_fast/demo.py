@@ -237,7 +237,7 @@ def build(model: Model, samples: list[list[str]]) -> gradio.Blocks:
 
 
 def serve(page: gradio.Blocks, host: str, port: int | None) -> str:
-    """Serve `page` from a thread; returns its address. A UserError where no port is free."""
+    """Serve `page` from a thread; returns its address. Raises a UserError where no port is free."""
     from gradio.themes import Default
     from starlette.middleware import Middleware
     from starlette.middleware.base import BaseHTTPMiddleware

@@ -65,7 +65,7 @@ def cuda_problem() -> str | None:
     major = found.version.partition(".")[0]
     if major.isdigit() and int(major) < needed:
         older = ", or install PyTorch for CUDA 12: make env CUDA=12 (docs/install.md)"
-        advice = "update the driver" + older * (int(major) >= OLDEST_DRIVER[12])
+        advice = f"update the driver{older if int(major) >= OLDEST_DRIVER[12] else ''}"
         return f"{there} for CUDA {torch.version.cuda} needs driver {needed} or newer: {advice}"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     selection = f" (CUDA_VISIBLE_DEVICES={visible})" if visible else ""

@@ -52,7 +52,7 @@ def run_command(main: Callable[[], int | None], *, debug: bool = False) -> int:
     """
     try:
         code = main() or 0
-        print(end="", flush=True)
+        print(end="", flush=True)  # does nothing where stdout is closed
         return code
     except BrokenPipeError:
         reader = select.poll()

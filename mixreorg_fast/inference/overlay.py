@@ -124,7 +124,7 @@ def overlay(photo: Image.Image, labels: Any, names: Sequence[str], palette: np.n
 def save_picture(
     path: str | Path, picture: Image.Image, kind: str = "PNG", about: dict[str, str] | None = None
 ) -> None:
-    """Write `picture` at `path`, whole or not at all; folders are made. A UserError where it cannot be written.
+    """Write `picture` at `path`, whole or not at all; folders are made. Raises a UserError where it cannot.
 
     `kind`: a format as Pillow names it. `about`: notes, for a PNG's text chunks.
     """
@@ -136,7 +136,7 @@ def save_picture(
 
 
 def kind_of(path: str | Path) -> str:
-    """The format of pictures that the suffix of `path` names; a UserError where none can be written so."""
+    """The format of pictures that the suffix of `path` names; a UserError where Pillow writes no such format."""
     suffix = Path(path).suffix.lower()
     kind = Image.registered_extensions().get(suffix)
     if kind not in Image.SAVE:

@@ -73,8 +73,8 @@ def main(args: argparse.Namespace) -> int:
 def find_photos(sources: list[str], recursive: bool) -> dict[Path, Path]:
     """The photos to segment, each with its place below the folder that was named for it.
 
-    Overlays and masks of earlier runs are left out of folders. A UserError as of
-    :func:`~mixreorg_fast.images.find_images`, and where no other photo is left.
+    Overlays and masks of earlier runs are left out of folders. Raises a UserError as
+    :func:`~mixreorg_fast.images.find_images` does, and where no other photo is left.
     """
     found: dict[Path, Path] = {}
     for source in map(Path, sources):

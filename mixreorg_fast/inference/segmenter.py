@@ -59,14 +59,20 @@ class Segmentation:
         return overlay(self.photo, self.labels.cpu(), self.classes, class_palette(self.has_background))
 
     def save(self, path: str | Path) -> None:
-        """Write the overlay, in the format that the suffix names; a UserError where that is unknown or `path` cannot
-        be written."""
+        """Write the overlay, in the format that the suffix names.
+
+        Raises:
+            UserError: an unknown suffix, or a place that cannot be written.
+        """
         kind = kind_of(path)  # before the work
         save_picture(path, self.overlay(), kind)
 
     def save_mask(self, path: str | Path) -> None:
-        """Write a palette PNG whose values are the labels, in Pascal VOC's colours; a UserError where there are more
-        than 255 labels, or `path` cannot be written."""
+        """Write a palette PNG whose values are the labels, in Pascal VOC's colours.
+
+        Raises:
+            UserError: more than 255 labels, or a place that cannot be written.
+        """
         if len(self.classes) > 255:
             raise UserError(f"{path}: a mask holds at most 255 labels, got {len(self.classes)}")
         save_labels(path, self.labels.to(torch.uint8), self.has_background)
@@ -80,9 +86,12 @@ class Segmentation:
 def text_classifier(model: Model, classes: Sequence[str], templates: str | Sequence[str] = "default") -> Tensor:
     """One L2-normalised embedding per class: fp32 ``[T, D]`` on the model's device.
 
-    The prompts' embeddings are averaged over the templates before they are normalised, as GroupViT does. `templates`
-    and their errors are those of :func:`~mixreorg_fast.names.parse_templates`; no classes, an empty name, and weights
-    without a tokenizer are UserErrors too.
+    The prompts' embeddings are averaged over the templates before they are normalised, as GroupViT does.
+
+    Args:
+        classes: one name each; `templates` as of :func:`~mixreorg_fast.names.parse_templates`.
+    Raises:
+        UserError: no classes, an empty name, no templates, one without ``{}``, or weights without a tokenizer.
     """
     if model.tokenizer is None:
         raise UserError("these weights have no tokenizer; segment_labels takes text embeddings instead")

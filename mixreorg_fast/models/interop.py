@@ -99,7 +99,7 @@ def _rows() -> list[tuple[re.Pattern, dict[Naming, str]]]:
 
 def foreign_names(name: str, naming: Naming) -> tuple[str, ...]:
     """What the tensor `name` of ours is called elsewhere; several names where ours holds several tensors as one.
-    A KeyError if no tensor of ours is called so."""
+    Raises a KeyError if no tensor of ours is called so."""
     for pattern, templates in _rows():
         if found := pattern.fullmatch(name):
             template = templates[naming]

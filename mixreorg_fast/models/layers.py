@@ -56,7 +56,7 @@ class Linear(nn.Linear):
 
 class PatchEmbed(nn.Conv2d):
     """Non-overlapping patches to tokens, ``[B, N, C] <- [B, 3, H, W]``; fp32 weights follow the dtype of the images.
-    A ValueError where H or W is no multiple of the patch size."""
+    Raises a ValueError where H or W is not a multiple of the patch size."""
 
     def __init__(self, width: int, patch_size: int):
         super().__init__(3, width, patch_size, patch_size)

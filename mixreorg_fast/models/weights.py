@@ -145,7 +145,7 @@ def check_shapes(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], 
 
 def fitted(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source: str) -> dict[str, Tensor]:
     """`state` for a model of these `shapes`: positions of another resolution are interpolated (bicubic).
-    A :class:`UserError` if a tensor is missing, unknown or of another shape."""
+    Raises a :class:`UserError` if a tensor is missing, unknown or of another shape."""
     check_names(state.keys(), shapes.keys(), source)
     state = dict(state)
     if state["logit_scale"].numel() == 1:

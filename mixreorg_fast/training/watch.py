@@ -25,8 +25,8 @@ from ..ranks import Ranks, max_over_ranks, on_main
 FINISHED = "finished"  # the place of a run with final scores
 REPEAT = 1.0  # seconds within which a repeated signal counts as one
 
-_LAUNCHERS = {"mixreorg", "deepspeed", "ds", "torchrun"}  # programs, and modules:
-_LAUNCHERS |= {"deepspeed.launcher.launch", "torch.distributed.run", "torch.distributed.launch"}
+_LAUNCHERS = {"mixreorg", "deepspeed", "ds", "torchrun"}  # programs
+_LAUNCHERS |= {"deepspeed.launcher.launch", "torch.distributed.run", "torch.distributed.launch"}  # modules
 
 
 class StopRequest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -87,6 +88,24 @@ def test_the_loaders_pass_the_share_on(config, tokenizer, shards, monkeypatch):
         next(loader)
     ValidationLoader(configuration, tokenizer, open_shards(shards), micro_batch=2).close()
     assert seen == [0.25, 0.25]
+
+
+def test_a_gpus_batches_are_prepared_on_a_stream_of_their_own(config, tokenizer, monkeypatch):
+    streams = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: streams.append((stream, threading.current_thread())))
+
+    def graph(*arguments, **options):
+        raise RuntimeError("enough" if streams else "no stream was set")
+
+    monkeypatch.setattr(loaders, "training_graph", graph)
+    with (
+        open_loader(config(), tokenizer, micro_batch=2, device=GPU) as loader,
+        pytest.raises(RuntimeError, match="enough"),
+    ):
+        next(loader)
+    ((stream, thread),) = streams
+    assert stream == f"a stream of {GPU}" and thread is not threading.current_thread()
 
 
 def test_batches_are_copied_and_not_lent(monkeypatch):
