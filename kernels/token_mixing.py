@@ -2,7 +2,8 @@
 
 Tokens ``[B, N + G, C]`` are N patches, then G group tokens. Each kernel writes the whole input of the next block, group
 tokens included: no slices, no concatenations. A program takes the same tokens and channels of all images of a mixing
-group, so it reads every row once and has the mean of the group tokens in registers. Sources are a permutation.
+group, so it reads every row once and has the mean of the group tokens in registers. Sources are a permutation, so a
+scatter has no conflicts and needs no atomics.
 """
 
 from __future__ import annotations
