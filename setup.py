@@ -1,4 +1,4 @@
-"""Package set-up: everything stands in pyproject.toml."""
+"""Package set-up; all settings are in pyproject.toml."""
 
 from setuptools import setup
 

@@ -1,7 +1,8 @@
 """Memory that a training step needs for every image, counted on a CPU: ``python -m benchmarks.activations``
 
-Forward runs at full size on a few images, with a GPU's choice of kernels; no kernel is launched, for what is kept for
-backward are shapes. Compiled parts keep what torch.compile's partitioner (minimal cut) makes them keep.
+Forward runs at full size on a few images, with a GPU's choice of kernels. No kernel is launched, because the memory
+kept for backward depends on shapes alone. Compiled parts keep what torch.compile's partitioner (minimal cut) makes them
+keep.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple
 def _launches_nothing(kernel: Any, *args: Any, **kwargs: Any) -> None:
     for x in (*args, *kwargs.values()):
         if isinstance(x, Tensor) and not x.is_floating_point():
-            x.zero_()  # an index of something
+            x.zero_()  # an index, for which 0 is valid
 
 
 def bytes_kept(config: Config, images: int) -> dict[str, int]:
@@ -100,7 +101,7 @@ def bytes_kept(config: Config, images: int) -> dict[str, int]:
 
 
 def bytes_per_image(config: Config) -> dict[str, float]:
-    """What an image more keeps, by part of :func:`bytes_kept`; what does not grow, as weights in bf16, is not in it."""
+    """Bytes that one more image keeps, by part of :func:`bytes_kept`; what does not grow is left out."""
     few, more = (bytes_kept(config, images) for images in IMAGES)
     return {part: (more[part] - few[part]) / (IMAGES[1] - IMAGES[0]) for part in few}
 

@@ -4,13 +4,13 @@
     python -m benchmarks.contrastive_memory --local 512 --ranks 512
     python -m benchmarks.contrastive_memory --predict        # no measurement: the time model of docs/scaling.md
 
-Each case runs in a process of its own; memory is the rise of the resident set over the one with inputs in place (on a
-GPU: of allocated memory).
+Each case runs in a process of its own. Memory is the rise of the resident set (on a GPU: of allocated memory) during
+forward and backward, with the inputs in place before it. All cases together are written to
+benchmarks/results/ring_<device>.json.
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -18,8 +18,12 @@ import time
 import torch
 import torch.nn.functional as F
 
+from mixreorg_fast import ledger
 from mixreorg_fast.ops.contrastive_blocks import TORCH, TRITON
 from mixreorg_fast.ops.contrastive_loss import ring_gradient, ring_log_sum_exp
+
+from .harness import RESULTS
+from .memory import peak_bytes
 
 
 class GeneratedPeers:
@@ -47,10 +51,9 @@ def measure(local: int, ranks: int, width: int, dtype: torch.dtype) -> dict:
         return ring_gradient(image, texts, *lse, scale, peers, blocks)
 
     share(GeneratedPeers(1))  # libraries load, pools are made
-    before = _memory(device)
     begin = time.perf_counter()
-    share(ring)
-    peak = _memory(device) - before
+    peak = peak_bytes(lambda: share(ring))
+    seconds = time.perf_counter() - begin
     return {
         "local": local,
         "ranks": ranks,
@@ -58,17 +61,10 @@ def measure(local: int, ranks: int, width: int, dtype: torch.dtype) -> dict:
         "width": width,
         "dtype": str(dtype).removeprefix("torch."),
         "peak_mb": round(peak / 2**20, 1),
-        "seconds": round(time.perf_counter() - begin, 2),
+        "seconds": round(seconds, 2),
         "all_features_mb": round(2 * local * ranks * width * image.element_size() / 2**20, 1),
         "similarity_matrix_mb": round((local * ranks) ** 2 * image.element_size() / 2**20),
     }
-
-
-def _memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def predict(local: int, ranks: int, width: int, *, element: int = 2) -> dict:
@@ -105,8 +101,14 @@ def main() -> None:
     if options.ranks:
         print(json.dumps(measure(options.local, options.ranks, options.width, getattr(torch, options.dtype))))
         return
+    rows = []
     for ranks in (8, 64, 512):
-        subprocess.run([sys.executable, "-m", "benchmarks.contrastive_memory", *sys.argv[1:], "--ranks", str(ranks)])
+        command = [sys.executable, "-m", "benchmarks.contrastive_memory", *sys.argv[1:], "--ranks", str(ranks)]
+        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        print(result.stdout, end="", flush=True)
+        rows.append({"suite": "ring", **json.loads(result.stdout.splitlines()[-1])})
+    path = RESULTS / f"ring_{ledger.file_stem(ledger.device_name())}.json"
+    ledger.write_rows(path, ledger.versions("python -m benchmarks.contrastive_memory"), rows, keep=lambda row: False)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What can be known of the ops on a GPU without one: ``python -m benchmarks.counted STATE``.
+"""Least times of the ops on a GPU, counted without one: ``python -m benchmarks.counted STATE``.
 
-Each op of the model's shapes runs forward and backward on meta tensors. Its kernels are compiled for an H100 and their
-instructions counted; of PyTorch's own operations the bytes are, and the products. From them follows the least time that
-an H100 needs: the longest of memory, instruction issue and matmuls, kernel by kernel. STATE is a name for what
-is counted, such as "before" or "after"; the rows of other states stay in benchmarks/results/counted.json.
+Each op runs forward and backward on meta tensors of the model's shapes. Its kernels are compiled for an H100, and their
+instructions are counted. Of PyTorch's own operations, bytes and matmuls are counted. From these counts follows the
+least time that an H100 needs: the longest of memory, instruction issue and matmuls, kernel by kernel. STATE is a name
+for what is counted, such as "before" or "after"; the rows of other states stay in benchmarks/results/counted.json.
 """
 
 from __future__ import annotations
@@ -240,8 +240,7 @@ def executed(launch: Launch) -> float:
     return once * launch.num_warps * launch.programs
 
 
-PREFETCH_LOOP = 16  # a loop of fewer instructions asks for lines of memory and does nothing else
-# Which size of a kernel each of its loops goes through, and in steps of which; in the order of the loops.
+# By kernel, for each of its loops in order: the size that the loop covers, and its step.
 LOOPS = {
     "grouping_forward": [("CHANNELS", "BLOCK_CHANNELS")],
     "grouping_backward": [("CHANNELS", "BLOCK_CHANNELS")],
@@ -251,23 +250,20 @@ LOOPS = {
     "merge": [("parts", "BLOCK_PARTS")],
     "segment_label": [("classes", "BLOCK_CLASSES")],
     "decode": [("GROUPS", None)],
-    "sample_plan": [("group_size", None)],
     "append_branch_forward": [("group_size", None)],
     "append_branch_backward": [("group_size", None)],
     "blend_tokens": [("group_size", None)],
     "mixed_segmentation_scores": [("D", "BLOCK_D")],
     "mixed_segmentation_cosines": [("PARTS", "BLOCK_PARTS")],
     "mixed_segmentation_embeddings": [("ROWS", "BLOCK_ROWS")],
-    "mixed_segmentation_forward": [("D", "BLOCK_D"), ("N", "BLOCK_N")],
-    "mixed_segmentation_backward": [("D", "BLOCK_D"), ("N", "BLOCK_N"), ("D", "BLOCK_D")],
+    "mixed_segmentation_forward": [("K", "COUNT")],
+    "mixed_segmentation_backward": [("K", "COUNT")],
 }
 
 
 def rounds(launch: Launch, number: int) -> int:
     """How often loop `number` of a kernel runs."""
     sizes = launch.sizes
-    if "PREFETCH" in sizes and launch.loops[number] < PREFETCH_LOOP:
-        return math.ceil(PATCHES * sizes["PREFETCH"] / 128 / (32 * launch.num_warps))
     steps = LOOPS[launch.kernel]
     size, step = steps[min(number, len(steps) - 1)]
     return math.ceil(sizes[size] / (sizes[step] if step else 1))
@@ -299,7 +295,7 @@ def of_ops() -> Iterator[dict[str, Any]]:
 
 def of_others(modules: Sequence[str] = ("host_time", "launches", "activations")) -> Iterator[dict[str, Any]]:
     """What the host spends on each op, the launches of a micro-step, the memory of an image's activations."""
-    for module in modules:  # in processes of their own, for some of them run Triton's interpreter
+    for module in modules:  # each in its own process: some run Triton's interpreter
         code = f"import json; from benchmarks.{module} import rows; print(json.dumps(rows()))"
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         for row in json.loads(result.stdout.splitlines()[-1]):

@@ -46,7 +46,8 @@ def growth(rows: Sequence[Row], path: Path) -> None:
 
 
 def expected(axis: str, at: Sequence[float], ms: Sequence[float]) -> list[float]:
-    """Where linear cost would put the points, through those measured: through the middle of what should be level."""
+    """The points of linear cost: through the last measured one for the resolution, through the first and the last for
+    the caption length, else level at the median."""
     if axis == "resolution":
         return [ms[-1] * (x / at[-1]) ** 2 for x in at]
     if axis == "caption length":

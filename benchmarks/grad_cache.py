@@ -3,13 +3,12 @@
     python -m benchmarks.grad_cache                          # GroupViT-S, 32 images of 112 px, 1 to 8 micro-steps
     python -m benchmarks.grad_cache --images 256 --side 224
 
-Each case runs in a process of its own; memory is the rise of the resident set (on a GPU: of allocated memory) over the
-one with parameters, gradients and images in place.
+Each case runs in a process of its own. Memory is the rise of the resident set (on a GPU: of allocated memory) during a
+step, with parameters, gradients and images in place before it.
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +17,7 @@ import torch
 
 from mixreorg_fast.models import Batch, MixReorg
 
+from .memory import peak_bytes
 from .test_train_step import CAPTIONS, DEVICE, configuration, random_batch
 
 
@@ -42,17 +42,9 @@ def measure(images: int, side: int, parts: int) -> dict:
     model = MixReorg(config).to(DEVICE)
     batch = random_batch(config, images, CAPTIONS, torch.Generator(DEVICE).manual_seed(0))
     step(model, [part(batch, 0, config.mixing.group_size)])  # gradients are made, libraries load
-    before = _memory()
-    step(model, [part(batch, start, images // parts) for start in range(0, images, images // parts)])
-    peak = round((_memory() - before) / 2**20)
-    return {"images": images, "side": side, "micro_steps": parts, "peak_mb": peak}
-
-
-def _memory() -> int:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    parted = [part(batch, start, images // parts) for start in range(0, images, images // parts)]
+    peak = peak_bytes(lambda: step(model, parted))
+    return {"images": images, "side": side, "micro_steps": parts, "peak_mb": round(peak / 2**20)}
 
 
 def main() -> None:

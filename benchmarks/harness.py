@@ -6,9 +6,9 @@ A benchmark file lists :class:`Case` objects and has one test::
     def test_patch_mix(measure, case, implementation, mode, graph):
         measure(case, implementation, mode, graph)
 
-Times are wall-clock between device synchronisations, over rounds of many calls that rotate through several input
-sets, so that no cache flatters; each row is also held against this device's own copy bandwidth and matrix rate, as
-measured in the same session. With CUDA graphs the host's launch cost drops out; without, it is in, as users have it.
+Times are wall-clock between device synchronisations. A round is many calls that rotate through several input sets, so
+that no call finds its inputs in a cache. Each row is also compared with this device's own copy bandwidth and matmul
+rate, measured in the same session. Rows under CUDA graphs leave out the host's launch cost; the others include it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Case:
     """One op at one shape, in every implementation.
 
     Args:
-        suite: of the results. Only of an "op" is there a "compiled" column by itself, and rows under CUDA graphs.
+        suite: part of the results. Only in suite "op" is "compiled" added unlisted, and rows under CUDA graphs.
         op: its public name. shape: as printed in the tables, "1024x196x384 K=4".
         batch: images, for images per second.
         inputs: generator -> one set of inputs, random, on DEVICE; those that require grad are differentiated.
@@ -179,8 +179,8 @@ def run_case(benchmark: Any, case: Case, implementation: str, mode: Mode, graph:
 
 @lru_cache(maxsize=1)
 def _forget_other_graphs(case: Case, implementation: str) -> None:
-    """Drop the graphs of whatever was measured before: its shapes would make this one's symbolic, and torch.compile
-    takes so many shapes only."""
+    """Drop the graphs of the case before: its shapes would make this case's symbolic, and torch.compile limits their
+    number."""
     torch._dynamo.reset()
 
 
@@ -286,19 +286,19 @@ def ceilings() -> dict[str, float]:
     target = torch.empty_like(source)
     size = 4096 * (2 if ON_GPU else 1) // (1 if ON_GPU else 4)
     limits = {
-        "copy_gb_per_s": 2 * source.nbytes / _best_seconds(lambda: target.copy_(source)) * 1e-9,
-        "write_gb_per_s": target.nbytes / _best_seconds(lambda: target.fill_(1.5)) * 1e-9,
+        "copy_gb_per_s": 2 * source.nbytes / _median_seconds(lambda: target.copy_(source)) * 1e-9,
+        "write_gb_per_s": target.nbytes / _median_seconds(lambda: target.fill_(1.5)) * 1e-9,
     }
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         a, b = torch.randn(2, size, size, device=DEVICE).to(dtype)
-        seconds = _best_seconds(lambda a=a, b=b: a @ b)
+        seconds = _median_seconds(lambda a=a, b=b: a @ b)
         if not ON_GPU and dtype == torch.float32:  # the better of a CPU's two libraries
-            seconds = min(seconds, _best_seconds(lambda a=a, b=b: ops.linear(a, b, impl="onednn")))
+            seconds = min(seconds, _median_seconds(lambda a=a, b=b: ops.linear(a, b, impl="onednn")))
         limits[f"matmul_{name}_tflop_per_s"] = 2 * size**3 / seconds * 1e-12
     return {key: rounded(value) for key, value in limits.items()}
 
 
-def _best_seconds(call: Callable[[], Any], rounds: int = 7, calls: int = 5) -> float:
+def _median_seconds(call: Callable[[], Any], rounds: int = 7, calls: int = 5) -> float:
     """Median of rounds of a few calls."""
     call()
     seconds = []

@@ -1,9 +1,9 @@
 """What the host spends on an op, forward and backward, without a GPU: ``python -m benchmarks.host_time``.
 
 Tensors are small and lie on the CPU. Launches stop before the driver: Triton binds and specialises the arguments and
-looks up the compiled kernel, which exists, but launches nothing. So of a launch only the driver's own call is missing
-(a few microseconds), of the eager lines nothing; those compute besides, on small tensors. What a GPU adds on both sides
-is the same for every launch; eager lines have more of them.
+looks up the compiled kernel, but launches nothing. So a launch lacks only the driver's own call (a few microseconds).
+The eager lines lack nothing, and their times include computing on small tensors. A GPU adds the same time to every
+launch; eager lines have more launches.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def launches_stubbed(architecture: int = 90) -> Iterator[None]:
 
 
 def cases() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-    """Of each op a call of the kernel and one of the eager lines."""
+    """By op: a call of its kernel and a call of its eager lines."""
     plan = ops.MixPlan.sample(BATCH, PATCHES, GROUP_SIZE, seed=1)
     seed = torch.tensor(3)
 
@@ -108,7 +108,7 @@ def cases() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
 
 
 def microseconds(call: Callable[[], Any]) -> tuple[float, float]:
-    """Of one call and of its backward; the least of several rounds, in this thread's own time."""
+    """Of one call and of its backward: the least of several rounds, in this thread's CPU time."""
 
     def outputs() -> list[Tensor]:
         out = call()

@@ -146,7 +146,7 @@ def _as_on_a_gpu(launches: Launches) -> Iterator[None]:
             stack.enter_context(mock.patch.object(module, name, in_region(module, name, region)))
         stack.enter_context(mock.patch.object(text_encoder.Packing, "of", packing))
         stack.enter_context(mock.patch.object(dispatch, "passed_over", lambda op, inputs: []))
-        # What counts is not traced.
+        # The counting modes must not send the ops to their custom ops, see registration.traces.
         traces = mock.patch.object(registration, "traces", lambda tensor: torch.compiler.is_compiling())
         stack.enter_context(traces)
         compiling = functools.partial(torch.compile, backend=launches.backend())

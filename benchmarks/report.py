@@ -41,8 +41,8 @@ SUMMARY = (
     ("contrastive loss", "contrastive_loss", "bfloat16", "eager"),
 )
 BASELINES = {"eager": "plain PyTorch", "compiled": "torch.compile", "huggingface": "transformers"}
-# What a GPU is to reach: op, shape, baseline, and the least ratio of its time to ours. "limit" stands for the least
-# time that this GPU's own copy rate allows, "images/s" for a rate, "memory" for the most of the baseline's memory.
+# Targets on a GPU: op, shape, baseline, and the least ratio of the baseline's time to ours. "limit": the share of the
+# speed that this GPU's copy rate allows; "images/s": a rate; "memory": the largest share of eager's memory.
 TARGETS = (
     ("patch_mix", "1024x196x384 K=4", "limit", 0.85),
     ("patch_mix", "1024x196x384 K=4", "compiled", 1.3),
@@ -87,12 +87,12 @@ def implementations(file: Row, op: str, dtype: str) -> dict[str, dict[str, Row]]
 
 
 def ours(by_name: Mapping[str, Row]) -> Row | None:
-    """What trains or segments here by default; where that was not measured, the next to it. Of an op, the kernel."""
+    """The row of the default; if it was not measured, of all CUDA graphs. For an op, the kernel's."""
     return by_name.get("ours") or by_name.get("ours in CUDA graphs") or by_name.get("triton")
 
 
 def summary(file: Row) -> list[tuple[str, Row, Row]]:
-    """Rows of SUMMARY that the file holds: their name, the baseline's row and ours, of the largest shape of a step, of
+    """The rows of SUMMARY that the file holds: name, the baseline's row and ours, at the largest shape of a step and at
     the model's shape of an op."""
     found = []
     for name, op, dtype, baseline in SUMMARY:

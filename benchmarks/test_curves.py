@@ -1,8 +1,8 @@
 """Loss curves: what makes the step fast must not change what is learned.
 
-The same weights, batches and random numbers for all: a few batches of random pairs, learned by heart. The gap of two
-curves is the root mean square of their difference over the steps. Ours against the plain-PyTorch step (for the
-baseline method, Hugging Face's) must be no further apart than that step in bf16 and in fp32.
+All implementations get the same weights, random numbers and batches: a few batches of random pairs, memorised. The gap
+of two curves is the root mean square of their difference over the steps. The gap between ours and the plain-PyTorch
+step (for the baseline method, Hugging Face's) must not exceed the gap between that step in bf16 and in fp32.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Grouping attention as the model trains it: hard, with noise; for the mixed images with the assignment besides."""
+"""Grouping attention as the model trains it: hard, with noise; for the mixed images also with the assignment."""
 
 from __future__ import annotations
 

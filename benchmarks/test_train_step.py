@@ -317,7 +317,7 @@ def growth_cases() -> list[Case]:
     else:
         case = functools.partial(case, small=True)
         batches, sides, images = (16, 32, 64, 128), (64, 96, 128, 192), 32
-    # The largest pictures need a quarter of the batch; a CPU's are small for all but the resolution.
+    # The largest images need a quarter of the batch. On a CPU all images are small, except in the resolution cases.
     size = {} if ON_GPU else {"image_size": 64}
     return [
         *(case(number, at=("batch", number), **size) for number in batches),

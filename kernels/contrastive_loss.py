@@ -47,7 +47,7 @@ MERGE_BLOCK = {"BLOCK_N": 128, "BLOCK_PARTS": 16}
 
 PARTIALS_BYTES = 2**24  # the tiles' log-sum-exps of one strip
 STRIP_BYTES = 2**26  # the weights of one strip
-SMALLEST_TOTAL = tl.constexpr(2.0**-64)  # of exponentials, none of which has lost more than 2**-126
+SMALLEST_TOTAL = tl.constexpr(2.0**-64)  # a sum above it is accurate: a term flushed to 0 was below 2**-126
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _tile(
     row = program % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     column = program // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    # Rows and columns outside repeat the last one: no masks in the loop.
+    # Rows and columns beyond the last repeat it, so the loop needs no masks.
     row_ptr = rows_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * row_stride + d[None, :]
     column_ptr = columns_ptr + tl.minimum(column, columns - 1).to(tl.int64)[:, None] * column_stride + d[None, :]
     products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -82,7 +82,7 @@ def _tile(
 
 @triton.jit
 def _log_sum_exp(logits, axis: tl.constexpr):
-    """To base 2."""
+    """The log-sum-exp along `axis`, to base 2."""
     largest = tl.max(logits, axis, keep_dims=True)
     total = tl.sum(exp2(logits - largest), axis, keep_dims=True)
     return tl.reshape(largest + tl.log2(total), (logits.shape[1 - axis],))
@@ -109,8 +109,9 @@ def _log_sum_exp_kernel(
     logits = products * scale
     row_exists, column_exists = row < rows, column < columns
     if BOTH:
-        # One exponential serves a row and a column, unless one of them lies so far below the tile's largest logit that
-        # its terms may vanish. Rows and columns outside repeat the last one.
+        # A row and a column share one exponential, relative to the tile's largest logit. If all logits of a row or
+        # column lie so far below it that their exponentials may become 0, both are computed again, relative to their
+        # own largest logits. Rows and columns beyond the last repeat it.
         largest = tl.max(logits)
         exponentials = exp2(logits - largest)
         row_total = tl.sum(tl.where(column_exists[None, :], exponentials, 0.0), 1)
@@ -134,12 +135,12 @@ def _log_sum_exp_kernel(
 
 @triton.jit
 def _merge_kernel(
-    parts_ptr, lse_ptr, parts, columns, CONTINUE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_PARTS: tl.constexpr
+    parts_ptr, lse_ptr, parts, columns, ACCUMULATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_PARTS: tl.constexpr
 ):
-    """lse[column] = ln Σ_part 2^parts[part, column], together with what lse already holds if CONTINUE."""
+    """lse[column] = ln Σ_part 2^parts[part, column], plus what lse already holds if ACCUMULATE."""
     column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = column < columns
-    if CONTINUE:
+    if ACCUMULATE:
         largest = tl.load(lse_ptr + column, mask=exists, other=0.0) * LOG2_E
         total = tl.full([BLOCK_N], 1.0, tl.float32)
     else:
@@ -189,13 +190,13 @@ def _weights_kernel(
 
 
 def _strips(rows: int, bytes_per_row: float, budget: int) -> list[slice]:
-    """The rows in strips that keep within the budget, but of no fewer than 128."""
+    """Strips of the rows, each within `budget` bytes but of at least 128 rows."""
     size = max(128, int(budget / bytes_per_row) // 128 * 128)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def _cut(x: Tensor, strip: slice) -> Tensor:
-    """``x[strip]``, without a new tensor where that is all of it."""
+    """``x[strip]``, or `x` itself if the strip is all of `x`."""
     return x if strip.stop - strip.start == x.shape[0] else x[strip]
 
 
@@ -214,10 +215,10 @@ def _tuned(name: str, sweep: Callable[[Config], None], rows: Tensor, columns: Te
     tuned(name, sweep, rows, table, candidates, (rows.shape, columns.shape[0]))
 
 
-def _merge(parts: Tensor, lse: Tensor, proceed: bool) -> None:
+def _merge(parts: Tensor, lse: Tensor, accumulate: bool) -> None:
     columns = parts.shape[1]
     grid = (cdiv(columns, MERGE_BLOCK["BLOCK_N"]),)
-    _merge_kernel[grid](parts, lse, parts.shape[0], columns, CONTINUE=proceed, **MERGE_BLOCK, num_warps=4)
+    _merge_kernel[grid](parts, lse, parts.shape[0], columns, ACCUMULATE=accumulate, **MERGE_BLOCK, num_warps=4)
 
 
 def log_sum_exp_forward(

@@ -28,7 +28,8 @@ CLASS_BLOCK = 256
 def _segment_label_kernel(
     score_ptr, threshold_ptr, label_ptr, groups, classes, strides, BACKGROUND: tl.constexpr, BLOCK_CLASSES: tl.constexpr
 ):
-    """The best class of each segment; with BACKGROUND it moves up by one, 0 where its score is below the threshold."""
+    """The best class of each segment. With BACKGROUND, class t is stored as t + 1, and 0 if its score is below the
+    image's threshold."""
     segment = tl.program_id(0).to(tl.int64)
     image = segment // groups
     scores = score_ptr + image * strides[0] + (segment % groups) * strides[1]

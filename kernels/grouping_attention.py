@@ -207,7 +207,7 @@ def _grouping_backward_kernel(
         logits += gumbel_noise(tl.load(seed_ptr), first_image + image, patch, inverse_tau, BLOCK_GROUPS // 4)
     probability = tiles.softmax(tiles.mask_groups(logits, group, GROUPS))
 
-    # The gradient of the assignment: of the weighted mean (the total's share is -mean), and its own
+    # Gradient of the assignment: through the weighted mean (its total contributes -mean), and of the returned map
     total = tl.load(total_ptr + image * GROUPS + group, mask=group_exists, other=1.0) + eps
     inverse_total = reciprocal(total)
     products = zero
@@ -228,7 +228,7 @@ def _grouping_backward_kernel(
         mean = tl.sum(tl.where(winner[:, None] == group[None, :], products, 0.0), axis=0) * inverse_total
     else:
         mean = tl.sum(probability * products, axis=0) * inverse_total
-    # straight through to the softmax, with 1 / tau of its argument
+    # Straight-through: passed on to the softmax, whose argument was divided by tau.
     factor = inverse_total * inverse_tau
     grad_used = products * factor[None, :] - (mean * factor)[None, :]
     grad_logits = probability * (grad_used - tl.sum(probability * grad_used, axis=1)[:, None])
@@ -247,8 +247,8 @@ def _grouping_backward_kernel(
             grad_q_rows = (grad_q_ptr + image * GROUPS * CHANNELS, group * CHANNELS, group_exists)
             tiles.store_rows(grad_q_rows, first, grad_q, CHANNELS, BLOCK_CHANNELS)
     if winner_ptr is not None:
-        # A row of the one-hot picks a row of grad_out exactly; its total divides in fp32 behind the product. The added
-        # 0 has the compiler build the one-hot in the registers where the product wants it.
+        # A row of the one-hot picks a row of grad_out exactly; the division by the group's total follows the matmul, in
+        # fp32. Adding 0 makes the compiler build the one-hot in the registers where the matmul reads it.
         weights = (winner[:, None] == group[None, :]).to(grad_logits.dtype) + (grad_logits - grad_logits)
         # the winner of a patch with a NaN is no group
         winner_total = tl.load(total_ptr + image * GROUPS + winner, mask=winner < GROUPS, other=float("nan"))

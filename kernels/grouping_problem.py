@@ -99,7 +99,7 @@ class Problem:
 
     @property
     def _width(self) -> int:
-        """Of a tile: groups, or a block of channels."""
+        """Columns of a tile: the groups, or a block of channels."""
         return max(64, self.block_groups)
 
     @property

@@ -116,7 +116,7 @@ def softmax(logits):
 @triton.jit
 def winners(logits, group):
     """The group with the largest logit ``[P]``, the lowest among equals; BLOCK_GROUPS for a patch with a NaN."""
-    largest = tl.max(tl.where(logits == logits, logits, float("inf")), axis=1)  # which no finite logit equals
+    largest = tl.max(tl.where(logits == logits, logits, float("inf")), axis=1)  # no finite logit equals inf
     return tl.min(tl.where(logits == largest[:, None], group[None, :], group.shape[0]), axis=1)
 
 

@@ -1,7 +1,7 @@
-"""Two errors of the compilers under Triton, recognised in what they make of a kernel.
+"""Two errors of the compilers under Triton, recognised in the compiled code.
 
-Both give wrong numbers without a word, and neither shows under the interpreter. They were met on an H100 with Triton
-3.6.0; Triton 3.7.1 has them too.
+Both give wrong numbers without an error message, and neither shows under the interpreter. They were met on an H100 with
+Triton 3.6.0; Triton 3.7.1 has them too.
 """
 
 from __future__ import annotations

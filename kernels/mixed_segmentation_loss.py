@@ -96,8 +96,8 @@ def _mixed_segmentation_scores_kernel(
 
 @triton.jit
 def _block(first_ptr, source_ptr, N: tl.constexpr, G1: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """This program's image, number within the image (whose programs share sectors of memory), groups, patches, map of
-    patches to groups, and labels."""
+    """This program's image, its number among the image's programs, groups, patches, map of patches to groups, and
+    labels. Programs of one image are adjacent, because they share sectors of memory."""
     parts: tl.constexpr = tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
     part, image = program % parts, (program // parts).to(tl.int64)
@@ -216,7 +216,7 @@ def _mixed_segmentation_cosines_kernel(
     PARTS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """Of an image: the gradients of second and of the cosines [G2, K], and its part of the scale's."""
+    """The gradients of second and of the cosines [G2, K] of an image, and its part of the scale's gradient."""
     image = tl.program_id(0).to(tl.int64)
     g1, g2 = tl.arange(0, triton.next_power_of_2(G1)), tl.arange(0, triton.next_power_of_2(G2))
     second = _load(second_ptr + image * G2 * G1, g2, g1, G2, G1)
@@ -332,8 +332,8 @@ def mixed_segmentation_forward(*arguments: Any) -> None:
 
 
 def mixed_segmentation_backward(*arguments: Any) -> None:
-    """Fill the gradients of first, second, segments, texts and the scale, which come last; the first argument is that
-    of each patch's loss, fp32 ``[B, N]`` of any strides."""
+    """Fill the gradients of first, second, segments, texts and the scale, which come last. The first argument is the
+    gradient of each patch's loss, fp32 ``[B, N]`` of any strides."""
     grad, first, second, segments, texts, source, scale, group_size, *gradients = arguments
     first, second, segments, texts, source = (x.contiguous() for x in (first, second, segments, texts, source))
     images, second_groups, width = segments.shape

@@ -45,7 +45,7 @@ class Launch:
     instructions: int  # of a warp outside loops
     loops: tuple[int, ...]  # instructions of one round of each loop, those of loops within it left out
     sizes: dict[str, int]  # its whole numbers, constexprs included
-    faults: tuple[str, ...]  # where a compiler has it compute something else, see miscompilation.py
+    faults: tuple[str, ...]  # signs that a compiler produced wrong code, see miscompilation.py
 
 
 @contextlib.contextmanager
@@ -130,7 +130,7 @@ def _count(code: str) -> tuple[int, tuple[int, ...]]:
             if target := re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1]):
                 branches.append((target[1], number))
             number += 1
-    # A branch to itself stands behind the end of every program.
+    # After its end, every program has a branch to itself.
     spans = sorted({(labels[target], end) for target, end in branches if labels[target] < end})
     loops = [range(first, end + 1) for first, end in spans]
     innermost = [min((loop for loop in loops if place in loop), key=len, default=None) for place in range(number)]

@@ -25,7 +25,7 @@ def _minus_log2(uniform):
 
 @triton.jit
 def _wide_product(a, b):
-    """Low and high half of the product of two uint32 numbers, of one multiplication."""
+    """Low and high half of the product of two uint32 numbers, from one multiplication."""
     if INTERPRETED:
         return a * b, tl.umulhi(a, b)
     else:

@@ -1,7 +1,7 @@
 """Arithmetic that is the same interpreted and compiled.
 
-Triton's interpreter multiplies no bf16 and converts to it by truncation. So interpreted kernels compute with 16-bit
-tensors in fp32, and these functions round where a GPU does: to the nearest, ties to even.
+Triton's interpreter cannot multiply bf16, and converts to bf16 by truncation. So interpreted kernels compute in fp32,
+also for 16-bit tensors, and these functions round where a GPU does: to the nearest, ties to even.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def operand(x, dtype: tl.constexpr):
 
 @triton.jit
 def log2(x):
-    """The hardware's logarithm: to 2**-22 of the result or absolutely, whichever is more."""
+    """The hardware's logarithm; its error is at most 2**-22, relative or absolute, whichever is larger."""
     return tl.log2(x) if INTERPRETED else libdevice.fast_log2f(x)
 
 

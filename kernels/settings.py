@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Grouping(NamedTuple):
-    """Of ``ops.grouping_attention``, whose arguments these are."""
+    """Settings of ``ops.grouping_attention``; the fields are its arguments."""
 
     scale: float
     hard: bool = True
@@ -21,7 +21,7 @@ class Grouping(NamedTuple):
 
 
 class Appending(NamedTuple):
-    """Of ``ops.mix_tokens`` and ``ops.restore_tokens``, which append a branch."""
+    """Settings of ``ops.mix_tokens`` and ``ops.restore_tokens``, which append a branch."""
 
     group_size: int
     keep: bool  # whether the last branch stays, in front of the new one
@@ -29,7 +29,7 @@ class Appending(NamedTuple):
 
 
 class Blending(NamedTuple):
-    """Of ``ops.blend_tokens``."""
+    """Settings of ``ops.blend_tokens``."""
 
     group_size: int
     alpha: float

@@ -164,7 +164,8 @@ def _blend_tokens_kernel(
 
 def append_branch_forward(x: Tensor, groups: Tensor | None, source: Tensor, settings: Appending, out: Tensor) -> None:
     """Append a branch to tokens ``[branches * B, N + G, C]``: the last branch's patches from ``source [B, N]``, and as
-    group tokens `groups` ``[B, G, C]`` or the mixing group's mean. Without ``settings.keep`` it replaces the last."""
+    group tokens `groups` ``[B, G, C]`` or the mixing group's mean. Without ``settings.keep`` the new branch replaces
+    the last one."""
     x = with_unit_channel_stride(x)
     (images, tokens, _), (batch, patches), (group_size, keep, _) = x.shape, source.shape, settings
     groups = groups if groups is None else with_unit_channel_stride(groups)

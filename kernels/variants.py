@@ -22,7 +22,7 @@ from torch import Tensor
 # The most shared memory that one block may take, in bytes (CUDA C++ Programming Guide, compute capabilities).
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 ARCHITECTURES = tuple(SHARED_BYTES)  # compute capabilities that configurations are checked for
-offline_architecture: int | None = None  # that launches on meta tensors are compiled for, set by offline.offline
+offline_architecture: int | None = None  # that launches compile for without a GPU, set by offline.compiling
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,12 @@ _winners: dict[Hashable, Config] = {}
 def tuned(
     name: str, launch: Callable[[Config], Any], like: Tensor, table: Table, candidates: list[Config], shape: Hashable
 ) -> Any:
-    """``launch(config)`` with the checked-in configuration of kernel `name` for the device of `like`. If `table` lacks
-    its architecture, that is the newest one below.
+    """Run ``launch(config)`` and return its result. The configuration is that of `table` for the architecture of
+    `like`; without one, that of the newest older architecture, else of the oldest one.
 
-    When retuning it is the fastest of `candidates` for tensors of the dtype of `like` and this `shape`. `launch` must
-    be free of side effects other than its own output. Candidates that need more than the device has are skipped.
+    With ``MIXREORG_RETUNE=1`` the configuration is the fastest of `candidates` for the dtype of `like` and this
+    `shape`, printed under the kernel's `name`. Candidates that need more than the device has are skipped. `launch` must
+    have no side effect other than its own output.
     """
     capability = architecture(like.device)
     if INTERPRET or not RETUNE:
@@ -127,7 +128,7 @@ def tuned(
 
 
 def _fits(like: Tensor, call: Callable[[], Any]) -> bool:
-    """Whether the device of `like` can launch it; in any thread."""
+    """Whether the device of `like` has the resources for `call`; runs in any thread."""
     from triton.runtime.errors import OutOfResources
 
     try:

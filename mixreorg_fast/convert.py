@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from .errors import UserError
-from .files import new_folder, saving
+from .files import check_new_folder, saving
 from .inference.formats import read, read_tokenizer, save_huggingface
 from .inference.model import Model
 from .inference.options import WEIGHTS_HELP
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    new_folder(args.target)
+    check_new_folder(args.target)
     found = read(args.source)
     if args.tokenizer is not None:
         found = found._replace(tokenizer=read_tokenizer(args.tokenizer))

@@ -135,9 +135,9 @@ def has_bf16_products(device: torch.device) -> bool:
 def set_tf32(on: bool) -> None:
     """Compute fp32 matrix products and convolutions on GPUs in TF32 (10 bits of mantissa), or in fp32.
 
-    Without this call PyTorch computes products in fp32 and convolutions in TF32. These two functions keep every reader
-    of the setting in agreement. After an assignment to ``torch.backends.cuda.matmul.fp32_precision``,
-    ``torch.get_float32_matmul_precision()`` raises, which torch.compile calls.
+    Without this call PyTorch computes products in fp32 and convolutions in TF32. After an assignment to
+    ``torch.backends.cuda.matmul.fp32_precision``, ``torch.get_float32_matmul_precision()`` raises, and torch.compile
+    calls it. The two statements below avoid that.
     """
     torch.set_float32_matmul_precision("high" if on else "highest")
     torch.backends.cudnn.allow_tf32 = on

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 from .errors import UserError, extra
-from .files import atomic_path, new_folder, saving
+from .files import atomic_path, check_new_folder, saving
 from .inference.formats import save_tokenizer_with_ends
 from .inference.model import load
 from .models import GroupViT
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     target = args.out or Path(f"{Path(args.weights).resolve().name.partition('@')[0]}-{args.to}")
-    new_folder(target)
+    check_new_folder(target)
     if args.to == "onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise UserError(f"--to onnx needs onnx and onnxscript: {extra('onnx')}")
     model = load(args.weights).float()

@@ -55,8 +55,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def new_folder(path: Path) -> None:
-    """Check that a folder can be written at `path`.
+def check_new_folder(path: Path) -> None:
+    """Check that a new folder can be made at `path`.
 
     Raises:
         UserError: `path` exists and is not an empty folder.
@@ -78,7 +78,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        OSError: as of reading. UserError: the file does not hold a JSON object.
+        OSError: the file cannot be read. UserError: the file does not hold a JSON object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

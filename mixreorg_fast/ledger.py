@@ -118,7 +118,7 @@ def between_markers(text: str, content: str) -> str:
     """The page `text` with `content` between its two markers. A page without markers gets both at its end.
 
     Raises:
-        UserError: the page has only one marker, or a marker twice.
+        UserError: the page has only one marker, a marker twice, or the markers in the wrong order.
     """
     if BEGIN not in text and END not in text:
         text = f"{text.rstrip()}\n\n{BEGIN}\n{END}\n"

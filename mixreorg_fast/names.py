@@ -1,4 +1,4 @@
-"""Class names and prompt templates as people write them: one reading for the command line, Python and the page."""
+"""Class names and prompt templates as people write them: one parser for the command line, Python and the page."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What would make the host wait for a GPU, recorded on the CPU.
 
-A tensor is taken for one of the GPU if it was made with a device named, copied there, or computed from such a tensor;
-all others are the host's. The host waits where it reads a GPU's tensor (``item``, ``tolist``, ``bool``, shapes that
+A tensor counts as the GPU's if it was made with an explicit device, copied there, or computed from such a tensor; all
+others are the host's. The host waits where it reads a GPU's tensor (``item``, ``tolist``, ``bool``, shapes that
 depend on values) and where it copies to the GPU from memory that is not pinned, or without ``non_blocking``.
 """
 
@@ -104,8 +104,8 @@ class Synchronisations:
 
 
 def _patched(owner: Synchronisations) -> dict[tuple[Any, str], Callable]:
-    """Replacements of functions whose work PyTorch's dispatcher does not tell from another's on a CPU: copies to where
-    a tensor already is, pinning, devices named. A TorchFunctionMode would see them too, but not in backward."""
+    """Replacements of functions that PyTorch's dispatcher cannot tell apart on a CPU: copies to where a tensor already
+    is, pinning, explicit devices. A TorchFunctionMode would see them too, but not in backward."""
 
     def made(function: Callable) -> Callable:
         def replacement(*args: Any, **kwargs: Any) -> Tensor:

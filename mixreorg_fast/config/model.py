@@ -85,7 +85,7 @@ class LossConfig(Section):
     )
     multi_label: NonNegativeFloat = key(0.0, "weight of the contrastive loss of nouns")
     exchange: Literal["gather", "ring"] = key(
-        "gather", "how ranks exchange features; ring: one rank's at a time, with less memory for large batches"
+        "gather", "how ranks exchange features; ring: those of one rank at a time, with less memory for large batches"
     )
 
 

@@ -62,7 +62,7 @@ def _segment_labels(
     size: tuple[int, int] | None = None,
     background_threshold: float | None = None,
 ) -> Tensor:
-    """Labels int64 ``[B, H, W]`` of `pixel_values` ``[B, 3, H, W]``, in evaluation mode.
+    """Labels int64 ``[B, H, W]`` of `pixel_values` ``[B, 3, H, W]``; the model must be in evaluation mode.
 
     `text_embeds` ``[T, D]`` and the options are those of :meth:`mixreorg_fast.models.GroupViT.segment_labels`.
     """

@@ -15,9 +15,10 @@ from .. import ops
 class Features:
     """Everything before the projections, which is all that the losses need of a batch.
 
-    Images first meet each other in the projections and the losses. The features of many micro-steps fit where the
-    activations of one do. So GradCache keeps the features, computes the losses of all of them and the gradients with
-    respect to the features, and recomputes each micro-step's forward to propagate its gradients.
+    Only the projections (their batch statistics) and the losses combine images of several micro-steps. The features of
+    many micro-steps fit where the activations of one do. So GradCache keeps the features, computes the losses of all of
+    them and the gradients with respect to the features, and recomputes each micro-step's forward to propagate its
+    gradients.
     """
 
     # Rows: an image each. "images" [B, C] and "restored" [B, C], pooled; "texts" [B, C'] and "nouns" [B, P, C'];

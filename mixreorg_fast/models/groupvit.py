@@ -125,8 +125,8 @@ class GroupViT(nn.Module):
     def text_embeddings(self, ids: Tensor, *, normalise: bool = True, lengths: Sequence[int] | None = None) -> Tensor:
         """``[B, D]`` of token ids int64 ``[B, L]``, pooled at the first occurrence of the highest id.
 
-        L2-normalised, unless they are to be averaged first. With `lengths` (host integers, up to and with that id) the
-        host need not wait for a GPU to find that id.
+        L2-normalised unless `normalise` is False, for embeddings that are averaged first. `lengths`: tokens up to and
+        including that id, host integers; without them the host waits for a GPU to find that id.
         """
         return self.text_projection(self.text_encoder(ids, self.dtype, lengths), normalise=normalise)
 

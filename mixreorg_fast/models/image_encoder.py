@@ -57,7 +57,8 @@ class Stage(nn.Module):
 class ImageEncoder(nn.Module):
     """Patch embedding and three stages; a grouping block after each of the first two merges patches into segments.
 
-    :meth:`forward` is the evaluation network. Training (:mod:`.mixreorg`) has its own between `begin` and `finish`.
+    :meth:`forward` is the evaluation network. Training (:mod:`.mixreorg`) has its own walk between `begin` and
+    `finish`.
     """
 
     def __init__(self, config: ModelConfig):
@@ -163,7 +164,7 @@ class ImageEncoder(nn.Module):
 
 
 def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
-    """Position embeddings ``[1, N, C]`` of a square grid for one of `height` x `width` patches, bicubic."""
+    """Position embeddings ``[1, N, C]`` of a square grid, bicubic, as ``[1, height * width, C]``."""
     side = int(positions.shape[1] ** 0.5)
     grid = positions.unflatten(1, (side, side)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)

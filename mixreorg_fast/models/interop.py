@@ -22,7 +22,7 @@ from .weights import check_names, shapes_of
 Naming = Literal["huggingface", "nvlabs"]
 
 # Three columns: ours, Hugging Face's, NVlabs'. A line that is indented continues the names of the last one that is
-# not. `#` is a number and `*` a word; they carry over in the order in which they stand. `{q,k,v}` names the tensors
+# not. `#` is a number and `*` a word; they carry over in the order in which they occur. `{q,k,v}` names the tensors
 # that ours holds as one, stacked along the first dimension.
 _TABLE = """
 logit_scale                        logit_scale                               logit_scale
@@ -98,8 +98,8 @@ def _rows() -> list[tuple[re.Pattern, dict[Naming, str]]]:
 
 
 def foreign_names(name: str, naming: Naming) -> tuple[str, ...]:
-    """What the tensor `name` of ours is called elsewhere; several names where ours holds several tensors as one.
-    Raises a KeyError if no tensor of ours is called so."""
+    """The names of our tensor `name` in the other naming; several where our tensor joins several.
+    Raises a KeyError if we have no tensor of that name."""
     for pattern, templates in _rows():
         if found := pattern.fullmatch(name):
             template = templates[naming]

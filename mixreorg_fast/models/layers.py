@@ -87,7 +87,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.dtype == x.dtype and not torch.is_grad_enabled():
-            return super().forward(x)  # computes in fp32 too; on a CPU only the weights' gradients do not
+            return super().forward(x)  # in fp32 too, except for the weights' gradients on a CPU, not needed here
         weight, bias = self.weight.float(), self.bias.float()
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 

@@ -76,13 +76,13 @@ class MixReorg(nn.Module):
         gradients: dict[str, Tensor] | None = None,
         at_exchange: Callable[[], None] = lambda: None,
     ) -> dict[str, Tensor]:
-        """Losses of one micro-step, 0-d fp32: ``loss`` (their weighted sum, what to differentiate), ``loss_original``
+        """Losses of one micro-step, 0-d fp32: ``loss`` (their weighted sum, to be differentiated), ``loss_original``
         and, where they apply, ``loss_restored``, ``loss_mixed``, ``loss_multi_label``; detached measures:
         ``mixed_accuracy`` (share of mixed patches whose source is found), ``groups_used`` (segments of an original
         image that own at least one patch), ``group_entropy`` (of the final segments' shares of patches, in nats).
 
-        The contrastive losses are over the micro-step's images of all ranks, ``loss_mixed`` over this rank's (its
-        texts, unless ``loss.mixed_negatives`` is "group", over those of all ranks).
+        The contrastive losses are over the micro-step's images of all ranks. ``loss_mixed`` is over this rank's images;
+        unless ``loss.mixed_negatives`` is "group", its texts are those of all ranks.
 
         Args:
             others: cached features of more batches; the losses are over those batches followed by this one.
@@ -97,7 +97,7 @@ class MixReorg(nn.Module):
         return self.losses(Features.cat([*others, features]), self._progress(batch))
 
     def features(self, batch: Batch) -> Features:
-        """Everything before the projections: within an image, a mixing group or a caption, and within this rank."""
+        """The features that the losses need. Nothing passes between mixing groups or ranks in computing them."""
         if self._replays:
             torch.compiler.cudagraph_mark_step_begin()  # outputs of the step before may be overwritten
         images = len(batch.images)
@@ -195,7 +195,7 @@ class MixReorg(nn.Module):
 
         Args:
             contextual: bool ``[B, 1, 1]``: True for images whose patches are mixed with context, False for those whose
-                patches are mixed as embedded. None stands for all True.
+                patches are mixed as embedded. None: all True.
         """
         context, embedded = self.config.mixing.context_blocks, tokens
         tokens = self.backbone.image_encoder.run_blocks(tokens, 0, 0, context, drops, self._run)
@@ -277,8 +277,9 @@ class MixReorg(nn.Module):
         """Call a function of the encoders, compiled and with activation checkpointing where the configuration says so;
         `dynamic`: see :func:`~mixreorg_fast.models.layers.compiled_call`.
 
-        Captions are not replayed unasked: for each number of their rows their graphs, and the image encoder's backward
-        behind them, are recorded anew, and DALI may break a recording by waiting for the device in its thread.
+        By default captions are not replayed from CUDA graphs. Each new number of caption rows would record their graphs
+        anew, and the image encoder's backward after them; DALI's thread may break a recording by waiting for the
+        device.
         """
         graphs = self._replays and (not dynamic or self.config.train.cuda_graphs is True)
         run = self._runner(dynamic=dynamic, cuda_graphs=graphs)

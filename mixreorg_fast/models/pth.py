@@ -14,7 +14,7 @@ from torch import _utils
 
 from ..errors import UserError
 
-# All that the tensors of a file need. Storages are named by torch's own reader, which looks them up in a table.
+# All that unpickling tensors needs. Storages are named by torch's own reader, which looks them up in a table.
 _ALLOWED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _utils._rebuild_tensor_v2,
@@ -51,8 +51,8 @@ def load(file: Any, **options: Any) -> Any:
 def read(path: Path) -> Any:
     """What ``torch.save`` wrote to `path`, in its zip or its older format, tensors on the CPU.
 
-    Everything but tensors and plain containers is a :class:`Placeholder`, class or instance; no code of the file, or
-    that it names, runs.
+    Everything but tensors and plain containers is a :class:`Placeholder`, class or instance. No code in the file, or
+    named by it, runs.
 
     Raises:
         UserError: the file is not of ``torch.save``, or damaged.

@@ -1,7 +1,7 @@
 """The public fast ops. Shapes: B images, N patches, G groups, C channels, K images in a mixing group, T texts.
 
-Every op takes ``impl="auto" | "triton" | "torch"``; its plain-PyTorch reference stands beside it and is the oracle of
-tests and benchmarks.
+Every op takes `impl`: "auto", "triton" or "torch"; `attention` and `linear` choose among libraries instead. The
+plain-PyTorch reference of a kernel is in the op's file; tests and benchmarks compare with it.
 """
 
 from .attention import attention

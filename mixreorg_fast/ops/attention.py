@@ -36,8 +36,9 @@ MEASURED: dict[tuple[str, str, torch.dtype], tuple[str, ...]] = {
 }
 
 # The plain-PyTorch packed form pads every sequence to a multiple of this many rows and computes sequences of one padded
-# length together: narrow buckets compute less, wide ones make fewer calls. Measured on a CPU alone, for captions of 10
-# to 40 tokens, forward and backward: 8 takes 0.7 of the time of equal lengths and 0.4 to 0.6 of that of one bucket.
+# length together. Narrow buckets compute less; wide buckets make fewer calls. Measured on a CPU only, for captions of
+# 10 to 40 tokens, forward and backward: width 8 takes 0.7 of the time of one call per length, and 0.4 to 0.6 of that of
+# a single bucket.
 BUCKET_WIDTH = {"cpu": 8}
 UNMEASURED_WIDTH = 32
 
@@ -55,7 +56,7 @@ class Packing:
     """
 
     rows: int  # S, at least the sum of the lengths
-    max_seqlen: int  # at least the longest sequence; a multiple of 8 where S is padded, so that it repeats
+    max_seqlen: int  # at least the longest sequence; with `bucket` a multiple of 8, so that it repeats
     cu_seqlens: Tensor  # int32 [sequences + 1], first row of each sequence, padding included; ends with S
     sequence: Tensor  # int64 [S], which sequence a row belongs to (padding: 0)
     position: Tensor  # int64 [S], its place in it (padding: 0)
@@ -77,7 +78,7 @@ class Packing:
 
         Args:
             lengths: host integers, each at least 1.
-            rows: S, at least the sum of the lengths; None: the sum.
+            rows: S, at least the sum of the lengths; None: the sum. Ignored with `bucket`.
             bucket: S is one of 16 values per power of two, so that shapes repeat from step to step.
         Raises:
             ValueError: no lengths, one below 1, or more than `rows` in all.
@@ -112,7 +113,7 @@ class Packing:
         widths, counts = width.unique(return_counts=True)
         buckets = tuple((n, w) for n, w in zip(counts.tolist(), widths.tolist(), strict=True) if w)
 
-        real = number < len(lengths)  # padding sequences may be longer than what they are packed from
+        real = number < len(lengths)  # padding may exceed the L of what `pack` reads: take row (0, 0)
         row = (number.where(real, 0), position.where(real, 0))
         parts = [F.pad(ends, (1, 0)), *row, ends[: len(lengths)] - 1, slots]
         together = upload(torch.cat(parts), device)  # one copy
@@ -151,10 +152,12 @@ def attention(
     """
     packing: Packing | None = None
     if lengths is not None:
-        rows = lengths.rows if isinstance(lengths, Packing) else sum(lengths)
-        if q.shape[0] != 1 or q.shape != k.shape or rows > q.shape[1]:
+        packed = isinstance(lengths, Packing)
+        rows = lengths.rows if packed else sum(lengths)
+        if q.shape[0] != 1 or q.shape != k.shape or rows > q.shape[1] or packed and rows != q.shape[1]:
+            expected = f"S = {rows} of the packing" if packed else f"S >= {rows} = sum of lengths"
             raise ValueError(
-                f"attention: packed tensors must be [1, S, H, D] with S >= {rows} = sum of lengths, "
+                f"attention: packed tensors must be [1, S, H, D] with {expected}, "
                 f"got {list(q.shape)} and {list(k.shape)}"
             )
         packing = lengths if isinstance(lengths, Packing) else Packing.of(lengths, q.device, rows=q.shape[1])
@@ -162,7 +165,7 @@ def attention(
 
 
 def chosen(q: Tensor, packing: Packing | None = None, impl: AttentionImpl = "auto") -> str:
-    """What :func:`attention` takes on queries like `q`, whatever the keys and values; raises as it does."""
+    """The implementation that :func:`attention` runs for queries like `q`; raises what :func:`.choose` raises."""
     form = "dense" if packing is None else "packed"
     order = MEASURED.get((q.device.type, form, q.dtype), UNMEASURED)
     reasons = {name: partial(_IMPLEMENTATIONS[name][0], q, packing) for name in order}
@@ -175,7 +178,7 @@ def chosen(q: Tensor, packing: Packing | None = None, impl: AttentionImpl = "aut
 def _padded(
     attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, causal: bool, packing: Packing | None
 ) -> Tensor:
-    """``attend(q, k, v, causal, mask)`` of ``[B, H, N, D]``, where packed over buckets of padded sequences."""
+    """``attend(q, k, v, causal, mask)`` on ``[B, H, N, D]``; if packed, once per bucket of padded sequences."""
 
     def dense(*qkv: Tensor, mask: Tensor | None = None) -> Tensor:
         return attend(*(x.transpose(1, 2) for x in qkv), causal, mask).transpose(1, 2)
@@ -203,7 +206,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) ->
 def _products(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
     if causal:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    q, k = q.contiguous(), k.contiguous()  # a product that copied k itself would copy it transposed
+    q, k = q.contiguous(), k.contiguous()  # copied here: the matmul would make a transposed copy of k
     logits = q * q.shape[-1] ** -0.5 @ k.mT  # [B, H, N, M]
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))

@@ -56,7 +56,7 @@ def gradient_torch(
         weights = (logits - row_lse[chunk, None]).exp_().div_(row_prompts)
         weights += (logits - column_lse).exp_().div_(column_prompts)
         del logits
-        # Samples from elsewhere, which come last, have no positive among these columns.
+        # Rows beyond the columns' last sample come from other ranks and have no positive here.
         ours = max(0, min(len(weights), len(columns) // column_prompts * row_prompts - first_row - chunk.start))
         row = torch.arange(ours, device=rows.device)
         sample = (first_row + chunk.start + row) // row_prompts

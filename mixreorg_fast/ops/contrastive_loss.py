@@ -2,7 +2,8 @@
 
 Every rank gathers all features, computes the log-sum-exps of its own rows and columns of the logits, and gathers those
 too. Backward needs nothing else, and no B x B matrix is ever stored (docs/losses.md has the maths). Where all features
-are too large, images go round in a ring, with their log-sum-exps and gradients so far (docs/scaling.md).
+are too large, images travel around a ring of ranks, with the log-sum-exps and gradients summed so far
+(docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def _mean_loss(image_lse: Tensor, text_lse: Tensor, positives: Tensor) -> Tensor
 
 
 def _scaled(grad: Tensor | None, factor: Tensor, x: Tensor, needed: bool) -> Tensor | None:
-    """The gradient of `x` from one without its `factor`, which is overwritten."""
+    """`grad`, which is overwritten, times `factor`, in the dtype of `x`; None if not needed."""
     return grad.mul_(factor).to(x.dtype) if grad is not None and needed else None
 
 
@@ -168,7 +169,7 @@ def ring_log_sum_exp(image: Tensor, texts: Tensor, scale: Tensor, ring: Ring, bl
         (image_lse,) = ring.pass_on(torch.logaddexp(image_lse, columns), tag=2)()
         if ahead is not None:
             (image,) = ahead()
-    return image_lse, text_lse  # the last hop has brought the images' home
+    return image_lse, text_lse  # the last hop has returned the images' to their rank
 
 
 def ring_gradient(
@@ -198,7 +199,7 @@ def ring_gradient(
 
 
 class _RingLoss(torch.autograd.Function):
-    """Every rank holds its own log-sum-exps; images go round in forward and in backward."""
+    """Every rank holds its own log-sum-exps; images travel around the ring in forward and in backward."""
 
     @staticmethod
     def forward(ctx, image, texts, scale, ring, blocks):

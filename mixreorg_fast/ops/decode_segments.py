@@ -75,7 +75,8 @@ def _threshold(threshold: Tensor | float | None, assignment: Tensor) -> Tensor |
     if not isinstance(threshold, Tensor):
         return torch.full((batch,), threshold, dtype=torch.float32, device=assignment.device)
     if threshold.shape not in ((), (1,), (batch,)):
-        raise ValueError(f"decode_segments: background_threshold must be a number or [{batch}], got {threshold.shape}")
+        shape = list(threshold.shape)
+        raise ValueError(f"decode_segments: background_threshold must be a number or [{batch}], got {shape}")
     return threshold.to(assignment.device, torch.float32).expand(batch)
 
 

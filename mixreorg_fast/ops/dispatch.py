@@ -146,17 +146,23 @@ def _try_backward(op: Callable[..., Any], out: Any, inputs: Sequence[Any], setti
     outputs = _differentiable(out)
     if not outputs or not _on_gpu(outputs[0]) or variants.offline_architecture is not None:
         return
-    tensors = [(x.device, x.dtype, x.shape[1:]) for x in (*outputs, *inputs) if isinstance(x, Tensor)]
-    modes = [value for value in settings.values() if isinstance(value, str | bool)]
-    key = (op.__qualname__, *tensors, *modes)
+    given = (*inputs, *settings.values())
+    tensors = [(x.device, x.dtype, x.shape[1:]) for x in (*outputs, *given) if isinstance(x, Tensor)]
+    modes = [x for x in settings.values() if isinstance(x, str | bool)]
+    sizes = [x.group_size for x in given if hasattr(x, "group_size")]  # of a MixPlan
+    key = (op.__qualname__, *tensors, *modes, *sizes)
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
     if key in _tried or hooks:  # checkpointing would recompute
         return
     _tried.add(key)
+
     # Of this op alone: one input may be computed from another, with a network and ZeRO-3's hooks in between.
-    alone = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in inputs]
-    if leaves := [x for x in alone if isinstance(x, Tensor) and x.requires_grad]:
-        outputs = _differentiable(op(*alone, **settings))
+    def alone(x: Any) -> Any:
+        return x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+
+    inputs, settings = [alone(x) for x in inputs], {name: alone(x) for name, x in settings.items()}
+    if leaves := [x for x in (*inputs, *settings.values()) if isinstance(x, Tensor) and x.requires_grad]:
+        outputs = _differentiable(op(*inputs, **settings))
         torch.autograd.grad(outputs, leaves, [torch.zeros_like(x) for x in outputs], allow_unused=True)
 
 
@@ -183,14 +189,14 @@ def scale_tensor(logit_scale: Tensor | float, device: torch.device) -> Tensor:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast the tensors in its dtype, as for PyTorch's matmuls; else unchanged.
+    """Under autocast the tensors in its dtype, as PyTorch's matmuls take them; else unchanged. fp64 stays.
 
     For ops made of matmuls. Ops that only move data keep their inputs' dtype.
     """
     if not _autocasts(tensors[0]):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
+    return tuple(tensor.to(dtype) if tensor.dtype in FLOATS else tensor for tensor in tensors)
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:

@@ -77,20 +77,20 @@ def grouping_attention(
 
     ``a = softmax((q @ k.mT * scale + noise) / tau, dim=groups)``, hard one-hot with a straight-through gradient,
     ``out = (a / (a.sum(patches) + eps)) @ v``. GroupViT (CVPR 2022), equations 5 to 7; docs/kernels.md has the
-    gradients. The kernels keep one byte per patch for backward and no map of groups by patches unless it is returned
+    gradients. The kernels keep two bytes per patch for backward and no map of groups by patches unless it is returned
     (with ``hard=False``, and images of several tiles in backward, one).
 
     Args:
         q: ``[B, G, C]``. k, v: ``[B, N, C]``. fp32, bf16 or fp16, of one dtype; products accumulate in fp32. Views are
-            read in place where the channels lie together. Under autocast they are taken in its dtype.
+            read in place where the channels lie together. Under autocast the inputs are cast to its dtype.
         scale: of the logits; default ``C ** -0.5``.
         hard: one-hot assignment (ties take the lowest group); its gradient is the soft one's.
         seed: int or 0-d int64 tensor; switches Gumbel noise on. The noise depends on (seed, first_image + b, g, n)
             alone and is never stored. Another value of a tensor needs no new compilation.
         tau: temperature of the softmax. eps: added to each group's number of patches.
         return_assignment: "soft" adds ``softmax(logits / tau)`` without noise, "used" the assignment that formed the
-            output, fp32 ``[B, G, N]``; both differentiable. "winner" adds the group with most of each patch in the
-            assignment that formed the output, int64 ``[B, N]``; no map is written for it where that was hard.
+            output, fp32 ``[B, G, N]``; both differentiable. "winner" adds each patch's group with the largest share in
+            the assignment that formed the output, int64 ``[B, N]``; no map is written if that was hard.
     Returns:
         ``[B, G, C]`` in the dtype of `v`, or a pair with the assignment. Deterministic.
     Raises:

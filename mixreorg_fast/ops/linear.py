@@ -27,8 +27,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Linea
 
     PyTorch calls Intel's MKL in fp32. On some processors of other vendors oneDNN takes half its time, on others more
     (benchmarks/test_linear.py). So "auto" measures both at the first call of a process, for each number of threads.
-    Each gives the same bits in every call. The two round differently, and the choice may differ between ranks, and
-    between a run and its continuation in another process; force `impl` where that matters.
+    Each library gives the same bits in every call, but the two round differently. The choice may differ between ranks,
+    and between a run and its continuation in another process; force `impl` where that matters.
 
     Args:
         x: ``[..., C]``. weight: ``[O, C]``. bias: ``[O]``. All of one floating dtype.
@@ -64,11 +64,11 @@ def onednn_wins(threads: int) -> bool:
 def _onednn_reasons(x: Tensor, weight: Tensor, impl: LinearImpl) -> list[str]:
     reasons = []
     if x.device.type != "cpu":
-        reasons.append(f"tensors on {x.device}, it computes on a CPU")
+        reasons.append(f"tensors on {x.device}, oneDNN computes on a CPU only")
+    elif torch.is_autocast_enabled("cpu"):
+        reasons.append("autocast is on")
     if not x.dtype == weight.dtype == torch.float32:
         reasons.append(f"dtypes {x.dtype} and {weight.dtype}, expected float32")
-    if torch.is_autocast_enabled(x.device.type):
-        reasons.append("autocast is on")
     if torch.compiler.is_compiling():
         reasons.append("torch.compile chooses by itself")
     if not x.numel():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +50,8 @@ def mixed_segmentation_loss_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The mean cross-entropy, and the accuracy if wanted, computed in `upcast`; `source`: of a :class:`MixPlan`."""
     maps, labels = (first, second, segments), (source % group_size).long()
-    own_texts = texts_of_groups(texts[first_text : first_text + len(first)], group_size)
-    of_group = mixed_segmentation_logits(*maps, own_texts, logit_scale, upcast)
+    own = texts if negatives == "group" else texts[first_text : first_text + len(first)]
+    of_group = mixed_segmentation_logits(*maps, texts_of_groups(own, group_size), logit_scale, upcast)
     if negatives == "group":
         loss = _cross_entropy(of_group, labels)
     else:
@@ -102,18 +102,22 @@ def mixed_segmentation_loss(
         plan: the mixing of these B images.
         logit_scale: factor of the cosines, a number or a tensor of one element.
         negatives: "group" compares every patch with the texts of its mixing group, "batch" with all texts. "attributed"
-            interpolates the loss of each patch from the first to the second by how surely the patch is attributed to
-            its image within the group (:func:`attribution`). The latter two run in PyTorch only and hold ``[B, N, T]``;
-            their texts may be those of more images, ``[T, D]``, where those of the B images begin at `first_text`.
+            interpolates the loss of each patch from that of "group" to that of "batch", by how surely the patch is
+            attributed to its image within the group (:func:`attribution`). "batch" and "attributed" run in PyTorch only
+            and hold ``[B, N, T]``; their texts may be those of more images, ``[T, D]``, where those of the B images
+            begin at `first_text`.
         return_accuracy: adds the share of patches whose largest logit over the texts of their mixing group is that of
-            their image, for either kind of `negatives`; ties take the lowest text.
+            their image, for every kind of `negatives`; ties take the lowest text.
     Returns:
         0-d fp32, the mean over B·N patches, or a pair with the accuracy, 0-d fp32; both in fp32, under autocast too.
         The loss is differentiable in the five tensors; deterministic. Backward recomputes: only the inputs are kept.
     Raises:
-        ValueError: shapes that do not fit together, a batch that does not split into groups of the plan's size.
+        ValueError: unknown negatives, shapes that do not fit together, a batch that does not split into groups of the
+            plan's size.
         RuntimeError: `impl` cannot run here.
     """
+    if negatives not in get_args(Negatives):
+        raise ValueError(f"mixed_segmentation_loss: negatives must be group, batch or attributed, got {negatives!r}")
     own_texts = texts if negatives == "group" else texts[first_text : first_text + len(first)]
     _check(first, second, segments, own_texts, plan)
     inputs, size = (first, second, segments, texts, plan.source), plan.group_size

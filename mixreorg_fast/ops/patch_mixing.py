@@ -171,7 +171,7 @@ def _check(op: str, x: Tensor, plan: MixPlan) -> None:
 
 
 class _Gather(torch.autograd.Function):
-    """PyTorch's path: its own indexing backward would scatter with atomics or a sort."""
+    """PyTorch's gather, with a gather as its gradient: that of PyTorch's indexing scatters, with atomics or a sort."""
 
     @staticmethod
     def forward(ctx, x: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ class _Gather(torch.autograd.Function):
         return _Gather.apply(grad, inverse, source), None, None
 
 
-# The Triton path. The adjoint of each op is registered with it as its own adjoint: second derivatives come for free.
+# The Triton path. Each op's adjoint is registered too, with the op as its adjoint: this gives second derivatives.
 
 
 @kernel("patch_mixing.sample_plan")

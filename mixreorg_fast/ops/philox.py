@@ -31,7 +31,8 @@ def _fill(seed: int, device: torch.device) -> Tensor:
 
 
 # Inductor copies values computed without reading memory, such as constants, into each of their uses. Every round of
-# Philox uses its numbers several times: with a constant key the code would grow exponentially. A custom op is read.
+# Philox uses its numbers several times: with a constant key the code would grow exponentially. The
+# result of a custom op is read from memory.
 _opaque_fill = torch.library.custom_op("mixreorg::seed", _fill, mutates_args=())
 _opaque_fill.register_fake(_fill)
 

@@ -15,7 +15,7 @@ from .dispatch import Impl, falls_back, uses_triton
 from .patch_mixing import MixPlan, patch_blend_reference, patch_mix_reference
 from .registration import kernel
 
-# The gradient of a gather by `source` is a gather by `inverse`, where the references are given it, and vice versa.
+# The gradient of a gather by `source` is a gather by `inverse`, and vice versa; the references use it if given both.
 
 
 def mix_tokens_reference(

@@ -73,7 +73,7 @@ def optimizer_state(engine: Any) -> dict[str, Tensor]:
 def restore_weights(module: Any, checkpoint: Path) -> None:
     """Load the weights of a checkpoint into the training module, before the engine takes its parameters.
 
-    Those of another model end in a UserError.
+    Weights of another model raise a UserError.
     """
     weights.fill(module.backbone, weights.read_tensors(checkpoint / weights.WEIGHTS), checkpoint)
     others = {f"parameter/{name}": p for name, p in module.named_parameters() if not name.startswith(_BACKBONE)}
@@ -84,7 +84,7 @@ def restore_weights(module: Any, checkpoint: Path) -> None:
 
 
 def start_moments(engine: Any) -> None:
-    """Create the optimizer's moments, all zero, which it would otherwise create in its first step."""
+    """Create the optimizer's moments, all zero; otherwise it creates them in its first step."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
         owned = list(engine.module.parameters())
@@ -101,7 +101,7 @@ def start_moments(engine: Any) -> None:
 def restore_moments(engine: Any, checkpoint: Path, updates: int) -> None:
     """Load Adam's moments after :func:`start_moments`; call on every rank.
 
-    `updates` is the number of optimizer steps that they come from. Those of another model end in a UserError.
+    `updates`: the optimizer steps that produced the moments. Moments of another model raise a UserError.
     """
     stage, utils = engine.zero_optimization_stage(), import_deepspeed().utils
     for state in _adam(engine).state.values():

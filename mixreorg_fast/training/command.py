@@ -21,7 +21,7 @@ from ..errors import Parser, UserError, run_command
 
 
 def start(argv: Sequence[str] | None = None, description: str | None = __doc__) -> int:
-    """What train.py and the launchers run; returns the exit code."""
+    """Entry point of train.py and of the launchers; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(prog="train.py", description=description)
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")

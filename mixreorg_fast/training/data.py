@@ -51,7 +51,8 @@ def open_training_set(config: Config, ranks: Ranks, state: Mapping = MappingProx
         patterns = [pattern for pattern in patterns if remote_shards(pattern, config.data.cache) is None]
         paths = on_main(lambda: list(dict.fromkeys(path for pattern in patterns for path in expand(pattern))))
         local = local_rank(), local_size()
-        # First all ranks together. What a node does not see then lies on another node's disks: that node's ranks do it.
+        # First all ranks share the shards. Those that a node does not see are on another node's disk; the ranks of that
+        # node index them in the second round.
         for rank, size in ((ranks.rank, ranks.size), local):
             mine = _unready(paths, config)[rank::size]
             if not _work_together(_index(mine, config, ranks), mine, ranks):
@@ -98,9 +99,9 @@ class BadSamples:
         return self._training_set.indexed + self._training_set.lost
 
     def count(self, own: list[Bad]) -> int:
-        """How many there are, including those that the shards' indexes leave out. Call on every rank.
+        """The number of bad samples over all ranks, with those that the shards' indexes leave out. Call on every rank.
 
-        `own` are those that this rank has found so far. More than ``data.max_bad`` of all end in a UserError.
+        `own`: the bad samples that this rank has found so far. A share above ``data.max_bad`` raises a UserError.
         """
         lost, total = (self._training_set.lost, self._total) if self._ranks.is_main else (0, 0)
         *found, total = sum_over_ranks(torch.tensor([len(own), lost, total], device=self._ranks.device)).tolist()
@@ -120,7 +121,7 @@ class BadSamples:
         return self._count
 
     def remark(self, samples: int) -> str | None:
-        """What to say of the epoch that has ended since the last call; `samples`: consumed by the run so far."""
+        """A line about the epoch that ended since the last call, if any; `samples`: consumed by the run so far."""
         epoch, before = (consumed // len(self._training_set) for consumed in (samples, self._consumed))
         self._consumed = samples
         if epoch == before:
@@ -158,7 +159,7 @@ def _index(paths: Sequence[Path], config: Config, ranks: Ranks) -> Iterator[int]
             open_shard(path)
             yield path.stat().st_size
             continue
-        with contextlib.suppress(FileNotFoundError):  # it has vanished meanwhile: its index, if any, keeps its place
+        with contextlib.suppress(FileNotFoundError):  # the file has been deleted since; its index, if any, stays
             yield from verifying(path, decoder)
 
 

@@ -71,7 +71,7 @@ def import_deepspeed():
 
 
 def leave(code: int) -> None:
-    """Leave the process group before the interpreter exits: its exit with the group's threads running may abort.
+    """Leave the process group before the interpreter exits: an exit while the group's threads run may abort.
 
     After an error (an exit `code` other than 0) other ranks may be gone or waiting, so the process exits at once with
     that code.

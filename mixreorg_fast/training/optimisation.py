@@ -178,7 +178,7 @@ class GuardedMuon(GuardedAdamW):
         for group in self.param_groups:
             if group["matrices"]:
                 self._take_matrices(group)
-        super()._take()  # of the other groups: these have no gradients left
+        super()._take()  # AdamW's step of the other groups: matrices have no gradients left
 
     def _take_matrices(self, group: dict[str, Any]) -> None:
         tensors = [tensor for tensor in group["params"] if tensor.grad is not None]

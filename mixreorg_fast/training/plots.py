@@ -17,7 +17,7 @@ PANELS = {
     "loss_mixed": "mixed: segmentation loss",
     "loss_multi_label": "noun prompts: contrastive loss",
     "groups_used": "final segments in use per image",
-    "temperature": "temperature (multiplier of cosines)",
+    "temperature": "logit scale",
     "lr": "learning rate",
     "grad_norm": "gradient norm",
 }
@@ -37,7 +37,7 @@ def draw_panels(
 ) -> Path | None:
     """Draw `panels` (title -> label -> curve) as a PNG; returns its path, or None without matplotlib.
 
-    The first panel holds the legend; `logarithmic` is the title of the panel with such an axis.
+    The first panel holds the legend; `logarithmic` is the title of the panel whose vertical axis is logarithmic.
     """
     try:
         from matplotlib.figure import Figure

@@ -45,7 +45,7 @@ def with_precision(config: Config, resume: str, device: torch.device) -> Config:
         return config
     precision = "bf16" if devices.has_bf16_products(device) else "fp32"
     if candidates := checkpoint.find(config.run_folder, resume):
-        was = json_or_empty(candidates[0].parents[1] / "config.json").get("train", {})
+        was = json_or_empty(candidates[0].resolve().parents[1] / "config.json").get("train", {})
         precision = was.get("precision", precision)
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 
@@ -73,7 +73,7 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tup
     """Identifying keys whose values differ, with both values; `was`: the resolved values of config.json."""
     old, new = flattened(was), flattened(now)
     for values in (old, new):
-        if are_scenes(values.get("data.shards"), values["data.scenes.folder"]):
+        if are_scenes(values.get("data.shards"), values.get("data.scenes.folder", "")):
             values["data.shards"] = SCENES
     free = FREE | {"data.scenes.folder", "data.scenes.val"}
     if SCENES not in (old["data.shards"], new["data.shards"]):

@@ -200,7 +200,7 @@ class RankTimes:
         return {"min": min(times), "mean": mean, "max": max(times), "slowest": slowest, "host": self._hosts[slowest]}
 
     def remark(self, times: dict[str, Any]) -> str | None:
-        """A line that names a rank that has become slow; None, also for a rank named before."""
+        """A line that names a rank that has become slow; None if none has, or if the last line named it."""
         rank = times["slowest"] if times["max"] > (1 + self._slow) * times["mean"] else -1
         before, self._suspect = self._suspect, rank
         if rank != before or rank == self._named:

@@ -47,7 +47,7 @@ def train(config: Config, resume: str = "auto", device: str | None = None) -> di
             folder and starts a new run; a path resumes from that checkpoint.
         device: "cpu" or "cuda"; None: the GPUs, or the CPU of a machine without GPUs.
     Raises:
-        UserError: on every rank, with the same text.
+        UserError: on every rank, with the same text; a RankError on one rank alone.
 
     SIGTERM ends the run after the current step with a checkpoint, and the returned scores are empty. SIGINT (Ctrl-C)
     does the same and raises KeyboardInterrupt. A finished run does not change.
@@ -220,7 +220,7 @@ class Trainer:
         """Micro-batches as the network takes them."""
         batches = iter(loader)
         while True:
-            # How long a shard may take to come is not for the watch to say: data.cache.patience is.
+            # No timeout while remote shards are fetched: data.cache.patience limits that wait.
             self.watch.at(self.step + 1, "waiting for data", timed=not self.training_set.is_remote)
             with self.reports.waiting_for_data():
                 pairs = next(batches)
@@ -264,14 +264,14 @@ class Trainer:
         """One call of the engine's forward and backward; the arguments are those of :meth:`MixReorg.forward`."""
         self.watch.at(self.step + 1, "forward and backward")
         out = self.engine(batch, others, gradients, at_exchange=self._at_exchange)
-        # The engine divides each loss by the number of micro-steps, GradCache's loss over the whole step too.
+        # The engine divides every loss by the number of micro-steps. GradCache's loss is over the whole step already.
         self.engine.backward(out["loss"] * (self.config.train.accumulation if self.grad_cache else 1))
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # counts the micro-step
         return {name: value.detach() for name, value in out.items()}
 
     def _at_exchange(self) -> None:
-        """The other ranks wait for a rank that has not come here."""
+        """Note that this rank has reached the step's first exchange, where ranks wait for one another."""
         self.reports.at_exchange()
         self.watch.at(self.step + 1, "exchange between ranks")
 

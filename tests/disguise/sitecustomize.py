@@ -1,7 +1,7 @@
 """With this folder on PYTHONPATH, torch's CPU build claims to be another machine's: DISGUISE is a JSON object.
 
-``cuda``: the CUDA version that it is built for; ``gpus``: how many it can use. What set-up scripts and the choice of a
-device ask is answered; nothing can be computed there.
+``cuda``: the CUDA version that it is built for; ``gpus``: how many it can use. It answers what set-up scripts and
+the choice of a device ask; nothing can be computed there.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ from types import ModuleType
 
 
 class Disguise:
-    """An import hook that strikes once, at ``import torch``."""
+    """An import hook that acts once, at ``import torch``."""
 
     def find_spec(self, name, path=None, target=None):
         if name != "torch":

@@ -112,7 +112,7 @@ def test_a_packing_and_its_way_back():
 
 
 def test_padding_rows_hold_what_a_real_row_holds():
-    """Rows beyond the captions are read like all others, so their place must exist, whatever they are rounded up to."""
+    """Padding rows are gathered like all others, so each must point at an existing caption and token."""
     generator = torch.Generator().manual_seed(0)
     padded = 0
     for _ in range(60):
@@ -219,6 +219,7 @@ def test_shapes_repeat_from_step_to_step():
     ("call", "message"),
     [
         (lambda q: ops.attention(q, q, q, lengths=[3, 4]), r"S >= 7 = sum of lengths, got \[1, 6, 2, 8\]"),
+        (lambda q: ops.attention(q, q, q, lengths=Packing.of([3, 2])), r"S = 5 of the packing, got \[1, 6, 2, 8\]"),
         (lambda q: ops.attention(q, q, q, lengths=[3, 0]), "numbers above 0"),
         (lambda q: Packing.of([]), "one or more"),
         (lambda q: Packing.of([3, 4], rows=6), "7 rows of 2 sequences do not fit into 6"),

@@ -132,8 +132,8 @@ def test_extreme_logits(magnitude, scale, impl, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cosine", [0.8, 0.6, 0.1, -1.0])
 def test_rows_far_below_the_largest_logit_of_their_tile(cosine, dtype, swap, device):
-    """Half of the images have this cosine with every text, the others 1. At a logit scale of 100 their exponentials lie
-    2**-29 to 2**-289 below the tile's largest: they share them with the texts, or vanish if they do."""
+    """Half of the images have this cosine with every text, the others 1. At a logit scale of 100 their exponentials are
+    2**-29 to 2**-289 of the tile's largest: some are shared with the texts, others would be 0 if they were."""
     image, text, _ = make((70, 0, 16), torch.float32, device)
     common = torch.zeros(16, device=device)
     common[0] = 1.0

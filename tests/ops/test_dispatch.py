@@ -57,10 +57,11 @@ def test_triton_reasons(monkeypatch):
 
 
 def test_autocast_casts_floats_only():
-    x, index = torch.zeros(2), torch.zeros(2, dtype=torch.int32)
+    x, index, double = torch.zeros(2), torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.float64)
     assert autocast(x, index) == (x, index)
     with torch.autocast("cpu", torch.bfloat16):
-        assert [tensor.dtype for tensor in autocast(x, index)] == [torch.bfloat16, torch.int32]
+        dtypes = [tensor.dtype for tensor in autocast(x, index, double)]
+    assert dtypes == [torch.bfloat16, torch.int32, torch.float64]  # fp64 stays, as in PyTorch's matmuls
 
 
 @pytest.fixture
@@ -125,8 +126,21 @@ def test_backward_is_tried_once_and_not_while_activations_are_recomputed(small_g
     assert len(calls) == 4
 
 
+def test_backward_is_tried_for_keyword_arguments_and_for_each_size_of_mixing_groups(small_gpu, monkeypatch, device):
+    from mixreorg_fast.kernels import patch_mixing as mixing
+
+    calls = []
+    backward = mixing.blend_backward
+    monkeypatch.setattr(mixing, "blend_backward", lambda *inputs: calls.append(1) or backward(*inputs))
+    mixed, original = (torch.ones(4, 3, 4, device=device, requires_grad=True) for _ in range(2))
+    for group_size in (2, 2, 4):
+        plan = ops.MixPlan.sample(4, 3, group_size, seed=1, device=device, impl="torch")
+        ops.patch_blend(mixed=mixed, original=original, plan=plan, alpha=0.25)
+    assert len(calls) == 2
+
+
 def test_trying_backward_stays_within_the_op(small_gpu, device):
-    """Where one input is computed from another, what lies between them is not run backward."""
+    """If one input is computed from another, backward does not run through what lies between them."""
     plan = ops.MixPlan.sample(4, 3, 2, seed=1, device=device, impl="torch")
     original = torch.ones(4, 3, 4, device=device, requires_grad=True)
     mixed, between = original * 2, []

@@ -253,7 +253,7 @@ def test_winners_are_those_of_the_used_assignment(impl, settings, device, poison
     for with_map, without in zip(*(torch.autograd.grad(o.sum(), (q, k, v)) for o in (expected, out)), strict=True):
         torch.testing.assert_close(without, with_map)
     k = k.detach().clone()
-    k[1, 4, 3] = float("nan")  # an image that is to be skipped, not to end the run by an index out of range
+    k[1, 4, 3] = float("nan")  # the winner must still be a valid index
     _, winner = ops.grouping_attention(q, k, v, return_assignment="winner", impl=impl, **settings)
     assert winner.min() >= 0 and winner.max() < 6
 

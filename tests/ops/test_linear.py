@@ -109,6 +109,8 @@ def test_refusals_name_their_reasons():
     x, weight, bias = (t.bfloat16() for t in make(5))
     with pytest.raises(CannotRun, match=r"linear: impl='onednn' cannot run on bfloat16 \[5, 100\].*expected float32"):
         ops.linear(x, weight, bias, impl="onednn")
+    with pytest.raises(CannotRun, match="tensors on meta, oneDNN computes on a CPU only"):
+        ops.linear(*(t.to("meta") for t in make(5)), impl="onednn")
 
 
 def test_the_result_may_be_changed_in_place():

@@ -84,7 +84,7 @@ def test_loss_and_gradients_are_as_exact_as_pytorch(shape, dtype, impl, device, 
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_hard_assignments_and_the_highest_temperature(impl, device):
+def test_hard_assignments_and_the_highest_logit_scale(impl, device):
     check(*make((8, 16, 20, 4, 32, 4), torch.float32, device, scale=100.0, hard=True), impl)
 
 
@@ -288,9 +288,11 @@ def test_negatives_of_the_whole_batch():
         ops.mixed_segmentation_loss(*inputs[:3], more, whole, inputs[4], negatives="batch", first_text=6)
     with pytest.raises(RuntimeError, match="negatives of the whole batch"):
         ops.mixed_segmentation_loss(*inputs[:4], whole, inputs[4], negatives="batch", impl="triton")
+    with pytest.raises(ValueError, match="negatives must be group, batch or attributed, got 'Batch'"):
+        ops.mixed_segmentation_loss(*inputs[:4], whole, inputs[4], negatives="Batch")
 
 
-def test_names_of_attributed_patches_only():
+def test_attributed_negatives():
     """The cross-entropy within the group, and that over the whole batch weighted by the attribution."""
     inputs = [x.detach().requires_grad_() for x in make((8, 5, 13, 3, 16, 4), torch.float64, "cpu")[0]]
     plan = MixPlan.sample(8, 13, 4, generator=torch.Generator().manual_seed(0))

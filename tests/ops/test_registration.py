@@ -41,7 +41,7 @@ def test_eager_calls_pass_the_dispatcher_by(inputs, monkeypatch):
 
 
 def test_eager_calls_inspect_no_signature(inputs, monkeypatch):
-    """PyTorch's Function.apply does where there is a setup_context, which was a fifth of an op's host time."""
+    """PyTorch's Function.apply inspects one if there is a setup_context: a fifth of an op's host time."""
     x, plan = inputs
     monkeypatch.setattr("inspect.signature", lambda *_: pytest.fail("a signature was inspected"))
     out = ops.patch_mixing._patch_gather(x, plan.source, plan.inverse)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# What a kernel may err beyond PyTorch: a few roundings of fp32 (sums in another order), one of the output's dtype else.
+# By how much a kernel's error may exceed PyTorch's: a few roundings in fp32 (sums in another order), else one rounding.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 

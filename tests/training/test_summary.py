@@ -69,6 +69,8 @@ def test_auto_is_settled_by_the_device_or_the_run(monkeypatch, tmp_path, device,
     (config.run_folder / "config.json").write_text(json.dumps(began.model_dump(mode="json")))
     preparation.refuse_another(config, "auto")
     assert [settled(resume) for resume in ("auto", str(step), str(config.run_folder))] == [other] * 3
+    monkeypatch.chdir(step.parent)
+    assert settled(step.name) == other
     assert settled("never") == precision
     assert settled("auto", config.model_copy(update={"name": "new"})) == precision
 
