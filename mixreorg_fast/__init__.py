@@ -1,7 +1,7 @@
 """mixreorg_fast: MixReorg (ICCV 2023) pre-training for open-vocabulary segmentation, on fused kernels.
 
 ``from mixreorg_fast import ops`` for the fast ops, ``mixreorg_fast.load(DIR).segment(image, classes)`` for weights.
-Importing this package needs torch alone and queries no device; its parts are imported when they are used.
+Importing this package imports no third-party package and queries no device; its parts are imported when used.
 """
 
 from __future__ import annotations

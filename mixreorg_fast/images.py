@@ -17,7 +17,8 @@ from torch import Tensor
 from .errors import UserError, nearest
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
-MAX_PIXELS = 178_956_970  # the size at which Pillow itself takes a file for a decompression bomb (half a GiB as RGB)
+MAX_PIXELS = 178_956_970  # Pillow refuses larger files as decompression bombs (half a GiB as RGB)
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError)  # what Pillow's decoders raise for damaged files
 MAX_LONG_SIDE = 2048  # GroupViT's test pipeline: short side 448, but no side above 2048
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -37,7 +38,7 @@ def load_image(source: Any, *, upright: bool = True, max_pixels: int | None = No
     """
     max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     if isinstance(source, Image.Image):
-        return _rgb(source, upright)
+        return _decoded(source, str(getattr(source, "filename", "") or "the picture"), upright)
     if isinstance(source, bytes | bytearray | memoryview):
         source, name = io.BytesIO(source), f"{len(source)} bytes"
     elif hasattr(source, "read"):
@@ -57,13 +58,22 @@ def load_image(source: Any, *, upright: bool = True, max_pixels: int | None = No
             with Image.open(source) as image:
                 if image.width * image.height > max_pixels:
                     raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-                return _rgb(image, upright)
+                return _decoded(image, str(name), upright)
     except Image.DecompressionBombError:
         raise UserError(f"{name}: too large to decode (at most {max_pixels / 1e6:.0f} million pixels)") from None
     except UnidentifiedImageError:
         raise UserError(f"{name}: not a picture (expected JPEG, PNG, WebP, BMP, TIFF or GIF)") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
-        # Pillow's decoders report damage by any of these.
+    except _DAMAGE as error:
+        raise UserError(f"{name}: damaged picture ({error})") from None
+
+
+def _decoded(image: Image.Image, name: str, upright: bool) -> Image.Image:
+    """`image` in RGB; errors name it."""
+    try:
+        return _rgb(image, upright)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    except _DAMAGE as error:
         raise UserError(f"{name}: damaged picture ({error})") from None
 
 

@@ -119,6 +119,11 @@ def test_broken_files(tmp_path):
     (tmp_path / "text.jpg").write_text("no picture")
     with pytest.raises(UserError, match="text.jpg: not a picture"):
         load_image(tmp_path / "text.jpg")
+    with pytest.raises(UserError, match="cut.png: damaged picture"):
+        load_image(Image.open(cut))
+    Image.fromarray(np.full((4, 4), 200, dtype=np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(UserError, match=r"float.tiff: an image array of floats must hold values in 0\.\.1"):
+        load_image(tmp_path / "float.tiff")
     with pytest.raises(UserError, match=r"no picture .*whole.jpg .did you mean 'whole.png'"):
         load_image(tmp_path / "whole.jpg")
 

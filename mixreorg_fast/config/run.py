@@ -202,9 +202,12 @@ class Config(Section):
 
     @property
     def inference(self) -> InferenceConfig:
-        """The settings stored with the weights: those of evaluation, with the threshold that all data sets share."""
-        thresholds = {dataset.background_threshold for dataset in self.eval.datasets}
-        return self.eval.with_options(background_threshold=thresholds.pop() if len(thresholds) == 1 else None)
+        """The settings stored with the weights: those of evaluation, with a threshold only if all datasets share it."""
+        usual = self.eval.background_threshold
+        own = [dataset.background_threshold for dataset in self.eval.datasets]
+        found = {usual if threshold is None else threshold for threshold in own} or {usual}
+        shared = found.pop() if len(found) == 1 else None
+        return self.eval.with_options().model_copy(update={"background_threshold": shared})
 
     def compiles(self, device_type: str) -> bool:
         """Whether training compiles the network on this type of device."""

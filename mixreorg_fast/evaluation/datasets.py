@@ -128,7 +128,7 @@ def open_dataset(kind: str, root: str | Path, split: str = "val") -> Segmentatio
         layout = replace(layout, classes=classes)
     images, masks = (home / part.format(split=folder) for part in (layout.images, layout.masks))
     if layout.split_file:
-        listed = _split_names(home / layout.split_file.format(split=split), split)
+        listed = _split_lines(home / layout.split_file.format(split=split), split)
     elif not images.is_dir():
         splits = {v: k for k, v in layout.split_folders.items()}
         there = [splits.get(p.name, p.name) for p in sorted(images.parent.iterdir()) if p.is_dir()]
@@ -142,7 +142,10 @@ def open_dataset(kind: str, root: str | Path, split: str = "val") -> Segmentatio
         raise UserError(f"no photos (*{' *'.join(layout.image_suffixes)}) under {images}")
     if not masks.is_dir():
         raise UserError(f"no folder {masks}, where {kind} keeps its masks{layout.setup}")
-    return SegmentationDataset(kind, root, split, layout, listed if layout.split_file else list(photos), photos, masks)
+    names = list(photos)
+    if layout.split_file:  # some lists carry the suffix, or further columns
+        names = [line if line in photos else line.split()[0].removesuffix(".jpg") for line in listed]
+    return SegmentationDataset(kind, root, split, layout, names, photos, masks)
 
 
 def _plain(root: Path) -> Layout:
@@ -181,17 +184,16 @@ def _read_mask(path: Path) -> np.ndarray:
     return ids.astype(np.uint8) if ids.dtype == bool else ids
 
 
-def _split_names(path: Path, split: str) -> list[str]:
+def _split_lines(path: Path, split: str) -> list[str]:
     if not path.is_file():
         there = sorted(p.stem for p in path.parent.glob("*.txt"))
         raise UserError(f"no split '{split}': {path} is missing{nearest(split, there)}")
-    # Some lists carry further columns, or the suffix.
-    return [line.split()[0].removesuffix(".jpg") for line in _lines(path, "one photo name per line")]
+    return _lines(path, "one photo name per line")
 
 
 def _lines(path: Path, expected: str) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except OSError:
         raise UserError(f"no file {path} ({expected})") from None
     except UnicodeDecodeError:

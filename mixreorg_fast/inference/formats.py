@@ -94,7 +94,8 @@ def _read_huggingface(source: Path, values: dict[str, Any]) -> Weights:
     pixels = read_json(preprocessor) if preprocessor.is_file() else {}
     mean, std = pixels.get("image_mean", IMAGENET_MEAN), pixels.get("image_std", IMAGENET_STD)
     notes: tuple[str, ...] = ()
-    if {source.name, source.absolute().parents[1].name} & _OFFICIAL and tuple(mean) != IMAGENET_MEAN:
+    names = {source.name, *(folder.name for folder in source.absolute().parents[1:2])}  # a snapshot's repository too
+    if names & _OFFICIAL and tuple(mean) != IMAGENET_MEAN:
         mean, std = IMAGENET_MEAN, IMAGENET_STD
         notes = (f"{source}: ImageNet's normalisation, with which NVIDIA trained, in place of the folder's (CLIP's)",)
     return Weights(config, tuple(mean), tuple(std), source, state, tokenizer, notes=notes)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from ..config import are_scenes
 from ..data.shards.patterns import without_secrets
 from ..errors import UserError, nearest
 from ..files import checksum, json_or_empty
@@ -265,8 +266,9 @@ def card(model: Model, name: str, format: Format, license: str | None) -> Any:
     size = sum(value.numel() for value in model.parameters()) / 1e6
     trained = table = "Not recorded."
     if about:
-        shards = about["data"]["shards"]
-        shown = "The drawn scenes of mixreorg_fast" if shards is None else f"`{json.dumps(_public(shards))}`"
+        shards, folder = about["data"]["shards"], about["data"].get("scenes", {}).get("folder", "")
+        drawn = are_scenes(shards, folder)
+        shown = "The drawn scenes of mixreorg_fast" if drawn else f"`{json.dumps(_public(shards))}`"
         trained = f"{shown}; {step} steps."
     if scores:
         rows = [f"| {each} | {values['mIoU']:.2f} | {values.get('images', '')} |" for each, values in scores.items()]

@@ -113,10 +113,12 @@ class Segmenter:
             label t is class t.
         batch: photos of one network size, or windows, per forward pass.
     Raises:
-        UserError: a window that is no multiple of the patch; as :func:`text_classifier`.
+        UserError: a batch below 1; a window that is not a multiple of the patch; as :func:`text_classifier`.
     """
 
     def __init__(self, model: Model, prompts: Sequence[str], settings: InferenceConfig, batch: int = 8) -> None:
+        if batch < 1:
+            raise UserError(f"batch must be at least 1, got {batch}")
         patch = model.config.patch_size
         if settings.mode == "sliding" and settings.window % patch:
             low = settings.window // patch * patch

@@ -130,6 +130,11 @@ class TestBuild:
         one, other = pairs(2)
         write_shard(tmp_path / "a.tar", [one, replace(other, key=one.key), other])
         assert open_shard(tmp_path / "a.tar").samples["key"].tolist() == [b"0000", b"0000-2", b"0001"]
+        # A number that is appended may be taken.
+        keys = ["a", "a", "a-2", "a", "a-2-2"]
+        assert write_shard(tmp_path / "b.tar", [replace(one, key=key) for key in keys]) == 5
+        found = open_shard(tmp_path / "b.tar").samples["key"].tolist()
+        assert found == [b"a", b"a-2", b"a-2-2", b"a-3", b"a-2-2-2"]
 
     def test_failure_keeps_what_was_there(self, photos, tmp_path, built):
         before = [path.read_bytes() for path in built]

@@ -115,6 +115,9 @@ class TestParquet:
         with pytest.raises(UserError, match="none of 1 samples can be used: not a JPEG"):
             build(path, out(tmp_path), progress=False)
         assert os.listdir(tmp_path) == ["a.parquet"]
+        table(path, {"image": pa.array([], pa.binary()), "caption": pa.array([], pa.string())})
+        with pytest.raises(UserError, match=r"a\.parquet: no samples$"):
+            build(path, out(tmp_path), progress=False)
         path.write_bytes(b"PAR1 no")
         with pytest.raises(UserError, match=r"a\.parquet: not a readable Parquet file"):
             build(path, out(tmp_path), progress=False)

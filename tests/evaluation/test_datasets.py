@@ -37,6 +37,17 @@ def test_plain_layout(plain):
     assert len(list(dataset)) == 7
 
 
+def test_names_with_spaces_and_files_with_a_byte_order_mark(plain):
+    for folder in ("images", "masks"):
+        for path in (plain / folder).glob("photo0.*"):
+            path.rename(path.with_stem("beach house"))
+    (plain / "splits" / "val.txt").write_text("beach house\nphoto1.jpg\nphoto2 1\n", encoding="utf-8-sig")
+    (plain / "classes.txt").write_text("background\ncat\ndog\nred car\n", encoding="utf-8-sig")
+    dataset = open_dataset("plain", plain)
+    assert [sample.name for sample in dataset] == ["beach house", "photo1", "photo2"]
+    assert dataset.has_background
+
+
 def test_plain_layout_without_background(plain):
     (plain / "classes.txt").write_text("sky\ncat\ndog\nred car\n")
     dataset = open_dataset("plain", plain)

@@ -22,7 +22,7 @@ from mixreorg_fast.data.text.tokenizer import Tokenizer
 from mixreorg_fast.errors import UserError
 from mixreorg_fast.images import IMAGENET_MEAN, IMAGENET_STD
 from mixreorg_fast.inference.formats import read
-from mixreorg_fast.inference.hub import _public, pinned
+from mixreorg_fast.inference.hub import _public, card, pinned
 from mixreorg_fast.inference.model import Model
 from mixreorg_fast.models import GroupViT, weights
 from mixreorg_fast.training.preparation import _tokenizer
@@ -300,6 +300,14 @@ def test_what_is_pushed_is_loaded_again(hub, ours, capsys, monkeypatch):
     with pytest.raises(UserError, match="answers 500"):
         model.push_to_hub("owner/mine", "hf")
     assert repo.refs["main"] == before
+
+
+def test_the_card_of_a_run_on_drawn_scenes(ours):
+    about = json.loads((ours / "config.json").read_text())
+    about["data"]["shards"] = [f"{about['data']['scenes']['folder']}/train-000000.tar"]  # as a run resolves them
+    (ours / "config.json").write_text(json.dumps(about))
+    text = str(card(mixreorg_fast.load(ours), "owner/mine", "ours", None))
+    assert "The drawn scenes of mixreorg_fast; 4 steps." in text
 
 
 @pytest.mark.parametrize(

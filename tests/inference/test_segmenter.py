@@ -73,6 +73,11 @@ def test_photos_of_every_kind(model, photo, tmp_path):
         model.segment(array.transpose(2, 0, 1), "cat")
 
 
+def test_a_batch_of_none_is_refused(model, photo):
+    with pytest.raises(UserError, match="batch must be at least 1, got 0"):
+        model.segment([photo], "cat, dog", batch=0)
+
+
 def test_lists_of_photos(model, photo, tmp_path):
     other = draw_photo(tmp_path / "other.png", (40, 60), seed=1)
     for photos in ([tmp_path / "photo.png", other], (photo, str(tmp_path / "other.png"))):

@@ -183,6 +183,8 @@ def test_a_run_gives_its_weights_the_threshold_that_its_data_sets_share():
         None, None, 0.3, None, None,
     )  # fmt: skip
     assert threshold(None, background_threshold=0.2) == threshold(0.2, background_threshold=0.9) == 0.2
+    assert threshold(background_threshold=0.2) == threshold(0.2, None, background_threshold=0.2) == 0.2
+    assert threshold(0.3, 0.4, background_threshold=0.2) is None
 
 
 def test_a_missing_folder_is_named(tmp_path):

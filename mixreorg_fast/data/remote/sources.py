@@ -232,7 +232,7 @@ def _matches(pattern: str, names: str, found: dict[str, RemoteShard]) -> list[Re
         matches = [name] if name in found else []
         if glob.has_magic(name):
             some = (path for path in fnmatch.filter(found, name) if "**" in name or path.count("/") == name.count("/"))
-            matches = sorted(path for path in some if path.endswith(".tar") or name.endswith(path))
+            matches = sorted(path for path in some if Path(path).suffix in {".tar", Path(name).suffix} - {""})
         missing += [] if matches else [name]
         shards.update((path, found[path]) for path in matches)
     if missing:

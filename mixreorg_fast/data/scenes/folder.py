@@ -79,7 +79,7 @@ def ensure_scenes(config: ScenesConfig, *, workers: int | None = None, progress:
         with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released even when this process dies
             if json_or_empty(folder / "settings.json") != settings:
-                _replace(folder, config, settings, workers or os.cpu_count() or 1, progress)
+                _replace(folder, config, settings, workers or len(os.sched_getaffinity(0)), progress)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{folder}: cannot hold the scenes: {reason}; set data.scenes.folder") from None

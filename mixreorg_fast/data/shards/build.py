@@ -97,6 +97,8 @@ def build(
         skipped = [*source.left_out, *(Bad(*bad) for report in reports for bad in report["skipped"])]
         if not any(samples):
             target.discard()
+            if not skipped:
+                raise UserError(f"{path}: no samples")
             raise UserError(f"{path}: none of {len(skipped)} samples can be used: {skipped[0].reason} (and so on)")
         return Built(target.publish(samples, skipped), sum(samples), skipped, target.skipped_list)
 
@@ -201,7 +203,9 @@ class Target:
         self.hidden.mkdir(parents=True, exist_ok=True)
         with held(self.hidden / "lock") as mine:
             if not mine:
-                raise UserError(f"{self.hidden}: another process is building these shards")
+                raise UserError(
+                    f"{self.hidden}: another process is building these shards, or the disk has no file locks"
+                )
             try:
                 yield
             finally:

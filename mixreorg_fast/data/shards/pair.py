@@ -6,7 +6,6 @@ import io
 import json
 import re
 import tarfile
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,12 +55,14 @@ def image_extension(image: bytes) -> str:
 def write_shard(path: Path, pairs: Iterable[Pair]) -> int:
     """Write one tar, which appears under its name when it is complete; returns its number of samples. Repeated keys get
     a number appended."""
-    keys: Counter[str] = Counter()
+    numbers: dict[str, int] = {}  # by key written: the last number appended to it
     with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
         for pair in pairs:
-            keys[pair.key] += 1
-            # Members with the same name would be taken for one sample.
-            key = pair.key if keys[pair.key] == 1 else f"{pair.key}-{keys[pair.key]}"
+            key = pair.key
+            while key in numbers:  # members with the same name would be taken for one sample
+                numbers[pair.key] += 1
+                key = f"{pair.key}-{numbers[pair.key]}"
+            numbers[key] = 1
             text = "\n".join(" ".join(caption.split()) for caption in pair.captions)
             members = {pair.extension: pair.image, "txt": text.encode()}
             if pair.fields is not None:
@@ -71,7 +72,7 @@ def write_shard(path: Path, pairs: Iterable[Pair]) -> int:
                 info = tarfile.TarInfo(f"{key}.{extension}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    return keys.total()
+    return len(numbers)
 
 
 def captions_of(text: bytes) -> list[str]:
@@ -119,7 +120,7 @@ class NounFinder:
     def of(cls, path: str | Path) -> NounFinder:
         """A finder of the lines of a file, lower-cased."""
         try:
-            nouns = [line.strip().lower() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+            nouns = [line.strip().lower() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError):
             raise UserError(f"no readable noun list {path}; expected one word or phrase per line") from None
         if not any(nouns):

@@ -192,7 +192,7 @@ def _folder_of(names: Iterable[str], folders: Sequence[Path]) -> Path:
 def _read_split(folder: Path, split: str) -> set[str]:
     path = folder / "splits" / f"{split}.txt"
     try:
-        return {line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
+        return {line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()}
     except OSError:
         splits = [p.stem for p in sorted((folder / "splits").glob("*.txt"))]
         raise UserError(f"no split file {path}{nearest(split, splits)}") from None

@@ -80,6 +80,12 @@ def test_refusals_of_the_hub(hub, repository, tars, cache, monkeypatch):
     assert len(cache.get(gated).samples) == COUNTS[0]
 
 
+def test_globs_take_tars_and_the_suffix_that_they_name(hub, cache):
+    hub.add("owner/odd", dict.fromkeys(("train-0.wds", "train-1.tar", "train-2.txt"), b"x"), kind="dataset")
+    for glob, found in (("train-*", ["train-1.tar"]), ("train-*.wds", ["train-0.wds"])):
+        assert names(list_shards(f"hf://datasets/owner/odd/{glob}", cache.folder / "listings")) == found
+
+
 def test_s3_lists_and_sends(bucket, tars, cache, settings):
     for name, content in tars.items():
         bucket.put(f"set/{name}", content)
