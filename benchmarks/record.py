@@ -1,6 +1,6 @@
 """Note what finished runs scored: ``python -m benchmarks.record RUN_FOLDER...``, then ``python -m benchmarks.report``.
 
-A run's rows go into ``benchmarks/results/study_<device>.json``, one per data set it was scored on, in place of the ones
+A run's rows go into ``benchmarks/results/study_<device>.json``, one per dataset it was scored on, in place of the ones
 that the same run left there before.
 """
 

@@ -1,6 +1,6 @@
 """Zero-shot segmentation by 150 classes: whole photos through the network, and the decoding of sliding windows.
 
-``segment_labels`` is given the classes' embeddings, as over a data set; "segment_labels and prompts" their token ids,
+``segment_labels`` is given the classes' embeddings, as over a dataset; "segment_labels and prompts" their token ids,
 and encodes them in every call, as ``GroupViTModel(input_ids, pixel_values)`` does. All implementations get the same
 inputs and do the same work, with the same weights and dtype ("huggingface, fp32" excepted).
 """

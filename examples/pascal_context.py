@@ -1,4 +1,4 @@
-"""Masks of Pascal Context for ``mixreorg evaluate``, from the annotations that the data set's authors offer.
+"""Masks of Pascal Context for ``mixreorg evaluate``, from the annotations that the dataset's authors offer.
 
     python examples/pascal_context.py data/VOCdevkit/VOC2010
 

@@ -17,7 +17,7 @@ COMMANDS = {
     "train": ("mixreorg_fast.training.command", "pre-train on captioned photos"),
     "config": ("mixreorg_fast.config.keys", "every key of a configuration, its default and meaning"),
     "segment": ("mixreorg_fast.inference.segment", "segment photos by class names"),
-    "evaluate": ("mixreorg_fast.evaluation.evaluate", "score weights zero-shot on a data set"),
+    "evaluate": ("mixreorg_fast.evaluation.evaluate", "score weights zero-shot on a dataset"),
     "shards": ("mixreorg_fast.data.commands", "build, verify or join training shards"),
     "data": ("mixreorg_fast.data.remote.command", "fetch public sets of shards"),
     "convert": ("mixreorg_fast.convert", "weights from and to other formats"),
@@ -49,7 +49,7 @@ def _dispatch(argv: list[str]) -> int | None:
 
 
 def command(name: str) -> tuple[Callable[[argparse.Namespace], int | None], Parser]:
-    """What a command runs, and the parser of its arguments; a UserError where there is no such command."""
+    """The function that runs a command, and the parser of its arguments. Raises a UserError for an unknown command."""
     if name not in COMMANDS:
         raise UserError(f"mixreorg: unknown command '{name}'{nearest(name, COMMANDS)}")
     module = importlib.import_module(COMMANDS[name][0])

@@ -31,7 +31,7 @@ def main(args: argparse.Namespace) -> None:
         print(note)
     config = found.config
     if found.tokenizer is None:
-        print(f"no tokenizer in {args.source}: texts need one, which --tokenizer takes (CLIP's for official weights)")
+        print(f"no tokenizer in {args.source}: class names need one; --tokenizer adds it (CLIP's for official weights)")
     elif (ids := found.tokenizer.vocab_size) > config.text.vocab_size:
         raise UserError(f"the tokenizer has {ids} ids, but {args.source} has embeddings for {config.text.vocab_size}")
     with saving(args.target):
@@ -42,4 +42,4 @@ def main(args: argparse.Namespace) -> None:
                 model = Model(config, found.mean, found.std, found.tokenizer, found.inference)
             model.save(args.target.resolve(), found.state)
     size = sum(value.numel() for value in found.state.values()) / 1e6
-    print(f"{args.target}: {size:.1f} million numbers, {config.image_size} px, {config.groups[1]} segments")
+    print(f"{args.target}: {size:.1f} million parameters, {config.image_size} px, {config.groups[1]} segments")

@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--short-side must be at least 1, got {args.short_side}")
     if args.port is not None and not 0 < args.port < 65536:
         raise UserError(f"--port must lie in 1..65535, got {args.port}")
-    # Now, rather than after a training.
+    # Checked now, not after minutes of training.
     try:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
         socket.create_server((args.host, args.port or 0), family=family).close()
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> int:
         where = f"--host {args.host}" + (f" --port {args.port}" if args.port else "")
         raise UserError(f"{where}: cannot listen there ({error})") from None
     device = choose(args.device).type
-    # Gradio reads these when it is imported. Its folders are ours alone: it serves what lies in them.
+    # Gradio reads these when it is imported. The folders are of this process only: Gradio serves every file in them.
     folder = tempfile.TemporaryDirectory(prefix="mixreorg-demo-")
     os.environ.update(
         GRADIO_ANALYTICS_ENABLED="False",
@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> int:
         model.inference = model.inference.with_options(short_side=args.short_side)
         page = build(model, samples)
         url = serve(page, args.host, args.port)
-        # So that being told to end leaves no uploads behind, either.
+        # SIGTERM too ends the process in order, so that the folder of uploads is removed.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _end)
         print(f"{url} shows {model.source}; Ctrl-C ends it", flush=True)
@@ -106,8 +106,8 @@ def _end(number: int, frame: Any) -> None:
 
 
 def embedded_run(train: bool = False, device: str = "cpu") -> Path:
-    """The folder of the run that ``make train`` leaves; with `train` it is made on `device` where it is missing. A
-    UserError where it is not there, or its training failed."""
+    """The folder of the run of ``make train``; with `train`, a missing run is trained on `device` first. Raises a
+    UserError if the run is missing or its training failed."""
     config = find_config(EMBEDDED)
     run = load_config(config).run_folder
     try:
@@ -162,8 +162,8 @@ def view(model: Model, path: str, names: str, threshold: float) -> View:
 def sample_scenes(config: ScenesConfig, scores: Mapping[str, float | None], folder: Path) -> list[list[str]]:
     """Scenes of the evaluation set, drawn into `folder`: per scene its path and the names of all kinds.
 
-    The first scene of each kind, those first that the weights segment best by their `scores`. Among few names one
-    always fits a ground well enough; among all of them none does.
+    The first scene of each kind, the kinds with the best `scores` first. All kinds are named, because scores are a
+    softmax over the names: of few names one would pass the background threshold on the ground.
     """
     from .data.scenes.painting import Painter
     from .data.scenes.planning import held_out_combinations, plan_scene
@@ -211,7 +211,7 @@ def build(model: Model, samples: list[list[str]]) -> gradio.Blocks:
             with gr.Column():
                 photo = Photo(label="Photo", sources=["upload", "clipboard"], elem_id="photo")
                 first = samples[0][1] if samples else "cat, dog, sofa"
-                names = gr.Textbox(first, label="Class names, between commas", max_length=4000, elem_id="names")
+                names = gr.Textbox(first, label="Class names, separated by commas", max_length=4000, elem_id="names")
                 usual = model.inference.background_threshold or 0
                 threshold = gr.Slider(
                     0, 1, usual, step=0.01, label="Background threshold (0: none)", elem_id="background"
@@ -270,7 +270,7 @@ async def guarded(request: Request, answer: Callable[[Request], Awaitable[Respon
     # Gradio would fetch other sites' files for whoever asks.
     if "/proxy=" in request.scope["path"] or "/file=http" in request.scope["path"]:
         return PlainTextResponse("not here", 404)
-    # Its own bound is per file; a request may hold many, or come in chunks without a length.
+    # Gradio limits each file, not a request, which may hold many files or come in chunks without a length.
     length = request.headers.get("content-length", "")
     if request.method == "POST" and (not length.isdigit() or int(length) > MAX_UPLOAD + (1 << 16)):
         return PlainTextResponse("too large", 413)

@@ -45,7 +45,7 @@ def extra(name: str) -> str:
 
 
 def run_command(main: Callable[[], int | None], *, debug: bool = False) -> int:
-    """Run `main`; print a :class:`UserError` as one line on stderr and return exit code 2. ^C ends it with 130.
+    """Run `main`; print a :class:`UserError` as one line on stderr and return exit code 2; 130 after Ctrl-C.
 
     Of several ranks only the first prints what all of them raise. With `debug` the traceback is let through. Where the
     reader of the output has gone, as after ``| head``, the command ends quietly with 141, as by SIGPIPE.

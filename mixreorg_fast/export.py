@@ -46,7 +46,10 @@ def main(args: argparse.Namespace) -> None:
         write_description(model, folder, model.inference)
         if model.tokenizer is not None:
             save_tokenizer_with_ends(model.tokenizer, folder, model.config.text.context)
-        sizes = [f"{path.name} {path.stat().st_size / 1e6:.1f} MB" for path in sorted(folder.glob("*.[op]*"))]
+        sizes = [
+            f"{path.name} {path.stat().st_size / 1e6:.1f} MB"
+            for path in sorted(folder.glob("*.onnx" if args.to == "onnx" else "*.pt2"))
+        ]
     print(f"{target}: {', '.join(sizes)}")
 
 
@@ -67,7 +70,7 @@ class ImageProgram(nn.Module):
             images: ``[B, 3, H, W]``, RGB in 0..1; H and W multiples of the patch size.
             texts: ``[T, D]``, class embeddings of any length.
             background_threshold: 0-d, 0..1. A segment is background where its best score is below min(this, the image's
-                best score); with 0 no segment is.
+                best score); with 0 no segment is background.
         """
         seen = self.model.segments((images - self.mean) / self.std)
         scores = class_scores(seen.embeddings, seen.image, F.normalize(texts, dim=-1), self.model.logit_multiplier())

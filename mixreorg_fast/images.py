@@ -78,8 +78,8 @@ def _decoded(image: Image.Image, name: str, upright: bool) -> Image.Image:
 
 
 def find_images(source: Path, recursive: bool = False) -> list[Path]:
-    """`source` itself, or, of a folder, its pictures in order of name; `recursive`: those of sub-folders too, apart
-    from hidden ones. A folder without pictures, or one that cannot be read, is a UserError."""
+    """`source` itself or, if it is a folder, its pictures in order of name; `recursive`: also those of sub-folders that
+    are not hidden. Raises a UserError for a folder without pictures, or one that cannot be read."""
     if not source.is_dir():
         return [source]
 

@@ -37,7 +37,7 @@ def parse_classes(classes: Any, source: str = "classes", most: int | None = None
         source: what errors call it.
         most: how many names there may be.
     Raises:
-        UserError: no names, an empty name, a name given twice (in any case), something that is not text.
+        UserError: no names, too many, an empty name, a name given twice (in any case), something that is not text.
     """
     example = 'such as "cat, dog, sofa"'
     if isinstance(classes, str):
@@ -47,7 +47,7 @@ def parse_classes(classes: Any, source: str = "classes", most: int | None = None
     names = [" ".join(name.split()) for name in names]
     if not names or not all(names):
         found = "an empty name" if names else "no names"
-        raise UserError(f"{given}: {found}; expected names between commas, {example}")
+        raise UserError(f"{given}: {found}; expected names separated by commas, {example}")
     seen: dict[str, str] = {}
     for name in names:
         if (key := name.casefold()) in seen:
@@ -90,7 +90,9 @@ def parse_templates(templates: Any) -> tuple[str, ...]:
         if templates in TEMPLATES:
             return TEMPLATES[templates]
         if "{}" not in templates:
-            raise UserError(f"'{templates}' is no set of templates and has no {{}}{nearest(templates, TEMPLATES)}")
+            raise UserError(
+                f"'{templates}' is neither a set of templates nor a template with {{}}{nearest(templates, TEMPLATES)}"
+            )
         return (templates,)
     given = tuple(_strings(templates, "expected a template or a list of templates"))
     for template in given:

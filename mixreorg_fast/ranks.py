@@ -1,6 +1,6 @@
 """Ranks of torch.distributed: which rank this process is, and what the ranks exchange.
 
-Without a process group every function takes this process for the only rank.
+Without a process group every function treats this process as the only rank.
 """
 
 from __future__ import annotations
@@ -146,9 +146,9 @@ def gather_rows(x: Tensor) -> tuple[Tensor, int]:
     """The rows of all ranks, differentiable, and the index of this rank's first row; each rank has as many as `x`."""
     if world_size() == 1:
         return x, 0
-    first, rest = len(x) * rank(), len(x) * world_size()
-    around = (x.new_zeros(count, *x.shape[1:]) for count in (first, rest - first - len(x)))
-    return all_reduce_sum(torch.cat([next(around), x, next(around)])), first
+    first, total = len(x) * rank(), len(x) * world_size()
+    before, after = (x.new_zeros(count, *x.shape[1:]) for count in (first, total - first - len(x)))
+    return all_reduce_sum(torch.cat([before, x, after])), first
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Registers, spills and shared memory of every kernel on every supported GPU, without one:
+"""Registers, spills and shared memory of every kernel on every supported GPU; no GPU is needed:
 ``python -m mixreorg_fast.resources``.
 
 The network, in training and in evaluation, and the ops in their other modes run on meta tensors, while Triton compiles
@@ -135,8 +135,8 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--architectures", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
-    parser.add_argument("--only", default="", metavar="TEXT", help="calls whose name holds it")
-    parser.add_argument("--check", action="store_true", help="fail where a kernel does not fit, or compiles to another")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only calls whose name contains TEXT")
+    parser.add_argument("--check", action="store_true", help="fail if a kernel does not fit or is miscompiled")
     options = parser.parse_args()
     wrong = 0
     for architecture in options.architectures:

@@ -348,7 +348,7 @@ def test_the_page_in_a_browser(browser, server, tmp_path):
     assert page.until(lambda: "background" in page.find("#areas").text)
 
     page.type("#names textarea, #names input", "road, ")
-    assert page.until(lambda: "expected names between commas" in page.find("#message").text)
+    assert page.until(lambda: "expected names separated by commas" in page.find("#message").text)
     page.until(lambda: page.picture("overlay") is None)
     (tmp_path / "bad.jpg").write_text("no picture")
     page.upload(tmp_path / "bad.jpg")

@@ -20,7 +20,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    """A working folder with `weights/`, photos and a small data set."""
+    """A working folder with `weights/`, photos and a small dataset."""
     monkeypatch.chdir(tmp_path)
     tokenizer = Tokenizer.train(["a photo of a cat and a dog", "a red car on the road"] * 3, 300)
     model = Model(

@@ -1,6 +1,6 @@
 """Every fenced command of README and docs/: run in order in a clean folder, or as far as COMMANDS says and why.
 
-The folder holds what the pages speak of, all of it small: photos, captions, data sets, weights. Training runs take
+The folder holds what the pages speak of, all of it small: photos, captions, datasets, weights. Training runs take
 TINY besides what is documented.
 """
 

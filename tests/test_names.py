@@ -33,7 +33,7 @@ def test_one_name_is_one_class():
     ("classes", "message"),
     [
         ("", "names '': an empty name"),
-        ("cat,,dog", "names 'cat,,dog': an empty name; expected names between commas"),
+        ("cat,,dog", "names 'cat,,dog': an empty name; expected names separated by commas"),
         ("cat, ", "an empty name"),
         ([], "names: no names"),
         (["cat", " "], "an empty name"),

@@ -83,10 +83,10 @@ class CacheConfig(Section):
     """The cache of shards that are fetched from the hub, S3 or a web server."""
 
     folder: str | None = key(None, "null: ~/.cache/mixreorg/remote")
-    size: str = key("100 GB", "bytes of shards on the disk; the least recently used are evicted")
+    size: str = key("100 GB", "bytes of shards on the disk; above this, shards that are not needed soon are evicted")
     window: Positive = key(16, "remote shards whose samples are shuffled together; two windows must fit")
     workers: Positive = key(4, "shards fetched at a time, per node")
-    patience: PositiveFloat = key(300.0, "seconds without a byte until the run gives a source up")
+    patience: PositiveFloat = key(300.0, "seconds without a byte after which the run gives up on a source")
 
     @field_validator("size")
     @classmethod
@@ -117,7 +117,7 @@ class DataConfig(Section):
     verify: bool = key(True, "decode every photo of unverified shards before training")
     max_bad: Fraction = key(0.01, "the run stops when more than this share of the samples is bad")
     nouns: NonNegative = key(3, "noun prompts per caption when loss.multi_label is on")
-    threads: Positive | None = key(None, "reading threads per rank; null: its share of the cores, at most 16")
+    threads: Positive | None = key(None, "reading threads per rank; null: the rank's share of the cores, at most 16")
     hw_decoder_load: Fraction | None = key(None, "share of JPEGs for a GPU's JPEG hardware; null: DALI's 0.65")
     prefetch: Positive = key(2, "batches read ahead")
     cache: CacheConfig = Field(default_factory=CacheConfig)

@@ -20,7 +20,7 @@ def packaged_configs() -> dict[str, Path]:
 
 
 def find_config(name: str) -> Path:
-    """The configuration file with this path, or the packaged one with this name; a UserError without either."""
+    """The configuration file at this path, or the packaged one of this name. Raises a UserError if there is neither."""
     path, packaged = Path(name), packaged_configs()
     if not path.is_file() and name not in packaged:
         raise _missing(path, "configuration", packaged)
@@ -47,7 +47,7 @@ def parse_config(values: dict[str, Any], *, source: str = "configuration") -> Co
 
 
 def read_object(path: Path, kind: str = "configuration") -> dict[str, Any]:
-    """The object in a JSON file, or a UserError, in which `kind` says what the file is."""
+    """The object in a JSON file. Raises a UserError, in which `kind` says what the file is."""
     try:
         return read_json(path)
     except OSError:

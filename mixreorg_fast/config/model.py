@@ -48,14 +48,14 @@ class ModelConfig(Section):
         if self.image_size % self.patch_size:
             low = self.image_size // self.patch_size * self.patch_size
             yield (
-                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size} "
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size} "
                 f"(nearest: {max(low, self.patch_size)} or {low + self.patch_size})"
             )
         for name, width, heads in (("", self.width, self.heads), ("text.", self.text.width, self.text.heads)):
             if width % heads:
                 divisors = [n for n in range(1, width + 1) if width % n == 0]
                 best = min(divisors, key=lambda n: abs(n - heads))
-                yield f"{name}width {width} is no multiple of {name}heads {heads} (nearest: {best} heads)"
+                yield f"{name}width {width} is not a multiple of {name}heads {heads} (nearest: {best} heads)"
 
 
 class MixingConfig(Section):

@@ -40,8 +40,8 @@ class TrainConfig(Section):
     compile: bool | None = key(None, "torch.compile the network; null: on a GPU, except with ZeRO-3")
     cuda_graphs: bool | None = key(
         None,
-        "replay compiled encoders from CUDA graphs; null: that of images, where it is compiled on a GPU and nothing is "
-        "recomputed; true: that of captions too, recorded for each number of their rows",
+        "replay compiled encoders from CUDA graphs; null: the image encoder, if it is compiled on a GPU and its "
+        "activations are not recomputed; true: the text encoder too, recorded for each number of caption rows",
     )
     log_every: Positive = key(10, "steps between reports")
     spike: NonNegativeFloat = key(
@@ -53,7 +53,7 @@ class TrainConfig(Section):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations. Training resolves "auto" by its device first; until then this raises a ValueError."""
+        """The dtype of activations; a ValueError if precision is "auto", which training resolves by the device."""
         import torch
 
         if self.precision == "auto":
@@ -84,7 +84,9 @@ class InferenceConfig(Section):
     stride: Positive = key(224, "pixels between sliding windows")
     decoding: Literal["groupvit", "direct"] = key("groupvit", "how evaluation decodes segments to labels")
     background_threshold: Fraction | None = key(
-        None, "lower scores are background; null: the data set's usual threshold"
+        None,
+        "segments whose best score is below min(this, the photo's best score) are background; null: the dataset's "
+        "usual threshold",
     )
     templates: tuple[str, ...] = key(TEMPLATES["default"], "prompt templates, {} for the class name")
 
@@ -115,18 +117,18 @@ class InferenceConfig(Section):
 
 
 class EvalDatasetConfig(Section):
-    name: str = Field(description="name of the data set in the scores")
+    name: str = Field(description="name of the dataset in the scores")
     dataset: str = key("plain", "folder layout, as in `mixreorg evaluate --dataset`")
-    root: str = Field(description="folder of the data set")
-    split: str = key("val", "split of the data set")
+    root: str = Field(description="folder of the dataset")
+    split: str = key("val", "split of the dataset")
     background_threshold: Fraction | None = key(None, "overrides eval.background_threshold")
     limit: Positive | None = key(None, "score only this many images")
 
 
 class EvalConfig(InferenceConfig):
-    datasets: list[EvalDatasetConfig] = key([], "data sets to score; embedded data: the held-out scenes")
+    datasets: list[EvalDatasetConfig] = key([], "datasets to score; embedded data: the held-out scenes")
     every: NonNegative = key(0, "steps between validations, 0 = only at the end")
-    every_images: Positive = key(100, "images per data set in a validation during training")
+    every_images: Positive = key(100, "images per dataset in a validation during training")
 
 
 class CheckpointConfig(Section):
@@ -242,7 +244,7 @@ class Config(Section):
             low = self.train.batch // unit * unit
             choices = f"{low} or {low + unit}" if low else str(unit)
             raise UserError(
-                f"train.batch {self.train.batch} is no multiple of {unit} = {world_size} ranks x train.accumulation "
+                f"train.batch {self.train.batch} is not a multiple of {unit} = {world_size} ranks x train.accumulation "
                 f"{self.train.accumulation} x mixing.group_size {self.group_size} (nearest: {choices})"
             )
         return self.train.batch // (world_size * self.train.accumulation)

@@ -44,7 +44,7 @@ def key(default: Any, meaning: str, **bounds: Any) -> Any:
 
 
 def validated(schema: type[Schema], values: Mapping[str, Any], source: str) -> Schema:
-    """The section that `values`, as read from JSON, describe; or a UserError, in which `source` names them."""
+    """The section described by `values`, as read from JSON. Raises a UserError that begins with `source`."""
     try:
         # JSON has no tuples, so lists are read as tuples; every other conversion ("8" for 8, 1 for true) is refused.
         return schema.model_validate_json(json.dumps(values), strict=True)
@@ -68,7 +68,7 @@ def describe(error: ValidationError, schema: type[BaseModel]) -> str:
         return f"{key} is missing"
     if first["type"] == "literal_error":
         choices = [choice.strip(" '") for choice in first["ctx"]["expected"].replace(" or ", ",").split(",")]
-        return f"{key}: '{first['input']}' is no valid choice{nearest(first['input'], choices)}"
+        return f"{key}: '{first['input']}' is not a valid choice{nearest(first['input'], choices)}"
     if first["type"] == "value_error":
         return f"{prefix}{first['ctx']['error']}"
     meaning = known.get(listed.removesuffix("[]"))

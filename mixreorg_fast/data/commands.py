@@ -8,7 +8,7 @@ from collections import Counter
 
 from ..config import ScenesConfig
 from ..errors import UserError
-from .remote.command import add_cache_arguments, cache_of, get, told
+from .remote.command import add_cache_arguments, cache_of, get, print_report
 from .remote.sets import remote_shards
 from .remote.sources import is_remote
 from .scenes.folder import ensure_scenes
@@ -112,8 +112,8 @@ def _build(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     settings = cache_of(args)
     if remote_shards(args.pattern, settings):
-        return told(get(args.pattern, settings, workers=args.workers))
-    return told(verify(args.pattern, workers=args.workers, device=args.device))
+        return print_report(get(args.pattern, settings, workers=args.workers))
+    return print_report(verify(args.pattern, workers=args.workers, device=args.device))
 
 
 def _join(args: argparse.Namespace) -> int:

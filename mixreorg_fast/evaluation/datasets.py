@@ -51,7 +51,7 @@ class SegmentationDataset:
 
     @property
     def background_threshold(self) -> float | None:
-        """The usual one of this data set; None where there is no background."""
+        """The usual background threshold of this dataset; None without a background."""
         return self.layout.threshold if self.has_background else None
 
     @property
@@ -68,14 +68,14 @@ class SegmentationDataset:
         return [number * len(self) // count for number in range(count)]
 
     def __getitem__(self, index: int) -> Sample:
-        """Read one photo and its mask; a missing or damaged file, a mask of another size than its photo and an id
-        without a class are UserErrors."""
+        """Read one photo and its mask. Raises a UserError if a file is missing or damaged, if mask and photo differ in
+        size, or if an id has no class."""
         name = self.names[index]
         photo, mask_path, remap = self._paths(name)
         image = load_image(photo)
         mask, ignore = _read_mask(mask_path), IGNORE if len(self.classes) <= IGNORE else IGNORE_16
-        if image.size == mask.shape != image.size[::-1]:
-            # Some masks were drawn on the photo as stored, without regard to its EXIF orientation.
+        if mask.shape == image.size and image.width != image.height:
+            # The mask was drawn on the photo as stored, without regard to its EXIF orientation.
             image = load_image(photo, upright=False)
         if image.size != (mask.shape[1], mask.shape[0]):
             raise UserError(
@@ -106,17 +106,17 @@ class SegmentationDataset:
 
 
 def open_dataset(kind: str, root: str | Path, split: str = "val") -> SegmentationDataset:
-    """The data set of layout `kind`, which docs/evaluate.md describes, under `root`: its folder or the parent of that.
+    """The dataset of layout `kind`, which docs/evaluate.md describes, under `root`: its folder or the parent of that.
 
     Raises:
         UserError: unknown kind or split, missing folder or file list, an empty split, doubled class names.
     """
     if kind not in KINDS:
-        raise UserError(f"unknown data set layout '{kind}'{nearest(kind, KINDS)}")
+        raise UserError(f"unknown dataset layout '{kind}'{nearest(kind, KINDS)}")
     root = Path(root)
     if not root.is_dir():
         siblings = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
-        raise UserError(f"no data set folder {root}{nearest(root.name, siblings)}; docs/evaluate.md lists the layouts")
+        raise UserError(f"no dataset folder {root}{nearest(root.name, siblings)}; docs/evaluate.md lists the layouts")
     layout = _plain(root) if kind == "plain" else LAYOUTS[kind]
     folder = layout.split_folders.get(split, split)
     home = next((root / home for home in layout.homes if (root / home / Path(layout.images).parts[0]).is_dir()), None)
@@ -155,7 +155,7 @@ def _plain(root: Path) -> Layout:
     classes = _class_names(root / "classes.txt", "one class name per line, the first of mask id 0")
     if len(classes) > IGNORE:
         raise UserError(f"{root / 'classes.txt'}: {len(classes)} classes; masks of 8 bits hold at most {IGNORE}")
-    # There is no usual threshold for own data: VOC's.
+    # Own data has no usual threshold; VOC's is taken.
     return Layout(classes, "images", "masks", "splits/{split}.txt", image_suffixes=SUFFIXES, threshold=0.95)
 
 
@@ -173,7 +173,7 @@ def _class_names(path: Path, expected: str, count: int | None = None) -> tuple[s
 
 
 def _read_mask(path: Path) -> np.ndarray:
-    """The values of a grey or palette picture: integers ``[H, W]``; a UserError where it is damaged or has colours."""
+    """The values of a grey or palette picture: integers ``[H, W]``. A damaged or coloured one raises a UserError."""
     try:
         with Image.open(path) as mask:
             if mask.mode not in ("P", "L", "1") and not mask.mode.startswith("I"):

@@ -1,4 +1,4 @@
-"""Score a model zero-shot on a segmentation data set: mIoU, a table per class, pictures.
+"""Score a model zero-shot on a segmentation dataset: mIoU, a table per class, pictures.
 
 mixreorg evaluate --model DIR --dataset voc2012 --root VOCdevkit     weights of ours
 mixreorg evaluate --model CIDAS/clipseg-rd64-refined …               Hugging Face's CLIPSeg or GroupViT
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = f"{WEIGHTS_HELP}; CLIPSeg of Hugging Face's, by folder or name; or module:function"
     parser.add_argument("--model", "--weights", required=True, metavar="MODEL", help=about)
     parser.add_argument("--dataset", default="plain", metavar="KIND", help=f"folder layout: {', '.join(KINDS)}")
-    parser.add_argument("--root", required=True, metavar="FOLDER", help="the data set's folder")
+    parser.add_argument("--root", required=True, metavar="FOLDER", help="the dataset's folder")
     parser.add_argument("--split", default="val", help="default: val")
     parser.add_argument("--out", metavar="FILE", help="where the scores go as JSON")
     parser.add_argument("--pictures", metavar="FILE", help="PNG of some photos, truths, predictions and segments")
@@ -63,7 +63,7 @@ def joined_ranks(device: str | None) -> Iterator[str | None]:
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     ranks.wait_patiently()
     yield str(chosen)
-    # Not after an error: the others wait for this rank, until the launcher ends them.
+    # Skipped after an error: the other ranks wait for this one, until the launcher ends them.
     dist.destroy_process_group()
 
 
@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("--resume needs --out FILE: the counts are kept beside it while it runs")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, got {args.limit}")
-    # The data set comes first: its errors should not wait for the weights.
+    # The dataset comes first: its errors should not wait for the weights.
     dataset = open_dataset(args.dataset, args.root, args.split)
     keep = f"{args.out}.partial" if args.out else None
     sweep, options = args.background_threshold == "sweep", options_of(args)
@@ -82,7 +82,9 @@ def main(args: argparse.Namespace) -> int:
             raise UserError(f"--background-threshold sweep: {dataset.kind} at {args.root} has no class 'background'")
     with joined_ranks(args.device) as device:
         segmenter = open_model(args.model, dataset, options, device, args.batch)
-        result = evaluate(segmenter, dataset, args.limit, True, args.predictions, keep, args.resume, sweep)
+        result = evaluate(
+            segmenter, dataset, args.limit, predictions=args.predictions, keep=keep, resume=args.resume, sweep=sweep
+        )
         rank = ranks.rank()
     if rank > 0:
         return 0

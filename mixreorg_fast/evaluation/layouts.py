@@ -23,7 +23,7 @@ class Layout:
     images: str = "images/{split}"
     masks: str = "annotations/{split}"
     split_file: str | None = None  # None: every photo of the folder belongs to the split
-    homes: tuple[str, ...] = ("",)  # where, under the root, the data set may start
+    homes: tuple[str, ...] = ("",)  # where, under the root, the dataset may start
     image_suffixes: tuple[str, ...] = (".jpg",)
     mask_suffixes: Mapping[str, np.ndarray | None] = field(default_factory=lambda: {".png": None})
     threshold: float | None = None
@@ -62,7 +62,7 @@ _CONTEXT = Layout(
     split_file="ImageSets/SegmentationContext/{split}.txt",
     homes=("", "VOC2010", "VOCdevkit/VOC2010"),
     threshold=0.35,
-    setup=" (examples/pascal_context.py makes them from the data set's .mat files)",
+    setup=" (examples/pascal_context.py makes them from the dataset's .mat files)",
 )
 _NO_BACKGROUND = {".png": _remap(range(1, 255))}  # 0 is ignored
 

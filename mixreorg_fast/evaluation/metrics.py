@@ -87,7 +87,7 @@ def _windows(maps: Tensor, side: int, best: Callable[[Tensor, Tensor], Tensor]) 
 def per_class_iou(matrix: Tensor) -> Tensor:
     """``true positives / (truth + prediction - true positives)`` in percent, fp64 ``[C]``.
 
-    NaN for a class that occurs neither in the truth nor in the prediction: it says nothing and counts nowhere.
+    NaN for a class in neither the truth nor the prediction; means leave it out.
     """
     hit, truth, prediction = matrix.diagonal(), matrix.sum(dim=1), matrix.sum(dim=0)
     return 100 * hit.double() / (truth + prediction - hit)
@@ -117,7 +117,7 @@ def mean_boundary_iou(counts: Tensor) -> float:
 def frequent_mean_iou(matrix: Tensor, photos: Tensor) -> float | None:
     """Mean of :func:`per_class_iou` over the classes that at least `FREQUENT` of the `photos` ``[C]`` show, in percent.
 
-    None where fewer than two classes are so frequent, or where none is rare, shown by fewer than `RARE`.
+    None if fewer than two classes are that frequent, or if every class is shown by at least `RARE` photos.
     """
     frequent = photos >= FREQUENT
     if frequent.sum() < 2 or photos.min() >= RARE:
@@ -186,7 +186,7 @@ class Tally:
         write_json(path, {"about": about, "done": sorted(self.done), "counts": self._counts.tolist()})
 
     def restore(self, path: Path, about: dict[str, Any]) -> None:
-        """Go on from the counts at `path`, if there are any and `about` describes them."""
+        """Continue from the counts at `path`, if `about` describes them."""
         state = json_or_empty(path)
         if state.get("about") == json.loads(json.dumps(about)) and len(state.get("counts", ())) == len(self._counts):
             self._counts.copy_(torch.tensor(state["counts"]))

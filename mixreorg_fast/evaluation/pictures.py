@@ -102,7 +102,7 @@ def save_grid(
 
 
 def _fit(cell: Image.Image) -> Image.Image:
-    """Into a square of `CELL` pixels; enlarged by whole pixels, so that labels and small images stay sharp."""
+    """Fit into a square of `CELL` pixels; enlarged by nearest neighbour, so that labels and small images stay sharp."""
     scale = CELL / max(cell.size)
     size = (max(1, round(cell.width * scale)), max(1, round(cell.height * scale)))
     return cell.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)

@@ -38,7 +38,7 @@ OWN_SIZES = ("short_side", "mode", "window", "stride")
 def open_model(
     name: str, dataset: SegmentationDataset, options: Mapping[str, Any], device: str | None = None, batch: int = 8
 ) -> Segmenter | PixelScores:
-    """What segments the photos of `dataset` by the model called `name`.
+    """The model called `name`, ready to segment the photos of `dataset`.
 
     Args:
         name: weights of ours, a folder or repository of Hugging Face's (GroupViT or CLIPSeg), or ``module:function``.
@@ -72,7 +72,7 @@ def _refuse(options: Mapping[str, Any], *names: str) -> None:
 
 @dataclass(eq=False)
 class PixelScores(ABC):
-    """A model that scores the classes of a data set at every pixel, or labels them.
+    """A model that scores the classes of a dataset at every pixel, or labels them.
 
     Maps of scores are resized bilinearly to the photo (align_corners=False) and a pixel takes its best class. Where the
     background has no scores, a pixel is background if its best score is below min(threshold, the photo's best score).
@@ -121,7 +121,7 @@ class PixelScores(ABC):
             best = torch.maximum(part, best)
         if len(output) == classes:
             return Labelled(compact(label, classes))
-        assert self.threshold is not None, "the data set has a background"
+        assert self.threshold is not None, "the dataset has a background"
 
         def relabelled(threshold: float) -> Tensor:
             return compact(torch.where(best < best.max().clamp(max=threshold), 0, label + 1), classes)
@@ -196,10 +196,10 @@ class CLIPSeg(PixelScores):
 class Function(PixelScores):
     """A Python function: ``function(photo, classes)`` gives labels or scores.
 
-    It takes a Pillow image (RGB) and the data set's class names (a list, with "background" first where there is one).
+    It takes a Pillow image (RGB) and the dataset's class names (a list, with "background" first where there is one).
     It gives integers ``[H, W]`` at the photo's size, label t for ``classes[t]``; or floats ``[T, h, w]`` of any size, a
     map per class, with or without one for the background. NumPy arrays and tensors are taken. The module of
-    ``module:function`` is looked for in the working directory too; a UserError says that it or the function is missing.
+    ``module:function`` is looked for in the working directory too; a UserError says which of the two is missing.
     """
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ def retrieval_at_1(model: Any, batches: Iterable[tuple[Tensor, Tensor]], chunk: 
     """R@1 in both directions over all pairs of `batches`.
 
     A caption that several images share is right for each of them. Under a process group every rank passes its own
-    pairs and the retrieval is over all of them. No pairs are a UserError.
+    pairs and the retrieval is over all of them. Raises a UserError if there are no pairs.
 
     Args:
         model: in evaluation mode.

@@ -1,4 +1,4 @@
-"""The score of zero-shot segmentation on a data set (GroupViT's protocol)."""
+"""The score of zero-shot segmentation on a dataset (GroupViT's protocol)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SAVE_EVERY = 30.0  # seconds between saved counts, from which an interrupted eva
 
 
 class Read(NamedTuple):
-    """A photo by its index in the data set, and the network's input for it."""
+    """A photo by its index in the dataset, and the network's input for it."""
 
     index: int
     sample: Sample
@@ -53,7 +53,7 @@ def segmenter_for(
 
     Args:
         settings: None: those that the model carries.
-        threshold: background threshold; None: the settings' one, or else the data set's usual one.
+        threshold: background threshold; None: the settings' one, or else the dataset's usual one.
         batch: photos of one network size, or windows, per forward pass.
     """
     settings = model.inference if settings is None else settings
@@ -63,8 +63,8 @@ def segmenter_for(
 
 
 def threshold_for(dataset: SegmentationDataset, given: float | None, *usual: float | None) -> float | None:
-    """The background threshold: `given`, or the first of the `usual` ones that is not None; without background None.
-    One given for a data set without background is a UserError."""
+    """The background threshold: `given`, else the first of `usual` that is not None; None for a dataset without
+    background, for which `given` raises a UserError."""
     if dataset.has_background:
         return next((value for value in (given, *usual) if value is not None), None)
     if given is not None:
@@ -88,7 +88,7 @@ def evaluate(
     """Score a model zero-shot on `dataset`.
 
     Under a process group every rank scores its share of the photos, each photo once, and all return the sum. Errors are
-    those of the data set and of the model.
+    those of the dataset and of the model.
 
     Args:
         segmenter: of :func:`segmenter_for`, or of :func:`~mixreorg_fast.evaluation.predictors.open_model`.
@@ -96,7 +96,7 @@ def evaluate(
         progress: show a bar (on rank 0).
         predictions: folder that gets the labels of each photo as a PNG of its name (see `save_labels`).
         keep: file (one per rank, its number appended) that holds the counts while this runs; removed at the end.
-        resume: continue from the counts in `keep` if they belong to this model, data set and settings.
+        resume: continue from the counts in `keep` if they belong to this model, dataset and settings.
         sweep: try every background threshold of `THRESHOLDS` beside the settings' one.
     Returns:
         what docs/evaluate.md lists under "Scores", in percent; None for a class in neither truth nor prediction.
@@ -120,7 +120,7 @@ def evaluate(
     try:
         indices = dataset.spread(limit)
         left = [index for index in indices[rank::world] if index not in tally.done]
-        started = time.monotonic()
+        saved = time.monotonic()
         with tqdm(total=len(indices), desc="evaluate", unit="photo", disable=not progress or rank > 0) as bar:
             bar.update(len(indices) - len(left) * world if tally.done else 0)
             for photos in _batches(segmenter, dataset, left):
@@ -137,10 +137,10 @@ def evaluate(
                     if predictions is not None:
                         save_labels(Path(predictions) / f"{sample.name}.png", decoded.labels, dataset.has_background)
                 bar.update(min(len(photos) * world, bar.total - bar.n))
-                if kept is not None and time.monotonic() - started > SAVE_EVERY:
+                if kept is not None and time.monotonic() - saved > SAVE_EVERY:
                     with saving(kept):
                         tally.keep(kept, about)
-                    started = time.monotonic()
+                    saved = time.monotonic()
     except UserError as error:
         # A photo, file or answer of this rank's share, which other ranks do not see.
         raise RankError(str(error)) from error
@@ -198,7 +198,7 @@ def _batches(
     for item in read_ahead():
         waiting[item.tensor.shape].append(item)
         fullest = max(waiting, key=lambda size: len(waiting[size]))
-        # Photos of many sizes: what waits is bounded, since it fills the memory.
+        # Photos of many sizes: the number waiting is bounded, because they are held in memory.
         if len(waiting[fullest]) == batch or sum(map(len, waiting.values())) >= 4 * batch:
             yield waiting.pop(fullest)
     yield from waiting.values()

@@ -1,7 +1,7 @@
 """Text in pictures: fonts that have its characters, and lines that fit.
 
-Pillow's own font knows ASCII. Other characters take a font of matplotlib or of the system (DejaVu Sans: Latin, Greek,
-Cyrillic; fontconfig knows the rest), and what no font has is written as ASCII: é as e, 猫 as ``\\u732b``.
+Pillow's own font has ASCII only. Other characters take a font of matplotlib or the system (DejaVu Sans: Latin, Greek,
+Cyrillic; others through fontconfig). A character that no font has is written in ASCII: é as e, 猫 as ``\\u732b``.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def draw_text(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, 
 
 
 def wrap(text: str, size: int, width: float) -> list[str]:
-    """`text` in lines of at most `width` pixels, broken between words, and inside those that are longer."""
+    """`text` in lines of at most `width` pixels, broken between words; a word longer than a line is broken inside."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".lstrip()
@@ -120,7 +120,7 @@ def _face_of(character: str) -> Face | None:
     for face in faces():
         if has_glyph(face, character):
             return face
-    with contextlib.suppress(OSError):  # of a font of bitmaps, in other sizes
+    with contextlib.suppress(OSError):  # a bitmap font lacks this size
         if (face := _ask_fontconfig(character)) and has_glyph(face, character):
             faces().append(face)
             return face

@@ -117,20 +117,20 @@ def _huggingface_tensors(source: Path) -> Mapping[str, Any]:
 def save_huggingface(network: Any, folder: str | Path, state: Mapping[str, Tensor]) -> None:
     """Write a folder for ``GroupViTModel.from_pretrained`` and ``AutoProcessor.from_pretrained``, atomically.
 
-    `network`: a Model or Weights: sizes, normalisation, tokenizer. `state`: its tensors, the logit scale 0-d. Soft
-    assignment is a UserError.
+    `network`: a Model or Weights: sizes, normalisation, tokenizer. `state`: its tensors, the logit scale 0-d. Raises a
+    UserError for soft assignment.
     """
     config, text, tokenizer = network.config, network.config.text, network.tokenizer
     if not config.hard_assignment:
         raise UserError(
-            "these weights assign patches softly (model.hard_assignment false), which no GroupViT does; weights "
-            "trained with --set model.hard_assignment=true can be exported"
+            "these weights assign patches softly (model.hard_assignment false), but Hugging Face's GroupViT assigns "
+            "them hard; weights trained with --set model.hard_assignment=true can be exported"
         )
-    if config.tau != 1.0:  # Hugging Face's model has no temperature of the assignment: it is divided into q
+    if config.tau != 1.0:  # Hugging Face's model has no tau: q is divided by it
         queries = re.compile(r".*\.grouping\.q\.(weight|bias)")
         state = {name: value / config.tau if queries.fullmatch(name) else value for name, value in state.items()}
     end = tokenizer.end_id if tokenizer else text.vocab_size - 1
-    # What is left out has the value of the formats' defaults.
+    # Keys that are left out have the format's default values.
     description = {
         "architectures": ["GroupViTModel"],
         "model_type": "groupvit",
@@ -185,7 +185,8 @@ def save_huggingface(network: Any, folder: str | Path, state: Mapping[str, Tenso
 
 
 def save_tokenizer_with_ends(tokenizer: Tokenizer, folder: Path, context: int | None = None) -> None:
-    """Write a tokenizer.json that adds start and end and truncates to `context` tokens; ours leave that to our code."""
+    """Write a tokenizer.json that adds start and end and truncates to `context` tokens, as
+    :meth:`Tokenizer.encode` does with our own files."""
     path = tokenizer.save(folder)
     backend = tokenizers.Tokenizer.from_file(str(path))
     backend.post_processor = processors.TemplateProcessing(

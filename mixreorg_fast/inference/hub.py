@@ -99,7 +99,7 @@ def model_type(source: str | Path) -> str | None:
 
 
 def _parsed(source: str | Path) -> tuple[str, str] | None:
-    """Name and revision of a repository; None: `source` is the name of a file."""
+    """Name and revision of a repository; None: `source` cannot name a repository."""
     found = _NAME.fullmatch(str(source))
     if found is None or str(source).endswith((".json", ".pth")):
         return None
@@ -132,8 +132,8 @@ def _download(name: str, revision: str, kind: Kind) -> Path:
         texts = (TOKENIZER,) if TOKENIZER in there else ("vocab.json", "merges.txt")
         files += [file for file in (*texts, "preprocessor_config.json") if file in there]
     path = Path()
-    # Where the cache has the last file, it has the others. The last is fetched by the revision's name, which the cache
-    # then knows when the hub cannot be reached.
+    # The cache holds the last file only if it holds the others. The last file is fetched by the revision's name, so
+    # that the cache can resolve this name without the hub.
     for file in (*files, last):
         known = isinstance(hub.try_to_load_from_cache(name, file, revision=about.sha), str)
         path = Path(hub.hf_hub_download(name, file, revision=revision if file == last else about.sha))
@@ -158,7 +158,8 @@ def _check(path: Path, about: Any, name: str) -> None:
 
 @contextlib.contextmanager
 def _in_one_line(name: str, revision: str = "main", before: str = "") -> Iterator[None]:
-    """Errors of the hub's client as a :class:`UserError`; `before` begins those of a repository that is not there."""
+    """Raise errors of the hub's client as a :class:`UserError`; `before` begins the message if the repository is
+    missing or the hub cannot be reached."""
     from huggingface_hub import HfApi, constants, errors
 
     place = constants.ENDPOINT
@@ -272,7 +273,7 @@ def card(model: Model, name: str, format: Format, license: str | None) -> Any:
         trained = f"{shown}; {step} steps."
     if scores:
         rows = [f"| {each} | {values['mIoU']:.2f} | {values.get('images', '')} |" for each, values in scores.items()]
-        table = "\n".join(["| data set | zero-shot mIoU (%) | photos |", "|---|---|---|", *rows])
+        table = "\n".join(["| dataset | zero-shot mIoU (%) | photos |", "|---|---|---|", *rows])
     settings = json.dumps(_public(about or config.model_dump(mode="json")), indent=2)
     return ModelCard(f"""---
 {data.to_yaml()}
@@ -307,7 +308,7 @@ result = model.segment("photo.jpg", "cat, dog, sofa")
 
 
 def _run_of(source: Path | None) -> tuple[dict[str, Any], dict[str, Any], int | str]:
-    """Configuration, scores by data set, and step of the run that weights are of, as far as they are there."""
+    """Configuration, scores by dataset, and step of the run that weights are of, as far as they are there."""
     if source is not None:
         for run in (source, *source.absolute().parents[:2]):  # RUN/checkpoints/step_*, or RUN/best
             if "train" in (about := json_or_empty(run / "config.json")):

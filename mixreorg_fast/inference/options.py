@@ -39,20 +39,20 @@ def add_options(parser: argparse.ArgumentParser, *names: str, decoding: str | No
         about = f"{field.description}{also} (default: {default or 'as in the weights'})"
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=about, **kind)
     if not names:
-        parser.add_argument("--batch", type=int, default=8, metavar="N", help="photos per forward pass (8)")
+        parser.add_argument("--batch", type=int, default=8, metavar="N", help="photos or windows per forward pass (8)")
     parser.add_argument("--device", help="default: the GPU, or the CPU of a machine without")
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the options of :func:`add_options` give; None: the weights' setting. A `--batch` below 1 is a
-    UserError."""
+    """The settings that the options of :func:`add_options` give; None: the weights' setting. Raises a UserError for a
+    `--batch` below 1."""
     if args.batch < 1:
         raise UserError(f"--batch must be at least 1, got {args.batch}")
     return {name: getattr(args, name) for name in InferenceConfig.model_fields}
 
 
 def load_on_device(weights: str, device: str | None) -> Model:
-    """The model of `weights`, on the `device` of `devices.choose`; a UserError where it has no tokenizer."""
+    """The model of `weights`, on the `device` of `devices.choose`. Raises a UserError if it has no tokenizer."""
     model = load(weights, devices.choose(device))
     if model.tokenizer is None:
         raise UserError(

@@ -21,7 +21,7 @@ IGNORED = 255  # the label of pixels that are not scored
 STRIP = 1 << 22  # pixels blended at once
 LEGEND = 320  # pixels: a legend below a narrower picture widens up to this for its names
 
-# Far apart from one another, in CIELAB, as they are and blended over black and white; none is dark (L* of 45 and more).
+# Colours far apart in CIELAB, both pure and blended over black and over white; L* of each is at least 45.
 _DISTINCT = """ff1100 00ff00 0088ff ff00bb bbeebb ffcc00 ffccff 886600 00ffaa 118888 bb4477 bb00ff 4455ff ff0055 11ffff
 bbff00 338833 dd77ff bb4422 ffbb99 666699 ff8800 00bb22 88aa00"""
 
@@ -80,7 +80,7 @@ def segments_picture(photo: Image.Image, segments: Any) -> Image.Image:
 
 
 def label_counts(labels: Any, count: int) -> np.ndarray:
-    """Pixels of each label 0..count-1, int64 ``[count]``; in strips, since NumPy counts in copies of 8 bytes each."""
+    """Pixels of each label 0..count-1, int64 ``[count]``; in strips, since NumPy converts what it counts to int64."""
     labels = np.asarray(labels)
     rows = max(1, STRIP // labels.shape[1])
     strips = (labels[top : top + rows].ravel() for top in range(0, len(labels), rows))
@@ -136,7 +136,7 @@ def save_picture(
 
 
 def kind_of(path: str | Path) -> str:
-    """The format of pictures that the suffix of `path` names; a UserError where Pillow writes no such format."""
+    """The picture format that the suffix of `path` names. Raises a UserError if Pillow cannot write it."""
     suffix = Path(path).suffix.lower()
     kind = Image.registered_extensions().get(suffix)
     if kind not in Image.SAVE:

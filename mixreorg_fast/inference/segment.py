@@ -21,7 +21,7 @@ from .options import WEIGHTS_HELP, add_options, load_on_device, options_of
 from .overlay import save_labels, save_picture
 
 AREAS = "areas.json"
-# Notes in the PNGs that this command writes: by whom, and a digest of the photo's place.
+# Notes in the PNGs that this command writes: the program, and a digest of the photo's path.
 WRITER, PHOTO = ("Software", "mixreorg segment"), "Photo"
 
 
@@ -89,8 +89,8 @@ def find_photos(sources: list[str], recursive: bool) -> dict[Path, Path]:
 class Outputs:
     """The folder of overlays, masks and ``areas.json``: nothing is written over a file of another origin.
 
-    `folder` is made when first written to. `photos`: all that will be segmented. A `folder` that is a file, or whose
-    ``areas.json`` is not of this command, is a UserError.
+    `folder` is made when first written to. `photos`: all that will be segmented. Raises a UserError if `folder` is a
+    file, or if this command did not write its ``areas.json``.
     """
 
     def __init__(self, folder: Path, photos: Iterable[Path], masks: bool) -> None:
@@ -123,7 +123,7 @@ class Outputs:
         return found[0]
 
     def areas(self) -> dict[str, dict[str, float]]:
-        """The shares by photo that are noted so far; a damaged or foreign ``areas.json`` is a UserError."""
+        """The shares noted so far, by photo. Raises a UserError if ``areas.json`` is damaged or of another program."""
         if not self._listing.exists():
             return {}
         try:
@@ -145,7 +145,7 @@ def _mask_of(overlay: Path) -> Path:
 
 
 def _written_here(path: Path) -> str | None:
-    """The digest of the photo that the picture at `path` was made of; None: this command did not write it."""
+    """The :func:`_digest` of the photo that the picture at `path` shows; None: this command did not write it."""
     if path.suffix.lower() != ".png":
         return None
     try:
@@ -156,4 +156,5 @@ def _written_here(path: Path) -> str | None:
 
 
 def _digest(photo: Path) -> str:
+    """A digest of the photo's path."""
     return hashlib.sha256(str(photo.resolve()).encode(errors="surrogateescape")).hexdigest()[:16]

@@ -123,7 +123,7 @@ class Segmenter:
         if settings.mode == "sliding" and settings.window % patch:
             low = settings.window // patch * patch
             raise UserError(
-                f"window {settings.window} is no multiple of the patch {patch} "
+                f"window {settings.window} is not a multiple of the patch {patch} "
                 f"(nearest: {max(low, patch)} or {low + patch})"
             )
         self.model, self.prompts, self.settings, self.batch = model, list(prompts), settings, batch
@@ -176,7 +176,7 @@ class Segmenter:
         known: dict[int, Tensor] = {}
 
         def relabelled(threshold: float) -> Tensor:
-            # A higher threshold adds segments to the background, so their number tells which ones they are.
+            # A higher threshold only adds segments to the background, so their number identifies the set.
             count = int(is_background(scores, threshold).sum())
             if count not in known:
                 known[count] = decode(maps, scores, boxes, network, size, threshold, settings.decoding).labels

@@ -1,9 +1,10 @@
 """From the segments of a photo's windows to the labels of its pixels, by either of two decodings.
 
-- ``groupvit``, the published one: the segment of every pixel *at network size*, its class scores (and 1 for the
-  background where they stay under the threshold) averaged over the windows, then bilinearly to photo size, arg-max.
-- ``direct``: the segment maps bilinearly to *photo size*, arg-max over the segments there, look-up of the class
-  (through windows: the classes' scores averaged there).
+- ``groupvit``, the published decoding: every pixel *at network size* takes a segment and its class scores (and 1 for
+  the background if they are below the threshold). They are averaged over the windows and resized bilinearly to photo
+  size; the best class wins.
+- ``direct``: the segment maps are resized bilinearly to *photo size*, and each pixel takes the class of its best
+  segment. Through windows, the classes' scores at each pixel are averaged.
 
 Neither needs a volume of height x width x classes. Wherever a pixel lies, its scores are one row of a small table
 (its segment's, or the mean of its segments' in the windows over it), so an image is a map of row numbers; scores are
@@ -80,12 +81,12 @@ class ScoreMap:
     Args:
         size: (height, width) of the canvas.
         scores: ``[W, G, T]`` class scores of each window's segments.
-        threshold: float or None; with it class 0 of the labels is background and class t is t + 1.
+        threshold: of the background, or None. With one, label 0 is background and class t is label t + 1.
     """
 
     def __init__(self, size: tuple[int, int], scores: Tensor, threshold: float | None) -> None:
         scores = score_channels(scores, threshold)  # [W, G, C]
-        # A class that scores 0 everywhere cannot win (but for class 0, should all be 0).
+        # A class that scores 0 everywhere cannot win. Class 0 stays: it wins where all scores are 0.
         used = (scores > 0).flatten(0, 1).any(dim=0)
         used[0] = True
         self.classes = used.nonzero().flatten()  # [U]

@@ -179,7 +179,7 @@ def _sizes(state: Mapping[str, Any], naming: Naming, source: str, heads: tuple[i
     if heads is None:
         for channels in (width, text_width):
             if channels % 64:
-                raise UserError(f"{source}: a width of {channels} is no multiple of GroupViT's 64 channels per head")
+                raise UserError(f"{source}: a width of {channels} is not a multiple of GroupViT's 64 channels per head")
         heads = (width // 64, text_width // 64)
     values = {
         "image_size": side * patch,

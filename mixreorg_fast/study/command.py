@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     if args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: at least 1")
+        raise UserError(f"--jobs {args.jobs}: expected at least 1")
     study = Study(args.study, args.block)
     if args.list:
         for waiting, run in planned(study):
@@ -86,7 +86,7 @@ def _timed_run(study: Study, dataset: str, variant: str, like: str, seed: int) -
 
 
 def _state(run: Run) -> str:
-    """What has become of the run, if its folder belongs to this very run."""
+    """FINISHED or "begun" if the run's folder was made with this configuration, else "to train"."""
     with contextlib.suppress(UserError):
         if run.folder.is_dir() and load_config(run.request) == run.config:
             return FINISHED if (run.folder / "eval.json").is_file() else "begun"

@@ -18,14 +18,14 @@ Overrides = dict[str, Any]  # {"train.steps": 900}: what `--set` takes, as JSON
 
 
 class VariantConfig(Section):
-    """One row of the table: a readable name, and the differences from the data set's configuration."""
+    """One row of the table: a readable name, and the differences from the dataset's configuration."""
 
     about: str
     set: Overrides = {}
 
 
 class DatasetConfig(Section):
-    """A data set to train on: a training configuration, relative to the study's file."""
+    """A dataset to train on: a training configuration, relative to the study's file."""
 
     config: str
     set: Overrides = {}
@@ -68,7 +68,7 @@ class StudyConfig(Section):
                 if variant not in block.variants:
                     yield f"block '{name}': equal_time needs '{variant}' among the block's variants"
             if block.world not in self.worlds:
-                yield f"block '{name}': no world '{block.world}'{nearest(block.world, self.worlds)}"
+                yield f"block '{name}': no dataset '{block.world}' in worlds{nearest(block.world, self.worlds)}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Run:
     """One training run of a study."""
 
     study: str
-    dataset: str  # the key in `worlds` of the data set that the run trains on
+    dataset: str  # the key in `worlds` of the dataset that the run trains on
     variant: str
     seed: int
     budget: Budget
@@ -99,7 +99,7 @@ class Study:
         blocks: only these blocks; none: all.
     Attributes:
         runs: every run with a budget of steps, once, also if several blocks contain it.
-        timed: data set, variant, the variant whose time is the budget, and seed of every run with a budget of time.
+        timed: dataset, variant, the variant whose time is the budget, and seed of every run with a budget of time.
     Raises:
         UserError: the file or a configuration that it names is missing or wrong.
     """
@@ -114,7 +114,7 @@ class Study:
         self.runs = [self.run(*key) for key in runs]
 
     def _keys(self, blocks: Iterable[str]) -> tuple[list[tuple[str, str, int]], list[tuple[str, str, str, int]]]:
-        """Data set, variant and seed of the runs with a budget of steps in `blocks`, once each; and :attr:`timed`."""
+        """Dataset, variant and seed of the runs with a budget of steps in `blocks`, once each; and :attr:`timed`."""
         runs, timed = [], []
         for block in map(self.config.blocks.__getitem__, blocks):
             # Seed by seed: an interrupted study has complete tables of the first seeds.
@@ -125,13 +125,13 @@ class Study:
         return list(dict.fromkeys(runs)), list(dict.fromkeys(timed))
 
     def names(self) -> set[tuple[str, str]]:
-        """Data set and name of every run of the file, in any block."""
+        """Dataset and name of every run of the file, in any block."""
         runs, timed = self._keys(self.config.blocks)
         names = {(dataset, _run_name(variant, "steps", seed)) for dataset, variant, seed in runs}
         return names | {(dataset, _run_name(variant, "time", seed)) for dataset, variant, _, seed in timed}
 
     def run(self, dataset: str, variant: str, seed: int, steps: int | None = None) -> Run:
-        """One run; `steps`: as many as fit into its budget of time; None: its budget is its configuration's steps."""
+        """One run; `steps`: those that fit into its budget of time; None: the budget is the configuration's steps."""
         budget: Budget = "steps" if steps is None else "time"
         settings = self.config.worlds[dataset]
         values = {**settings.set, **self.config.variants[variant].set, "seed": seed}
@@ -142,7 +142,7 @@ class Study:
         try:
             config = load_config(self.path.parent / settings.config, overrides)
         except UserError as error:
-            raise UserError(f"{self.path}: world '{dataset}', variant '{variant}': {error}") from None
+            raise UserError(f"{self.path}: dataset '{dataset}', variant '{variant}': {error}") from None
         return Run(self.config.name, dataset, variant, seed, budget, config)
 
 

@@ -45,7 +45,7 @@ def training_seconds(reports: Sequence[Mapping[str, Any]]) -> float:
 
 
 def rows_of(run: Path, **about: Any) -> list[Row]:
-    """One row per data set of a finished run folder (else a UserError); `about` overrides or adds columns."""
+    """One row per dataset of a finished run folder (else a UserError); `about` overrides or adds columns."""
     try:
         config, scores = (json.loads((run / name).read_text()) for name in ("config.json", "eval.json"))
         reports = [line for line in read_metrics(run) if "loss" in line]
@@ -81,7 +81,7 @@ def write_study_rows(
 ) -> None:
     """Put `rows` into the results file `path`. They replace the rows of the same runs; other rows stay.
 
-    `runs`: for each study, the data set and name of the runs that its file lists. Rows of its other runs are dropped.
+    `runs`: for each study, the dataset and name of the runs that its file lists. Rows of its other runs are dropped.
     """
     replaced = {_run(row) for row in rows}
 
@@ -133,7 +133,7 @@ def picture_name(device: str, study: str, dataset: str, kind: str) -> str:
 
 
 def study_table(rows: Sequence[Row]) -> list[str]:
-    """A line per variant and budget: means over seeds ± standard deviation, and the difference to the first line."""
+    """A line per variant and budget: means over seeds ± standard deviation, and the difference from the first line."""
     datasets = list(dict.fromkeys(row["world"] for row in rows))
     head = ["variant", "seeds", "steps", "seconds"]
     # IoU of rare classes is mostly noise, so the frequent classes have a column of their own where there are rare ones.
@@ -171,7 +171,7 @@ def study_table(rows: Sequence[Row]) -> list[str]:
 
 
 def run_table(rows: Sequence[Row]) -> list[str]:
-    """A line per run and data set."""
+    """A line per run and dataset."""
     head = ["run", "method", "seed", "steps", "images seen", "seconds", "scored on", "images", "mIoU"]
     head += [f"classes in {FREQUENT} photos", "all background", "oracle mIoU", "segments used"]
     columns = ("run", "variant", "seed", "steps", "images_seen", "seconds", "world", "images", "miou")
@@ -210,7 +210,7 @@ def _difference(rows: Sequence[Row], base: Sequence[Row]) -> str:
 def curves_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path) -> None:
     """Losses and scores against the steps as a PNG: the mean over seeds of each variant.
 
-    `runs` are finished runs on one data set; `labels` names variants in the legend.
+    `runs` are finished runs on one dataset; `labels` names variants in the legend.
     """
     panels = {
         "contrastive loss of the original images": "loss_original",
@@ -229,7 +229,7 @@ def curves_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path) ->
 
 
 def _log(run: Run) -> Sequence[Row]:
-    """The run's measures, and as "mIoU" those of the first data set in its validations and final scores."""
+    """The run's measures, and as "mIoU" those of the first dataset in its validations and final scores."""
     log = read_metrics(run.folder)
     scores = json.loads((run.folder / "eval.json").read_text())
     final = {name: score["mIoU"] for name, score in scores.items() if "mIoU" in score}
@@ -247,7 +247,7 @@ def _mean_curve(logs: Sequence[Sequence[Row]], name: str) -> Curve:
 def pictures_figure(runs: Sequence[Run], labels: Mapping[str, str], path: Path, count: int) -> None:
     """A PNG at `path`: photos with the labels of every variant, below them the segments.
 
-    `runs`: a finished one per column, on one data set. `count`: photos of the first data set that scores them.
+    `runs`: a finished one per column, on one dataset. `count`: photos of the first dataset that scores them.
     """
     config = json.loads((runs[0].folder / "config.json").read_text())
     entry = config["eval"]["datasets"][0]

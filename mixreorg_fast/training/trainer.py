@@ -315,7 +315,7 @@ class Trainer:
         self.reports.write(self.step, loader.bad_samples, measures)
 
     def _score(self, limit: int | None) -> tuple[Model, dict[str, Any]]:
-        """A copy of the network for evaluation, and its scores on `limit` images of each data set (None: all)."""
+        """A copy of the network for evaluation, and its scores on `limit` images of each dataset (None: all)."""
         model = Model(self.config.model, tokenizer=self.tokenizer, inference=self.config.inference)
         model.load_state_dict(checkpoint.portable_state(self.engine))
         model.to(self.ranks.device).eval()

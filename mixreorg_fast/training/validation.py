@@ -25,9 +25,9 @@ from .summary import WAYS
 
 
 def score(model: Model, config: Config, ranks: Ranks, *, limit: int | None) -> dict[str, Any]:
-    """Zero-shot mIoU per data set and, with validation shards, retrieval R@1; call on every rank.
+    """Zero-shot mIoU per dataset and, with validation shards, retrieval R@1; call on every rank.
 
-    `limit`: images per data set; None: each data set's own limit.
+    `limit`: images per dataset; None: each dataset's own limit.
     """
     scores: dict[str, Any] = {}
     for entry in config.eval.datasets:
@@ -68,8 +68,8 @@ def headline(scores: dict[str, Any]) -> dict[str, float]:
 
 
 def draw(model: Model, config: Config, images: Tensor, run: Path) -> None:
-    """``segmentation.png`` of the first data set, and ``mixing.png`` of training `images` ``[B, 3, H, W]``; without a
-    data set ``segments.png`` of those images."""
+    """``segmentation.png`` of the first dataset, and ``mixing.png`` of training `images` ``[B, 3, H, W]``; without a
+    dataset ``segments.png`` of those images."""
     if config.eval.datasets:
         dataset_figure(*_segmenter(model, config, config.eval.datasets[0]), run / "segmentation.png")
     elif len(images):

@@ -80,7 +80,7 @@ def photos(tmp_path) -> Path:
 
 @pytest.fixture
 def shards(tmp_path) -> str:
-    """Three shards of 13, 10 and 7 samples (no multiple of any batch), as a pattern."""
+    """Three shards of 13, 10 and 7 samples (not a multiple of any batch), as a pattern."""
     (tmp_path / "shards").mkdir()
     first = 0
     for number, count in enumerate((13, 10, 7)):

@@ -344,7 +344,7 @@ def test_the_account_of_a_run(plain, tokenizer, tmp_path):
 
 
 def test_mixtures(plain, tokenizer, tmp_path):
-    """Two ranks, and a loader that starts later, go through the same samples; stand-ins come from the same set."""
+    """Two ranks, and a loader that starts later, go through the same samples; replacements come from the same set."""
     write_shard(tmp_path / "a.tar", [Pair("bad", b"no", "jpg", ["x"]), *pairs(5)])
     write_shard(tmp_path / "b.tar", pairs(12, 100))
     sets = [{"pattern": str(tmp_path / "a.tar"), "weight": 3.0}, {"pattern": [str(tmp_path / "b.tar")]}]
@@ -359,7 +359,7 @@ def test_mixtures(plain, tokenizer, tmp_path):
     ranks = [keys(15, micro_batch=8, rank=rank, world_size=2) for rank in range(2)]
     assert list(itertools.chain(*(keys for step in zip(*ranks, strict=True) for keys in step))) == whole
     assert list(itertools.chain(*keys(5, micro_batch=8, start=104))) == whole[104:144]
-    small = sum(int(key) < 100 for key in whole)  # no stand-in of the bad one is of the other set
+    small = sum(int(key) < 100 for key in whole)  # no replacement of the bad one is of the other set
     assert abs(small / len(whole) - 0.75) < 0.06 and "bad" not in whole
     with pytest.raises(UserError, match=r"data\.shards: a weight is less than 1/65536"):
         TrainingSet.open(plain([{**sets[0], "weight": 1e9}, sets[1]]))

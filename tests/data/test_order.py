@@ -7,7 +7,7 @@ import pytest
 
 from mixreorg_fast.config import AugmentConfig
 from mixreorg_fast.data.reading.augment import crop_boxes, draw
-from mixreorg_fast.data.reading.order import Mixture, Order, Purpose, stand_in, uniforms
+from mixreorg_fast.data.reading.order import Mixture, Order, Purpose, replacement, uniforms
 
 
 @pytest.mark.parametrize("window", [1, 3, 100])
@@ -124,7 +124,7 @@ class TestMixture:
             Mixture([Order(part, 0) for part in self.SIZES[:2]], (1.0, 1e-6), 0)
 
 
-def test_stand_ins_are_spread_and_reach_every_sample():
-    firsts = {stand_in(sample, 0, 100, 1000) for sample in range(100, 600)}
+def test_replacements_are_spread_and_reach_every_sample():
+    firsts = {replacement(sample, 0, 100, 1000) for sample in range(100, 600)}
     assert len(firsts) > 350 and min(firsts) >= 100 and max(firsts) < 1100
-    assert {stand_in(107, attempt, 100, 20) for attempt in range(64 + 20)} == set(range(100, 120))
+    assert {replacement(107, attempt, 100, 20) for attempt in range(64 + 20)} == set(range(100, 120))

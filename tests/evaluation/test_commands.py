@@ -68,13 +68,13 @@ def test_huggingfaces_groupvit_scores_as_ours(weights, plain, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dataset", "voc"], "unknown data set layout 'voc'"),
+        (["--dataset", "voc"], "unknown dataset layout 'voc'"),
         (["--split", "vla"], "did you mean 'val'"),
         (["--resume"], "--resume needs --out FILE"),
         (["--limit", "0"], "--limit must be at least 1"),
         (["--templates", "imagenet"], "did you mean 'imagenet7'"),
         (["--device", "nowhere"], "--device nowhere: not available"),
-        (["--mode", "sliding", "--window", "100", "--stride", "50"], "no multiple of the patch 8"),
+        (["--mode", "sliding", "--window", "100", "--stride", "50"], "not a multiple of the patch 8"),
     ],
 )
 def test_evaluate_refuses_in_one_line(weights, plain, capsys, options, message):
@@ -189,7 +189,7 @@ print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        ("cat,,dog", "names between commas"),
+        ("cat,,dog", "names separated by commas"),
         ("cat, dog, cat", "'cat' is named twice"),
         ("cat, Cat", "'Cat' is named twice (also as 'cat')"),
     ],

@@ -97,7 +97,7 @@ def build_16_bit(root: Path, photo: str, mask: str) -> np.ndarray:
     return ids
 
 
-def test_context459_reads_its_names_from_the_data_sets_file(model, tmp_path):
+def test_context459_reads_its_names_from_the_datasets_file(model, tmp_path):
     mask = build_16_bit(tmp_path, "JPEGImages/a.jpg", "annotations_detectron2/pc459_val/a.tif")
     (tmp_path / "ImageSets" / "SegmentationContext").mkdir(parents=True)
     (tmp_path / "ImageSets" / "SegmentationContext" / "val.txt").write_text("a\n")
@@ -179,7 +179,7 @@ def test_cityscapes_from_train_ids_and_from_label_ids(tmp_path):
 
 def test_class_lists_are_of_the_right_length_and_name_nothing_twice():
     counts = {"voc2012": 21, "context": 60, "context59": 59, "coco_object": 81, "coco_stuff": 171, "ade20k": 150}
-    counts |= {"cityscapes": 19, "voc20": 20, "context459": 0, "ade847": 0}  # 0: the data set's file names them
+    counts |= {"cityscapes": 19, "voc20": 20, "context459": 0, "ade847": 0}  # 0: the dataset's file names them
     for kind, layout in LAYOUTS.items():
         assert len(layout.classes) == len(set(layout.classes)) == counts[kind]
 
@@ -204,7 +204,7 @@ def fail(kind: str, root: Path, split: str = "val", index: int = 0) -> str:
 
 
 def test_errors_of_the_plain_layout(plain):
-    assert "unknown data set layout 'voc'" in fail("voc", plain)
+    assert "unknown dataset layout 'voc'" in fail("voc", plain)
     assert "did you mean 'ade20k'" in fail("ade20", plain)
     assert "(did you mean 'shapes'?); docs/evaluate.md lists" in fail("plain", plain.parent / "shape")
     assert fail("plain", plain / "data" / "camvid").endswith("data/camvid; docs/evaluate.md lists the layouts")

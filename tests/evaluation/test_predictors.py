@@ -98,7 +98,7 @@ def test_functions_of_labels_and_of_scores(functions, plain, tmp_path, capsys):
     best, label = scores[:3].max(dim=0)
     expected = torch.where(best < min(0.6, float(best.max())), 0, label + 1)
     assert torch.equal(bare.segment(image).labels.long(), expected) and set(expected.unique().tolist()) >= {0, 1}
-    # The sweep tells the score at each threshold, and the score itself stays at the data set's.
+    # The sweep tells the score at each threshold, and the score itself stays at the dataset's.
     swept = score(f"{functions}:bare", dataset, sweep=True)
     assert swept["settings"]["background_threshold"] == 0.95 and len(swept["threshold_sweep"]) == 21
     for threshold in ("0.35", "0.60"):

@@ -313,9 +313,9 @@ def test_the_data_set_decides_about_background(model, plain):
     [
         ({"stride": 500}, "stride 500 leaves gaps between windows of 448"),
         ({"short_side": 0}, "short_side: input should be greater than 0, got 0"),
-        ({"mode": "slide"}, "mode: 'slide' is no valid choice .did you mean 'sliding'"),
-        ({"decoding": "dense"}, "decoding: 'dense' is no valid choice .choose from: groupvit, direct"),
-        ({"templates": "a photo"}, "templates: 'a photo' is no set of templates and has no {}"),
+        ({"mode": "slide"}, "mode: 'slide' is not a valid choice .did you mean 'sliding'"),
+        ({"decoding": "dense"}, "decoding: 'dense' is not a valid choice .choose from: groupvit, direct"),
+        ({"templates": "a photo"}, "templates: 'a photo' is neither a set of templates nor a template with {}"),
         ({"short": 1}, "unknown key 'short'"),
         ({"background_threshold": 1.5}, "background_threshold: input should be less than or equal to 1, got 1.5"),
     ],
@@ -326,7 +326,7 @@ def test_impossible_settings_are_refused(values, message):
 
 
 def test_a_window_that_cuts_patches_is_refused(model):
-    with pytest.raises(UserError, match="window 60 is no multiple of the patch 8 .nearest: 56 or 64"):
+    with pytest.raises(UserError, match="window 60 is not a multiple of the patch 8 .nearest: 56 or 64"):
         Segmenter(model, ["cat"], InferenceConfig(mode="sliding", window=60, stride=30))
 
 

@@ -58,7 +58,7 @@ def test_strings_and_arrays_of_names_and_templates_mean_the_same(model, photo):
     for classes in ("cat, Cat", [], b"cat", ["cat", 3]):
         with pytest.raises(UserError):
             model.segment(photo, classes)
-    with pytest.raises(UserError, match="templates: 'a photo' is no set of templates"):
+    with pytest.raises(UserError, match="templates: 'a photo' is neither a set of templates"):
         model.segment(photo, "cat", templates="a photo")
     with pytest.raises(UserError, match="unknown key 'shortside' .did you mean 'short_side'"):
         model.segment(photo, "cat", shortside=64)

@@ -168,7 +168,7 @@ def edited(folder, target, **changes):
         ({"vision_config": {"hidden_act": "relu"}}, "vision_config.hidden_act is relu, only gelu is supported"),
         ({"text_config": {"layer_norm_eps": 1e-6}}, "text_config.layer_norm_eps is 1e-06, only 1e-05"),
         ({"vision_config": {"image_size": [32, 128]}}, "image_size is [32, 128]; a square one was expected"),
-        ({"vision_config": {"num_attention_heads": 5}}, "width 96 is no multiple of heads 5 (nearest: 4 heads)"),
+        ({"vision_config": {"num_attention_heads": 5}}, "width 96 is not a multiple of heads 5 (nearest: 4 heads)"),
         ({"text_config": {"eos_token_id": 7}}, "eos_token_id is 7, but texts must end with the highest id 59"),
     ],
 )

@@ -111,7 +111,7 @@ def test_bare_state_dict_is_read_too(wide, tmp_path):
 def test_heads_that_cannot_be_told_are_refused(tmp_path, capsys):
     torch.save({"model": nvlabs_state(random_model(SMALL).state_dict())}, tmp_path / "narrow.pth")
     message = refusal(capsys, tmp_path / "narrow.pth", tmp_path / "out")
-    assert "a width of 96 is no multiple of GroupViT's 64 channels per head" in message
+    assert "a width of 96 is not a multiple of GroupViT's 64 channels per head" in message
 
 
 class Calls:

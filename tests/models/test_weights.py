@@ -113,7 +113,7 @@ def test_resized_positions_keep_their_places():
         (lambda f: (f / weights.DESCRIPTION).write_text("[]"), "expected a JSON object"),
         (
             lambda f: (f / weights.DESCRIPTION).write_text('{"format": "other/1"}'),
-            "format: 'other/1' is no valid",
+            "format: 'other/1' is not a valid",
         ),
         (lambda f: rewrite(f, lambda s: s.pop(POSITIONS)), f"lacks tensor '{POSITIONS}' (1 such in all)"),
         (lambda f: rewrite(f, lambda s: s.update(new=torch.zeros(1))), "has an unknown tensor 'new' (1 such in all)"),
@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_named(folder, break_it, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": 25}, "width 25 is no multiple of heads 2"),
+        ({"width": 25}, "width 25 is not a multiple of heads 2"),
         ({"widht": 24}, "unknown key 'model.widht' (did you mean 'width'?)"),
         ({"groups": [6, "3"]}, "groups"),
     ],
@@ -174,7 +174,7 @@ def test_inference_settings_are_saved_and_older_weights_go_without(model, folder
         assert f"{path}: {message}" in str(error.value)
 
 
-def test_a_run_gives_its_weights_the_threshold_that_its_data_sets_share():
+def test_a_run_gives_its_weights_the_threshold_that_its_datasets_share():
     def threshold(*of_datasets, **evaluation):
         entries = [{"name": str(i), "root": "x", "background_threshold": t} for i, t in enumerate(of_datasets)]
         return tiny_config(eval={"datasets": entries, **evaluation}).inference.background_threshold

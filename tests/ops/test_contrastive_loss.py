@@ -21,7 +21,7 @@ IMPLEMENTATIONS = ("torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [  # batch, prompts (0: text is [B, D]), width
     (64, 0, 256),  # the model's width, one whole tile
-    (131, 0, 100),  # a prime over one tile; a width that is no multiple of a block
+    (131, 0, 100),  # a prime over one tile; a width that is not a multiple of a block
     (37, 3, 16),  # several prompts per image; the narrowest product
     (1, 3, 40),  # one image
     (129, 1, 8),  # one more than a tile; narrower than a block; [B, 1, D] is [B, D]

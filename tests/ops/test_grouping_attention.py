@@ -17,7 +17,7 @@ IMPLEMENTATIONS = ("torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [  # batch, groups, patches, channels
     (2, 8, 64, 384),  # the model's second grouping
-    (1, 64, 196, 96),  # the model's first: one tile in 16 bits, several in fp32; no multiple of a block of patches
+    (1, 64, 196, 96),  # the model's first: one tile in 16 bits, several in fp32; not a multiple of a block of patches
     (3, 7, 13, 100),  # primes; channels that no block divides
     (1, 64, 300, 32),  # one image of several tiles in every dtype
     (1, 5, 1, 8),  # one patch, fewer channels than a block
@@ -221,7 +221,7 @@ def test_whole_rows_are_prefetched_where_the_device_can(monkeypatch):
         (90, torch.bfloat16, 384, 768),
         (120, torch.float32, 8, 32),
         (89, torch.bfloat16, 384, 0),  # has no such instruction
-        (90, torch.bfloat16, 100, 0),  # rows of 200 bytes: no multiple of 16
+        (90, torch.bfloat16, 100, 0),  # rows of 200 bytes: not a multiple of 16
     ):
         monkeypatch.setattr(kernels, "architecture", lambda _, capability=capability: capability)
         rows = torch.empty(2, 3, 2 * width, dtype=dtype, device="meta")

@@ -14,7 +14,7 @@ from .tolerances import assert_close_to_truth
 IMPLEMENTATIONS = ("torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [  # batch, patches, channels, group size
-    (8, 196, 64, 4),  # the model's patches: no multiple of a block of rows
+    (8, 196, 64, 4),  # the model's patches: not a multiple of a block of rows
     (6, 7, 100, 3),  # primes; channels that no large power of two divides
     (1, 5, 384, 1),  # one image, the model's width: the identity
     (7, 1, 8, 7),  # one patch; a group size that is a prime

@@ -68,7 +68,10 @@ def test_runs_of_several_blocks_are_trained_once(tmp_path):
     ("changes", "message"),
     [
         ({"variants": {"groupvit": {"about": "x", "set": {"model.metod": 1}}}}, "no variant 'full'"),
-        ({"blocks": {"a": {"world": "scene", "variants": ["full"]}}}, "no world 'scene' (did you mean 'scenes'?)"),
+        (
+            {"blocks": {"a": {"world": "scene", "variants": ["full"]}}},
+            "no dataset 'scene' in worlds (did you mean 'scenes'?)",
+        ),
         ({"variants": {**STUDY["variants"], "full": {"about": "x", "set": {"model.metod": 1}}}}, "'model.metod'"),
         ({"worlds": {"scenes": {"config": "bas.json"}}}, "bas.json (did you mean"),
         ({"seed": [1]}, "unknown key 'seed' (did you mean 'seeds'?)"),

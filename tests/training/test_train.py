@@ -238,11 +238,11 @@ def test_all_that_is_missing_is_said_at_once(run, tmp_path):
     with pytest.raises(UserError) as caught:
         check_inputs(config, resuming=False, world_size=2)
     problems = [
-        "6 mistakes: (1) train.batch 18 is no multiple of 16 = 2 ranks x",
+        "6 mistakes: (1) train.batch 18 is not a multiple of 16 = 2 ranks x",
         "; (2) no shard no/train.tar",
         "; (3) no shard no/val.tar",
-        "; (4) no data set folder no/a",
-        "; (5) no data set folder no/b",
+        "; (4) no dataset folder no/a",
+        "; (5) no dataset folder no/b",
         "; (6) no tokenizer no/tokenizer.json",
     ]
     places = [str(caught.value).index(problem) for problem in problems]

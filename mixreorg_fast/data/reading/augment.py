@@ -62,7 +62,7 @@ def crop_boxes(numbers: np.ndarray, sizes: np.ndarray, config: AugmentConfig) ->
     fits = (crop_h >= 1) & (crop_w >= 1) & (crop_h <= height) & (crop_w <= width)
     first, rows = fits.argmax(axis=1), np.arange(len(sizes))
     chosen = np.stack([crop_h[rows, first], crop_w[rows, first]], axis=1)
-    # None fits: the middle of the photo, as much as the ratio allows.
+    # If none fits: the middle of the photo, as large as the ratios allow.
     middle_w = np.minimum(width, np.rint(height * config.crop_ratio[1]))
     middle_h = np.minimum(height, np.rint(width / config.crop_ratio[0]))
     none = ~fits.any(axis=1)

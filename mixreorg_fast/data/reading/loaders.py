@@ -136,7 +136,7 @@ class TrainLoader(_Loader, Iterator[Pairs]):
             raise RuntimeError("the loader is closed")
         try:
             pairs, done = self._ahead[0].result()  # an error stays at the head, and is raised again
-        except UserError as error:  # such as of a shard that cannot be fetched: another node may have it
+        except UserError as error:  # one rank per node reports it: another node may have the shard that this node lacks
             raise (UserError if local_rank() else RankError)(str(error)) from None
         self._ahead.popleft()
         self._ahead.append(self._thread.submit(next, self._batches))

@@ -17,7 +17,7 @@ import numpy as np
 class Purpose(enum.IntEnum):
     """What random numbers are drawn for. Each purpose has a stream of its own."""
 
-    SHARDS, WINDOW, CROP, FLIP, JITTER, RAND_AUGMENT, ERASE, CAPTION, NOUNS, SETS, STAND_IN = range(11)
+    SHARDS, WINDOW, CROP, FLIP, JITTER, RAND_AUGMENT, ERASE, CAPTION, NOUNS, SETS, REPLACEMENT = range(11)
 
 
 def uniforms(seed: int, purpose: Purpose, position: int, count: int, columns: int) -> np.ndarray:
@@ -34,7 +34,7 @@ class WindowedOrder(ABC):
     """Samples in the order of a run: each once per epoch, shuffled from (seed, epoch).
 
     The shuffle keeps reads local, for spinning and network disks: the shards are shuffled, then the samples within
-    windows of several shards. Windows are numbered from the run's begin on, over the epochs.
+    windows of several shards. Windows are numbered from the beginning of the run, across epochs.
 
     Args:
         shards: how many there are.
@@ -53,7 +53,7 @@ class WindowedOrder(ABC):
 
     @property
     def samples(self) -> int:
-        """Of an epoch."""
+        """The samples of an epoch."""
         return self.span
 
     @abstractmethod
@@ -159,14 +159,14 @@ class Mixture:
         return sets[permutation(self.BLOCK, self._seed, Purpose.SETS, block)]
 
 
-def stand_in(sample: int, attempt: int, first: int, count: int) -> int:
+def replacement(sample: int, attempt: int, first: int, count: int) -> int:
     """The sample that replaces a bad one among first … first + count - 1: a random one, the same in every run.
 
     Not its neighbour: all samples of a lost shard would get the same one. After 64 attempts, when hardly any good
     sample is left, the samples are tried one by one.
     """
     if attempt < 64:
-        return first + int(_philox(0, Purpose.STAND_IN, 0, sample, attempt).random_raw()) % count
+        return first + int(_philox(0, Purpose.REPLACEMENT, 0, sample, attempt).random_raw()) % count
     return first + (sample - first + attempt - 63) % count
 
 

@@ -16,7 +16,7 @@ from ...ranks import local_size
 from ..shards.scan import Bad
 from ..shards.shard_set import Sample, ShardSet
 from .decoder import Decoder
-from .order import stand_in
+from .order import replacement
 
 log = logging.getLogger("mixreorg_fast")
 
@@ -46,7 +46,7 @@ class SampleReader:
     def read(
         self, numbers: np.ndarray, *, substitute: bool = True
     ) -> tuple[list[int], list[Sample], list[np.ndarray], np.ndarray]:
-        """Samples by number. A bad one is replaced by a good one of its set (see :func:`~.order.stand_in`) or, without
+        """Samples by number. A bad one is replaced by a good one of its set (:func:`~.order.replacement`) or, without
         `substitute`, left out. The replacement does not depend on when a sample was found bad, so order and resuming
         stay exact.
 
@@ -86,13 +86,13 @@ class SampleReader:
     def _replacement(self, number: int) -> Found:
         first, count = self._alternatives(number)
         for attempt in range(64 + count):
-            other = stand_in(number, attempt, first, count)
+            other = replacement(number, attempt, first, count)
             if other not in self.bad:
                 self._shards.open_for(np.array([other]))
                 if found := self._read(other):
                     return found
-        folder = self._shards.bad_sample(number, "").shard
-        raise UserError(f"not one sample of the shards can be used ({folder} …); see `mixreorg shards verify`")
+        shard = self._shards.bad_sample(number, "").shard
+        raise UserError(f"not one sample of the shards can be used ({shard} …); see `mixreorg shards verify`")
 
     def _read(self, number: int) -> Found | None:
         """None for a bad sample."""

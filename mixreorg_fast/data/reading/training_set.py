@@ -107,7 +107,7 @@ class TrainingSet:
         return [bad for part in self.sets for bad in part.bad]
 
     def train_tokenizer(self, vocab_size: int) -> Tokenizer:
-        """A tokenizer of the captions, as :meth:`Tokenizer.train`; of remote shards those of the first window."""
+        """A tokenizer of the captions (see :meth:`Tokenizer.train`); of remote sets, those of the first window."""
         first: dict[ShardSet, list] = {p: [p.shards[n] for n in order.shards_of(0)] for p, order in self.remote}
         shards = [shard for part in self.sets for shard in first.get(part, part.shards)]
         return Tokenizer.train(ShardSet(shards).captions(TOKENIZER_SAMPLES), vocab_size)

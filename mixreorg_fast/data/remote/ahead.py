@@ -17,7 +17,7 @@ from .order import RemoteOrder
 class ShardAhead:
     """Threads that fetch the shards that a run will read next, as many as the cache holds.
 
-    The processes of a node share the work: what one is fetching, the others leave to it.
+    The processes of a node share the work: none fetches a shard that another is fetching.
 
     Args:
         orders: of the remote sets of the run. Nothing is fetched for a set before its order is asked.
@@ -41,7 +41,7 @@ class ShardAhead:
         atexit.register(self.close)  # before the interpreter takes down what the threads use
 
     def close(self) -> None:
-        """Stop fetching, also what waits for a shard; what is on its way is kept as far as it has come."""
+        """Stop the fetching threads and whoever waits for a shard. A partly fetched shard keeps its bytes."""
         self._cache.stop.set()
         for thread in self._threads:
             thread.join()

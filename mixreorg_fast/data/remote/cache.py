@@ -46,7 +46,7 @@ class Cache:
 
     def __init__(self, settings: CacheConfig, *, verify: bool = True, threads: int = 1) -> None:
         self.folder, self.size = settings.path, settings.capacity
-        self.needed: Callable[[], list[Path]] = list  # soon, soonest first: these are evicted last
+        self.needed: Callable[[], list[Path]] = list  # paths needed soon, soonest first; they are evicted last
         self.kept: frozenset[Path] = frozenset()  # these are never evicted
         self.sizes: dict[Path, int] = {}  # bytes of fetched shards that no source had listed
         self.stop = threading.Event()
@@ -63,7 +63,7 @@ class Cache:
         return self.folder / shard.place
 
     def size_of(self, shard: RemoteShard) -> int:
-        """Its bytes; of a shard whose source lists no sizes, the mean of those that were fetched."""
+        """The shard's bytes: as its source lists them, else as fetched, else the mean of the fetched shards."""
         sizes = list(self.sizes.values())  # other threads add to them
         return shard.size or self.sizes.get(self.path(shard)) or sum(sizes) // max(1, len(sizes))
 
@@ -163,7 +163,7 @@ class Cache:
             log.warning("%s: %s; its %d whole samples are used", path, shard.problem, len(shard.samples))
 
     def _make_room(self, path: Path, size: int) -> None:
-        """Evict shards until `size` bytes more fit; a UserError if the cache is smaller, or kept shards fill it."""
+        """Evict shards until `size` more bytes fit; a UserError if the cache is too small, or full of kept shards."""
         if size > self.size:
             raise UserError(f"data.cache.size {self.size:,} bytes is less than {path.name} has, {size:,} bytes")
         with self._making_room:
@@ -190,7 +190,7 @@ class Cache:
         return tars
 
     def _evict(self) -> bool:
-        """Remove the shard that is needed least from the disk; False: there is none."""
+        """Remove from the disk the shard that is needed least; False: no shard can be removed."""
         used = {path: _used(path) for path in self._tars() if path not in self._coming and path not in self.kept}
         if not used:
             return False
@@ -211,7 +211,7 @@ class CachedShard:
         self.counts: Counts | None = None  # as of Shard.counts; None: nobody asked yet
 
     def __len__(self) -> int:
-        """Its number of samples; it is fetched if that was never known."""
+        """The shard's number of samples. The shard is fetched if that is unknown."""
         if self.counts is None:
             self.counts = (self._cache.known(self.remote) or self._cache.get(self.remote)).counts
         return self.counts[0]

@@ -40,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action = actions.add_parser(
         "get",
         help="fetch and verify a set, for runs without a network or with a slow one",
-        description="Fetch all shards of a set into the cache and verify them. Exit code 0: all sound; 1: something is "
-        "broken; 2: nothing could be had. The same command continues an interrupted one. Training on the set needs no "
-        "`get`: it fetches ahead of itself.",
+        description="Fetch all shards of a set into the cache and verify them. Exit code 0: all sound; 1: some samples "
+        "are broken; 2: no sample could be read. The same command continues an interrupted one. Training on the set "
+        "needs no `get`: it fetches ahead of itself.",
     )
     action.add_argument("set", nargs="+", help="a name that `list` lists, or hf://, s3:// or https:// patterns")
     add_cache_arguments(action)
@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
     unknown = next((name for name in patterns if "/" not in name), None)
     if unknown is not None:
         raise UserError(f"no set {unknown}{nearest(unknown, KNOWN)}; others by a pattern such as hf://datasets/…/*.tar")
-    return told(get(patterns, cache_of(args), keep=True))
+    return print_report(get(patterns, cache_of(args), keep=True))
 
 
 def cache_of(args: argparse.Namespace) -> CacheConfig:
@@ -86,7 +86,7 @@ def get(patterns: Sequence[str], settings: CacheConfig, *, keep: bool = False, w
     """
     shards = remote_shards(patterns, settings)
     if shards is None:
-        raise UserError(f"{patterns}: local shards; `mixreorg shards verify` verifies them")
+        raise UserError(f"{', '.join(patterns)}: local shards; `mixreorg shards verify` verifies them")
     cache = open_cache(DataConfig(cache=settings, threads=workers))
     if keep:
         total = sum(shard.size or 0 for shard in shards)
@@ -100,7 +100,7 @@ def get(patterns: Sequence[str], settings: CacheConfig, *, keep: bool = False, w
     return fetched(cache, shards, settings.workers)
 
 
-def told(shards: Iterable[Shard]) -> int:
+def print_report(shards: Iterable[Shard]) -> int:
     """Print what is broken of shards, and how many samples are sound; returns the exit code."""
     good = bad = 0
     for shard in shards:

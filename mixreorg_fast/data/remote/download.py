@@ -24,7 +24,7 @@ from .sources import RemoteShard, login_hint, request
 log = logging.getLogger("mixreorg_fast")
 BLOCK = 1 << 20  # bytes
 MISMATCHES = 3  # a file whose checksum differs as often is damaged at its source
-AGAIN = (408, 425, 429, 500, 502, 503, 504)  # statuses that pass
+AGAIN = (408, 425, 429, 500, 502, 503, 504)  # temporary failures
 
 
 class Stopped(Exception):
@@ -39,8 +39,8 @@ def partial_path(path: Path) -> Path:
 def fetch(shard: RemoteShard, path: Path, patience: float, stop: threading.Event, room: Callable[[int], None]) -> None:
     """Fetch a shard to `path`, which appears when it is complete and its size and checksum are right.
 
-    What has been fetched lies in a hidden file beside `path`; another call resumes there. The file's time is the
-    one that the server gives, or 0 where the source has versions: so its index stays valid when it is fetched again.
+    The bytes lie in a hidden file beside `path`; another call resumes there. The file's time is 0 if the source has
+    versions, else the server's, so that a shard's index stays valid when the shard is fetched again.
 
     Args:
         patience: seconds without a byte after which the source counts as lost.
@@ -109,7 +109,7 @@ def _fetch_bytes(shard: RemoteShard, partial: Path, note: Path, waits: _Waits, r
                 if partial.stat().st_size < whole:
                     waits.wait("the connection was cut")
         except urllib.error.HTTPError as error:
-            if error.code == 416 and have:  # beyond the end: what is here is of another file
+            if error.code == 416 and have:  # beyond the end: the bytes here are of another file
                 partial.unlink()
             elif error.code in AGAIN:
                 waits.wait(f"{error.code} {error.reason}", _seconds(error.headers.get("Retry-After", "")))
@@ -139,7 +139,7 @@ class _Waits:
             self._told = False
 
     def wait(self, reason: str, asked: float = 0.0) -> None:
-        """Wait before another attempt, at least for `asked` seconds; a UserError if nothing has come for too long."""
+        """Wait before another attempt, at least `asked` seconds. Raises a UserError if nothing came for too long."""
         lost, reason = time.monotonic() - self._last, without_secrets(reason)
         if lost > self._patience:
             raise UserError(f"{self._shard}: {reason}; nothing came for {lost:.0f} s (data.cache.patience)")

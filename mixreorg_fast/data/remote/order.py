@@ -15,7 +15,7 @@ STRIDE = 1 << 32  # sample numbers that a shard may use: its first does not depe
 
 
 class RemoteOrder(WindowedOrder):
-    """The same order, of shards that are not all here.
+    """The order of :class:`~..reading.order.Order`, for shards that are not all fetched.
 
     How many samples a shard holds is asked when its window is reached. The order is still a function of the seed and
     of what the shards hold, not of when they come. Shard i's samples are i * STRIDE, i * STRIDE + 1, …
@@ -34,15 +34,15 @@ class RemoteOrder(WindowedOrder):
 
     @property
     def samples(self) -> int:
-        """Of an epoch, by the mean of its first window: the other shards may not have been fetched yet."""
+        """The samples of an epoch, estimated from its first window: the other shards may not have been fetched yet."""
         return round(self._count(0) * len(self.shards) / len(self.shards_of(0)))
 
     def just_begun(self, samples: int) -> bool:
-        """Whether the current window is not the first and so many samples ago was another one."""
+        """Whether the current window, unless it is the first, began fewer than `samples` samples ago."""
         return bool(self.current) and self._position - self._begins[self.current] < samples
 
     def _find(self, position: int) -> tuple[int, int]:
-        """As of any order; a :class:`UserError` if a shard cannot be fetched, or no shard holds a sample."""
+        """As of any order. Raises a :class:`UserError` if a shard cannot be fetched, or no shard holds a sample."""
         while position >= (begin := self._begins[-1]):
             window = len(self._begins) - 1
             if window >= self.windows and not begin:

@@ -94,7 +94,7 @@ def _listed(pattern: str, listings: Path) -> list[RemoteShard]:
             raise UserError(f"{pattern}: a web server lists no files; name them, such as …/train-{{00000..00123}}.tar")
         if "@" in urlsplit(pattern).netloc:
             scheme = pattern.partition("://")[0]
-            raise UserError(f"{scheme}://…: user and password belong into ~/.netrc, not into a pattern")
+            raise UserError(f"{scheme}://…: user and password belong in ~/.netrc, not in a pattern")
         return [RemoteShard(url) for url in dict.fromkeys(braces(pattern))]
     kept = listings / f"{hashlib.sha256(pattern.encode()).hexdigest()[:24]}.json"
     try:
@@ -102,7 +102,9 @@ def _listed(pattern: str, listings: Path) -> list[RemoteShard]:
     except ConnectionError as failure:
         with contextlib.suppress(OSError, ValueError, TypeError):
             shards = [RemoteShard(**entry) for entry in json.loads(kept.read_bytes())["shards"]]
-            log.warning(without_secrets(f"{pattern} cannot be listed ({failure}); the list of its last use is taken"))
+            log.warning(
+                without_secrets(f"{pattern} cannot be listed ({failure}); the list stored at its last use is read")
+            )
             return shards
         raise UserError(f"{pattern} cannot be listed: {failure}") from None
     with contextlib.suppress(OSError):  # it is only for times without the source

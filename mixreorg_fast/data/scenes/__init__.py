@@ -1,1 +1,1 @@
-"""The embedded data set: drawn scenes with captions and exact masks."""
+"""The embedded dataset: drawn scenes with captions and exact masks."""

@@ -33,7 +33,7 @@ from .scene import KINDS
 FORMAT = 3  # raised when the same settings would draw other scenes
 PER_SHARD = 1000
 JPEG_QUALITY = 95
-# Set for the data. At VOC's 0.95 nearly every segment is background. Both methods score best at 0.2 or 0.3.
+# Chosen for these scenes: at VOC's 0.95 nearly every segment is background; both methods score best at 0.2 or 0.3.
 BACKGROUND_THRESHOLD = 0.3
 SPLITS = ("train", "val", "unseen", "small")
 
@@ -135,5 +135,5 @@ def _draw_piece(folder: Path, config: ScenesConfig, piece: tuple[str, range]) ->
             advance(1)
             yield pair
 
-    # The held-out combinations are shards too: retrieval can be scored on them as on any others.
+    # Evaluation splits are written as shards too, so that retrieval can be scored on them.
     write_shard(folder / f"{split}-{numbers.start // PER_SHARD:06d}.tar", pairs())

@@ -144,7 +144,7 @@ class Painter:
 
     def __init__(self, size: int, seed: int) -> None:
         self._side = OVERSAMPLING * size
-        # Two pictures' width of each texture, so that windows of it rarely coincide.
+        # Each texture is two pictures wide, so that windows rarely coincide.
         rng = np.random.default_rng(seed)
         self._textures = {
             name: [Canvas(rng, 2 * self._side).filled(texture) for _ in range(TEXTURES_PER_GROUND)]
@@ -159,7 +159,7 @@ class Painter:
         for thing in scene.things:
             self._paint_thing(canvas, labels, thing, rng)
         picture = np.asarray(Image.fromarray(canvas).reduce(OVERSAMPLING))
-        # The third of the four labels in order is not the ground's 0 where objects cover at least half of the pixel.
+        # Of the four labels, sorted upwards, the third is not the ground's 0 if objects cover at least two of the four.
         a, b, c, d = (labels[row::2, column::2] for row in (0, 1) for column in (0, 1))
         low, high = np.maximum(np.minimum(a, b), np.minimum(c, d)), np.minimum(np.maximum(a, b), np.maximum(c, d))
         return picture, np.maximum(low, high)
@@ -173,7 +173,7 @@ class Painter:
             window = window[:, ::-1]
         families = [np.array(list(bytes.fromhex(family))).reshape(2, 3) for family in GROUNDS[scene.ground][1]]
         rng.shuffle(families)
-        # The first family whose middle is no object's colour, so that objects stand out; the last if none is.
+        # The first family whose middle is far from every object's colour, so that objects stand out; else the last.
         for dark, light in families:
             middle = (dark + light) / 2
             if all(np.abs(middle - COLOURS[thing.colour]).sum() > 110 for thing in scene.things):

@@ -46,7 +46,7 @@ def _combination(typical: float, rng: random.Random) -> tuple[str, str, str]:
     """A kind with a pattern and a colour: its own with probability `typical` each, else any."""
     kind, patterns, colours = rng.choice(KINDS), tuple(PATTERNS), tuple(COLOURS)
     number = KINDS.index(kind)
-    # Two colours and a pattern to a kind, spread so that no two kinds share all of them.
+    # Each kind has two typical colours and one typical pattern, spread so that no two kinds share all of them.
     own_colour = colours[(5 * number + rng.choice((0, 3))) % len(colours)]
     own_pattern = patterns[(number + 3 * (number // len(colours))) % len(patterns)]
     colour = own_colour if rng.random() < typical else rng.choice(colours)
@@ -56,7 +56,7 @@ def _combination(typical: float, rng: random.Random) -> tuple[str, str, str]:
 
 def _placed(combinations: Sequence[tuple[str, str, str]], scale: float, rng: random.Random) -> tuple[Thing, ...]:
     """Objects at random places inside the picture, overlapping a little at most."""
-    # Shortest and longest, as shares of the picture's side, and the most that finds room beside the others.
+    # By number of objects: least and largest size as shares of the side, and the largest that leaves room for others.
     low, high, most = {1: (0.40, 0.60, 0.90), 2: (0.32, 0.48, 0.56), 3: (0.27, 0.40, 0.44)}[len(combinations)]
     low, high = (min(side * scale, most) for side in (low, high))
     while True:

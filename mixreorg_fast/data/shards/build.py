@@ -40,7 +40,7 @@ class Built:
     shards: list[Path]
     samples: int
     skipped: list[Bad]
-    skipped_list: Path  # holds them, if there are any
+    skipped_list: Path  # the file that lists what was skipped, if anything was
 
 
 def build(
@@ -104,7 +104,7 @@ def build(
 
 
 def _open(path: Path, options: dict[str, Any]) -> Source:
-    """The source at `path`, opened with `options`; a :class:`UserError` for an option that its kind does not have."""
+    """The source at `path`, opened with `options`. Raises a :class:`UserError` for an option that its kind lacks."""
     kind, opener = _kind(path)
     known = inspect.signature(opener).parameters
     for name, value in options.items():

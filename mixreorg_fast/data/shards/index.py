@@ -62,7 +62,7 @@ class Shard:
     broken: int = 0  # samples that the index leaves out, estimated by their bytes where parts of the tar are missing
     problem: str | None = None  # why parts of the tar, or all of it, are missing
     gone: bool = False  # the tar has vanished since it was indexed
-    joined: JoinedCaptions = NO_CAPTIONS  # where the shards of a run are opened
+    joined: JoinedCaptions = NO_CAPTIONS  # set by :func:`with_captions`
 
     evictable: ClassVar[bool] = False  # the file may be removed, and comes back when it is opened
 
@@ -101,7 +101,7 @@ joined_places = functools.partial(index_places, suffix=".captions")
 def open_shard(path: Path) -> Shard:
     """A shard with its cached index, which is made where it is missing or older than the tar.
 
-    Of a damaged tar the readable samples are indexed, of any other file none; ``problem`` says why.
+    If the tar is damaged, its readable samples are indexed; a file that is not a tar has none. ``problem`` says why.
 
     Raises:
         UserError: there is neither the tar nor an index of it.

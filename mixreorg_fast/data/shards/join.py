@@ -41,8 +41,8 @@ def join(
     """Store the captions of `tables` beside the shards, for the samples whose keys the tables name; returns lines that
     say what was joined, and what was not.
 
-    Captions that were joined before stay. Those of all shards appear together at the end. Keys and captions wait in a
-    temporary database on disk beside the first shard, so memory holds the captions of one shard.
+    Captions that were joined before stay. The files of all shards appear together at the end. Keys and captions wait in
+    a temporary database on disk beside the first shard, so memory holds the captions of one shard.
 
     Args:
         tables: files (Parquet, JSONL, CSV, TSV), or folders with some.

@@ -47,7 +47,7 @@ def rows_of_parquet(
 
 
 def open_parquet(path: Path) -> Any:
-    """A ``pyarrow.parquet.ParquetFile``; a :class:`UserError` where it cannot be read or pyarrow is missing."""
+    """A ``pyarrow.parquet.ParquetFile``. Raises a :class:`UserError` if it cannot be read or pyarrow is missing."""
     try:
         import pyarrow.parquet
     except ImportError:

@@ -22,7 +22,7 @@ def expand(patterns: str | Sequence[str]) -> list[Path]:
     has vanished keeps its place, and so the order of a run, by the index that it left behind.
 
     Raises:
-        UserError: a brace is not closed, a named file is missing, a glob matches nothing, or it is a URL.
+        UserError: a brace is not closed, a named file is missing, a glob matches nothing, or a pattern is a URL.
     """
     patterns = [patterns] if isinstance(patterns, str) else patterns
     paths: dict[Path, None] = {}
@@ -100,7 +100,7 @@ def without_secrets(text: str) -> str:
 
 def _without_secrets(url: re.Match[str]) -> str:
     scheme, rest = url.groups()
-    # A password may hold slashes, as AWS's secrets do; what follows a port is none.
+    # A password may contain slashes, as AWS's secrets do. The text after a port number is a path, not a password.
     rest = re.sub(r"^(?:[^/?#]*@|[^/:@]*:(?!\d+(?:/|$)).*@)", "", rest)
     query = r"[?#].*" if scheme.lower() in ("http", "https") else r"\?[\w.%-]+=.*"
     return f"{scheme}://{re.sub(query, '', rest)}"

@@ -31,7 +31,7 @@ def advance(number: int) -> None:
 
 
 def in_processes(function: Callable[[Any], T], jobs: Sequence, workers: int, **bar: Any) -> Iterator[T]:
-    """`function` of each job, in order, by `workers` processes at most; a single one is this process.
+    """Yield `function` of each job, in order, from at most `workers` processes. One worker is this process.
 
     The processes are started afresh rather than forked: the caller may have threads. Where one of them is killed, a
     :class:`UserError` says so. `bar` are tqdm's options; :func:`advance` moves the bar.

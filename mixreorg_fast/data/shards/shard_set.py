@@ -31,7 +31,7 @@ class Sample:
 
     @property
     def nouns(self) -> list[str]:
-        """As of :func:`~.pair.nouns_of`: read where they are asked for, as most runs have no use for them."""
+        """The nouns (see :func:`~.pair.nouns_of`), parsed on access, since most runs do not use them."""
         return nouns_of(self.json)
 
 
@@ -79,7 +79,7 @@ class ShardSet:
 
     @property
     def samples(self) -> int:
-        """Of the shards that are counted."""
+        """The samples of the shards that are counted."""
         return sum(samples for samples, _, _ in filter(None, self.counts))
 
     @property
@@ -89,8 +89,8 @@ class ShardSet:
 
     @property
     def lost(self) -> int:
-        """Samples that the indexes leave out. Of a tar with missing parts: the difference to the mean of the whole
-        tars, or what its index says if that is more."""
+        """Samples that the indexes leave out. For a tar with missing parts: its difference from the mean of the whole
+        tars, or its index's estimate if that is larger."""
         counts = list(filter(None, self.counts))
         whole = [samples for samples, _, damaged in counts if not damaged]
         mean = round(sum(whole) / len(whole)) if whole else 0

@@ -28,9 +28,9 @@ NOT_TAR = Lost("not a tar file; expected a tar of images and captions")  # witho
 def members(data: mmap.mmap, lost: list[Lost]) -> Iterator[tuple[bytes, int, int]]:
     """A tar's regular files as (name, offset, size), from its headers alone; adds to `lost` where members are missing.
 
-    The standard library's reader takes ten times as long, which counts with ten million members. Plain, GNU and
-    POSIX (pax) headers are understood. Where a header is missing, reading continues at the next header. An end marker
-    does not stop it: that may be a stretch of zeros within a tar, or the end of the first of several joined tars.
+    The standard library's reader takes ten times as long, which matters with ten million members. Plain, GNU and
+    POSIX (pax) headers are understood. Where a header is missing, reading continues at the next header. It continues
+    after an end marker too: the marker may be a stretch of zeros within a tar, or end the first of several joined tars.
     """
     end, at = len(data), 0
     long_name: bytes | None = None
@@ -56,7 +56,7 @@ def members(data: mmap.mmap, lost: list[Lost]) -> Iterator[tuple[bytes, int, int
             fields = _pax(data[content : content + min(size, 1 << 20)])
             long_name = fields.get(b"path", long_name)
             long_size = int(fields[b"size"]) if fields.get(b"size", b"").isdigit() else None
-        elif kind not in b"gK":  # those two describe others, and leave the next member's name alone
+        elif kind not in b"gK":  # these two do not describe the next member, so its name is kept
             if kind in b"0\0":
                 yield long_name or _name(header), content, size
             long_name = long_size = None

@@ -51,7 +51,7 @@ def test_runs_resume_from_the_cache(hub, bucket, tmp_path):
     assert main(["data", "get", from_s3, "--cache-folder", runs["s3"]["data"]["cache"]["folder"]]) == 0
     bucket.stop()
     code, output = finish(start(tmp_path, (runs["s3"], {})))
-    assert code == 0 and "the list of its last use is taken" in output, output[-3000:]
+    assert code == 0 and "the list stored at its last use is read" in output, output[-3000:]
     assert_same_end(tmp_path / "runs" / "s3", tmp_path / "runs" / "whole")
 
 

@@ -50,7 +50,9 @@ def test_the_hub_lists_and_sends(hub, repository, tars, cache, caplog):
         assert list_shards(old, cache.folder / "listings") == shards
     hub.fail("/api/*", status=500, times=None)
     with caplog.at_level(logging.WARNING):
-        assert list_shards(pattern, cache.folder / "listings") == now and "the list of its last use" in caplog.text
+        assert (
+            list_shards(pattern, cache.folder / "listings") == now and "the list stored at its last use" in caplog.text
+        )
     with pytest.raises(UserError, match="cannot be listed: .*500"):
         list_shards("hf://datasets/owner/set/train-0*.tar", cache.folder / "listings")
 
@@ -112,7 +114,10 @@ def test_the_hub_is_left_alone_when_told_so(hub, repository, tars, cache, monkey
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     asked = len(hub.requests)
     with caplog.at_level(logging.WARNING):
-        assert list_shards(pattern, cache.folder / "listings") == shards and "the list of its last use" in caplog.text
+        assert (
+            list_shards(pattern, cache.folder / "listings") == shards
+            and "the list stored at its last use" in caplog.text
+        )
     assert len(cache.get(shards[0]).samples) == COUNTS[0]
     with pytest.raises(UserError, match="train-0001.tar: it is not in the cache, and HF_HUB_OFFLINE is set"):
         cache.get(shards[1])
