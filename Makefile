@@ -1,4 +1,4 @@
-# Each target does all its own set-up; `make env` alone builds .venv.
+# Each target installs what it needs; `make env` only builds .venv.
 .PHONY: env train test check fast soak bench kernels lint clean compiler
 
 PYTHON ?= python3
@@ -22,21 +22,21 @@ HEADERS = $(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.isfile(o
 apt = { command -v apt-get >/dev/null && export DEBIAN_FRONTEND=noninteractive && \
 	{ apt-get install -y -q $(1) || { apt-get update -q && apt-get install -y -q $(1); }; }; } >&2
 
-# A GPU needs it in all that is done there, a CPU only where graphs are compiled, in tests and benchmarks.
+# With a GPU every command needs the compiler. On a CPU only tests and benchmarks do, because they compile graphs.
 $(STAMP): setup.py pyproject.toml $(PINS) constraints-common.txt $(if $(GPU),| compiler)
 	@case "$(CUDA)" in 12|13) ;; *) echo "CUDA=$(CUDA): expected 12 or 13" >&2; exit 2 ;; esac
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed, $(PYTHON) is older; try: make PYTHON=python3.12" >&2; exit 2; }
-	@# Debian ships venv apart; without it, fetch it rather than fail.
+	@# Debian packages venv separately; install it if it is missing.
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(call apt,python$(VERSION)-venv) || \
 		{ echo "Python's venv module is missing: install python$(VERSION)-venv" >&2; exit 2; }
-	@# An environment of the other CUDA holds DALI's other distribution, in the same folders.
+	@# An environment for the other CUDA holds DALI's other distribution in the same folders, so rebuild it.
 	@test -z "$(filter-out $(CUDA),$(BUILT))" || rm -rf $(VENV)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24' 'setuptools>=77' wheel
 	@# torch first and pinned: an open range would take the newest build and gigabytes with it.
 	$(BIN)/python -m pip install --quiet -c $(PINS) torch==$$(sed -n 's/^torch==//p' $(PINS))
-	@# Without the variable, DeepSpeed's set-up asks for nvcc wherever PyTorch sees a GPU. It builds nothing either way.
+	@# Without the variable, DeepSpeed's set-up asks for nvcc if PyTorch sees a GPU. It compiles nothing in either case.
 	DS_IGNORE_CUDA_DETECTION=1 $(BIN)/python -m pip install --quiet -c $(PINS) --no-build-isolation \
 		-e '.[$(TRAIN),hf,demo,s3,onnx,dev$(GPU)]'
 	@touch $@
@@ -64,8 +64,8 @@ soak: env
 bench: env compiler
 	$(RUN) $(BIN)/python -m pytest benchmarks/ --benchmark-only
 
-# Compiles every kernel for every supported GPU, without one: none may spill, take more than its GPU has, or compile to
-# something else. Then with the oldest Triton, which PyTorch 2.10 and 2.11 bring, and with which a few spill.
+# Compiles every kernel for every supported GPU architecture; needs no GPU. Fails if a kernel spills, needs more than its GPU
+# has or shows a known compiler bug. Then compiles with the oldest Triton (of PyTorch 2.10 and 2.11), where a few spill.
 OLDEST := $(abspath $(VENV))/oldest-triton
 kernels: env
 	$(RUN) mixreorg info --kernels

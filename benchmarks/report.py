@@ -108,7 +108,7 @@ def summary(file: Row) -> list[tuple[str, Row, Row]]:
 
 def summary_section(file: Row) -> str:
     """The chart, its rows as a table, and on a GPU the targets."""
-    head = ["what", "shape", "baseline", "baseline, ms", "ours, ms", "ours is faster by"]
+    head = ["what", "shape", "baseline", "baseline, ms", "ours, ms", "speed-up"]
     body = [
         [name, mine["shape"], BASELINES[theirs["implementation"]]]
         + [f"{ms:.0f}" if (ms := row["median_ms"]) >= 100 else f"{ms:.3g}" for row in (theirs, mine)]
@@ -153,7 +153,7 @@ def device_section(file: Row) -> str:
     commits = sorted({row["commit"] for row in rows})
     lines = [
         f"{file['date'][:10]}, commit {', '.join(commits)}, torch {file['torch']}, triton {file['triton']}. Measured "
-        f"ceilings: copy {file['copy_gb_per_s']:.0f} GB/s, write {file['write_gb_per_s']:.0f} GB/s, matrix products "
+        f"ceilings: copy {file['copy_gb_per_s']:.0f} GB/s, write {file['write_gb_per_s']:.0f} GB/s, matmuls "
         f"{file['matmul_bf16_tflop_per_s']:.3g} TFLOP/s in bf16, {file['matmul_fp32_tflop_per_s']:.3g} in fp32.",
     ]
     losses = [row for row in rows if row["suite"] == CURVES]

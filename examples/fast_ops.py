@@ -8,7 +8,7 @@ of the thing. A batch shows each thing once. The model embeds patches, groups th
 * the contrastive loss between pooled image and caption;
 * the mixed segmentation loss: patches of four images are mixed, and each patch must name the image it came from.
 
-The ops run on a GPU through Triton kernels and on a CPU through PyTorch; nothing below depends on which.
+The ops run as Triton kernels on a GPU and as PyTorch on a CPU. The code below is the same for both.
 """
 
 from __future__ import annotations

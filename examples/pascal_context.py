@@ -22,7 +22,7 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-# The 59 frequent ones of the 459 labels, in the order of their classes, as mmsegmentation's pascal_context.py has them.
+# The 59 frequent labels out of 459, in the order of their classes, as in mmsegmentation's pascal_context.py.
 FREQUENT = """2 9 18 19 22 23 25 31 33 34 44 45 46 59 65 68 72 80 85 98 104 105 113 115 144 158 159 162 187 189 207
 220 232 258 259 260 284 295 296 308 324 326 347 349 354 355 360 366 368 397 415 416 420 424 427 440 445 454 458"""
 

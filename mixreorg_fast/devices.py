@@ -133,7 +133,7 @@ def has_bf16_products(device: torch.device) -> bool:
 
 
 def set_tf32(on: bool) -> None:
-    """Compute fp32 matrix products and convolutions on GPUs in TF32 (10 bits of mantissa), or in fp32.
+    """Compute fp32 matmuls and convolutions on GPUs in TF32 (10 bits of mantissa), or in fp32.
 
     Without this call PyTorch computes products in fp32 and convolutions in TF32. After an assignment to
     ``torch.backends.cuda.matmul.fp32_precision``, ``torch.get_float32_matmul_precision()`` raises, and torch.compile

@@ -35,7 +35,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = key(
         "auto", "dtype of activations (weights are fp32); auto: bf16 on a GPU or CPU with bf16 products, else fp32"
     )
-    tf32: bool = key(False, "compute fp32 matrix products and convolutions of a GPU in TF32")
+    tf32: bool = key(False, "compute fp32 matmuls and convolutions of a GPU in TF32")
     checkpoint_activations: bool = key(False, "recompute activations in backward: less memory, more time")
     compile: bool | None = key(None, "torch.compile the network; null: on a GPU, except with ZeRO-3")
     cuda_graphs: bool | None = key(
