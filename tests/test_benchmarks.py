@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import activations, figures, harness, launches, report
+from benchmarks import activations, contrastive_memory, figures, harness, launches, memory, report
 from benchmarks import test_curves as curves
 from benchmarks import test_profile as profile
 from benchmarks import test_train_step as train_step
@@ -162,6 +162,14 @@ def test_activations_grow_with_the_images():
     per_image = activations.bytes_per_image(compiled)
     assert 0 < 4 * per_image["encoders"] < more["encoders"] - few["encoders"]
     assert 4 * per_image["features"] == more["features"] - few["features"]
+
+
+def test_peak_memory_is_that_of_the_call():
+    device = "cuda" if harness.ON_GPU else "cpu"
+    memory.peak_bytes(lambda: torch.ones(2**25, device=device))  # an earlier peak does not count
+    assert 0.9 < memory.peak_bytes(lambda: torch.ones(2**23, device=device)) / 2**25 < 1.5
+    measured = contrastive_memory.measure(64, 2, 16, torch.float32)
+    assert measured["global"] == 128 and measured["peak_mb"] >= 0
 
 
 def test_figures_and_gaps(tmp_path):
