@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ class EqualTimeConfig(Section):
 class BlockConfig(Section):
     """Runs of one table."""
 
-    world: str
+    dataset: str
     variants: Annotated[list[str], Field(min_length=1)]
     equal_time: EqualTimeConfig | None = None
     seeds: list[NonNegative] | None = Field(None, description="null: the study's")
@@ -53,7 +54,7 @@ class StudyConfig(Section):
     name: str
     output: str = Field("runs", description="folder of study folders")
     seeds: Annotated[list[NonNegative], Field(min_length=1)] = [0, 1, 2]
-    worlds: dict[str, DatasetConfig]
+    datasets: dict[str, DatasetConfig]
     variants: dict[str, VariantConfig]
     blocks: dict[str, BlockConfig]
     pictures: NonNegative = Field(3, description="photos in a picture of all variants; 0: no pictures, no curves")
@@ -67,8 +68,8 @@ class StudyConfig(Section):
                     yield f"block '{name}': no variant '{variant}'{nearest(variant, self.variants)}"
                 if variant not in block.variants:
                     yield f"block '{name}': equal_time needs '{variant}' among the block's variants"
-            if block.world not in self.worlds:
-                yield f"block '{name}': no dataset '{block.world}' in worlds{nearest(block.world, self.worlds)}"
+            if block.dataset not in self.datasets:
+                yield f"block '{name}': no dataset '{block.dataset}'{nearest(block.dataset, self.datasets)}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Run:
     """One training run of a study."""
 
     study: str
-    dataset: str  # the key in `worlds` of the dataset that the run trains on
+    dataset: str  # the key in `datasets` of the dataset that the run trains on
     variant: str
     seed: int
     budget: Budget
@@ -106,7 +107,7 @@ class Study:
 
     def __init__(self, path: str | Path, blocks: Sequence[str] = ()):
         self.path = Path(path)
-        self.config = validated(StudyConfig, read_object(self.path, "study"), str(path))
+        self.config = validated(StudyConfig, _with_new_keys(read_object(self.path, "study"), str(path)), str(path))
         for block in blocks:
             if block not in self.config.blocks:
                 raise UserError(f"{path}: no block '{block}'{nearest(block, self.config.blocks)}")
@@ -119,9 +120,9 @@ class Study:
         for block in map(self.config.blocks.__getitem__, blocks):
             # Seed by seed: an interrupted study has complete tables of the first seeds.
             for seed in self.config.seeds if block.seeds is None else block.seeds:
-                runs += [(block.world, variant, seed) for variant in block.variants]
+                runs += [(block.dataset, variant, seed) for variant in block.variants]
                 if (of_time := block.equal_time) is not None:
-                    timed += [(block.world, variant, of_time.like, seed) for variant in of_time.variants]
+                    timed += [(block.dataset, variant, of_time.like, seed) for variant in of_time.variants]
         return list(dict.fromkeys(runs)), list(dict.fromkeys(timed))
 
     def names(self) -> set[tuple[str, str]]:
@@ -133,7 +134,7 @@ class Study:
     def run(self, dataset: str, variant: str, seed: int, steps: int | None = None) -> Run:
         """One run; `steps`: those that fit into its budget of time; None: the budget is the configuration's steps."""
         budget: Budget = "steps" if steps is None else "time"
-        settings = self.config.worlds[dataset]
+        settings = self.config.datasets[dataset]
         values = {**settings.set, **self.config.variants[variant].set, "seed": seed}
         values |= {} if steps is None else {"train.steps": steps}
         folder = Path(self.config.output) / self.config.name / dataset
@@ -144,6 +145,15 @@ class Study:
         except UserError as error:
             raise UserError(f"{self.path}: dataset '{dataset}', variant '{variant}': {error}") from None
         return Run(self.config.name, dataset, variant, seed, budget, config)
+
+
+def _with_new_keys(values: dict[str, Any], path: str) -> dict[str, Any]:
+    """The values of a study's file, with the keys "worlds" and "world" by their present names."""
+    if "worlds" not in values:
+        return values
+    print(f"warning: {path}: 'worlds' and 'world' are now 'datasets' and 'dataset'", file=sys.stderr, flush=True)
+    new = {"worlds": "datasets", "world": "dataset"}
+    return json.loads(json.dumps(values), object_hook=lambda part: {new.get(key, key): part[key] for key in part})
 
 
 def _run_name(variant: str, budget: Budget, seed: int) -> str:

@@ -19,7 +19,7 @@ from tests.training.test_train import ROOT, settings
 STUDY = {
     "name": "tiny",
     "seeds": [0, 1],
-    "worlds": {"scenes": {"config": "base.json", "set": {"train.log_every": 1}}},
+    "datasets": {"scenes": {"config": "base.json", "set": {"train.log_every": 1}}},
     "variants": {
         "groupvit": {"about": "GroupViT", "set": {"model.method": "groupvit"}},
         "full": {"about": "MixReorg", "set": {}},
@@ -27,11 +27,11 @@ STUDY = {
     },
     "blocks": {
         "main": {
-            "world": "scenes",
+            "dataset": "scenes",
             "variants": ["groupvit", "full"],
             "equal_time": {"like": "full", "variants": ["groupvit"]},
         },
-        "more": {"world": "scenes", "variants": ["full", "soft"], "seeds": [1]},
+        "more": {"dataset": "scenes", "variants": ["full", "soft"], "seeds": [1]},
     },
 }
 
@@ -69,16 +69,20 @@ def test_runs_of_several_blocks_are_trained_once(tmp_path):
     [
         ({"variants": {"groupvit": {"about": "x", "set": {"model.metod": 1}}}}, "no variant 'full'"),
         (
-            {"blocks": {"a": {"world": "scene", "variants": ["full"]}}},
-            "no dataset 'scene' in worlds (did you mean 'scenes'?)",
+            {"blocks": {"a": {"dataset": "scene", "variants": ["full"]}}},
+            "no dataset 'scene' (did you mean 'scenes'?)",
         ),
         ({"variants": {**STUDY["variants"], "full": {"about": "x", "set": {"model.metod": 1}}}}, "'model.metod'"),
-        ({"worlds": {"scenes": {"config": "bas.json"}}}, "bas.json (did you mean"),
+        ({"datasets": {"scenes": {"config": "bas.json"}}}, "bas.json (did you mean"),
         ({"seed": [1]}, "unknown key 'seed' (did you mean 'seeds'?)"),
         (
             {
                 "blocks": {
-                    "a": {"world": "scenes", "variants": ["full"], "equal_time": {"like": "soft", "variants": ["full"]}}
+                    "a": {
+                        "dataset": "scenes",
+                        "variants": ["full"],
+                        "equal_time": {"like": "soft", "variants": ["full"]},
+                    }
                 }
             },
             "equal_time needs 'soft' among the block's variants",
@@ -90,6 +94,15 @@ def test_mistakes_are_told_before_anything_is_trained(tmp_path, capsys, changes,
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_former_keys_are_accepted_with_one_line(tmp_path, capsys):
+    path = write_study(tmp_path)
+    now = Study(path)
+    assert capsys.readouterr().err == ""
+    path.write_text(path.read_text().replace('"datasets"', '"worlds"').replace('"dataset"', '"world"'))
+    assert Study(path).config == now.config
+    assert capsys.readouterr().err.count("are now 'datasets' and 'dataset'\n") == 1
 
 
 def test_an_unknown_block_or_file_names_the_nearest(tmp_path):
