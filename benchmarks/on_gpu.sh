@@ -57,7 +57,7 @@ case $part in
     train plain "$@"
     train without_graphs train.cuda_graphs=false "$@"
     train accumulated train.accumulation=4 train.grad_cache=true "$@"
-    train zero3 deepspeed.zero_stage=3 "$@"
+    train zero3 deepspeed.zero_stage=3 train.optimizer=adamw train.lr=4e-4 "$@"  # Muon takes no stage 3
     ;;
   warm)
     # shellcheck disable=SC2086

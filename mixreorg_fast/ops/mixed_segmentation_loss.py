@@ -51,7 +51,9 @@ def mixed_segmentation_loss_reference(
     """The mean cross-entropy, and the accuracy if wanted, computed in `upcast`; `source`: of a :class:`MixPlan`."""
     maps, labels = (first, second, segments), (source % group_size).long()
     own = texts if negatives == "group" else texts[first_text : first_text + len(first)]
-    of_group = mixed_segmentation_logits(*maps, texts_of_groups(own, group_size), logit_scale, upcast)
+    # With the batch's negatives they serve the accuracy alone.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and negatives != "batch"):
+        of_group = mixed_segmentation_logits(*maps, texts_of_groups(own, group_size), logit_scale, upcast)
     if negatives == "group":
         loss = _cross_entropy(of_group, labels)
     else:

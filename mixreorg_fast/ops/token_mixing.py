@@ -144,7 +144,8 @@ def _append_gradient(grad: Tensor, source: Tensor, settings: Appending) -> tuple
 
 @kernel("token_mixing.append_branch_forward", gradient=_append_gradient, first_kept=2)
 def _append_branch(x: Tensor, groups: Tensor | None, source: Tensor, settings: Appending) -> Tensor:
-    return x.new_empty((x.shape[0] + source.shape[0] * settings.keep, *x.shape[1:]))
+    kept = source.shape[0] if settings.keep else 0  # PyTorch 2.11 multiplies no symbolic size by a bool
+    return x.new_empty((x.shape[0] + kept, *x.shape[1:]))
 
 
 def _append_backward_gradient(grad: Tensor, source: Tensor, settings: Appending) -> Tensor:
@@ -154,7 +155,8 @@ def _append_backward_gradient(grad: Tensor, source: Tensor, settings: Appending)
 
 @kernel("token_mixing.append_branch_backward", gradient=_append_backward_gradient, first_kept=1)
 def _append_branch_backward(grad: Tensor, source: Tensor, settings: Appending) -> Tensor:
-    return grad.new_empty((grad.shape[0] - source.shape[0] * settings.keep, *grad.shape[1:]))
+    kept = source.shape[0] if settings.keep else 0
+    return grad.new_empty((grad.shape[0] - kept, *grad.shape[1:]))
 
 
 def _blend_gradient(grad: Tensor, source: Tensor, settings: Blending) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.backends.registry import lookup_backend
 
 from mixreorg_fast import ops, ranks
+from mixreorg_fast.config import Config
 from mixreorg_fast.models import Batch, MixReorg, layers
 from mixreorg_fast.models.layers import Projection, call, compiled_call
 from tests.tiny import fill, random_batch, tiny_config
@@ -40,7 +41,7 @@ class Graphs:
         self.shapes: list[list[tuple]] = []
         self._compile = lookup_backend(backend)
 
-    def __call__(self, graph, inputs):
+    def __call__(self, graph, inputs, mode=None):  # a mode where the part is replayed from CUDA graphs
         values = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
         shapes = [x.shape if isinstance(x, torch.Tensor) else (x,) for x in values]
         known = lambda n: n.node.maybe_as_int() if isinstance(n, torch.SymInt) else n  # noqa: E731
@@ -65,11 +66,12 @@ def graphs(request, monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("recompute", "replayed"), [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("graphs", ["eager", pytest.param("inductor", marks=pytest.mark.gpu)], indirect=True)
-def test_compiled_parts_change_nothing_and_share_graphs(recompute, graphs, device):
+def test_compiled_parts_change_nothing_and_share_graphs(recompute, replayed, graphs, device, monkeypatch):
     """Every part is traced whole (fullgraph raises on a break), blocks of one shape are one graph, images have static
-    graphs, and captions of other lengths compile nothing new."""
+    graphs, and captions of other lengths compile nothing new; also where a GPU replays the parts from CUDA graphs."""
+    monkeypatch.setattr(Config, "replays", lambda config, device_type: replayed and config.train.compile)
     plain = module(train={"compile": False}).to(device)
     compiled = module(train={"compile": True, "checkpoint_activations": recompute}).to(device)
     for step in range(3):
