@@ -29,6 +29,9 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files that start processes are the longest: they come first, so that no worker is left with one at the end.
+    long = {item.path for item in items if "launch" in item.keywords}
+    items.sort(key=lambda item: item.path not in long)
     if HAS_GPU:
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
