@@ -107,8 +107,9 @@ def write_page(page: Path, content: str, *, title: str | None = None, check: boo
         UserError: as :func:`between_markers`; the page cannot be written.
     """
     old = page.read_text() if page.exists() else None
+    text = f"# {title or page.stem.capitalize()}\n" if old is None else old
     try:
-        new = between_markers(f"# {title or page.stem.capitalize()}\n" if old is None else old, content)
+        new = between_markers(text, content)
     except UserError as error:
         raise UserError(f"{page}: {error}") from None
     if new != old and not check:

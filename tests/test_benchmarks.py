@@ -168,8 +168,8 @@ def test_peak_memory_is_that_of_the_call():
     device = "cuda" if harness.ON_GPU else "cpu"
     memory.peak_bytes(lambda: torch.ones(2**25, device=device))  # an earlier peak does not count
     assert 0.9 < memory.peak_bytes(lambda: torch.ones(2**23, device=device)) / 2**25 < 1.5
-    measured = contrastive_memory.measure(64, 2, 16, torch.float32)
-    assert measured["global"] == 128 and measured["peak_mb"] >= 0
+    measured = contrastive_memory.measure(1024, 2, 16, torch.float32)
+    assert measured["global"] == 2048 and measured["peak_mb"] > 0.5  # the weights of a block of logits alone take more
 
 
 def test_figures_and_gaps(tmp_path):

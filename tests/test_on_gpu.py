@@ -36,9 +36,8 @@ def test_settings_overrule_and_each_command_has_its_own_exit_code(checkout):
     assert len(calls) == 4
     for call in calls:
         values = dict(pair.split("=", 1) for pair in call.split() if "=" in pair)  # the last one counts
-        load_config(
-            ROOT / "configs" / "zero2.json", re.findall(r"--set (\S+)", call)
-        )  # raises for what training refuses
+        # Raises for settings that training refuses.
+        load_config(ROOT / "configs" / "zero2.json", re.findall(r"--set (\S+)", call))
         assert (values["train.steps"], values["train.batch"], values["train.precision"]) == ("7", "64", "bf16")
     codes = [line.rsplit(" ", 1)[1] for line in done.stdout.splitlines() if line.startswith("= ")]
     assert codes == ["0", "3", "0", "0"]

@@ -206,9 +206,9 @@ class Config(Section):
     def inference(self) -> InferenceConfig:
         """The settings stored with the weights: those of evaluation, with a threshold only if all datasets share it."""
         usual = self.eval.background_threshold
-        own = [dataset.background_threshold for dataset in self.eval.datasets]
-        found = {usual if threshold is None else threshold for threshold in own} or {usual}
-        shared = found.pop() if len(found) == 1 else None
+        own = [dataset.background_threshold for dataset in self.eval.datasets] or [None]
+        thresholds = [usual if threshold is None else threshold for threshold in own]
+        shared = thresholds[0] if len(set(thresholds)) == 1 else None
         return self.eval.with_options().model_copy(update={"background_threshold": shared})
 
     def compiles(self, device_type: str) -> bool:

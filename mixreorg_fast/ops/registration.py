@@ -33,8 +33,8 @@ class Kernel:
         gradient: gives the gradient of the first input, or a tuple of those of the first inputs, from the outputs'
             gradients, the inputs from number `first_kept` on, the `kept_outputs`, and the numbers. Without it the
             outputs have no gradient.
-        kept_outputs: indices of outputs that `gradient` takes: 0, then others, which have no gradient. With them the
-            gradient of an unused output is None.
+        kept_outputs: indices of the outputs that `gradient` takes. The first index is 0; the other outputs are not
+            differentiable. If outputs are kept, `gradient` receives None as the gradient of an output that nobody used.
     Attributes:
         op: the custom op, ``torch.ops.mixreorg.<name>``; it takes the fields of settings as arguments of their own.
     """

@@ -252,8 +252,10 @@ class MetricsLog:
             self._wandb.log({**numbers, "step": step})
 
     def show(self, step: int, values: dict[str, float], seconds_left: float | None) -> None:
-        """Show the losses and the speed in the progress bar, or print them as a line; `seconds_left` is None
-        while the speed includes compilation."""
+        """Show the losses and the speed in the progress bar; without a bar, print them as a line.
+
+        `seconds_left`: None in the first reports, whose speed includes the time of compilation.
+        """
         text = " ".join(f"{name.removeprefix('loss_')} {value:.4g}" for name, value in values.items())
         if self.bar.disable:
             if seconds_left is not None:
